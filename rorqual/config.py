@@ -1,0 +1,393 @@
+"""What a V4-style network is, as data.
+
+`ModelConfig` uses the words of DeepSeek's released `config.json`. What each layer is (window only, CSA, HCA;
+hash-routed or learned experts) stands in `ModelConfig.layers` as `LayerSpec`s; no other code asks which model this is.
+Presets are files in `rorqual/presets/`. Source: released `config.json` files; V4 report section 2 and 4.2.1.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rorqual.errors import ConfigError
+
+CSA_RATIO = 4
+"""Checkpoint behaviour: compression ratio 4 means overlapping windows and an indexer; any other ratio has neither."""
+
+PRESET_FOLDER = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer is. The trunk's layers come first, then the MTP modules."""
+
+    index: int
+    """Position in the stack (for an MTP module: its position after the trunk)."""
+    compress_ratio: int
+    """Tokens per compressed entry; 0 means sliding window only."""
+    hash_routed: bool
+    """Experts come from a table over token ids instead of the router's top-k."""
+    is_mtp: bool = False
+
+    @property
+    def overlap(self) -> bool:
+        """CSA entries pool the previous block too."""
+        return self.compress_ratio == CSA_RATIO
+
+    @property
+    def has_indexer(self) -> bool:
+        """CSA layers choose entries with the lightning indexer; HCA layers read all of them."""
+        return self.compress_ratio == CSA_RATIO
+
+    @property
+    def kind(self) -> str:
+        """`sliding`, `csa` or `hca`."""
+        return "sliding" if self.compress_ratio == 0 else "csa" if self.has_indexer else "hca"
+
+
+_INFERENCE_NAMES = {  # DeepSeek's inference code names some settings differently from config.json
+    "dim": "hidden_size",
+    "moe_inter_dim": "moe_intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_hash_layers": "num_hash_layers",
+    "n_mtp_layers": "num_nextn_predict_layers",
+    "n_heads": "num_attention_heads",
+    "n_activated_experts": "num_experts_per_tok",
+    "score_func": "scoring_func",
+    "route_scale": "routed_scaling_factor",
+    "rope_head_dim": "qk_rope_head_dim",
+    "window_size": "sliding_window",
+    "norm_eps": "rms_norm_eps",
+}
+_ALIASES = {"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"}
+_LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+_FIXED: dict[str, Any] = {  # settings with one possible value in this architecture
+    "num_key_value_heads": 1,
+    "n_shared_experts": 1,
+    "scoring_func": "sqrtsoftplus",
+    "hidden_act": "silu",
+    "norm_topk_prob": True,
+    "topk_method": "noaux_tc",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of one model; immutable, checked on creation.
+
+    Raises ConfigError (from the constructor) when the settings cannot describe a network.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    head_dim: int
+    qk_rope_head_dim: int
+    q_lora_rank: int
+    o_groups: int
+    o_lora_rank: int
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    sliding_window: int
+    compress_ratios: tuple[int, ...]
+    """One per layer, then one per MTP module (0: window only, 4: CSA, other: HCA)."""
+    num_hash_layers: int = 3
+    num_nextn_predict_layers: int = 1
+    routed_scaling_factor: float = 1.5
+    swiglu_limit: float = 10.0
+    """Clamp of SwiGLU inputs; 0 switches it off."""
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    compress_rope_theta: float = 160000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    """YaRN of the compressed layers: type, factor, original_max_position_embeddings, beta_fast, beta_slow."""
+    max_position_embeddings: int = 1048576
+    initializer_range: float = 0.02
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    torch_dtype: str = "bfloat16"
+    activation_rounding: str = "none"
+    """`v4`: round KV entries to FP8 and index queries and keys to FP4 as the released weights expect; or `none`."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the file that this class does not use; kept for the round trip."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
+        _check(self)
+
+    @cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The trunk's schedule, first layer first."""
+        ratios = self.compress_ratios
+        return tuple(LayerSpec(i, ratios[i], i < self.num_hash_layers) for i in range(self.num_hidden_layers))
+
+    @cached_property
+    def mtp_layers(self) -> tuple[LayerSpec, ...]:
+        """The MTP modules' layers: window only unless the file says otherwise, learned routing."""
+        n = self.num_hidden_layers
+        tail = self.compress_ratios[n:]
+        return tuple(
+            LayerSpec(n + j, tail[j] if j < len(tail) else 0, hash_routed=False, is_mtp=True)
+            for j in range(self.num_nextn_predict_layers)
+        )
+
+    @property
+    def nope_head_dim(self) -> int:
+        """Channels of a head that rope leaves alone."""
+        return self.head_dim - self.qk_rope_head_dim
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """A named configuration: minke, bryde, sei, fin, blue, v4-flash, v4-pro. Raises ConfigError otherwise."""
+        path = PRESET_FOLDER / f"{name}.json"
+        if name not in preset_names():
+            raise ConfigError(
+                f"There is no preset named {name!r}. The presets are {', '.join(preset_names())}. "
+                "Use one of them, or ModelConfig.from_file for a config.json."
+            )
+        return cls.from_file(path)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ModelConfig":
+        """Read a `config.json`. Raises ConfigError when it is missing, not JSON, or impossible."""
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot read the model config {path}: {error.strerror or error}. Check the path."
+            ) from error
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} is not valid JSON ({error}). Restore the file or write it again with save_official."
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a JSON {type(values).__name__}, but a config is an object.")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """Read DeepSeek's `config.json` keys, its inference code's keys, or transformers' keys.
+
+        Unknown keys are kept in `extra`. Raises ConfigError when a key is missing, of the wrong type or impossible.
+        """
+        return cls(**_read(dict(values), {f.name for f in dataclasses.fields(cls)} - {"extra"}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `config.json` of this model in DeepSeek's layout (with `extra` merged back)."""
+        out: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
+        for f in dataclasses.fields(self):
+            if f.name != "extra":
+                out[f.name] = getattr(self, f.name)
+        out["compress_ratios"] = list(self.compress_ratios)
+        if self.rope_scaling is not None:
+            out["rope_scaling"] = dict(self.rope_scaling)
+        else:
+            del out["rope_scaling"]
+        return {**out, **_FIXED, **self.extra}
+
+    def to_transformers_dict(self) -> dict[str, Any]:
+        """A `config.json` that `transformers` (`deepseek_v4`, 5.23) reads as the same network."""
+        out = self.to_dict()
+        ratios = self.compress_ratios[: self.num_hidden_layers]
+        hca = sorted({r for r in ratios if r not in (0, CSA_RATIO)})
+        if len(hca) > 1:
+            raise ConfigError(
+                f"compress_ratios holds several HCA ratios {hca}; transformers knows one for the whole model. "
+                "Save in the official layout instead."
+            )
+        names = {0: "sliding_attention", CSA_RATIO: "compressed_sparse_attention"}
+        out["layer_types"] = [names.get(r, "heavily_compressed_attention") for r in ratios]
+        out["compress_rates"] = {
+            "compressed_sparse_attention": CSA_RATIO,
+            "heavily_compressed_attention": hca[0] if hca else 128,
+        }
+        out["mlp_layer_types"] = ["hash_moe" if spec.hash_routed else "moe" for spec in self.layers]
+        out["partial_rotary_factor"] = self.qk_rope_head_dim / self.head_dim
+        if not set(ratios) <= set(_LAYER_TYPES.values()):
+            del out["compress_ratios"]  # transformers refuses other ratios there; layer_types says it all
+        return out
+
+    def replace(self, **changes: Any) -> "ModelConfig":
+        """A copy with some settings changed, checked again."""
+        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
+        if unknown:
+            raise ConfigError(f"ModelConfig has no setting {', '.join(unknown)}. Check the spelling.")
+        return dataclasses.replace(self, **changes)
+
+
+def preset_names() -> list[str]:
+    """Names that `ModelConfig.preset` knows, smallest model first."""
+    paths = sorted(PRESET_FOLDER.glob("*.json"))
+    return [p.stem for p in sorted(paths, key=lambda p: json.loads(p.read_text())["hidden_size"])]
+
+
+def _read(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """Translate a config file's keys to constructor arguments (see `ModelConfig.from_dict`)."""
+    model_type = values.pop("model_type", "deepseek_v4")
+    if model_type == "deepseek_v41":
+        raise ConfigError(
+            "This is a DeepSeek-V4.1 config (model_type deepseek_v41): shared KV between layers, no hash routing, Engram "
+            "and a drafter instead of MTP. Rorqual implements V4; use a V4 checkpoint."
+        )
+    if model_type != "deepseek_v4":
+        raise ConfigError(
+            f"model_type is {model_type!r}, but this class describes deepseek_v4. Point it at a V4 config.json."
+        )
+    values.pop("architectures", None)
+    for old, new in {**_INFERENCE_NAMES, **_ALIASES}.items():
+        if old in values:
+            values.setdefault(new, values.pop(old))
+    for key, only in _FIXED.items():
+        if key in values and values.pop(key) != only:
+            raise ConfigError(f"{key} must be {only!r} in a V4 network; nothing else is implemented or released.")
+    _read_transformers_keys(values)
+    _read_rope(values)
+    if "compress_ratios" not in values:
+        raise ConfigError(
+            "compress_ratios is missing, so the kind of each layer is unknown (a guess would build a different model). "
+            "Add one ratio per layer: 0 window only, 4 CSA, 128 HCA."
+        )
+    if not isinstance(values["compress_ratios"], list | tuple):
+        raise ConfigError(f"compress_ratios must be a list of integers, got {values['compress_ratios']!r}.")
+    args = {k: values.pop(k) for k in list(values) if k in known}
+    required = {
+        f.name
+        for f in dataclasses.fields(ModelConfig)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(args))
+    if missing:
+        raise ConfigError(f"The config lacks {', '.join(missing)}. Add them; there is no safe default.")
+    args["extra"] = values
+    return args
+
+
+def _read_transformers_keys(values: dict[str, Any]) -> None:
+    layer_types = values.pop("layer_types", None)
+    rates = values.pop("compress_rates", None) or {}
+    mlp_types = values.pop("mlp_layer_types", None)
+    values.pop("partial_rotary_factor", None)
+    if layer_types is not None and "compress_ratios" not in values:
+        try:
+            values["compress_ratios"] = [int(rates.get(t, _LAYER_TYPES[t])) if t in rates else _LAYER_TYPES[t] for t in layer_types]
+        except KeyError as error:
+            raise ConfigError(
+                f"layer_types names {error.args[0]!r}; V4 layers are {', '.join(_LAYER_TYPES)}. Correct the entry."
+            ) from error
+    if mlp_types is not None and "num_hash_layers" not in values:
+        values["num_hash_layers"] = sum(t == "hash_moe" for t in mlp_types)
+
+
+def _read_rope(values: dict[str, Any]) -> None:
+    """`rope_scaling` (DeepSeek), flat inference keys, or transformers' `rope_parameters`, to one `rope_scaling`."""
+    parameters = values.pop("rope_parameters", None)
+    if parameters:
+        main, compress = parameters.get("main", {}), parameters.get("compress", {})
+        values.setdefault("rope_theta", main.get("rope_theta", 10000.0))
+        values.setdefault("compress_rope_theta", compress.get("rope_theta", 160000.0))
+        if compress.get("rope_type", "default") == "yarn":
+            values.setdefault("rope_scaling", compress)
+    flat = values.pop("original_seq_len", None)
+    if flat is not None:
+        keys = {"rope_factor": "factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+        scaling = {new: values.pop(old) for old, new in keys.items() if old in values}
+        values.setdefault("rope_scaling", {"type": "yarn", "original_max_position_embeddings": flat, **scaling})
+    scaling = values.get("rope_scaling")
+    if not scaling:
+        values.pop("rope_scaling", None)
+        return
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"rope_scaling must be an object, got {scaling!r}.")
+    kind = scaling.get("type", scaling.get("rope_type"))
+    if kind == "default":
+        values.pop("rope_scaling")
+        return
+    if kind != "yarn":
+        raise ConfigError(f"rope_scaling.type is {kind!r}; V4's compressed layers use yarn or nothing. Remove or correct it.")
+    missing = [k for k in ("factor", "original_max_position_embeddings") if k not in scaling]
+    if missing:
+        raise ConfigError(f"rope_scaling lacks {', '.join(missing)}, without which YaRN has no meaning. Add them.")
+    values["rope_scaling"] = {
+        "type": "yarn",
+        "factor": scaling["factor"],
+        "original_max_position_embeddings": scaling["original_max_position_embeddings"],
+        "beta_fast": scaling.get("beta_fast", 32),
+        "beta_slow": scaling.get("beta_slow", 1),
+    }
+
+
+def _check(cfg: ModelConfig) -> None:
+    """Refuse what cannot be a network, naming the field, the value and the rule."""
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ConfigError(f"{f.name} must be an integer, got {value!r}.")
+        if f.type is float:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"{f.name} must be a finite number, got {value!r}.")
+            object.__setattr__(cfg, f.name, float(value))
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise ConfigError(message)
+
+    positive = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim q_lora_rank o_groups "
+        "o_lora_rank moe_intermediate_size n_routed_experts num_experts_per_tok index_n_heads index_head_dim index_topk "
+        "sliding_window hc_mult hc_sinkhorn_iters max_position_embeddings"
+    )
+    for name in positive.split():
+        need(getattr(cfg, name) >= 1, f"{name} is {getattr(cfg, name)}, but it must be at least 1.")
+    for name in ("hc_eps", "rms_norm_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor"):
+        need(getattr(cfg, name) > 0, f"{name} is {getattr(cfg, name)}, but it must be above 0.")
+    need(cfg.swiglu_limit >= 0, f"swiglu_limit is {cfg.swiglu_limit}; use 0 (no clamp) or a positive limit.")
+    need(
+        0 <= cfg.num_hash_layers <= cfg.num_hidden_layers,
+        f"num_hash_layers is {cfg.num_hash_layers}, but it must lie between 0 and num_hidden_layers={cfg.num_hidden_layers}.",
+    )
+    need(cfg.num_nextn_predict_layers >= 0, f"num_nextn_predict_layers is {cfg.num_nextn_predict_layers}; use 0 or more.")
+    r = cfg.qk_rope_head_dim
+    need(r % 2 == 0, f"qk_rope_head_dim is {r}, but rope rotates pairs of channels; make it even.")
+    need(r <= cfg.head_dim, f"qk_rope_head_dim {r} is wider than head_dim {cfg.head_dim}; a head must contain its rope part.")
+    need(
+        cfg.num_attention_heads % cfg.o_groups == 0,
+        f"num_attention_heads {cfg.num_attention_heads} does not divide into o_groups {cfg.o_groups} equal groups.",
+    )
+    need(
+        cfg.num_experts_per_tok <= cfg.n_routed_experts,
+        f"num_experts_per_tok {cfg.num_experts_per_tok} is more than n_routed_experts {cfg.n_routed_experts}.",
+    )
+    need(
+        len(cfg.compress_ratios) >= cfg.num_hidden_layers,
+        f"compress_ratios has {len(cfg.compress_ratios)} entries for num_hidden_layers={cfg.num_hidden_layers}; "
+        "give one per layer (and one per MTP module).",
+    )
+    for i, ratio in enumerate(cfg.compress_ratios):
+        need(
+            isinstance(ratio, int) and not isinstance(ratio, bool) and (ratio == 0 or ratio >= 2),
+            f"compress_ratios[{i}] is {ratio!r}; use 0 (window only), 4 (CSA) or a larger block length such as 128 (HCA).",
+        )
+    if any(spec.has_indexer for spec in (*cfg.layers, *cfg.mtp_layers)):
+        d = cfg.index_head_dim
+        need(d & (d - 1) == 0, f"index_head_dim is {d}, but the indexer's Hadamard rotation needs a power of two.")
+        need(r <= d, f"qk_rope_head_dim {r} is wider than index_head_dim {d}; index keys carry the same rope part.")
+    for spec in cfg.mtp_layers:
+        need(spec.compress_ratio == 0, "An MTP module is window only in V4; the last entries of compress_ratios must be 0.")
+    if cfg.activation_rounding not in ("none", "v4"):
+        raise ConfigError(f"activation_rounding is {cfg.activation_rounding!r}; use 'none' or 'v4'.")

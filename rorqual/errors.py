@@ -1,0 +1,66 @@
+"""Every error a user or a file can cause, in one tree.
+
+    RorqualError
+    ├── ConfigError        a model or run configuration that cannot work
+    ├── CheckpointError    files that are missing, damaged or of another shape
+    ├── CacheError         a sequence state asked for something it does not hold
+    ├── DataError          a corpus or dataset that cannot be read or used
+    ├── RequestError       a request to the engine or server (carries an HTTP status)
+    ├── SandboxError       a sandbox that cannot be made or used
+    └── MissingExtraError  an optional package is not installed
+
+A message has three parts: what happened, with values; why it cannot go on; what to do.
+`assert` is kept for our own mistakes.
+"""
+
+
+class RorqualError(Exception):
+    """Base of everything Rorqual raises on purpose."""
+
+
+class ConfigError(RorqualError, ValueError):
+    """A model or run configuration that cannot work."""
+
+
+class CheckpointError(RorqualError):
+    """A checkpoint that is missing, damaged, or does not fit the configuration."""
+
+
+class CacheError(RorqualError):
+    """A sequence state was asked for something it no longer (or never) held."""
+
+
+class DataError(RorqualError):
+    """A corpus or dataset that cannot be read or used."""
+
+
+class RequestError(RorqualError):
+    """A request that the engine or server refuses.
+
+    Attributes: `status` (HTTP), `type`, `param` (the field at fault) and `code`, as in the error body of the
+    OpenAI-style APIs (`{"error": {"message", "type", "param", "code"}}`).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.type = type
+        self.param = param
+        self.code = code if code is not None else type
+
+
+class SandboxError(RorqualError):
+    """A sandbox that cannot be made, reached or used."""
+
+
+class MissingExtraError(RorqualError, ImportError):
+    """An optional package is absent; the message names the extra that brings it."""

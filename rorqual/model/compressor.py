@@ -1,0 +1,81 @@
+"""Compressor: turns the hidden states of a block of m tokens into one cache entry.
+
+CSA (m = 4) pools two blocks, the previous one through the first half of its channels and the current one through the
+second half; HCA pools its own block only. Source: V4 report section 2.3; architecture section 2.4.
+
+B batch, S tokens, D hidden, E entries completed in this call, K entry width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.config import LayerSpec, ModelConfig
+from rorqual.model.layout import EntryPlan, Layout
+from rorqual.model.linear import Linear, RMSNorm
+from rorqual.model.state import Pending
+from rorqual.ops.compress import pool
+from rorqual.ops.rope import apply_rope, rope_table
+
+
+class Compressor(nn.Module):
+    """Pools blocks of `ratio` tokens into entries of width `width`; fp32 projections and sums, as in the checkpoint's code."""
+
+    def __init__(self, cfg: ModelConfig, spec: LayerSpec, width: int) -> None:
+        super().__init__()
+        self.ratio, self.overlap, self.width = spec.compress_ratio, spec.overlap, width
+        channels = width * (2 if self.overlap else 1)
+        self.wkv = Linear(cfg.hidden_size, channels)
+        self.wgate = Linear(cfg.hidden_size, channels)
+        self.ape = nn.Parameter(torch.empty(self.ratio, channels, dtype=torch.float32))
+        self.norm = RMSNorm(width, cfg.rms_norm_eps)
+
+    def forward(self, x: Tensor, layout: Layout, frequencies: Tensor, pending: Pending | None = None) -> Tensor | None:
+        """Entries that this call completes, after norm and rope: x [B, S, D] -> [B, E, K] in x's dtype, None when E is 0.
+
+        With `pending` the open block of earlier calls takes part, and this call's tokens are remembered there.
+        """
+        plan = layout.entries(self.ratio)
+        if plan.count == 0 and pending is None:
+            return None
+        kv = self.wkv(x.float())
+        score = self.wgate(x.float()) + self.ape[layout.positions % self.ratio]
+        entries = None
+        if plan.count:
+            index = self._slots(plan, layout, 0 if pending is None else pending.size)
+            pooled = pool(self._gather(kv, index, None if pending is None else pending.kv), self._scores(score, index, plan, pending))
+            entries = apply_rope(self.norm(pooled.to(x.dtype)), rope_table(plan.first, frequencies))
+        if pending is not None:
+            pending.write(kv, score, layout)
+        return entries
+
+    def _slots(self, plan: EntryPlan, layout: Layout, ring: int) -> Tensor:
+        """Where each entry's slots lie, as rows of [ring ; this call] (halves apart for CSA): int64 [B, E, slots]."""
+        offset = torch.arange(self.ratio, device=layout.device) - (self.ratio - 1)
+        token = plan.ends.unsqueeze(-1) + offset  # index within this call; negative: in the ring
+        if self.overlap:
+            token = torch.cat([token - self.ratio, token], -1)
+        if ring:
+            start = torch.tensor(layout.start, device=layout.device)[:, None, None]
+            index = torch.where(token >= 0, token + ring, (token + start) % ring)
+        else:
+            index = token.clamp_min(0)
+        rows = torch.arange(layout.batch_size, device=layout.device)[:, None, None]
+        index = index + rows * (ring + layout.num_tokens)
+        if self.overlap:  # view a token's two halves as rows 2i and 2i + 1
+            half = torch.arange(2 * self.ratio, device=layout.device) // self.ratio
+            index = index * 2 + half
+        return index
+
+    def _gather(self, values: Tensor, index: Tensor, ring: Tensor | None) -> Tensor:
+        """[B, S, channels] (and the ring before it) -> fp32 [B, E, slots, K]."""
+        source = values if ring is None else torch.cat([ring, values], 1)
+        return F.embedding(index, source.reshape(-1, self.width))
+
+    def _scores(self, score: Tensor, index: Tensor, plan: EntryPlan, pending: Pending | None) -> Tensor:
+        """Slot scores, -inf for the previous block where there is none."""
+        scores = self._gather(score, index, None if pending is None else pending.score)
+        if not self.overlap:
+            return scores
+        absent = (~plan.has_previous).unsqueeze(-1) & (torch.arange(2 * self.ratio, device=score.device) < self.ratio)
+        return scores.masked_fill(absent.unsqueeze(-1), float("-inf"))

@@ -1,0 +1,123 @@
+"""Lightning indexer of a CSA layer: scores the compressed entries and picks the top k for each query.
+
+Scores only select, so the language-model loss gives the indexer no gradient; its own loss pulls the softmax of its scores
+towards the attention mass that the layer's heads put on the entries. Source: V4 report section 2.3.1; loss after V3.2
+(training section 7.2).
+
+B batch, S tokens, D hidden, Q query rank, J index heads, K index width, C entries.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rorqual.config import LayerSpec, ModelConfig
+from rorqual.model.compressor import Compressor
+from rorqual.model.layout import Layout
+from rorqual.model.linear import Linear
+from rorqual.model.state import LayerState
+from rorqual.ops.hadamard import hadamard
+from rorqual.ops.index_topk import index_scores, select_entries
+from rorqual.ops.rounding import round_index_fp4
+from rorqual.ops.rope import apply_rope
+from rorqual.ops.sparse_attention import BLOCK_BUDGET, Visible, entry_mass
+
+
+class Indexer(nn.Module):
+    """Index queries from the shared query latent, index keys from an own compressor of width `index_head_dim`."""
+
+    def __init__(self, cfg: ModelConfig, spec: LayerSpec) -> None:
+        super().__init__()
+        self.heads, self.width, self.top_k = cfg.index_n_heads, cfg.index_head_dim, cfg.index_topk
+        self.rounding = cfg.activation_rounding == "v4"
+        self.scale = self.width**-0.5 * self.heads**-0.5
+        self.wq_b = Linear(cfg.q_lora_rank, self.heads * self.width)
+        self.weights_proj = Linear(cfg.hidden_size, self.heads)
+        self.compressor = Compressor(cfg, spec, self.width)
+
+    def keys(self, x: Tensor, layout: Layout, frequencies: Tensor, state: LayerState | None) -> Tensor | None:
+        """All index keys up to this call, rotated: [B, C, K]; None when there is none yet."""
+        new = self.compressor(x, layout, frequencies, None if state is None else state.index_pending)
+        if new is not None:
+            new = self._rotate(new)
+        if state is None:
+            return new
+        return state.append("index_keys", new, layout.entries(self.compressor.ratio))
+
+    def queries(self, x: Tensor, latent: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, D], latent [B, S, Q] (after q_norm) -> queries [B, S, J, K] and head weights [B, S, J]."""
+        q = self.wq_b(latent).unflatten(-1, (self.heads, self.width))
+        return self._rotate(apply_rope(q, table.unsqueeze(-2))), self.weights_proj(x) * self.scale
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        x = hadamard(x)
+        return round_index_fp4(x) if self.rounding else x
+
+    def _blocks(self, batch_size: int, num_tokens: int, num_entries: int) -> Iterator[tuple[int, int]]:
+        step = max(1, BLOCK_BUDGET // (batch_size * self.heads * max(1, num_entries)))
+        for lo in range(0, num_tokens, step):
+            yield lo, min(num_tokens, lo + step)
+
+    @torch.no_grad()
+    def select(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible) -> Visible:
+        """Narrow `visible` to the top k entries per query; scores are computed in blocks of queries."""
+        picks = []
+        for lo, hi in self._blocks(q.shape[0], q.shape[1], keys.shape[1]):
+            scores = index_scores(q[:, lo:hi], weights[:, lo:hi], keys)
+            mask = visible.mask(lo, hi, keys.shape[1])
+            if mask is not None:
+                scores.masked_fill_(~mask, float("-inf"))
+            picks.append(select_entries(scores, self.top_k))
+        return Visible(visible.end, visible.start, torch.cat(picks, 1))
+
+    def loss(  # noqa: PLR0913
+        self, index_q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, all_visible: Visible,
+        q: Tensor, lse: Tensor, entries: Tensor, scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """KL(attention mass on the used entries ‖ softmax of index scores on them), mean over queries that see an entry.
+
+        `visible` is what attention used (all entries in the dense stage, the picks afterwards); q [B, S, H, K], lse
+        [B, S, H] and entries are the layer's attention, taken as constants. Also returns the recall of the top k among
+        `all_visible`: the share of mass they catch, over queries that see more than k entries (nan when none does).
+        """
+        q, lse, entries = q.detach(), lse.detach(), entries.detach()
+        blocks = list(self._blocks(q.shape[0], q.shape[1], keys.shape[1]))
+
+        def block(index_q: Tensor, weights: Tensor, keys: Tensor, lo: int, hi: int) -> Tensor:
+            mask = visible.mask(lo, hi, keys.shape[1])
+            every = all_visible.mask(lo, hi, keys.shape[1])
+            scores = index_scores(index_q[:, lo:hi], weights[:, lo:hi], keys)
+            with torch.no_grad():
+                mass = entry_mass(q[:, lo:hi], lse[:, lo:hi], entries, every, scale)
+                recall = self._recall(scores, mass, every)
+                mass = mass if mask is None else mass.masked_fill(~mask, 0)
+                target = mass / mass.sum(-1, keepdim=True).clamp_min(1e-20)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -1e30)
+            log_ratio = target.clamp_min(1e-20).log() - scores.log_softmax(-1)
+            seen = mass.sum(-1) > 0
+            return torch.stack([(target * log_ratio).sum(), seen.sum().float(), *recall])
+
+        parts = []
+        for lo, hi in blocks:
+            if len(blocks) > 1 and torch.is_grad_enabled():
+                parts.append(checkpoint(block, index_q, weights, keys, lo, hi, use_reentrant=False))
+            else:
+                parts.append(block(index_q, weights, keys, lo, hi))
+        total = torch.stack(parts).sum(0)
+        return total[0] / total[1].clamp_min(1), (total[2] / total[3]).detach()
+
+    def _recall(self, scores: Tensor, mass: Tensor, every: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Summed recall of the top k and the number of queries it was taken over."""
+        if scores.shape[-1] <= self.top_k:
+            return scores.new_zeros(()), scores.new_zeros(())
+        if every is not None:
+            scores = scores.masked_fill(~every, float("-inf"))
+        picks = select_entries(scores, self.top_k)
+        caught = mass.gather(-1, picks.clamp_min(0)).masked_fill(picks < 0, 0).sum(-1) / mass.sum(-1).clamp_min(1e-20)
+        if every is None:
+            return caught.sum(), torch.tensor(float(caught.numel()), device=caught.device)
+        choice = (every.sum(-1) > self.top_k).expand(caught.shape)
+        return caught.masked_fill(~choice, 0).sum(), choice.sum().float()

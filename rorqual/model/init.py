@@ -1,0 +1,39 @@
+"""Initial weights: a standard pre-norm residual network at step 0. Source: training section 3 (inferred recipe)."""
+
+import math
+
+import torch
+from torch import nn
+
+from rorqual.seeds import derive
+
+DIAGONAL = 4.0
+"""Static bias of the residual mix's diagonal: Sinkhorn turns it into about 0.95 of a stream staying in place."""
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int = 0) -> None:
+    """Draw every parameter of a `Transformer` from streams named by parameter, so that adding one shifts no other."""
+    cfg = model.cfg  # type: ignore[union-attr]
+    n = cfg.hc_mult
+    std = cfg.initializer_range
+    depth = math.sqrt(2 * cfg.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator(device="cpu").manual_seed(derive(seed, "init", name))
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf.endswith("_base"):
+            parameter.fill_(0.0)
+            parameter[:n] = -math.log(n - 1) if n > 1 else 0.0  # sigmoid = 1/n: the mean of the streams
+            if parameter.shape[0] > n:
+                parameter[2 * n :].view(n, n).fill_diagonal_(DIAGONAL)
+        elif leaf.startswith("hc_") and leaf.endswith("_scale"):
+            parameter.fill_(0.01)
+        elif leaf in ("attn_sink", "ape"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            values = torch.randn(parameter.shape, generator=generator) * std
+            if ".wo_b." in name or name.endswith(("experts.w2", "shared_experts.w2.weight")):
+                values /= depth
+            parameter.copy_(values)

@@ -1,0 +1,350 @@
+"""Everything a sequence must remember, in four named parts.
+
+* window: the last keys, a ring (token t in slot t mod R);
+* entries: compressed entries of CSA and HCA layers, growing by one per m tokens;
+* index keys: the indexer's compressed keys of CSA layers;
+* pending: projections of tokens whose block is not complete (and, for CSA, of the previous block), a ring.
+
+The rings are longer than the network needs by `rewind` tokens, so that a state can be cut back exactly: entries of
+dropped tokens are hidden by the visibility rule until rewritten. Source: architecture sections 2.10 and 2.11.
+
+B batch rows, R ring slots, K head width, C entries.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rorqual.config import LayerSpec, ModelConfig
+from rorqual.errors import CacheError
+from rorqual.model.layout import EntryPlan, Layout
+
+if TYPE_CHECKING:
+    from rorqual.model.transformer import Transformer
+
+_MAGIC = b"rorqual-state-1\n"
+_DIGEST = 16
+
+
+def _ring_write(ring: Tensor, values: Tensor, layout: Layout) -> None:
+    """Store the last valid tokens of this call at their position modulo the ring's size."""
+    size = ring.shape[1]
+
+    def slots(start: int, count: int) -> tuple[Tensor, int]:
+        keep = min(count, size)
+        return torch.arange(start + count - keep, start + count, device=ring.device) % size, count - keep
+
+    if layout.same_start and not layout.ragged:
+        index, skip = slots(layout.start[0], layout.num_tokens)
+        ring.index_copy_(1, index, values[:, skip:].to(ring.dtype))
+        return
+    for row, (start, count) in enumerate(zip(layout.start, layout.lengths, strict=True)):
+        index, skip = slots(start, count)
+        ring[row].index_copy_(0, index, values[row, skip:count].to(ring.dtype))
+
+
+@dataclass
+class Pending:
+    """Compressor projections of recent tokens: `kv` and `score` (ape added), fp32 [B, R, channels]."""
+
+    kv: Tensor
+    score: Tensor
+
+    @property
+    def size(self) -> int:
+        """Slots of the ring."""
+        return self.kv.shape[1]
+
+    def write(self, kv: Tensor, score: Tensor, layout: Layout) -> None:
+        """Remember this call's tokens."""
+        _ring_write(self.kv, kv, layout)
+        _ring_write(self.score, score, layout)
+
+
+@dataclass
+class LayerState:
+    """One layer's memory. `entries` [B, capacity, K] and `index_keys` are present only where the layer has them."""
+
+    window: Tensor
+    entries: Tensor | None = None
+    index_keys: Tensor | None = None
+    pending: Pending | None = None
+    index_pending: Pending | None = None
+
+    def past_window(self, layout: Layout, count: int) -> Tensor:
+        """The `count` keys before this call, oldest first: [B, count, K]; places before position 0 hold anything."""
+        size = self.window.shape[1]
+        back = torch.arange(-count, 0, device=self.window.device)
+        if layout.same_start:
+            return self.window.index_select(1, (back + layout.start[0]) % size)
+        start = torch.tensor(layout.start, device=self.window.device).unsqueeze(-1)
+        rows = torch.arange(layout.batch_size, device=self.window.device).unsqueeze(-1)
+        return self.window[rows, (back + start) % size]
+
+    def write_window(self, kv: Tensor, layout: Layout) -> None:
+        """Put this call's keys into the ring."""
+        _ring_write(self.window, kv, layout)
+
+    def append(self, part: str, new: Tensor | None, plan: EntryPlan) -> Tensor | None:
+        """Store entries completed in this call; returns all of them, [B, plan.total, K], None while there is none."""
+        stored: Tensor = getattr(self, part)
+        if plan.total > stored.shape[1]:
+            capacity = max(plan.total, 2 * stored.shape[1], 16)
+            grown = stored.new_zeros(stored.shape[0], capacity, stored.shape[2])
+            grown[:, : stored.shape[1]] = stored
+            setattr(self, part, grown)
+            stored = grown
+        if new is not None:
+            if len(set(plan.base)) == 1 and min(plan.counts) == plan.count:
+                stored[:, plan.base[0] : plan.base[0] + plan.count] = new
+            else:
+                for row, (base, count) in enumerate(zip(plan.base, plan.counts, strict=True)):
+                    stored[row, base : base + count] = new[row, :count]
+        return stored[:, : plan.total] if plan.total else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by a dotted name."""
+        out = {"window": self.window}
+        for name in ("entries", "index_keys"):
+            if getattr(self, name) is not None:
+                out[name] = getattr(self, name)
+        for name in ("pending", "index_pending"):
+            part = getattr(self, name)
+            if part is not None:
+                out[f"{name}.kv"], out[f"{name}.score"] = part.kv, part.score
+        return out
+
+    def map(self, function: Any) -> "LayerState":
+        """A copy with `function` applied to every tensor."""
+        t = {name: function(value) for name, value in self.tensors().items()}
+
+        def pending(name: str) -> Pending | None:
+            return Pending(t[f"{name}.kv"], t[f"{name}.score"]) if f"{name}.kv" in t else None
+
+        return LayerState(t["window"], t.get("entries"), t.get("index_keys"), pending("pending"), pending("index_pending"))
+
+
+def _new_layer(cfg: ModelConfig, spec: LayerSpec, batch: int, rewind: int, like: Tensor) -> LayerState:
+    def zeros(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
+        return torch.zeros(batch, *shape, dtype=dtype, device=like.device)
+
+    def pending(width: int) -> Pending:
+        ratio, channels = spec.compress_ratio, width * (2 if spec.overlap else 1)
+        size = ratio - 1 + (ratio if spec.overlap else 0) + rewind
+        return Pending(zeros(size, channels, dtype=torch.float32), zeros(size, channels, dtype=torch.float32))
+
+    state = LayerState(window=zeros(max(1, cfg.sliding_window - 1) + rewind, cfg.head_dim))
+    if spec.compress_ratio:
+        state.entries, state.pending = zeros(0, cfg.head_dim), pending(cfg.head_dim)
+    if spec.has_indexer:
+        state.index_keys, state.index_pending = zeros(0, cfg.index_head_dim), pending(cfg.index_head_dim)
+    return state
+
+
+@dataclass
+class _Snapshot:
+    lengths: list[int]
+    data: bytes
+
+
+@dataclass
+class State:
+    """The memory of a batch of sequences; rows advance independently.
+
+    Made by `Transformer.new_state`. `rewind` is how many tokens each row can always be cut back exactly.
+    """
+
+    model: "Transformer"
+    rewind: int
+    layers: list[LayerState]
+    lengths: list[int]
+    tokens: Tensor
+    """Token ids seen so far, int32 [B, capacity]: what a rewind behind the margin recomputes from."""
+    floor: list[int]
+    """Per row, the shortest length the rings can still be cut back to."""
+    snapshots: list[_Snapshot] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, model: "Transformer", batch_size: int, rewind: int) -> "State":
+        """A state that has seen nothing. Raises CacheError for a negative rewind or an empty batch."""
+        if batch_size < 1 or rewind < 0:
+            raise CacheError(
+                f"new_state(batch_size={batch_size}, rewind={rewind}): a state needs at least one row and a rewind margin "
+                "of 0 or more tokens."
+            )
+        like = model.embed.weight
+        layers = [_new_layer(model.cfg, spec, batch_size, rewind, like) for spec in model.cfg.layers]
+        tokens = torch.zeros(batch_size, 0, dtype=torch.int32, device=like.device)
+        return cls(model, rewind, layers, [0] * batch_size, tokens, [0] * batch_size)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return len(self.lengths)
+
+    def advance(self, tokens: Tensor, layout: Layout) -> None:
+        """Account for a call that every layer has stored; called by the model."""
+        need = max(s + n for s, n in zip(layout.start, layout.lengths, strict=True))
+        if need > self.tokens.shape[1]:
+            grown = self.tokens.new_zeros(self.batch_size, max(need, 2 * self.tokens.shape[1], 64))
+            grown[:, : self.tokens.shape[1]] = self.tokens
+            self.tokens = grown
+        for row, (start, count) in enumerate(zip(layout.start, layout.lengths, strict=True)):
+            self.tokens[row, start : start + count] = tokens[row, :count]
+            self.lengths[row] = start + count
+            self.floor[row] = max(self.floor[row], start + count - self.rewind)
+
+    def truncate(self, length: int | Sequence[int]) -> None:
+        """Forget all tokens from `length` on (one number for all rows, or one per row).
+
+        Exact down to `floor` (at least `rewind` tokens behind the longest length reached). Further back the nearest
+        earlier snapshot of this state is restored and the rest recomputed. Raises CacheError when there is none, or
+        when a row is shorter than asked; nothing has changed then.
+        """
+        wanted = [length] * self.batch_size if isinstance(length, int) else list(length)
+        if len(wanted) != self.batch_size or any(not 0 <= w <= n for w, n in zip(wanted, self.lengths, strict=True)):
+            raise CacheError(
+                f"truncate({length}) on a state of lengths {self.lengths}: a row can only be cut to a length between 0 and "
+                "its own. Give one length that every row has, or one per row."
+            )
+        rebuilt: dict[int, State] = {}
+        for row, target in enumerate(wanted):
+            if 0 < target < self.floor[row]:
+                rebuilt[row] = self._recompute(row, target)
+        for row, target in enumerate(wanted):
+            if row in rebuilt:
+                self.put_row(row, rebuilt[row])
+            elif target == 0:
+                self.floor[row] = 0
+            self.lengths[row] = target
+        self.snapshots = [
+            s for s in self.snapshots if all(a <= b for a, b in zip(s.lengths, self.lengths, strict=True))
+        ]
+
+    def _recompute(self, row: int, target: int) -> "State":
+        """A one-row state of `target` tokens, from the nearest snapshot of this row at or before it."""
+        usable = [s for s in self.snapshots if s.lengths[row] <= target]
+        if not usable:
+            raise CacheError(
+                f"Row {row} holds {self.lengths[row]} tokens and can be cut back exactly to {self.floor[row]}, not to {target}: "
+                f"its rings keep only {self.rewind} tokens of margin and no snapshot was taken at or before {target}. "
+                "Call state.snapshot() earlier, use a larger new_state(rewind=...), or start from a new state."
+            )
+        best = max(usable, key=lambda s: s.lengths[row])
+        state = restore(self.model, best.data).rows([row])
+        missing = self.tokens[row : row + 1, best.lengths[row] : target].long()
+        if missing.shape[1]:
+            with torch.no_grad():
+                self.model.forward_streams(missing, state=state)
+        return state
+
+    def rows(self, rows: Sequence[int]) -> "State":
+        """A copy of some rows (in that order, repeats allowed) as a state of its own."""
+        index = torch.tensor(list(rows), device=self.tokens.device)
+        return State(
+            self.model, self.rewind,
+            [layer.map(lambda t: t.index_select(0, index)) for layer in self.layers],
+            [self.lengths[r] for r in rows],
+            self.tokens.index_select(0, index),
+            [self.floor[r] for r in rows],
+        )  # fmt: skip
+
+    def put_row(self, row: int, other: "State") -> None:
+        """Replace one row by the only row of `other` (same model and rewind)."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for name, value in theirs.tensors().items():
+                target = mine.tensors()[name]
+                if value.shape[1] > target.shape[1]:  # entries may have other capacities
+                    grown = target.new_zeros(target.shape[0], value.shape[1], target.shape[2])
+                    grown[:, : target.shape[1]] = target
+                    setattr(mine, name, grown)
+                    target = grown
+                target[row, : value.shape[1]] = value[0]
+        count = other.lengths[0]
+        self.tokens[row, :count] = other.tokens[0, :count]
+        self.lengths[row], self.floor[row] = count, other.floor[0]
+
+    def fork(self) -> "State":
+        """An independent copy: what happens to one never shows in the other."""
+        copy = self.rows(range(self.batch_size))
+        copy.snapshots = list(self.snapshots)
+        return copy
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held by each part: window, entries, index_keys, pending, and their total."""
+        out = {"window": 0, "entries": 0, "index_keys": 0, "pending": 0}
+        for layer in self.layers:
+            for name, value in layer.tensors().items():
+                out["pending" if "pending" in name else name] += value.nbytes
+        return {**out, "total": sum(out.values())}
+
+    def snapshot(self) -> bytes:
+        """The state as bytes for `Transformer.restore`; this state also remembers it as a point to rewind to.
+
+        Holds rings, entries and token ids, a digest against damage and the configuration's fingerprint, no weights.
+        """
+        tensors = {"tokens": self.tokens[:, : max(self.lengths)].contiguous()}
+        for i, (layer, spec) in enumerate(zip(self.layers, self.model.cfg.layers, strict=True)):
+            for name, value in layer.tensors().items():
+                if name in ("entries", "index_keys"):
+                    value = value[:, : max(self.lengths) // spec.compress_ratio]
+                tensors[f"{i}.{name}"] = value.contiguous()
+        meta = {
+            "lengths": ",".join(map(str, self.lengths)),
+            "floor": ",".join(map(str, self.floor)),
+            "rewind": str(self.rewind),
+            "model": fingerprint(self.model.cfg),
+        }
+        payload = safetensors.torch.save(tensors, meta)
+        data = _MAGIC + hashlib.blake2b(payload, digest_size=_DIGEST).digest() + payload
+        self.snapshots.append(_Snapshot(list(self.lengths), data))
+        return data
+
+
+def fingerprint(cfg: ModelConfig) -> str:
+    """Identifies what a state depends on: the configuration without `extra`."""
+    settings = sorted((f.name, repr(getattr(cfg, f.name))) for f in dataclasses.fields(cfg) if f.name != "extra")
+    return hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
+
+
+def restore(model: "Transformer", data: bytes) -> State:
+    """Rebuild a state from `State.snapshot` bytes. Raises CacheError when they are damaged or of another model."""
+    head = len(_MAGIC) + _DIGEST
+    if data[: len(_MAGIC)] != _MAGIC:
+        raise CacheError("These bytes are not a Rorqual state snapshot (wrong header). Pass what State.snapshot() returned.")
+    payload = bytes(data[head:])
+    if hashlib.blake2b(payload, digest_size=_DIGEST).digest() != data[len(_MAGIC) : head]:
+        raise CacheError(
+            f"The state snapshot of {len(data)} bytes is damaged: its checksum does not match. "
+            "Take a new snapshot, or prefill the prompt again."
+        )
+    length = int.from_bytes(payload[:8], "little")
+    meta: dict[str, str] = json.loads(payload[8 : 8 + length])["__metadata__"]
+    if meta["model"] != fingerprint(model.cfg):
+        raise CacheError(
+            "The state snapshot belongs to a model of another configuration, so its entries mean nothing here. "
+            "Restore it with the model that took it."
+        )
+    tensors = {k: v.to(model.embed.weight.device) for k, v in safetensors.torch.load(payload).items()}
+    layers = []
+    for i in range(len(model.cfg.layers)):
+        part = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
+
+        def pending(name: str, part: dict[str, Tensor] = part) -> Pending | None:
+            return Pending(part[f"{name}.kv"], part[f"{name}.score"]) if f"{name}.kv" in part else None
+
+        layers.append(
+            LayerState(part["window"], part.get("entries"), part.get("index_keys"), pending("pending"), pending("index_pending"))
+        )
+    lengths = [int(n) for n in meta["lengths"].split(",")]
+    floor = [int(n) for n in meta["floor"].split(",")]
+    state = State(model, int(meta["rewind"]), layers, lengths, tensors["tokens"], floor)
+    state.snapshots.append(_Snapshot(list(lengths), bytes(data)))
+    return state

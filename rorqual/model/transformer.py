@@ -1,0 +1,172 @@
+"""The network: embedding, layers over n residual streams, HC head, final norm, output head, MTP.
+
+Source: V4 report section 2; numerics and order as in the checkpoint's inference code (architecture section 2).
+
+B batch, S tokens, N streams, D hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.config import ModelConfig
+from rorqual.errors import CacheError, RequestError
+from rorqual.model.block import Block
+from rorqual.model.hyper_connections import hc_head, hc_head_parameters
+from rorqual.model.init import init_weights
+from rorqual.model.layout import Layout
+from rorqual.model.linear import RMSNorm
+from rorqual.model.mtp import MTPModule
+from rorqual.model.state import State, restore
+from rorqual.model.trace import Trace
+from rorqual.ops.rope import rope_table
+
+
+class Embedding(nn.Module):
+    """A [V, D] table: input rows, or the weight of the output head."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V4 network. Parameter names are the official checkpoint's, routed experts stacked per layer.
+
+    `seed` decides the initial weights (training section 3); on the meta device none are drawn.
+    """
+
+    def __init__(self, cfg: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embed = Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Block(cfg, spec, f"layers.{spec.index}") for spec in cfg.layers)
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.head = Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hc_head_parameters(cfg)
+        self.mtp = nn.ModuleList(MTPModule(cfg, spec, f"mtp.{j}") for j, spec in enumerate(cfg.mtp_layers))
+        if self.embed.weight.device.type != "meta":
+            init_weights(self, seed)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        segment_ids: Tensor | None = None,
+        state: State | None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        """Logits fp32 [B, S, V] of token ids int64 [B, S].
+
+        `lengths`: valid tokens per row, the rest right padding (logits there mean nothing). `segment_ids` [B, S]: packed
+        documents that do not see each other. `state`: earlier tokens take part, and these are added to it; any way of
+        cutting a sequence into calls gives the logits of one full pass. `trace`: what to record (see `Trace`).
+        Raises RequestError for ids outside the vocabulary or shapes that do not fit, CacheError for a foreign state.
+        """
+        return self.logits(
+            self.final_hidden(
+                self.forward_streams(tokens, lengths=lengths, segment_ids=segment_ids, state=state, trace=trace)
+            )
+        )
+
+    def forward_streams(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        segment_ids: Tensor | None = None,
+        state: State | None = None,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        """The streams after the last layer, [B, S, N, D]; arguments as in `forward`."""
+        layout = self._layout(tokens, lengths, segment_ids, state)
+        streams = F.embedding(tokens, self.embed.weight).unsqueeze(-2).expand(-1, -1, self.cfg.hc_mult, -1)
+        streams = streams.contiguous()
+        tables: dict[bool, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            assert isinstance(layer, Block)
+            compressed = layer.spec.compress_ratio > 0
+            if compressed not in tables:
+                tables[compressed] = rope_table(layout.positions, layer.attn.frequencies)
+            memory = None if state is None else state.layers[i]
+            streams = layer(streams, tokens, layout, tables[compressed], memory, trace)
+        if state is not None:
+            state.advance(tokens, layout)
+        return streams
+
+    def final_hidden(self, streams: Tensor) -> Tensor:
+        """HC head and final norm: [B, S, N, D] -> [B, S, D]."""
+        return self.norm(hc_head(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.cfg))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output head in fp32: [..., D] -> [..., V]."""
+        return hidden.float() @ self.head.weight.float().t()
+
+    def mtp_streams(
+        self,
+        streams: Tensor,
+        next_tokens: Tensor,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        segment_ids: Tensor | None = None,
+        trace: Trace | None = None,
+        depth: int = 0,
+    ) -> Tensor:
+        """MTP module `depth` on the streams of `forward_streams` [B, S, N, D] and token i + 1 of each row [B, S].
+
+        `mtp_hidden` and `logits` then give the prediction of token i + 2. Raises RequestError without such a module.
+        """
+        if depth >= len(self.mtp):
+            raise RequestError(
+                f"MTP module {depth} was asked for, but this model has {len(self.mtp)}. Load a checkpoint with mtp.* "
+                "tensors (num_nextn_predict_layers), or do without."
+            )
+        module = self.mtp[depth]
+        assert isinstance(module, MTPModule)
+        layout = self._layout(next_tokens, lengths, segment_ids, None)
+        table = rope_table(layout.positions, module.attn.frequencies)
+        return module.draft(streams, F.embedding(next_tokens, self.embed.weight), next_tokens, layout, table, trace)
+
+    def mtp_hidden(self, streams: Tensor, depth: int = 0) -> Tensor:
+        """[B, S, N, D] -> [B, S, D], ready for `logits`."""
+        module = self.mtp[depth]
+        assert isinstance(module, MTPModule)
+        return module.hidden(streams)
+
+    def new_state(self, batch_size: int = 1, rewind: int = 128) -> State:
+        """An empty state for `batch_size` sequences that can be cut back `rewind` tokens exactly at any time."""
+        return State.empty(self, batch_size, rewind)
+
+    def restore(self, snapshot: bytes) -> State:
+        """The state that `State.snapshot` saved. Raises CacheError for damaged bytes or another model's."""
+        return restore(self, snapshot)
+
+    def _layout(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | Sequence[int] | None,
+        segment_ids: Tensor | None,
+        state: State | None,
+    ) -> Layout:
+        if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[0] < 1:
+            raise RequestError(
+                f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; give int64 ids of shape [batch, length]."
+            )
+        if state is not None and (state.model is not self or state.batch_size != tokens.shape[0]):
+            raise CacheError(
+                f"The state has {state.batch_size} rows"
+                + ("" if state.model is self else " and belongs to another model")
+                + f", the call has {tokens.shape[0]}. Make one with model.new_state(batch_size={tokens.shape[0]})."
+            )
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.cfg.vocab_size:
+            raise RequestError(
+                f"Token ids lie between {int(tokens.min())} and {int(tokens.max())}, but the vocabulary has "
+                f"{self.cfg.vocab_size} ids from 0. The text was probably tokenised with another model's tokenizer."
+            )
+        counts = None if lengths is None else [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+        return Layout(
+            tokens.shape[0], tokens.shape[1], tokens.device, None if state is None else state.lengths, counts, segment_ids
+        )

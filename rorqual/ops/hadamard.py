@@ -1,0 +1,25 @@
+"""Walsh-Hadamard rotation of index queries and keys. Source: checkpoint behaviour (architecture section 2.6)."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=8)
+def hadamard_matrix(size: int) -> Tensor:
+    """Sylvester-Hadamard matrix in natural order, entries (-1)^popcount(a & b), fp32 [size, size]; size a power of two."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    return matrix
+
+
+@lru_cache(maxsize=8)
+def _scaled(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return (hadamard_matrix(size) * size**-0.5).to(device, dtype)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Multiply the last axis (a power of two, K) by the Hadamard matrix times K^(-1/2): an orthogonal rotation."""
+    return x @ _scaled(x.shape[-1], x.device, x.dtype)

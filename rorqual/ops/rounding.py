@@ -1,0 +1,29 @@
+"""The two roundings that V4's released weights expect inside attention, with straight-through gradients.
+
+Source: V4 report (quantisation-aware training of KV entries and of the indexer's query-key path); checkpoint behaviour
+(architecture sections 3.3 and 3.4). Numerics in `ops/quant.py`.
+"""
+
+import math
+
+from torch import Tensor
+
+from rorqual.ops.quant import FP4_GROUP, round_act_fp4, round_act_fp8
+
+KV_GROUP = 64
+
+
+def round_kv_fp8(kv: Tensor, nope_dim: int) -> Tensor:
+    """FP8 round trip of the channels that rope leaves alone, the first `nope_dim`, in groups of 64: [..., K] -> [..., K].
+
+    Narrow heads take the largest group that divides them.
+    """
+    rounded = kv.detach().clone()
+    if nope_dim:
+        rounded[..., :nope_dim] = round_act_fp8(rounded[..., :nope_dim], math.gcd(nope_dim, KV_GROUP))
+    return kv + (rounded - kv).detach()
+
+
+def round_index_fp4(x: Tensor) -> Tensor:
+    """FP4 round trip of all channels of index queries and keys, in groups of 32: [..., K] -> [..., K]."""
+    return x + (round_act_fp4(x.detach(), math.gcd(x.shape[-1], FP4_GROUP)) - x).detach()
