@@ -9,15 +9,17 @@ from torch import Tensor
 @lru_cache(maxsize=8)
 def hadamard_matrix(size: int) -> Tensor:
     """Sylvester-Hadamard matrix in natural order, entries (-1)^popcount(a & b), fp32 [size, size]; size a power of two."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return matrix
+    with torch.inference_mode(False):  # the cached matrix must also serve training
+        matrix = torch.ones(1, 1)
+        while matrix.shape[0] < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+        return matrix
 
 
 @lru_cache(maxsize=8)
 def _scaled(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return (hadamard_matrix(size) * size**-0.5).to(device, dtype)
+    with torch.inference_mode(False):
+        return (hadamard_matrix(size) * size**-0.5).to(device, dtype)
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """Newton–Schulz iteration: the nearest (partial) isometry of a matrix, by matrix products alone.
 
-For X = U S Vᵀ the result approaches U Vᵀ. Each iteration applies the odd polynomial aX + (bA + cA²)X with A = XXᵀ, which
-acts on the singular values alone: s -> a s + b s³ + c s⁵.
+For X = U S Vᵀ the result approaches U Vᵀ. Each iteration applies the odd polynomial aX + (bA + cA²)X with A =
+XXᵀ, which acts on the singular values alone: s -> a s + b s³ + c s⁵.
 
-Source: V4 report, Algorithm 1 ("hybrid" schedule: eight fast steps, then two that pin the values to 1, where the
-polynomial of the last two steps has derivative zero). Left out: per-step optimal coefficients (Polar Express).
+Source: V4 report, Algorithm 1 ("hybrid" schedule: eight fast steps, then two that pin the values to 1, where
+the polynomial of the last two steps has derivative zero). Left out: per-step optimal coefficients (Polar
+Express).
 """
 
 import torch
@@ -17,7 +18,8 @@ PINNED: Coefficients = (2.0, -1.5, 0.5)
 HYBRID: tuple[Coefficients, ...] = (FAST,) * 8 + (PINNED,) * 2
 """V4's schedule: singular values end within 2e-3 of 1 when they start above 1e-4 of the Frobenius norm."""
 FIVE_STEP: tuple[Coefficients, ...] = (FAST,) * 5
-"""The schedule of the first Muon: values end in [0.7, 1.2], so updates come out 10-15% small. For ablations."""
+"""The schedule of the first Muon: values end in [0.7, 1.2], so updates come out 10-15% small. For ablations.
+"""
 
 
 def newton_schulz(
@@ -29,9 +31,9 @@ def newton_schulz(
 ) -> Tensor:
     """Orthogonalise every matrix of a batch.
 
-    Shapes: [..., n, m] -> [..., n, m] in the input's dtype; rows (or columns, whichever are fewer) come out orthonormal.
-    `dtype` is the working precision: float32 on CPUs and bfloat16 on GPUs unless given. `eps` is added to the norm, so
-    an all-zero matrix (an expert that saw no token) gives zeros, not NaN.
+    Shapes: [..., n, m] -> [..., n, m] in the input's dtype; rows (or columns, whichever are fewer) come out
+    orthonormal. `dtype` is the working precision: float32 on CPUs and bfloat16 on GPUs unless given. `eps` is
+    added to the norm, so an all-zero matrix (an expert that saw no token) gives zeros, not NaN.
     """
     n, m = matrices.shape[-2:]
     if dtype is None:

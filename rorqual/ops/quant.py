@@ -71,9 +71,7 @@ def encode_e8m0(scale: Tensor) -> Tensor:
 
 
 def power_of_two_ceil(x: Tensor) -> Tensor:
-    """2^ceil(log2 x) of positive normal fp32 numbers, exactly (from the exponent bits); NaN where x is not
-    finite.
-    """
+    """2^ceil(log2 x) of positive normal fp32 numbers, exact (from their bits); NaN where x is not finite."""
     bits = x.float().contiguous().view(torch.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
     value = (exponent << 23).view(torch.float32)
@@ -96,14 +94,12 @@ def round_e2m1(x: Tensor) -> Tensor:
 
 
 def fp8_scale(amax: Tensor) -> Tensor:
-    """Scale of a group whose largest magnitude is `amax`: 2^ceil(log2(max(amax, 1e-4) / 448)), fp32, same
-    shape.
-    """
+    """Scale of groups of largest magnitude `amax`: 2^ceil(log2(max(amax, 1e-4) / 448)), fp32, same shape."""
     return power_of_two_ceil(amax.float().clamp(min=FP8_AMAX_FLOOR) * (1 / FP8_MAX))
 
 
 def fp4_scale(amax: Tensor) -> Tensor:
-    """Scale of a group whose largest magnitude is `amax`: 2^ceil(log2(max(amax, 6 * 2^-126) / 6)), fp32."""
+    """Scale of groups of largest magnitude `amax`: 2^ceil(log2(max(amax, 6 * 2^-126) / 6)), fp32."""
     return power_of_two_ceil(amax.float().clamp(min=FP4_AMAX_FLOOR) * (1 / FP4_MAX))
 
 
@@ -121,9 +117,7 @@ def quantize_act_fp8(x: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_groups(codes: Tensor, scale: Tensor, group: int = 128) -> Tensor:
-    """Codes or values [..., C] (e4m3, or unpacked e2m1) times scales [..., ceil(C / group)] -> fp32 [...,
-    C].
-    """
+    """Codes [..., C] (e4m3, or e2m1 unpacked) times scales [..., ceil(C / group)] -> fp32 [..., C]."""
     grouped = _split_groups(codes.float(), group) * scale[..., None]
     return _join_groups(grouped, codes.shape[-1])
 

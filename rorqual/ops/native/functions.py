@@ -23,9 +23,9 @@ class HcPre(torch.autograd.Function):
         *lead, n, d = streams.shape
         tokens = streams.numel() // (n * d)
         raw = streams.view(tokens, n * d) @ fn.t()
-        y, pre = streams.new_empty(*lead, d), streams.new_empty(tokens, n)
-        post, comb, rs = streams.new_empty(*lead, n), streams.new_empty(*lead, n, n), streams.new_empty(tokens)
-        call("hc_pre_forward", streams, raw, base, scale, tokens, n, d, iters, norm_eps, eps, y, pre, post, comb, rs)
+        y, rs = streams.new_empty(*lead, d), streams.new_empty(tokens)
+        post, comb = streams.new_empty(*lead, n), streams.new_empty(*lead, n, n)
+        call("hc_pre_forward", streams, raw, base, scale, tokens, n, d, iters, norm_eps, eps, y, post, comb, rs)
         ctx.save_for_backward(streams, fn, base, scale, raw, rs)
         ctx.iters, ctx.eps = iters, eps
         return y, post, comb

@@ -7,72 +7,181 @@
 
 #include <math.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <string.h>
 
 #define MAX_STREAMS 8
+#define MAX_MIX (MAX_STREAMS * (MAX_STREAMS + 2))
 #define MAX_ITERS 64
+#define LANES 16 /* tokens whose small matrices are worked on side by side, one per vector lane */
+#define INLINE static inline __attribute__((always_inline))
 
-static inline float sigmoidf_(float x) { return 1.0f / (1.0f + expf(-x)); }
+/* exp to about 1e-7 relative, written so that compilers vectorise it (calls into libm they do not). */
+INLINE float exp_(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    union {
+        int32_t i;
+        float f;
+    } two_n = {.i = ((int32_t)n + 127) << 23};
+    return p * two_n.f;
+}
 
-static inline float dot(const float *a, const float *b, long n) {
+INLINE float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
+INLINE float min_(float a, float b) { return a < b ? a : b; }
+INLINE float max_(float a, float b) { return a > b ? a : b; }
+
+INLINE float dot(const float *restrict a, const float *restrict b, long n) {
     float s = 0.0f;
+#pragma omp simd reduction(+ : s)
     for (long i = 0; i < n; i++) s += a[i] * b[i];
     return s;
 }
 
-/* ---- hyper_connections.py: coefficients --------------------------------------------------------------------- */
+/* ---- hyper_connections.py: hc_pre ---------------------------------------------------------------------------- */
 
-/* Sinkhorn on one n x n matrix. `path`, if given, keeps the matrix before every division and `sums` its divisors. */
-static void sinkhorn_one(float *m, int n, int iters, float eps, float *path, float *sums) {
-    int nn = n * n, step = 0;
+#define EACH_LANE for (int l = 0; l < LANES; l++)
+
+/* Sinkhorn on LANES n x n matrices, entry-major. `path` keeps the matrix before every division, `sums` the divisors. */
+INLINE void sinkhorn_lanes(float m[][LANES], int n, int iters, float eps, float (*path)[LANES], float (*sums)[LANES]) {
     for (int j = 0; j < n; j++) {
-        float top = m[j * n], total = 0.0f;
-        for (int k = 1; k < n; k++) top = fmaxf(top, m[j * n + k]);
-        for (int k = 0; k < n; k++) total += m[j * n + k] = expf(m[j * n + k] - top);
-        for (int k = 0; k < n; k++) m[j * n + k] = m[j * n + k] / total + eps;
+        float top[LANES], total[LANES];
+        EACH_LANE top[l] = m[j * n][l];
+        for (int k = 1; k < n; k++) EACH_LANE top[l] = max_(top[l], m[j * n + k][l]);
+        EACH_LANE total[l] = 0.0f;
+        for (int k = 0; k < n; k++) EACH_LANE total[l] += m[j * n + k][l] = exp_(m[j * n + k][l] - top[l]);
+        for (int k = 0; k < n; k++) EACH_LANE m[j * n + k][l] = m[j * n + k][l] / total[l] + eps;
     }
-    for (int it = 0; it < 2 * iters - 1; it++) {
-        float s[MAX_STREAMS];
-        int columns = it % 2 == 0;
-        for (int a = 0; a < n; a++) s[a] = eps;
-        for (int j = 0; j < n; j++)
-            for (int k = 0; k < n; k++) s[columns ? k : j] += m[j * n + k];
-        if (path) {
-            memcpy(path + step * nn, m, sizeof(float) * nn);
-            memcpy(sums + step * n, s, sizeof(float) * n);
+    for (int step = 0; step < 2 * iters - 1; step++) {
+        int columns = step % 2 == 0;
+        if (path) memcpy(path + step * n * n, m, sizeof(float) * n * n * LANES);
+        for (int a = 0; a < n; a++) {
+            int first = columns ? a : a * n, stride = columns ? n : 1;
+            float s[LANES], r[LANES];
+            EACH_LANE s[l] = eps;
+            for (int i = 0; i < n; i++) EACH_LANE s[l] += m[first + i * stride][l];
+            EACH_LANE r[l] = 1.0f / s[l];
+            for (int i = 0; i < n; i++) EACH_LANE m[first + i * stride][l] *= r[l];
+            if (sums) memcpy(sums + step * n + a, r, sizeof(r));
         }
-        for (int a = 0; a < n; a++) s[a] = 1.0f / s[a];
-        for (int j = 0; j < n; j++)
-            for (int k = 0; k < n; k++) m[j * n + k] *= s[columns ? k : j];
-        step++;
     }
 }
 
-/* mix [T, 2n+nn] (already scaled by the RMS) -> pre [T, n], post [T, n], comb [T, nn]. */
-static void coefficients_one(const float *mix, const float *base, const float *scale, int n, int iters, float eps,
-                             float *pre, float *post, float *comb, float *path, float *sums) {
-    for (int j = 0; j < n; j++) pre[j] = sigmoidf_(mix[j] * scale[0] + base[j]) + eps;
-    for (int j = 0; j < n; j++) post[j] = 2.0f * sigmoidf_(mix[n + j] * scale[1] + base[n + j]);
-    for (int i = 0; i < n * n; i++) comb[i] = mix[2 * n + i] * scale[2] + base[2 * n + i];
-    sinkhorn_one(comb, n, iters, eps, path, sums);
+/* What one block of tokens needs on the way: mix (RMS-scaled) and the coefficients, entry-major. */
+typedef struct {
+    float mix[MAX_MIX][LANES], pre[MAX_STREAMS][LANES], post[MAX_STREAMS][LANES], comb[MAX_STREAMS * MAX_STREAMS][LANES];
+} Coefficients;
+
+INLINE void coefficients_lanes(Coefficients *c, const float *raw, const float *rs, const float *base, const float *scale,
+                               long count, int n, int iters, float eps, float (*path)[LANES], float (*sums)[LANES]) {
+    int m = 2 * n + n * n;
+    for (int i = 0; i < m; i++) EACH_LANE c->mix[i][l] = l < count ? raw[l * m + i] * rs[l] : 0.0f;
+    for (int j = 0; j < n; j++) {
+        EACH_LANE c->pre[j][l] = sigmoid_(c->mix[j][l] * scale[0] + base[j]) + eps;
+        EACH_LANE c->post[j][l] = 2.0f * sigmoid_(c->mix[n + j][l] * scale[1] + base[n + j]);
+    }
+    for (int i = 0; i < n * n; i++) EACH_LANE c->comb[i][l] = c->mix[2 * n + i][l] * scale[2] + base[2 * n + i];
+    sinkhorn_lanes(c->comb, n, iters, eps, path, sums);
 }
 
-/* Sublayer input: raw = x fn^T [T, m] -> y [T, D] and the coefficients; rs [T] is the RMS factor. */
+INLINE void hc_pre_block(const float *x, const float *raw, const float *base, const float *scale, long count, int n,
+                         long d, int iters, float norm_eps, float eps, float *y, float *post, float *comb, float *rs) {
+    Coefficients c;
+    for (long t = 0; t < count; t++) {
+        const float *xt = x + t * n * d;
+        rs[t] = 1.0f / sqrtf(dot(xt, xt, n * d) / (float)(n * d) + norm_eps);
+    }
+    coefficients_lanes(&c, raw, rs, base, scale, count, n, iters, eps, NULL, NULL);
+    for (long t = 0; t < count; t++) {
+        const float *restrict xt = x + t * n * d;
+        float *restrict yt = y + t * d;
+        for (int j = 0; j < n; j++) post[t * n + j] = c.post[j][t];
+        for (int i = 0; i < n * n; i++) comb[t * n * n + i] = c.comb[i][t];
+        for (long i = 0; i < d; i++) {
+            float s = 0.0f;
+            for (int j = 0; j < n; j++) s += c.pre[j][t] * xt[j * d + i];
+            yt[i] = s;
+        }
+    }
+}
+
+/* Sublayer input: raw = x fn^T [T, 2n+nn] -> y [T, D], post [T, n], comb [T, nn]; rs [T] is the RMS factor. */
 void hc_pre_forward(const float *x, const float *raw, const float *base, const float *scale, long tokens, int n, long d,
-                    int iters, float norm_eps, float eps, float *y, float *pre, float *post, float *comb, float *rs) {
+                    int iters, float norm_eps, float eps, float *y, float *post, float *comb, float *rs) {
     int m = 2 * n + n * n;
 #pragma omp parallel for schedule(static)
-    for (long t = 0; t < tokens; t++) {
-        const float *xt = x + t * n * d;
-        float mix[MAX_STREAMS * (MAX_STREAMS + 2)];
-        float r = 1.0f / sqrtf(dot(xt, xt, n * d) / (float)(n * d) + norm_eps);
-        rs[t] = r;
-        for (int i = 0; i < m; i++) mix[i] = raw[t * m + i] * r;
-        float *p = pre + t * n, *yt = y + t * d;
-        coefficients_one(mix, base, scale, n, iters, eps, p, post + t * n, comb + t * n * n, NULL, NULL);
-        for (long i = 0; i < d; i++) yt[i] = p[0] * xt[i];
-        for (int j = 1; j < n; j++)
-            for (long i = 0; i < d; i++) yt[i] += p[j] * xt[j * d + i];
+    for (long t = 0; t < tokens; t += LANES) {
+        long count = tokens - t < LANES ? tokens - t : LANES;
+        const float *xt = x + t * n * d, *rt = raw + t * m;
+        float *yt = y + t * d, *pt = post + t * n, *ct = comb + t * n * n;
+        if (n == 4) hc_pre_block(xt, rt, base, scale, count, 4, d, iters, norm_eps, eps, yt, pt, ct, rs + t);
+        else hc_pre_block(xt, rt, base, scale, count, n, d, iters, norm_eps, eps, yt, pt, ct, rs + t);
+    }
+}
+
+INLINE void hc_pre_backward_block(const float *x, const float *raw, const float *base, const float *scale,
+                                  const float *rs, const float *dy, const float *dpost, const float *dcomb, long count,
+                                  int n, long d, int iters, float eps, float *draw, float *dlogit, float *dmixed,
+                                  float *dx) {
+    int nn = n * n, m = 2 * n + nn;
+    Coefficients c;
+    float path[(2 * iters - 1) * nn][LANES], sums[(2 * iters - 1) * n][LANES], g[nn][LANES], dl[m][LANES], drs[LANES];
+    coefficients_lanes(&c, raw, rs, base, scale, count, n, iters, eps, path, sums);
+    memset(dl, 0, sizeof(dl));
+    memset(g, 0, sizeof(g));
+    for (long t = 0; t < count; t++) {
+        for (int j = 0; j < n; j++) {
+            dl[j][t] = dot(dy + t * d, x + (t * n + j) * d, d);
+            dl[n + j][t] = dpost[t * n + j];
+        }
+        for (int i = 0; i < nn; i++) g[i][t] = dcomb[t * nn + i];
+    }
+    for (int j = 0; j < n; j++) {
+        EACH_LANE dl[j][l] *= (c.pre[j][l] - eps) * (1.0f - (c.pre[j][l] - eps));
+        EACH_LANE dl[n + j][l] *= c.post[j][l] * (1.0f - 0.5f * c.post[j][l]);
+    }
+    for (int step = 2 * iters - 2; step >= 0; step--) { /* out = in * r, r = 1 / (sum(in) + eps) */
+        int columns = step % 2 == 0;
+        for (int a = 0; a < n; a++) {
+            int first = columns ? a : a * n, stride = columns ? n : 1;
+            float inner[LANES], (*in)[LANES] = path + step * nn, *r = sums[step * n + a];
+            EACH_LANE inner[l] = 0.0f;
+            for (int i = 0; i < n; i++) EACH_LANE inner[l] += g[first + i * stride][l] * in[first + i * stride][l];
+            for (int i = 0; i < n; i++)
+                EACH_LANE g[first + i * stride][l] = (g[first + i * stride][l] - inner[l] * r[l]) * r[l];
+        }
+    }
+    for (int j = 0; j < n; j++) { /* softmax of a row: the first step's input minus eps */
+        float inner[LANES];
+        EACH_LANE inner[l] = 0.0f;
+        for (int k = 0; k < n; k++) EACH_LANE inner[l] += g[j * n + k][l] * (path[j * n + k][l] - eps);
+        for (int k = 0; k < n; k++)
+            EACH_LANE dl[2 * n + j * n + k][l] = (path[j * n + k][l] - eps) * (g[j * n + k][l] - inner[l]);
+    }
+    EACH_LANE drs[l] = 0.0f;
+    for (long t = 0; t < count; t++)
+        for (int i = 0; i < m; i++) {
+            float dm = dl[i][t] * scale[i < n ? 0 : i < 2 * n ? 1 : 2];
+            dlogit[t * m + i] = dl[i][t];
+            dmixed[t * m + i] = dl[i][t] * c.mix[i][t];
+            draw[t * m + i] = dm * rs[t];
+            drs[t] += dm * raw[t * m + i];
+        }
+    for (long t = 0; t < count; t++) {
+        float k = -drs[t] * rs[t] * rs[t] * rs[t] / (float)(n * d);
+        for (int j = 0; j < n; j++) {
+            const float *restrict xt = x + (t * n + j) * d, *restrict dyt = dy + t * d;
+            float *restrict out = dx + (t * n + j) * d, p = c.pre[j][t];
+            for (long i = 0; i < d; i++) out[i] = p * dyt[i] + k * xt[i];
+        }
     }
 }
 
@@ -82,69 +191,55 @@ void hc_pre_forward(const float *x, const float *raw, const float *base, const f
 void hc_pre_backward(const float *x, const float *raw, const float *base, const float *scale, const float *rs,
                      const float *dy, const float *dpost, const float *dcomb, long tokens, int n, long d, int iters,
                      float eps, float *draw, float *dlogit, float *dmixed, float *dx) {
-    int nn = n * n, m = 2 * n + nn, steps = 2 * iters - 1;
+    int nn = n * n, m = 2 * n + nn;
 #pragma omp parallel for schedule(static)
-    for (long t = 0; t < tokens; t++) {
-        const float *xt = x + t * n * d, *dyt = dy + t * d;
-        float mix[MAX_STREAMS * (MAX_STREAMS + 2)], pre[MAX_STREAMS], post[MAX_STREAMS], comb[MAX_STREAMS * MAX_STREAMS];
-        float path[2 * MAX_ITERS * MAX_STREAMS * MAX_STREAMS], sums[2 * MAX_ITERS * MAX_STREAMS], g[MAX_STREAMS * MAX_STREAMS];
-        float r = rs[t];
-        for (int i = 0; i < m; i++) mix[i] = raw[t * m + i] * r;
-        coefficients_one(mix, base, scale, n, iters, eps, pre, post, comb, path, sums);
-        float *dl = dlogit + t * m;
-        for (int j = 0; j < n; j++) {
-            float s = pre[j] - eps;
-            dl[j] = dot(dyt, xt + j * d, d) * s * (1.0f - s);
-        }
-        for (int j = 0; j < n; j++) {
-            float s = 0.5f * post[j];
-            dl[n + j] = dpost[t * n + j] * 2.0f * s * (1.0f - s);
-        }
-        memcpy(g, dcomb + t * nn, sizeof(float) * nn);
-        for (int it = steps - 1; it >= 0; it--) { /* out = in / s, s = sum(in) + eps */
-            int columns = it % 2 == 0;
-            const float *in = path + it * nn, *s = sums + it * n;
-            float inner[MAX_STREAMS] = {0};
-            for (int j = 0; j < n; j++)
-                for (int k = 0; k < n; k++) inner[columns ? k : j] += g[j * n + k] * in[j * n + k];
-            for (int j = 0; j < n; j++)
-                for (int k = 0; k < n; k++) {
-                    int a = columns ? k : j;
-                    g[j * n + k] = (g[j * n + k] - inner[a] / s[a]) / s[a];
-                }
-        }
-        for (int j = 0; j < n; j++) { /* softmax rows: the first step's input minus eps */
-            float inner = 0.0f;
-            for (int k = 0; k < n; k++) inner += g[j * n + k] * (path[j * n + k] - eps);
-            for (int k = 0; k < n; k++) dl[2 * n + j * n + k] = (path[j * n + k] - eps) * (g[j * n + k] - inner);
-        }
-        float drs = 0.0f;
-        for (int i = 0; i < m; i++) {
-            float dm = dl[i] * scale[i < n ? 0 : i < 2 * n ? 1 : 2];
-            dmixed[t * m + i] = dl[i] * mix[i];
-            draw[t * m + i] = dm * r;
-            drs += dm * raw[t * m + i];
-        }
-        float c = -drs * r * r * r / (float)(n * d);
-        for (int j = 0; j < n; j++)
-            for (long i = 0; i < d; i++) dx[t * n * d + j * d + i] = pre[j] * dyt[i] + c * xt[j * d + i];
+    for (long t = 0; t < tokens; t += LANES) {
+        long count = tokens - t < LANES ? tokens - t : LANES;
+        const float *xt = x + t * n * d, *rt = raw + t * m, *dyt = dy + t * d, *dpt = dpost + t * n, *dct = dcomb + t * nn;
+        float *a = draw + t * m, *b = dlogit + t * m, *c = dmixed + t * m, *dxt = dx + t * n * d;
+        if (n == 4)
+            hc_pre_backward_block(xt, rt, base, scale, rs + t, dyt, dpt, dct, count, 4, d, iters, eps, a, b, c, dxt);
+        else hc_pre_backward_block(xt, rt, base, scale, rs + t, dyt, dpt, dct, count, n, d, iters, eps, a, b, c, dxt);
     }
 }
 
 /* ---- hyper_connections.py: expand ---------------------------------------------------------------------------- */
 
+INLINE void hc_post_token(const float *restrict x, const float *restrict y, const float *post, const float *comb, int n,
+                          long d, float *restrict out) {
+    for (int k = 0; k < n; k++)
+        for (long i = 0; i < d; i++) {
+            float s = post[k] * y[i];
+            for (int j = 0; j < n; j++) s += comb[j * n + k] * x[j * d + i];
+            out[k * d + i] = s;
+        }
+}
+
 void hc_post_forward(const float *x, const float *y, const float *post, const float *comb, long tokens, int n, long d,
                      float *out) {
 #pragma omp parallel for schedule(static)
     for (long t = 0; t < tokens; t++) {
-        const float *xt = x + t * n * d, *yt = y + t * d;
-        for (int k = 0; k < n; k++) {
-            float *o = out + (t * n + k) * d, p = post[t * n + k];
-            for (long i = 0; i < d; i++) o[i] = p * yt[i];
-            for (int j = 0; j < n; j++) {
-                float c = comb[t * n * n + j * n + k];
-                for (long i = 0; i < d; i++) o[i] += c * xt[j * d + i];
-            }
+        const float *xt = x + t * n * d, *yt = y + t * d, *p = post + t * n, *c = comb + t * n * n;
+        if (n == 4) hc_post_token(xt, yt, p, c, 4, d, out + t * n * d);
+        else hc_post_token(xt, yt, p, c, n, d, out + t * n * d);
+    }
+}
+
+INLINE void hc_post_token_backward(const float *restrict x, const float *restrict y, const float *post, const float *comb,
+                                   const float *restrict g, int n, long d, float *restrict dx, float *restrict dy,
+                                   float *dpost, float *dcomb) {
+    for (long i = 0; i < d; i++) {
+        float s = 0.0f;
+        for (int k = 0; k < n; k++) s += post[k] * g[k * d + i];
+        dy[i] = s;
+    }
+    for (int k = 0; k < n; k++) dpost[k] = dot(g + k * d, y, d);
+    for (int j = 0; j < n; j++) {
+        for (int k = 0; k < n; k++) dcomb[j * n + k] = dot(g + k * d, x + j * d, d);
+        for (long i = 0; i < d; i++) {
+            float s = 0.0f;
+            for (int k = 0; k < n; k++) s += comb[j * n + k] * g[k * d + i];
+            dx[j * d + i] = s;
         }
     }
 }
@@ -153,23 +248,10 @@ void hc_post_backward(const float *x, const float *y, const float *post, const f
                       long tokens, int n, long d, float *dx, float *dy, float *dpost, float *dcomb) {
 #pragma omp parallel for schedule(static)
     for (long t = 0; t < tokens; t++) {
-        const float *xt = x + t * n * d, *yt = y + t * d, *g = dout + t * n * d, *c = comb + t * n * n;
-        float *dyt = dy + t * d;
-        for (long i = 0; i < d; i++) dyt[i] = 0.0f;
-        for (int k = 0; k < n; k++) {
-            float p = post[t * n + k];
-            dpost[t * n + k] = dot(g + k * d, yt, d);
-            for (long i = 0; i < d; i++) dyt[i] += p * g[k * d + i];
-        }
-        for (int j = 0; j < n; j++) {
-            float *dxt = dx + (t * n + j) * d;
-            for (long i = 0; i < d; i++) dxt[i] = 0.0f;
-            for (int k = 0; k < n; k++) {
-                dcomb[t * n * n + j * n + k] = dot(g + k * d, xt + j * d, d);
-                float w = c[j * n + k];
-                for (long i = 0; i < d; i++) dxt[i] += w * g[k * d + i];
-            }
-        }
+        const float *xt = x + t * n * d, *yt = y + t * d, *g = dout + t * n * d, *p = post + t * n, *c = comb + t * n * n;
+        float *dxt = dx + t * n * d, *dpt = dpost + t * n, *dct = dcomb + t * n * n;
+        if (n == 4) hc_post_token_backward(xt, yt, p, c, g, 4, d, dxt, dy + t * d, dpt, dct);
+        else hc_post_token_backward(xt, yt, p, c, g, n, d, dxt, dy + t * d, dpt, dct);
     }
 }
 
@@ -197,6 +279,7 @@ void rms_norm_backward(const float *x, const float *weight, const float *rs, con
         const float *xt = x + t * d, *g = dy + t * d;
         float r = rs[t], inner = 0.0f, *dxt = dx + t * d;
         if (weight) {
+#pragma omp simd reduction(+ : inner)
             for (long i = 0; i < d; i++) inner += g[i] * weight[i] * xt[i];
             float c = inner * r * r * r / (float)d;
             for (long i = 0; i < d; i++) dxt[i] = g[i] * weight[i] * r - c * xt[i];
@@ -226,8 +309,8 @@ void swiglu_forward(const float *a, const float *u, const float *weight, long ro
     for (long t = 0; t < rows; t++) {
         float w = weight ? weight[t] : 1.0f;
         for (long i = 0; i < d; i++) {
-            float g = fminf(a[t * d + i], top), v = fminf(fmaxf(u[t * d + i], -top), top);
-            out[t * d + i] = g / (1.0f + expf(-g)) * v * w;
+            float g = min_(a[t * d + i], top), v = min_(max_(u[t * d + i], -top), top);
+            out[t * d + i] = g * sigmoid_(g) * v * w;
         }
     }
 }
@@ -238,10 +321,11 @@ void swiglu_backward(const float *a, const float *u, const float *weight, const 
 #pragma omp parallel for schedule(static)
     for (long t = 0; t < rows; t++) {
         float w = weight ? weight[t] : 1.0f, total = 0.0f;
+#pragma omp simd reduction(+ : total)
         for (long i = 0; i < d; i++) {
             float a0 = a[t * d + i], u0 = u[t * d + i], go = dout[t * d + i];
-            float g = fminf(a0, top), v = fminf(fmaxf(u0, -top), top);
-            float s = 1.0f / (1.0f + expf(-g)), silu = g * s;
+            float g = min_(a0, top), v = min_(max_(u0, -top), top);
+            float s = sigmoid_(g), silu = g * s;
             total += go * silu * v;
             go *= w;
             da[t * d + i] = a0 > top ? 0.0f : go * v * (s + silu * (1.0f - s));
@@ -261,7 +345,7 @@ void index_reduce(const float *dots, const float *weights, long rows, long heads
         for (long j = 0; j < heads; j++) {
             const float *s = dots + (t * heads + j) * entries;
             float w = weights[t * heads + j];
-            for (long c = 0; c < entries; c++) o[c] += w * fmaxf(s[c], 0.0f);
+            for (long c = 0; c < entries; c++) o[c] += w * max_(s[c], 0.0f);
         }
     }
 }
@@ -275,8 +359,9 @@ void index_reduce_backward(const float *dots, const float *weights, const float 
         for (long j = 0; j < heads; j++) {
             const float *s = dots + (t * heads + j) * entries;
             float *d = ddots + (t * heads + j) * entries, w = weights[t * heads + j], total = 0.0f;
+#pragma omp simd reduction(+ : total)
             for (long c = 0; c < entries; c++) {
-                total += g[c] * fmaxf(s[c], 0.0f);
+                total += g[c] * max_(s[c], 0.0f);
                 d[c] = s[c] > 0.0f ? g[c] * w : 0.0f;
             }
             dweights[t * heads + j] = total;

@@ -20,7 +20,7 @@ from torch import Tensor
 from rorqual import log
 
 _SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ["-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-std=c11"]
+_FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd -fPIC -std=c11".split()
 _logger = log.get(__name__)
 
 
@@ -55,7 +55,6 @@ def _build(cc: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         source, objects, library = _SOURCE, Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         openmp = ["-fopenmp"] if runtime else []
-        # compile and link apart: linking with -ffast-math would switch denormals off in the whole process
         subprocess.run([cc, *_FLAGS, *openmp, "-c", str(source), "-o", str(objects)], check=True, capture_output=True)
         link = [cc, "-shared", str(objects), *([str(runtime)] if runtime else []), "-lm", "-o", str(library)]
         subprocess.run(link, check=True, capture_output=True)

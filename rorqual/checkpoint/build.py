@@ -1,0 +1,67 @@
+"""From a checkpoint folder to a model: read the config, build the network, fill it, check its tables."""
+
+from pathlib import Path
+
+import torch
+
+from rorqual import log
+from rorqual.checkpoint.report import LoadReport, cast_model, fill, refuse_packed
+from rorqual.checkpoint.safetensors_io import CheckpointFiles
+from rorqual.config import ModelConfig
+from rorqual.errors import CheckpointError
+from rorqual.model import Transformer
+
+logger = log.get(__name__)
+
+STORABLE = (torch.float32, torch.bfloat16)
+"""Dtypes of matrices in the files written here."""
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """`config.json` of a folder. Raises: CheckpointError without one, ConfigError when impossible."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise CheckpointError(
+            f"{folder} {what}, so the network's shape is unknown. Point at a folder with config.json and the "
+            "weights."
+        )
+    return ModelConfig.from_file(folder / "config.json")
+
+
+def build_and_fill(
+    folder: Path, config: ModelConfig, *, dtype: torch.dtype | None, device: str | torch.device, strict: bool
+) -> tuple[Transformer, LoadReport]:
+    """Build `config` on `device`, cast it, and load the folder's weights (either layout) into it.
+
+    The report is also kept as `model.load_report`. Without `strict`, tensors that the files lack
+    keep their initial values.
+    """
+    device = torch.device(device)
+    if dtype is None:
+        named = getattr(torch, config.torch_dtype, torch.float32)
+        dtype = torch.float32 if device.type == "cpu" or named not in STORABLE else named
+    with CheckpointFiles(folder) as files:
+        refuse_packed(files)  # before memory is taken for the model
+        model = Transformer(config)
+        cast_model(model, dtype)
+        report = fill(model.state_dict(), files, strict=strict)
+    _check_tables(model, config, folder)
+    model.to(device)
+    logger.info("%s", report.summary())
+    object.__setattr__(model, "load_report", report)  # a plain attribute: neither parameter nor buffer
+    return model, report
+
+
+def _check_tables(model: Transformer, config: ModelConfig, folder: Path) -> None:
+    """Expert tables must name experts that exist, or some token would crash far from the cause."""
+    for name, tensor in model.state_dict().items():
+        if name.endswith("tid2eid") and not tensor.is_meta and tensor.numel():
+            low, high = int(tensor.min()), int(tensor.max())
+            if low < 0 or high >= config.n_routed_experts:
+                raise CheckpointError(
+                    f"{name} in {folder} names experts {low} to {high}, but the model has "
+                    f"{config.n_routed_experts} (0 to {config.n_routed_experts - 1}), so some tokens could "
+                    "not be routed. The table is damaged or belongs to another model: copy the checkpoint "
+                    "again."
+                )

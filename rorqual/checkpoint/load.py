@@ -1,0 +1,111 @@
+"""`rorqual.load`: a model and its tokenizer from a name or a folder.
+
+A name is looked up in this order: bundled with the package, a local folder, a Hub id `owner/name[@revision]`
+(downloaded through the optional `hub` extra).
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rorqual.checkpoint.official import load_official
+from rorqual.checkpoint.report import layout_of
+from rorqual.checkpoint.safetensors_io import CheckpointFiles
+from rorqual.checkpoint.transformers_layout import load_transformers
+from rorqual.errors import CheckpointError, MissingExtraError
+from rorqual.model import Transformer
+
+if TYPE_CHECKING:
+    from rorqual.tokenizer import Tokenizer
+
+ASSETS = Path(__file__).parent.parent / "assets"
+"""Bundled models, one folder each."""
+
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+_HUB_FILES = ["*.json", "*.safetensors"]
+
+
+def bundled_names() -> list[str]:
+    """Models that travel with the package."""
+    return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """The local folder of a bundled name, a path or a Hub id (downloading the latter if needed).
+
+    Raises: CheckpointError when nothing has that name; MissingExtraError for a Hub id without the extra.
+    """
+    text = str(name_or_path)
+    if text in bundled_names():
+        return ASSETS / text
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
+    hub_id = _HUB_ID.fullmatch(text)
+    bundled = ", ".join(bundled_names()) or "none in this installation"
+    if hub_id is None or isinstance(name_or_path, Path) or text.startswith("."):
+        raise CheckpointError(
+            f"there is no model {text!r}: no bundled model has that name and no such folder exists, so "
+            f"nothing can be loaded. Bundled models: {bundled}. Give one of them, a folder with config.json "
+            "and weights, or a Hub id such as owner/name."
+        )
+    return _download(hub_id.group(1), hub_id.group(2), bundled)
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    strict: bool = True,
+) -> Transformer:
+    """Load a local folder in either layout (recognised by its tensor names); arguments as `load_official`."""
+    with CheckpointFiles(folder) as files:
+        loader = load_official if layout_of(files) == "official" else load_transformers
+    return loader(folder, dtype=dtype, device=device, strict=strict)
+
+
+def load(
+    name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> "tuple[Transformer, Tokenizer]":
+    """A model ready to use (in eval mode) and its tokenizer.
+
+    Raises: CheckpointError (no such model, damaged files, no tokenizer.json), ConfigError, MissingExtraError.
+
+        model, tokenizer = rorqual.load("minke")
+    """
+    from rorqual.tokenizer import Tokenizer
+
+    folder = locate(name_or_path)
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json, so text cannot be turned into tokens. Put the model's "
+            "tokenizer.json there, or load the weights alone with rorqual.checkpoint.load_model."
+        )
+    model = load_model(folder, dtype=dtype, device=device)
+    model.eval()
+    return model, Tokenizer.from_folder(folder)
+
+
+def _download(repository: str, revision: str | None, bundled: str) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{repository!r} is no bundled model (they are: {bundled}) and no folder, so it would come from "
+            "the Hugging Face "
+            'Hub, but huggingface_hub is not installed. Install it with: pip install "rorqual[hub]", or '
+            "correct the name."
+        ) from error
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES)
+        )
+    except Exception as error:  # the Hub client raises many kinds: network, HTTP, file system, its own
+        raise CheckpointError(
+            f"{repository} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {error}), "
+            "so there is nothing to load. Check the id, the network and access rights. Bundled models need "
+            f"neither: {bundled}."
+        ) from error

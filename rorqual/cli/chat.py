@@ -1,0 +1,154 @@
+"""`rorqual chat`: a conversation in the terminal, streamed, with reasoning shown dim."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from rorqual.chat import ContentDelta, Finished, ReasoningDelta, ToolCallArguments, ToolCallStart
+from rorqual.cli.options import (
+    MODEL,
+    OUTPUT,
+    SAMPLING,
+    Effort,
+    Json,
+    MinP,
+    ModelArgument,
+    Seed,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+)
+from rorqual.errors import RequestError
+
+if TYPE_CHECKING:
+    from rorqual.cli.talk import Conversation
+
+EFFORTS = get_args(Effort)
+HELP = f"/exit leaves, /new starts again, /effort {'|'.join(EFFORTS)} sets the reasoning, /help shows this"
+
+
+def chat(
+    model: ModelArgument = "minke",
+    message: Annotated[
+        str | None,
+        typer.Option("--message", "-m", help="Ask this one question and leave.", rich_help_panel=OUTPUT),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="System message to begin with.", rich_help_panel=MODEL)
+    ] = None,
+    effort: Annotated[
+        Effort | None,
+        typer.Option(
+            "--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    threads: Threads = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-tokens", min=1, help="Longest reply, reasoning included.", rich_help_panel=SAMPLING
+        ),
+    ] = 1024,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 1.0,
+    top_k: TopK = None,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Chat with a model in the terminal. In the chat, /help lists what you can type.
+
+    \b
+    rorqual chat
+    rorqual chat minke --effort none -m "What is 17 + 25?"
+    """
+    from rorqual.cli.talk import Conversation, open_engine
+    from rorqual.engine import SamplingParams
+
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
+    )
+    with open_engine(model, threads) as (engine, tokenizer):
+        conversation = Conversation(engine, tokenizer, params, effort, system)
+        if message is not None:
+            reply(conversation, message, as_json=as_json)
+            return
+        if not as_json and sys.stdin.isatty():
+            typer.secho(f"{model}. {HELP}", dim=True)
+        while (line := read_line(as_json)) is not None and follow(conversation, line, as_json=as_json):
+            pass
+
+
+def read_line(as_json: bool) -> str | None:
+    """The next line typed or piped in; None at the end."""
+    try:
+        return input("" if as_json or not sys.stdin.isatty() else "\n> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def follow(conversation: "Conversation", line: str, *, as_json: bool) -> bool:
+    """Do what a line says: a command or a question. False when the chat is over."""
+    command, _, rest = line.partition(" ")
+    if command in ("/exit", "/quit", "/bye"):
+        return False
+    if command == "/new":
+        conversation.clear()
+    elif command == "/effort" and rest in EFFORTS:
+        conversation.effort = rest
+    elif command.startswith("/"):
+        typer.secho(HELP, dim=True, err=as_json)
+    elif line:
+        try:
+            reply(conversation, line, as_json=as_json)
+        except RequestError as error:  # the conversation goes on; /new helps when it has become too long
+            typer.secho(f"RequestError: {error}", fg="red", err=True)
+        except KeyboardInterrupt:
+            typer.secho(" (stopped; the question is taken back)", dim=True)
+    return True
+
+
+def reply(conversation: "Conversation", question: str, *, as_json: bool) -> None:
+    """Ask, and print the reply while it comes; with `as_json` one object at the end."""
+    was_reasoning = False
+    for event in conversation.ask(question):
+        if isinstance(event, Finished):
+            finish(conversation, event, as_json=as_json)
+        elif as_json:
+            continue
+        elif isinstance(event, ReasoningDelta):
+            was_reasoning = True
+            typer.secho(event.text, nl=False, dim=True)
+        else:
+            if was_reasoning:
+                was_reasoning = False
+                typer.echo("\n")
+            if isinstance(event, ContentDelta):
+                typer.echo(event.text, nl=False)
+            elif isinstance(event, ToolCallStart):
+                typer.secho(f"\n[calls {event.name}] ", nl=False, fg="cyan")
+            elif isinstance(event, ToolCallArguments):
+                typer.secho(event.piece, nl=False, fg="cyan")
+
+
+def finish(conversation: "Conversation", event: Finished, *, as_json: bool) -> None:
+    """Print what belongs under a reply."""
+    usage, timing = conversation.usage, conversation.timing
+    assert usage is not None and timing is not None
+    rate = (usage.completion_tokens - 1) / timing.decode_s if timing.decode_s else 0.0
+    if as_json:
+        report = {
+            "message": event.message,
+            "finish_reason": event.finish_reason,
+            "usage": {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens},
+            "tokens_per_s": round(rate, 1),
+        }
+        typer.echo(json.dumps(report, ensure_ascii=False))
+        return
+    typer.echo()
+    if sys.stdout.isatty():
+        cut = ", cut at --max-tokens" if event.finish_reason == "length" else ""
+        typer.secho(f"{usage.completion_tokens} tokens, {rate:.0f} tokens/s{cut}", dim=True)

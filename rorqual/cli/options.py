@@ -1,0 +1,77 @@
+"""Options that several commands share, written once so that they mean and read the same everywhere."""
+
+from typing import Annotated, Literal
+
+import typer
+
+SAMPLING, MODEL, OUTPUT, NETWORK = "Sampling", "Model", "Output", "Network"
+
+Effort = Literal["none", "low", "medium", "high", "max"]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help="Bundled name, checkpoint folder, or Hub id.", show_default=True, metavar="MODEL"),
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Bundled name, checkpoint folder, or Hub id.", rich_help_panel=MODEL)
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="CPU threads for the model; torch chooses otherwise.", rich_help_panel=MODEL
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", "-t", help="0 takes the likeliest token; higher is freer.", rich_help_panel=SAMPLING
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p", help="Keep the likeliest tokens up to this probability.", rich_help_panel=SAMPLING
+    ),
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", help="Keep at most this many tokens.", rich_help_panel=SAMPLING)
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        "--min-p", help="Drop tokens less likely than this share of the likeliest.", rich_help_panel=SAMPLING
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="The same seed gives the same reply.", rich_help_panel=SAMPLING)
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop", help="Stop before this text; may be given several times.", rich_help_panel=SAMPLING
+    ),
+]
+Port = Annotated[
+    int,
+    typer.Option(
+        "--port",
+        min=0,
+        max=65535,
+        help="Where the server listens; 0 takes a free port.",
+        rich_help_panel=NETWORK,
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print JSON for machines instead of text for people.", rich_help_panel=OUTPUT
+    ),
+]
+
+
+def use_threads(count: int | None) -> None:
+    """Let torch use `count` threads; None leaves its own choice."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)

@@ -1,0 +1,63 @@
+"""What `up` and `serve` share: look that everything needed is there, load, listen, say where."""
+
+import importlib.util
+import json
+
+import typer
+
+from rorqual.cli.options import use_threads
+from rorqual.errors import MissingExtraError
+
+
+def start(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    name: str | None = None,
+    revision: str = "2026-04",
+    max_running: int = 8,
+    threads: int | None = None,
+    as_json: bool = False,
+) -> None:
+    """Load `model` (bundled name, folder or Hub id) and serve it until Ctrl-C; prints where once it listens.
+
+    Raises: ConfigError when the address cannot be used, CheckpointError when the model cannot be loaded,
+    MissingExtraError without the `serve` extra.
+    """
+    absent = [package for package in ("fastapi", "uvicorn") if importlib.util.find_spec(package) is None]
+    if absent:
+        raise MissingExtraError(
+            f"{' and '.join(absent)} not installed, and the server is built on them. "
+            'Install them with: pip install "rorqual[serve]"'
+        )
+    from rorqual.checkpoint import load
+    from rorqual.ops import native
+    from rorqual.server import run
+    from rorqual.server.run import bind
+
+    bind(host, port).close()  # a taken port is better known before the model is loaded than after
+    if not as_json:
+        typer.echo(f"Loading {model} ...")
+        if native.compiler() is None:
+            typer.echo("No C compiler here: the plain torch code runs, which is slower. (apt install gcc)")
+    use_threads(threads)
+    network, tokenizer = load(model)
+    served_as = name or model.rstrip("/").rsplit("/", 1)[-1]
+
+    def say_where(url: str) -> None:
+        if as_json:
+            typer.echo(json.dumps({"url": url, "api": f"{url}/v1", "model": served_as}))
+        else:
+            typer.echo(f"{served_as} is at {url}   (API: {url}/v1; Ctrl-C stops it)")
+
+    run(
+        network,
+        tokenizer,
+        host=host,
+        port=port,
+        model_name=served_as,
+        revision=revision,
+        max_running=max_running,
+        on_ready=say_where,
+    )

@@ -1,0 +1,88 @@
+"""Synthetic task families with exact answers: generators and graders in one place.
+
+>>> family = families("rorqual-world-1")["arith"]
+>>> item = next(family.items("test", seed=0))
+>>> family.grade(item, item.gold).passed
+True
+"""
+
+from rorqual.data.tasks.arith import ArithFamily
+from rorqual.data.tasks.base import (
+    CANARY,
+    SPLITS,
+    Grade,
+    Item,
+    Mode,
+    Piece,
+    Size,
+    Split,
+    TaskFamily,
+    Turn,
+    split_of,
+)
+from rorqual.data.tasks.chat import ChatFamily
+from rorqual.data.tasks.code import CodeFamily
+from rorqual.data.tasks.facts import FactsFamily
+from rorqual.data.tasks.fim import FimFamily
+from rorqual.data.tasks.needle import NeedleFamily
+from rorqual.data.tasks.tool import ToolFamily
+from rorqual.data.tasks.world import DEFAULT_WORLD, WORLD_VERSION, World
+
+# Suggested shares of training tokens among the families (they sum to 1).
+DEFAULT_WEIGHTS: dict[str, float] = {
+    "facts": 0.26,
+    "needle": 0.20,
+    "arith": 0.18,
+    "tool": 0.14,
+    "code": 0.08,
+    "fim": 0.06,
+    "chat": 0.08,
+}
+
+
+def families(
+    world_id: str = DEFAULT_WORLD, *, size: Size = "tiny", model_name: str = "Minke"
+) -> dict[str, TaskFamily]:
+    """All families by name, over the world `world_id`. Raises: DataError for an unknown size or an empty
+    id.
+    """
+    world = World.build(world_id, size)
+    facts, arith, code = FactsFamily(world), ArithFamily(), CodeFamily()
+    others = (facts.train_turn, arith.train_turn, code.train_turn)
+    made: list[TaskFamily] = [
+        facts,
+        NeedleFamily(world),
+        arith,
+        ToolFamily(),
+        code,
+        FimFamily(),
+        ChatFamily(model_name=model_name, other_turns=others),
+    ]
+    return {family.name: family for family in made}
+
+
+__all__ = [
+    "CANARY",
+    "DEFAULT_WEIGHTS",
+    "DEFAULT_WORLD",
+    "SPLITS",
+    "WORLD_VERSION",
+    "ArithFamily",
+    "ChatFamily",
+    "CodeFamily",
+    "FactsFamily",
+    "FimFamily",
+    "Grade",
+    "Item",
+    "Mode",
+    "NeedleFamily",
+    "Piece",
+    "Size",
+    "Split",
+    "TaskFamily",
+    "ToolFamily",
+    "Turn",
+    "World",
+    "families",
+    "split_of",
+]

@@ -1,0 +1,22 @@
+"""Serving: token ids in, token events out. Text serves for stop strings only; messages and HTTP are above."""
+
+from rorqual.engine.engine import Engine, LanguageModel, TextTokenizer
+from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
+from rorqual.engine.params import SamplingParams
+from rorqual.engine.request import Request
+from rorqual.engine.trajectory import Trajectory
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "FinishReason",
+    "LanguageModel",
+    "Request",
+    "SamplingParams",
+    "TextTokenizer",
+    "Timing",
+    "TokenEvent",
+    "TokenScore",
+    "Trajectory",
+    "Usage",
+]

@@ -1,0 +1,72 @@
+"""What the engine hands out: token events while a request runs, and a `Completion` when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token, or the end of a request that ends without one.
+
+    id: the token, or None on the closing event of a cancelled or failed request.
+    text: complete characters only; empty while a character is unfinished, for end tokens and stop strings.
+    logprob, top_logprobs: as asked in `SamplingParams`; ((id, logprob), ...) best first.
+    finish_reason: set on the last event, else None.
+    """
+
+    id: int | None
+    text: str = ""
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A prompt token with its log probability (None for the first: nothing precedes it)."""
+
+    id: int
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. `completion_tokens` counts every sampled token, the end token included."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds: waiting for a place, from there to the first token, and from the first to the last token."""
+
+    queue_s: float
+    first_token_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request. `ids` holds every sampled token, also those whose text a stop string removed."""
+
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    seed: int
+    usage: Usage
+    timing: Timing
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    prompt_scores: tuple[TokenScore, ...] | None = field(default=None, repr=False)

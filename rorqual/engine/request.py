@@ -1,0 +1,140 @@
+"""A request as its caller sees it: iterate over events, wait for the result, or cancel."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
+from rorqual.engine.params import SamplingParams
+from rorqual.errors import RequestError
+
+Listener = Callable[[TokenEvent], None]
+
+
+class Request:
+    """Handle returned by `Engine.submit`. Safe to use from any thread.
+
+    Iterate over it for `TokenEvent`s, call `result()` for the whole `Completion`, or `cancel()`.
+    With a listener, events go there instead of to the iterator, called from the engine's thread.
+    """
+
+    def __init__(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        seed: int,
+        listener: Listener | None = None,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.prompt_ids = tuple(prompt_ids)
+        self.params = params
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.error: RequestError | None = None
+        self.finish_reason: FinishReason | None = None
+        self.events: list[TokenEvent] = []
+        self.prompt_scores: list[TokenScore] = []
+        self._listener = listener
+        self._wake = wake
+        self._inbox: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+        self._done = threading.Event()
+        self._submitted = time.monotonic()
+        self._started = self._first = self._last = 0.0
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        """Events as they come; raises the request's `RequestError` when it failed."""
+        if self._listener is not None:
+            raise RuntimeError("this request reports to its listener; iterate over one submitted without")
+        while True:
+            event = self._inbox.get()
+            if event.finish_reason == "error":
+                assert self.error is not None
+                raise self.error
+            yield event
+            if event.finish_reason is not None:
+                return
+
+    def cancel(self) -> None:
+        """Ask the engine to stop; the last event then says `cancelled`. Does nothing once finished."""
+        self._cancelled.set()
+        self._wake()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def finished(self) -> bool:
+        return self._done.is_set()
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        return Usage(len(self.prompt_ids), sum(event.id is not None for event in self.events))
+
+    @property
+    def timing(self) -> Timing:
+        """Seconds spent so far in each phase; 0 for a phase not reached."""
+        return Timing(
+            queue_s=max(0.0, self._started - self._submitted),
+            first_token_s=max(0.0, self._first - self._started),
+            decode_s=max(0.0, self._last - self._first),
+        )
+
+    def result(self, timeout_s: float | None = None) -> Completion:
+        """Wait for the end. Raises: the request's RequestError if it failed, or TimeoutError."""
+        if not self._done.wait(timeout_s):
+            raise TimeoutError(f"the request still runs after {timeout_s} s; wait longer or cancel() it")
+        if self.error is not None:
+            raise self.error
+        assert self.finish_reason is not None
+        tokens = [event for event in self.events if event.id is not None]
+        return Completion(
+            prompt_ids=self.prompt_ids,
+            ids=tuple(event.id for event in tokens if event.id is not None),
+            text="".join(event.text for event in self.events),
+            finish_reason=self.finish_reason,
+            seed=self.seed,
+            usage=self.usage,
+            timing=self.timing,
+            logprobs=tuple(event.logprob or 0.0 for event in tokens) if self.params.logprobs else None,
+            top_logprobs=tuple(event.top_logprobs for event in tokens) if self.params.logprobs else None,
+            prompt_scores=tuple(self.prompt_scores) if self.params.prompt_logprobs else None,
+        )
+
+    # Called by the engine's thread only.
+
+    def mark_started(self) -> None:
+        """The request got a place among the running ones."""
+        self._started = time.monotonic()
+
+    def mark_token(self) -> None:
+        """A token was sampled (its event may still be held back)."""
+        self._last = time.monotonic()
+        self._first = self._first or self._last
+
+    def deliver(self, event: TokenEvent) -> None:
+        """Record an event and hand it on. A listener that raises cancels its request, nobody else's."""
+        self.events.append(event)
+        if event.finish_reason is not None:
+            self.finish_reason = event.finish_reason
+        if self._listener is None:
+            self._inbox.put(event)
+        else:
+            try:
+                self._listener(event)
+            except Exception:  # the listener's owner is gone, for instance a closed event loop
+                self._cancelled.set()
+        if event.finish_reason is not None:
+            self._done.set()
+
+    def fail(self, error: RequestError) -> None:
+        """End with an error."""
+        self.error = error
+        self.deliver(TokenEvent(id=None, finish_reason="error"))

@@ -1,0 +1,70 @@
+"""Holds back text that might turn into a stop string, so that no part of one ever leaves the engine.
+
+An event waits until all of its text is safe: until no stop string can begin inside it any more. The first
+place where a stop string is complete ends the output, whatever tokens it came in; of several complete there
+the longest counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rorqual.engine.events import TokenEvent
+
+
+class StopFilter:
+    """Feed events with `push`; it returns those that may go out. `stopped`: a stop string was seen."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._events: list[TokenEvent] = []
+        self._held = ""
+        self.stopped = False
+
+    def push(self, event: TokenEvent) -> list[TokenEvent]:
+        """Add one event; return the events that are now final, in order."""
+        self._events.append(event)
+        self._held += event.text
+        start = self._find_stop()
+        if start is not None:
+            self.stopped = True
+            self._held = self._held[:start]
+            return self.flush()
+        return self._release(len(self._held) - self._tail_that_may_match())
+
+    def flush(self) -> list[TokenEvent]:
+        """All events still held, their text cut to what is allowed out."""
+        events, self._events = self._events, []
+        held, self._held = self._held, ""
+        out = []
+        for event in events:
+            text, held = held[: len(event.text)], held[len(event.text) :]
+            out.append(event if text == event.text else replace(event, text=text))
+        return out
+
+    def _find_stop(self) -> int | None:
+        """Where the earliest-ending stop string in the held text begins."""
+        found = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        return min(found)[1] if found else None
+
+    def _tail_that_may_match(self) -> int:
+        """Length of the longest tail of the held text that a stop string begins with."""
+        longest = 0
+        for stop in self._stop:
+            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest
+
+    def _release(self, safe: int) -> list[TokenEvent]:
+        count = 0
+        for event in self._events:
+            if len(event.text) > safe:
+                break
+            safe -= len(event.text)
+            self._held = self._held[len(event.text) :]
+            count += 1
+        out, self._events = self._events[:count], self._events[count:]
+        return out

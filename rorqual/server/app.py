@@ -1,0 +1,87 @@
+"""The HTTP application: routes and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+from rorqual.engine import Engine
+from rorqual.errors import ConfigError
+from rorqual.server import chat, completions, errors
+from rorqual.server.guard import Guard
+from rorqual.server.schema import ChatRequest, CompletionRequest
+from rorqual.server.served import ServedModel
+
+STATIC = Path(__file__).parent / "static"
+
+
+def create_app(
+    engine: Engine,
+    model_name: str = "minke",
+    *,
+    revision: str = "2026-04",
+    others: Sequence[ServedModel] = (),
+    keep_alive_s: float = 10.0,
+    allowed_hosts: Collection[str] | None = None,
+) -> FastAPI:
+    """The API and the page for one model, or several.
+
+    revision: the prompt format the checkpoint was trained with.
+    others: further models; the first one is what the page offers first.
+    keep_alive_s: a waiting stream gets a comment line this often.
+    allowed_hosts: names the Host header may carry; None allows any. `run` sets it for loopback addresses.
+    The engines stay the caller's to close. Raises: ConfigError when two models share a name.
+    """
+    served = [ServedModel(model_name, engine, revision), *others]
+    models = {model.name: model for model in served}
+    if len(models) < len(served):
+        raise ConfigError(
+            f"the models are named {', '.join(model.name for model in served)}, so a request could not tell "
+            "them apart. Give each its own name."
+        )
+    # FastAPI's own documentation pages load scripts from elsewhere; the schema itself is at /openapi.json.
+    app = FastAPI(title="Rorqual", docs_url=None, redoc_url=None)
+    errors.install(app)
+    app.add_middleware(Guard, allowed_hosts=allowed_hosts)
+
+    @app.post("/v1/chat/completions")
+    @app.post("/chat/completions", include_in_schema=False)
+    @app.post("/beta/chat/completions", include_in_schema=False)
+    async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
+        return await chat.answer(body, http, models, keep_alive_s)
+
+    @app.post("/beta/completions")
+    @app.post("/v1/completions", include_in_schema=False)
+    @app.post("/completions", include_in_schema=False)
+    async def text_completions(body: CompletionRequest, http: HttpRequest) -> Response:
+        return await completions.answer(body, http, models, keep_alive_s)
+
+    @app.get("/v1/models")
+    @app.get("/models", include_in_schema=False)
+    @app.get("/beta/models", include_in_schema=False)
+    async def list_models() -> dict[str, object]:
+        data = [{"id": name, "object": "model", "owned_by": "rorqual"} for name in models]
+        return {"object": "list", "data": data}
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """200 while every engine can run requests, else 503."""
+        alive = all(model.engine.is_alive for model in models.values())
+        state = {}
+        for name, model in models.items():
+            running, waiting = model.engine.occupancy()
+            state[name] = {"running": running, "waiting": waiting}
+        return JSONResponse({"status": "ok" if alive else "failed", "models": state}, 200 if alive else 503)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
+
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    return app

@@ -1,0 +1,87 @@
+"""POST /chat/completions, streamed and whole, in the order of chunks DeepSeek's API sends.
+
+Unlike the hosted service, temperature and top_p are honoured in thinking mode. Stop strings end the output
+wherever they come, in the reasoning too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from rorqual.errors import RequestError
+from rorqual.server.messages import build_prompt
+from rorqual.server.replies import Piece, ReplyReader
+from rorqual.server.schema import ChatRequest
+from rorqual.server.served import Envelope, ServedModel, find_model
+from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
+from rorqual.tokenizer.special import DSML
+
+DEFAULT_MAX_TOKENS = 8192
+
+
+async def answer(
+    body: ChatRequest, http: HttpRequest, models: Mapping[str, ServedModel], keep_alive_s: float
+) -> Response:
+    """Raises: RequestError for anything that cannot be served, before a byte is sent."""
+    served = find_model(models, body.model)
+    body.max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    # Rendering and encoding a long history takes a while; other requests stream on meanwhile.
+    prompt = await run_in_threadpool(build_prompt, body, served.tokenizer, served.revision)
+    params = served.params(
+        body,
+        len(prompt.tokens),
+        limit=served.max_output,
+        default=DEFAULT_MAX_TOKENS,
+        logprobs=bool(body.logprobs),
+        top_logprobs=body.top_logprobs or 0,
+        # A model shown no tools must not write markup for them.
+        suppress_token_ids=() if prompt.tools else (served.tokenizer.token_id(DSML),),
+    )
+    reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
+    stream = TokenStream(served.engine, prompt.tokens, params)
+    if body.stream:
+        wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+        lines = _lines(stream, reader, served.name, wants_usage, keep_alive_s)
+        return EventStream(lines, stream.request)
+    for event in await stream.collect(http):
+        for _ in reader.read(event):
+            pass
+    choice = {
+        "message": reader.message,
+        "logprobs": reader.whole_logprobs(),
+        "finish_reason": reader.finish_reason,
+    }
+    envelope = Envelope("chat.completion", served.name)
+    return JSONResponse(envelope.body(choice, usage=reader.usage(stream.request.usage)))
+
+
+async def _lines(
+    stream: TokenStream, reader: ReplyReader, model: str, wants_usage: bool, keep_alive_s: float
+) -> AsyncIterator[str]:
+    """The whole stream: role, deltas, one last chunk with the finish reason and the usage, `[DONE]`."""
+    body = partial(_chunk, Envelope("chat.completion.chunk", model))
+    between = {"usage": None} if wants_usage else {}
+    yield sse(body(reader.opening(), None, **between))
+    try:
+        async for batch in stream.batches(keep_alive_s):
+            if not batch:
+                yield KEEP_ALIVE
+            for event in batch:
+                for piece in reader.read(event):
+                    if reader.finish_reason:
+                        usage = reader.usage(stream.request.usage)
+                        yield sse(body(piece, reader.finish_reason, usage=usage)) + DONE
+                    else:
+                        yield sse(body(piece, None, **between))
+    except RequestError as error:
+        yield sse_error(error)
+
+
+def _chunk(envelope: Envelope, piece: Piece, finish_reason: str | None, **usage: object) -> dict[str, object]:
+    choice = {"delta": piece.delta, "logprobs": piece.logprobs, "finish_reason": finish_reason}
+    return envelope.body(choice, **usage)

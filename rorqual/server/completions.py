@@ -1,0 +1,162 @@
+"""POST /beta/completions: continue a text, or fill the gap between `prompt` and `suffix`.
+
+With a suffix both texts are taken literally. Without one the prompt is the model's raw input, markers
+included, so a prompt in the chat format can be sent as it is. Either way a begin-of-sentence token comes
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from rorqual import chat
+from rorqual.engine import TokenEvent, TokenScore
+from rorqual.errors import RequestError
+from rorqual.server.replies import token_logprob, usage_body
+from rorqual.server.schema import CompletionRequest
+from rorqual.server.served import Envelope, ServedModel, find_model
+from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
+from rorqual.tokenizer import Tokenizer
+from rorqual.tokenizer.tokenizer import clean_text
+
+MAX_TOKENS = 4096
+
+
+async def answer(
+    body: CompletionRequest, http: HttpRequest, models: Mapping[str, ServedModel], keep_alive_s: float
+) -> Response:
+    """Raises: RequestError for anything that cannot be served, before a byte is sent."""
+    served = find_model(models, body.model)
+    if body.echo and body.logprobs is not None and body.suffix is not None:
+        raise RequestError(
+            "echo with logprobs is not supported for fill-in-the-middle, where prompt and suffix are one "
+            "input. Leave out one of echo, logprobs and suffix.",
+            param="echo",
+        )
+    tokens = await run_in_threadpool(_encode, body, served.tokenizer)
+    if body.logprobs is not None and not 0 <= body.logprobs <= 20:
+        raise RequestError(
+            "Invalid logprobs value, the valid range of logprobs is [0, 20].", param="logprobs"
+        )
+    limit = min(MAX_TOKENS, served.max_output)
+    params = served.params(
+        body,
+        len(tokens),
+        limit=limit,
+        default=limit,
+        logprobs=body.logprobs is not None,
+        top_logprobs=body.logprobs or 0,
+        prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+    )
+    stream = TokenStream(served.engine, tokens, params)
+    writer = _Writer(served.tokenizer, body)
+    if body.stream:
+        return EventStream(_lines(stream, writer, body, served.name, keep_alive_s), stream.request)
+    events = await stream.collect(http)
+    pieces = [writer.opening(stream.request.prompt_scores)] if body.echo else []
+    pieces += [writer.piece([event]) for event in events]
+    choice = {
+        "text": "".join(piece["text"] for piece in pieces),
+        "finish_reason": events[-1].finish_reason,
+        "logprobs": _joined([piece["logprobs"] for piece in pieces]) if body.logprobs is not None else None,
+    }
+    usage = usage_body(stream.request.usage, None)
+    return JSONResponse(Envelope("text_completion", served.name).body(choice, usage=usage))
+
+
+async def _lines(
+    stream: TokenStream, writer: _Writer, body: CompletionRequest, model: str, keep_alive_s: float
+) -> AsyncIterator[str]:
+    envelope = Envelope("text_completion", model)
+    wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+    between: dict[str, Any] = {"usage": None} if wants_usage else {}
+    has_opened = not body.echo
+    try:
+        async for batch in stream.batches(keep_alive_s):
+            if not batch:
+                yield KEEP_ALIVE
+                continue
+            if not has_opened:  # the prompt's own log probabilities are known by now
+                has_opened = True
+                opening = writer.opening(stream.request.prompt_scores)
+                yield sse(envelope.body({**opening, "finish_reason": None}, **between))
+            for event in batch:
+                piece = writer.piece([event])
+                if event.finish_reason is not None:
+                    usage = usage_body(stream.request.usage, None)
+                    choice = {**piece, "finish_reason": event.finish_reason}
+                    yield sse(envelope.body(choice, usage=usage)) + DONE
+                elif piece["text"] or piece["logprobs"]:
+                    yield sse(envelope.body({**piece, "finish_reason": None}, **between))
+    except RequestError as error:
+        yield sse_error(error)
+
+
+def _encode(body: CompletionRequest, tokenizer: Tokenizer) -> list[int]:
+    if body.suffix is not None:
+        rendered = chat.render_fim(body.prompt, body.suffix, add_default_bos_token=True)
+        return tokenizer.encode_guarded(rendered.pieces())
+    tokens = tokenizer.encode(body.prompt)
+    return tokens if tokens[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *tokens]
+
+
+class _Writer:
+    """Makes `text` and `logprobs` of each piece and keeps count of the characters before it."""
+
+    def __init__(self, tokenizer: Tokenizer, body: CompletionRequest) -> None:
+        self._tokenizer = tokenizer
+        self._echo = clean_text(body.prompt) if body.echo else ""
+        self._top = body.logprobs
+        self._offset = 0
+
+    def opening(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        """The echoed prompt."""
+        shown = list(scores)
+        if shown and not self._echo.startswith(self._text(shown[0].id)):
+            shown = shown[1:]  # the begin-of-sentence token, which was not in the text
+        logprobs = None
+        if self._top is not None:
+            # Offsets are those of each token's own text; a character cut between tokens counts with its last.
+            decoder, offsets, offset = self._tokenizer.stream_decoder(), [], 0
+            for score in shown:
+                offsets.append(offset)
+                offset += len(decoder.push(score.id))
+            logprobs = self._logprobs([(s.id, s.logprob, s.top_logprobs) for s in shown], offsets)
+        self._offset = len(self._echo)
+        return {"text": self._echo, "logprobs": logprobs}
+
+    def piece(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
+        text = "".join(event.text for event in events)
+        logprobs = None
+        if self._top is not None:
+            scored = [(e.id, e.logprob, e.top_logprobs) for e in events if e.id is not None]
+            logprobs = self._logprobs(scored, [self._offset] * len(scored))
+        self._offset += len(text)
+        return {"text": text, "logprobs": logprobs}
+
+    def _text(self, token: int) -> str:
+        text: str = token_logprob(self._tokenizer, token, None)["token"]
+        return text
+
+    def _logprobs(
+        self, scored: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]], offsets: list[int]
+    ) -> dict[str, Any]:
+        return {
+            "tokens": [self._text(token) for token, _, _ in scored],
+            "token_logprobs": [logprob for _, logprob, _ in scored],
+            "top_logprobs": [
+                {self._text(token): logprob for token, logprob in top} if logprob_ is not None else None
+                for _, logprob_, top in scored
+            ],
+            "text_offset": offsets,
+        }
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    return {name: [entry for part in parts for entry in part[name]] for name in names}

@@ -1,0 +1,96 @@
+"""Every refusal leaves the server in one shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from rorqual.errors import RequestError, RorqualError
+from rorqual.server.schema import unknown_field
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """The JSON body of a refusal."""
+    # A message may quote the request, and JSON can carry half a surrogate pair, which UTF-8 cannot.
+    message, param = (
+        text.encode("utf-8", "replace").decode() if text is not None else None
+        for text in (error.message, error.param)
+    )
+    return {"error": {"message": message, "type": error.type, "param": param, "code": error.code}}
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:
+    """The refusal for what pydantic found; unknown fields first, since a misspelt name explains the rest."""
+    error = min(errors, key=lambda one: one["type"] != "extra_forbidden")
+    path = _path([part for part in error["loc"] if part != "body"])
+    kind, given = error["type"], error.get("input")
+    if kind == "extra_forbidden":
+        return unknown_field(path)
+    if kind == "json_invalid":
+        reason = error.get("ctx", {}).get("error", "invalid JSON")
+        return RequestError(
+            f"Failed to parse the request body as JSON: {reason} at byte {error['loc'][-1]}. Send one JSON "
+            "object."
+        )
+    if kind == "missing" and path:
+        return RequestError(f"missing field `{path}`: it is required. Add it to the request.", param=path)
+    if kind == "literal_error":
+        expected = error["ctx"]["expected"].replace("'", "`").replace(" or ", ", ")
+        return RequestError(f"{path}: unknown variant `{given}`, expected one of {expected}", param=path)
+    if not path:
+        return RequestError(
+            "The request body is not a JSON object. Send one, with the header `Content-Type: "
+            "application/json`."
+        )
+    shown = repr(given) if len(repr(given)) <= 80 else f"{repr(given)[:80]}…"
+    return RequestError(f"{path}: {error['msg']} (got {shown}).", param=path)
+
+
+def _path(parts: Sequence[str | int]) -> str:
+    """`messages[0].role` from its parts."""
+    path = ""
+    for part in parts:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+def install(app: FastAPI) -> None:
+    """Make every failure answer in the one shape."""
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
+        return JSONResponse(error_body(error), error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse(error_body(from_validation(error.errors())), 400)
+
+    @app.exception_handler(ValidationError)
+    async def invalid_inside(request: Request, error: ValidationError) -> JSONResponse:
+        return JSONResponse(error_body(from_validation(error.errors())), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = (
+                f"There is nothing at {request.url.path}. The API is at /v1/chat/completions, the page at /."
+            )
+        elif error.status_code == 405:
+            message = f"{request.url.path} does not take {request.method}."
+        refusal = RequestError(message, status=error.status_code)
+        return JSONResponse(error_body(refusal), error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        known = isinstance(error, RorqualError)  # anything else is logged with its trace by the server
+        message = (
+            str(error) if known else f"The server failed: {type(error).__name__}. Its log has the trace."
+        )
+        return JSONResponse(error_body(RequestError(message, status=500, type="server_error")), 500)

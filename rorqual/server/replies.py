@@ -1,0 +1,152 @@
+"""From token events to the pieces of an answer; streams and whole answers are made of the same pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rorqual import chat
+from rorqual.engine import TokenEvent, Usage
+from rorqual.tokenizer import Tokenizer
+from rorqual.tokenizer.special import END_THINK
+
+IMPOSSIBLE = -9999.0  # what the API reports for a log probability that is minus infinity
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A `delta` to send, with the log probabilities of the tokens it is made of (None when not asked for)."""
+
+    delta: dict[str, Any]
+    logprobs: dict[str, Any] | None
+
+
+class ReplyReader:
+    """Feed it the engine's events in order; then `message` and `finish_reason` hold the whole answer."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, thinking: bool, tools: Sequence[dict[str, Any]], *, logprobs: bool
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._thinking = thinking
+        self._parser = chat.StreamParser(
+            "thinking" if thinking else "chat", list(tools) or None, allow_calls=bool(tools)
+        )
+        self._end_think = tokenizer.token_id(END_THINK)
+        self._in_reasoning = thinking
+        self._wants_logprobs = logprobs
+        self._pending: dict[str, list[dict[str, Any]]] = self._no_logprobs()
+        self._all_logprobs: dict[str, list[dict[str, Any]]] = self._no_logprobs()
+        self.reasoning_tokens = 0
+        self.message: dict[str, Any] = {}
+        self.finish_reason = ""
+
+    def opening(self) -> Piece:
+        """The first chunk: the role."""
+        delta: dict[str, Any] = {"role": "assistant", "content": ""}
+        if self._thinking:
+            delta |= {"content": None, "reasoning_content": ""}
+        return Piece(delta, None)
+
+    def read(self, event: TokenEvent) -> Iterator[Piece]:
+        """Pieces that this event settles; the last event ends with the closing piece and sets `message`."""
+        was_reasoning = self._in_reasoning
+        events = self._parser.feed(event.text)
+        if event.id == self._end_think or any(not isinstance(e, chat.ReasoningDelta) for e in events):
+            self._in_reasoning = False
+        if event.id is not None:
+            self._count(event, was_reasoning)
+        if event.finish_reason is not None:
+            events += self._parser.finish("length" if event.finish_reason == "length" else "stop")
+        for parsed in events:
+            if isinstance(parsed, chat.Finished):
+                yield self._close(parsed)
+            elif (delta := self._delta(parsed)) is not None:
+                yield Piece(delta, self._take_logprobs())
+
+    def whole_logprobs(self) -> dict[str, Any] | None:
+        """Log probabilities of the whole answer."""
+        return self._all_logprobs if self._wants_logprobs else None
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        """The usage object, reasoning counted by token."""
+        return usage_body(usage, self.reasoning_tokens if self._thinking else None)
+
+    def _delta(self, event: chat.Event) -> dict[str, Any] | None:
+        beside: dict[str, Any] = {"reasoning_content": None} if self._thinking else {}
+        if isinstance(event, chat.ReasoningDelta):
+            return {"content": None, "reasoning_content": event.text}
+        if isinstance(event, chat.ContentDelta):
+            return {"content": event.text, **beside}
+        if isinstance(event, chat.ToolCallStart):
+            function = {"name": event.name, "arguments": ""}
+            call = {"index": event.index, "id": event.id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        if isinstance(event, chat.ToolCallArguments):
+            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.piece}}]}
+        return None
+
+    def _close(self, finished: chat.Finished) -> Piece:
+        self.finish_reason = finished.finish_reason
+        self.message = {"role": "assistant", "content": finished.message["content"]}
+        delta: dict[str, Any] = {"content": ""}
+        if self._thinking:
+            self.message["reasoning_content"] = finished.message["reasoning_content"]
+            delta["reasoning_content"] = None
+        if finished.message["tool_calls"]:
+            self.message["tool_calls"] = [
+                {"index": i, **call} for i, call in enumerate(finished.message["tool_calls"])
+            ]
+        return Piece(delta, self._take_logprobs())
+
+    def _count(self, event: TokenEvent, was_reasoning: bool) -> None:
+        self.reasoning_tokens += was_reasoning
+        if self._wants_logprobs:
+            kind = "reasoning_content" if was_reasoning else "content"
+            entry = self._logprob_entry(event)
+            self._pending[kind].append(entry)
+            self._all_logprobs[kind].append(entry)
+
+    def _no_logprobs(self) -> dict[str, list[dict[str, Any]]]:
+        return {"content": [], "reasoning_content": []} if self._thinking else {"content": []}
+
+    def _take_logprobs(self) -> dict[str, Any] | None:
+        if not self._wants_logprobs:
+            return None
+        taken, self._pending = self._pending, self._no_logprobs()
+        return taken
+
+    def _logprob_entry(self, event: TokenEvent) -> dict[str, Any]:
+        assert event.id is not None
+        return {
+            **token_logprob(self._tokenizer, event.id, event.logprob),
+            "top_logprobs": [token_logprob(self._tokenizer, *pair) for pair in event.top_logprobs],
+        }
+
+
+def token_logprob(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
+    """One entry of a log-probability list; control tokens have doubled bars, as on the hosted API."""
+    raw = tokenizer.token_bytes(token)
+    text = raw.decode("utf-8", "replace")
+    is_control = len(text) > 1 and "｜" in text and tokenizer.has_token(text)
+    return {
+        "token": text.replace("｜", "｜｜") if is_control else text,
+        "logprob": max(logprob, IMPOSSIBLE) if logprob is not None else IMPOSSIBLE,
+        "bytes": None if is_control else list(raw),
+    }
+
+
+def usage_body(usage: Usage, reasoning_tokens: int | None) -> dict[str, Any]:
+    """Usage as the API reports it; hits and misses add up to the prompt."""
+    body: dict[str, Any] = {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_cache_hit_tokens": usage.cached_tokens,
+        "prompt_cache_miss_tokens": usage.prompt_tokens - usage.cached_tokens,
+    }
+    if reasoning_tokens is not None:
+        body["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return body

@@ -1,0 +1,223 @@
+"""Request bodies, as DeepSeek documents them. Anything else is refused by name; nothing is just ignored.
+
+`null` means absent, for unknown fields too, because SDKs send back whole messages full of nulls. Ranges
+that the engine checks (temperature, stop, ...) are left to it. Source: DeepSeek's API documentation;
+`top_k`, `min_p`, `seed` and `max_completion_tokens` are additions.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from rorqual.errors import RequestError
+
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+USER_ID = re.compile(r"[A-Za-z0-9_-]{1,512}")
+
+
+class Body(BaseModel):
+    """Base of all bodies: strict types, no unknown fields, null as absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unknown_nulls(cls, data: Any) -> Any:  # Any: whatever JSON holds
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name in cls.model_fields}
+
+
+class Thinking(Body):
+    type: Literal["enabled", "disabled", "adaptive"] = Field(description="`adaptive` is read as `enabled`.")
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: str
+    json_schema: Any = None
+
+
+class PastFunction(Body):
+    name: str
+    arguments: str
+
+
+class PastCall(Body):
+    """A tool call of an earlier assistant message, as this server returned it."""
+
+    id: str
+    type: Literal["function"]
+    function: PastFunction
+    index: int | None = None
+
+
+class Message(Body):
+    role: Literal["system", "user", "assistant", "tool", "latest_reminder", "developer"]
+    content: Any = Field(None, description="A string, or a list of text parts.")
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[PastCall] | None = None
+    tool_call_id: str | None = None
+    prefix: bool | None = None
+
+
+class Sampling(Body):
+    """What chat and completions share."""
+
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = Field(None, description="0 to 2; honoured in thinking mode too.")
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Any = Field(None, description="A string or up to 16 of them.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: float | None = Field(
+        None, description="Deprecated, no effect; checked to be in -2 to 2."
+    )
+    frequency_penalty: float | None = Field(
+        None, description="Deprecated, no effect; checked to be in -2 to 2."
+    )
+    n: int | None = Field(None, description="Only 1.")
+    user: str | None = Field(None, description="No effect: nothing is kept or shared between requests.")
+    user_id: str | None = Field(None, description="As `user`.")
+
+    @field_validator("presence_penalty", "frequency_penalty")
+    @classmethod
+    def _penalty(cls, value: float | None, info: Any) -> float | None:
+        if value is not None and not -2 <= value <= 2:
+            name = info.field_name
+            raise RequestError(f"Invalid {name} value, the valid range of {name} is [-2, 2]", param=name)
+        return value
+
+    @field_validator("user_id")
+    @classmethod
+    def _user_id(cls, value: str | None) -> str | None:
+        if value is not None and not USER_ID.fullmatch(value):
+            raise RequestError(
+                "Invalid user_id value: use up to 512 letters, digits, `-` and `_`.", param="user_id"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Sampling:
+        if self.n not in (None, 1):
+            raise RequestError(
+                f"n is {self.n}, but this server gives one choice a request. Send n=1, or several requests.",
+                param="n",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise RequestError(
+                "stream_options is only meaningful for a stream. Set stream to true or leave it out.",
+                param="stream_options",
+            )
+        return self
+
+
+class ChatRequest(Sampling):
+    """POST /chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = Field(None, description="Another name of max_tokens.")
+    thinking: Thinking | None = Field(None, description="Enabled unless switched off.")
+    reasoning_effort: str | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = Field(None, description="`none` or `auto`.")
+    parallel_tool_calls: bool | None = Field(None, description="Calls may always be parallel; only true.")
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> ChatRequest:
+        if self.max_completion_tokens is not None and self.max_tokens is not None:
+            raise RequestError(
+                "max_tokens and max_completion_tokens are two names of one field. Send one of them.",
+                param="max_completion_tokens",
+            )
+        if self.parallel_tool_calls is False:
+            raise RequestError(
+                "parallel_tool_calls cannot be switched off: the model decides how many calls a turn has. "
+                "Leave it out.",
+                param="parallel_tool_calls",
+            )
+        if self.response_format is not None and self.response_format.type != "text":
+            raise RequestError(
+                "This response_format type is unavailable now: "
+                f"`{self.response_format.type}` needs constrained decoding, which this server does not have "
+                "yet. Ask for JSON in the prompt, or send the type `text`.",
+                param="response_format.type",
+            )
+        self._check_tools()
+        self._check_tool_choice()
+        return self
+
+    def _check_tools(self) -> None:
+        tools = self.tools or []
+        if len(tools) > 128:
+            raise RequestError(f"tools holds {len(tools)} functions; at most 128 are allowed.", param="tools")
+        for i, tool in enumerate(tools):
+            where = f"tools[{i}]"
+            function = tool.get("function") if isinstance(tool, dict) else None
+            if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(function, dict):
+                raise RequestError(
+                    f'{where} must be {{"type": "function", "function": {{"name": ...}}}}; other kinds '
+                    "of tools are not supported.",
+                    param=where,
+                )
+            unknown = next((key for key in tool if key not in ("type", "function")), None)
+            if unknown is not None:
+                raise unknown_field(f"{where}.{unknown}")
+            name = function.get("name")
+            if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+                raise RequestError(
+                    f"{where}.function.name is {name!r}: use 1 to 64 letters, digits, `_` and `-`.",
+                    param=f"{where}.function.name",
+                )
+            if function.get("strict"):
+                raise RequestError(
+                    f"{where}.function.strict is true, but calls are not constrained to their schema yet. "
+                    "Leave strict out and check the arguments you get.",
+                    param=f"{where}.function.strict",
+                )
+
+    def _check_tool_choice(self) -> None:
+        if self.tool_choice in (None, "none", "auto") or not self.tools:
+            return  # without tools any value passes: there is nothing to choose from
+        if self.tool_choice == "required" or isinstance(self.tool_choice, dict):
+            raise RequestError(
+                f"tool_choice {self.tool_choice!r} forces a call, which needs constrained decoding; this "
+                "server does not have it yet. Use `auto`, and say in the prompt which tool to call.",
+                param="tool_choice",
+            )
+        raise RequestError(
+            f"tool_choice is {self.tool_choice!r}: expected one of `none`, `auto`, `required` or a tool.",
+            param="tool_choice",
+        )
+
+
+class CompletionRequest(Sampling):
+    """POST /beta/completions: text before a gap, perhaps text after it."""
+
+    prompt: str
+    suffix: str | None = None
+    echo: bool | None = None
+    logprobs: int | None = Field(None, description="How many of the likeliest tokens to report, 0 to 20.")
+
+
+def unknown_field(path: str) -> RequestError:
+    """The refusal of a field this server does not act on."""
+    return RequestError(
+        f"Unknown field `{path}`: this server refuses what it would not act on. Remove it from the request.",
+        param=path,
+        code="unknown_field",
+    )

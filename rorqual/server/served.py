@@ -1,0 +1,96 @@
+"""A model as the server offers it, and what chat and completions have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rorqual.engine import Engine, SamplingParams
+from rorqual.errors import RequestError
+from rorqual.server.schema import Sampling
+from rorqual.tokenizer import Tokenizer
+
+MAX_OUTPUT = 393_216
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A name, the engine behind it, and the prompt revision its checkpoint was trained with."""
+
+    name: str
+    engine: Engine
+    revision: str = "2026-04"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = self.engine.tokenizer
+        assert isinstance(tokenizer, Tokenizer), (
+            "the server needs rorqual.tokenizer.Tokenizer for its markers"
+        )
+        return tokenizer
+
+    @property
+    def max_output(self) -> int:
+        return min(MAX_OUTPUT, self.engine.context_limit)
+
+    def params(
+        self, body: Sampling, prompt_tokens: int, limit: int, default: int, **more: Any
+    ) -> SamplingParams:
+        """What the request asks for. `limit` and `default` bound and fill in max_tokens.
+
+        Raises: RequestError naming the field that is out of range.
+        """
+        max_tokens = body.max_tokens
+        if max_tokens is not None and not 1 <= max_tokens <= limit:
+            raise RequestError(
+                f"Invalid max_tokens value, the valid range of max_tokens is [1, {limit}]", param="max_tokens"
+            )
+        if max_tokens is None:
+            max_tokens = max(1, min(default, self.engine.context_limit - prompt_tokens))
+        given = {
+            name: value
+            for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop")
+            if (value := getattr(body, name)) is not None
+        }
+        return SamplingParams(max_tokens=max_tokens, **given, **more)
+
+
+def find_model(models: Mapping[str, ServedModel], name: str) -> ServedModel:
+    """Raises: RequestError naming the models there are."""
+    if name in models:
+        return models[name]
+    names = list(models)
+    if len(names) == 1:
+        known = f"The supported API model name is {names[0]}"
+    elif len(names) == 2:
+        known = f"The supported API model names are {names[0]} or {names[1]}"
+    else:
+        known = f"The supported API model names are {', '.join(names[:-1])}, and {names[-1]}"
+    raise RequestError(f"{known}, but you passed {name}.", param="model", code="model_not_found")
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The fields that every part of one answer shares."""
+
+    kind: str
+    model: str
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def body(self, choice: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": self.kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": hashlib.blake2b(
+                f"rorqual {self.model}".encode(), digest_size=16
+            ).hexdigest(),
+            "choices": [{"index": 0, **choice}],
+            **more,
+        }

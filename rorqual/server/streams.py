@@ -1,0 +1,104 @@
+"""Between the engine's thread and the event loop: token events as an async stream, and Server-Sent Events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from rorqual.engine import Engine, Request, SamplingParams, TokenEvent
+from rorqual.errors import RequestError
+from rorqual.server.errors import error_body
+
+DONE = "data: [DONE]\n\n"
+KEEP_ALIVE = ": keep-alive\n\n"
+
+
+class TokenStream:
+    """One engine request seen from the event loop; make it inside the loop.
+
+    Raises: RequestError as `Engine.submit`.
+    """
+
+    def __init__(self, engine: Engine, tokens: Sequence[int], params: SamplingParams) -> None:
+        loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
+
+        def listener(event: TokenEvent) -> None:
+            loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+        self.request: Request = engine.submit(tokens, params, listener=listener)
+
+    async def batches(self, patience_s: float) -> AsyncIterator[list[TokenEvent]]:
+        """Events in order, those that are ready together; an empty list after `patience_s` without any.
+
+        Raises: the request's RequestError when it failed.
+        """
+        while True:
+            try:
+                events = [await asyncio.wait_for(self._queue.get(), patience_s)]
+            except TimeoutError:
+                yield []
+                continue
+            while not self._queue.empty():
+                events.append(self._queue.get_nowait())
+            if events[-1].finish_reason == "error":
+                if events[:-1]:
+                    yield events[:-1]
+                assert self.request.error is not None
+                raise self.request.error
+            yield events
+            if events[-1].finish_reason is not None:
+                return
+
+    async def collect(self, http: HttpRequest) -> list[TokenEvent]:
+        """All events; when the client goes away first, the request is cancelled and CancelledError raised."""
+        task = asyncio.ensure_future(self._all())
+        watcher = asyncio.ensure_future(_gone(http))
+        try:
+            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise asyncio.CancelledError("the client went away")
+            return task.result()
+        finally:
+            task.cancel()
+            watcher.cancel()
+            self.request.cancel()
+
+    async def _all(self) -> list[TokenEvent]:
+        return [event async for batch in self.batches(3600.0) for event in batch]
+
+
+async def _gone(http: HttpRequest) -> None:
+    """Return when the client has closed the connection."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def sse(data: Mapping[str, Any]) -> str:
+    """One event, compact JSON."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def sse_error(error: RequestError) -> str:
+    """A failure inside a running stream; SDKs raise it. No `[DONE]` follows."""
+    return sse(error_body(error))
+
+
+class EventStream(StreamingResponse):
+    """Server-Sent Events of one engine request, which is cancelled when the client goes away."""
+
+    def __init__(self, lines: AsyncIterator[str], request: Request) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._request = request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._request.cancel()

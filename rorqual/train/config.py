@@ -1,0 +1,424 @@
+"""What a training run is, as data: TOML recipes layered left to right, then `--set a.b=c`.
+
+Every field has a sentence, which `rorqual train --help` and the docs print. Unknown keys are refused, so a
+misspelt setting never passes silently.
+"""
+
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rorqual.config import ModelConfig
+from rorqual.errors import ConfigError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """Which network."""
+
+    preset: str = Field(
+        default="minke", description="Named architecture: minke, bryde, sei, fin, blue, v4-flash, v4-pro."
+    )
+    config: str | None = Field(
+        default=None, description="Path of a config.json to use instead of the preset."
+    )
+    overrides: dict[str, Any] = Field(default={}, description="Settings of the architecture to change.")
+    init_from: str | None = Field(
+        default=None, description="Folder of weights to start from instead of random ones."
+    )
+
+    def build(self) -> ModelConfig:
+        """The architecture. Raises ConfigError when it cannot be read or is impossible."""
+        base = ModelConfig.from_file(self.config) if self.config else ModelConfig.preset(self.preset)
+        return base.replace(**self.overrides) if self.overrides else base
+
+
+class SourceSection(_Section):
+    """One corpus of the mixture."""
+
+    kind: Literal["python", "path", "jsonl"] = Field(
+        description="python (the interpreter's sources), path (text file or folder) or jsonl (a record a line)."
+    )
+    path: str | None = Field(default=None, description="File or folder of a path or jsonl corpus.")
+    weight: float = Field(
+        default=1.0, gt=0, description="Share of the training tokens, relative to the other parts."
+    )
+    fim_rate: float = Field(
+        default=0.0, ge=0, le=1, description="Share of documents rearranged as fill-in-the-middle."
+    )
+    include_tests: bool = Field(
+        default=False, description="Read the interpreter's test folders too (python only)."
+    )
+
+    @model_validator(mode="after")
+    def _path_fits(self) -> "SourceSection":
+        if (self.path is None) != (self.kind == "python"):
+            need = "takes no path" if self.kind == "python" else "needs a path"
+            raise ValueError(f"a source of kind {self.kind!r} {need}")
+        return self
+
+
+class TasksSection(_Section):
+    """Synthetic tasks in chat format."""
+
+    weight: float = Field(
+        default=0.0, ge=0, description="Share of the training tokens, relative to the sources."
+    )
+    families: dict[str, float] = Field(
+        default={},
+        description="Task families and their relative weights; empty means all, with their own shares.",
+    )
+    model_name: str = Field(default="Minke", description="What the model is taught to call itself.")
+    world: str = Field(
+        default="rorqual-world-1",
+        description="Id of the synthetic world whose facts are taught; it travels with the model.",
+    )
+    world_size: Literal["tiny", "small", "full"] = Field(
+        default="tiny", description="How many people that world has."
+    )
+
+
+class DataSection(_Section):
+    """What the model reads."""
+
+    sources: list[SourceSection] = Field(
+        default=[SourceSection(kind="python")], description="Corpora of the mixture."
+    )
+    tasks: TasksSection = Field(default=TasksSection(), description="Synthetic task families.")
+    tokenizer: str | None = Field(
+        default=None,
+        description="Folder or file of a tokenizer.json; without one a BPE is trained on the corpora.",
+    )
+    tokenizer_sample_bytes: int = Field(
+        default=20_000_000,
+        gt=0,
+        description="How much text a new tokenizer is trained on, and token counts are taken from.",
+    )
+    tokenizer_digits: int = Field(
+        default=1,
+        ge=1,
+        description="Longest run of digits one new token may hold (V4: 3; small models add better with 1).",
+    )
+    held_out: float = Field(
+        default=0.02, gt=0, lt=1, description="Share of the files kept away from training, for evaluation."
+    )
+    cache: str | None = Field(
+        default=None, description="Folder for tokenized corpora; without one they go to the run folder."
+    )
+
+
+class OptimSection(_Section):
+    """How weights move."""
+
+    lr: float = Field(default=2e-3, gt=0, description="Peak learning rate of Muon and AdamW alike.")
+    end_lr: float = Field(default=2e-4, ge=0, description="Learning rate at the end of the cosine.")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled decay of matrices, embedding, head and norms."
+    )
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="Momentum of Muon (Nesterov).")
+    muon_update_rms: float = Field(
+        default=0.18, gt=0, description="Root-mean-square of a Muon update at learning rate 1."
+    )
+    muon_steps: Literal["hybrid", "five"] = Field(
+        default="hybrid",
+        description="Newton-Schulz schedule: hybrid 8+2 (V4), or five plain steps (ablation).",
+    )
+    adam_betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Decay of AdamW's two moments.")
+    adam_eps: float = Field(default=1e-20, gt=0, description="AdamW's epsilon for embedding, head and norms.")
+    adam_bias_eps: float = Field(
+        default=1e-8,
+        gt=0,
+        description="AdamW's epsilon for gates, sinks and biases (V4: 1e-20; small models drift with that).",
+    )
+    adam_lr_scale: float = Field(
+        default=1.0, gt=0, description="Factor on the learning rate of everything AdamW trains."
+    )
+    grad_clip: float = Field(
+        default=1.0, gt=0, description="Global gradient norm above which gradients are scaled down."
+    )
+
+
+class ScheduleSection(_Section):
+    """What changes on the way; fractions are of total_tokens."""
+
+    total_tokens: int = Field(default=50_000_000, gt=0, description="Tokens to train on.")
+    tokens_per_step: int = Field(default=16_384, gt=0, description="Tokens per optimizer step.")
+    seq_lens: list[tuple[float, int]] = Field(
+        default=[(0.0, 512)], description="Row length by fraction: [[0.0, 512], [0.9, 1024]]."
+    )
+    ramp_until: float = Field(
+        default=0.0, ge=0, lt=1, description="Fraction over which the batch grows to its full size."
+    )
+    ramp_from: float = Field(
+        default=0.2, gt=0, le=1, description="Share of the full batch that the ramp starts from."
+    )
+    warmup_steps: int = Field(default=100, ge=0, description="Steps of linear warm-up.")
+    decay_from: float = Field(default=0.7, ge=0, le=1, description="Fraction where the cosine begins.")
+    dense_until: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Fraction during which sparse attention reads every visible entry.",
+    )
+    bias_off_from: float = Field(
+        default=0.95, ge=0, le=1, description="Fraction after which router biases stand still."
+    )
+
+    @model_validator(mode="after")
+    def _lengths_rise(self) -> "ScheduleSection":
+        starts = [start for start, _ in self.seq_lens]
+        if not starts or starts[0] != 0.0 or starts != sorted(set(starts)):
+            raise ValueError(f"seq_lens must begin at 0.0 and rise, got {self.seq_lens}")
+        if any(length < 4 for _, length in self.seq_lens):
+            raise ValueError(f"seq_lens holds a row shorter than 4 tokens: {self.seq_lens}")
+        return self
+
+
+class LossSection(_Section):
+    """Weights of the parts of the loss, and routing."""
+
+    mtp: float = Field(default=0.3, ge=0, description="Weight of the multi-token-prediction loss.")
+    mtp_end: float = Field(default=0.1, ge=0, description="Its weight once the learning rate decays.")
+    balance: float = Field(
+        default=1e-4, ge=0, description="Weight of the sequence-wise balance loss of each routed layer."
+    )
+    index: float = Field(
+        default=1.0, ge=0, description="Weight of the indexers' own loss; at 0 they never learn."
+    )
+    bias_speed: float = Field(
+        default=0.001, ge=0, description="Step of the router biases (0.003 to 0.01 for short runs)."
+    )
+
+
+class RunSection(_Section):
+    """The run itself."""
+
+    folder: str = Field(default="runs/minke", description="Folder that receives everything the run writes.")
+    seed: int = Field(default=0, ge=0, description="Seed of initial weights, data order and tasks.")
+    threads: int = Field(
+        default=0, ge=0, description="Threads per process; 0 means the machine's cores over the processes."
+    )
+    processes: int = Field(
+        default=1, ge=1, description="Processes that share each step's micro-batches (CPU only)."
+    )
+    device: str = Field(default="cpu", description="Where to train: cpu or cuda.")
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Precision of matrix products (weights stay fp32); on a CPU bf16 is the head only.",
+    )
+    micro_batch_tokens: int = Field(
+        default=4096, gt=0, description="Tokens forwarded at once; a step adds up several."
+    )
+    loss_chunk: int = Field(
+        default=1024, gt=0, description="Tokens whose logits exist at once in the cross-entropy."
+    )
+    checkpoint_every_s: float = Field(default=600.0, gt=0, description="Seconds between checkpoints.")
+    keep_checkpoints: int = Field(default=2, ge=1, description="How many of the newest checkpoints stay.")
+    log_every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
+    eval_every: int = Field(
+        default=500, ge=0, description="Steps between held-out evaluations; 0 for the end only."
+    )
+    eval_tokens: int = Field(default=65_536, gt=0, description="Held-out tokens per evaluation.")
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Stop (and save) after this step although tokens remain."
+    )
+    sample_prompts: list[str] = Field(
+        default=[], description="Texts continued greedily at every evaluation, into samples.txt."
+    )
+    sample_tokens: int = Field(default=64, ge=1, description="Length of each continuation.")
+    export_dtype: Literal["fp32", "bf16"] = Field(
+        default="bf16", description="Precision of the exported model folder."
+    )
+
+
+class TrainConfig(_Section):
+    """A whole recipe."""
+
+    model: ModelSection = Field(default=ModelSection(), description="Which network.")
+    data: DataSection = Field(default=DataSection(), description="What it reads.")
+    optim: OptimSection = Field(default=OptimSection(), description="How weights move.")
+    schedule: ScheduleSection = Field(default=ScheduleSection(), description="What changes on the way.")
+    loss: LossSection = Field(default=LossSection(), description="Parts of the loss, routing.")
+    run: RunSection = Field(default=RunSection(), description="The run itself.")
+
+
+HARMLESS = frozenset(
+    [
+        "data.cache",
+        "run.folder",
+        "run.checkpoint_every_s",
+        "run.keep_checkpoints",
+        "run.log_every",
+        "run.eval_every",
+        "run.eval_tokens",
+        "run.max_steps",
+        "run.sample_prompts",
+        "run.sample_tokens",
+        "run.export_dtype",
+    ]
+)
+"""Settings that may differ on resume: they change what is written, not a single weight."""
+
+
+def load_config(recipes: Sequence[str | Path] = (), settings: Iterable[str] = ()) -> TrainConfig:
+    """Read recipes (later ones win, key by key) and apply `a.b=c` settings.
+
+    A setting's value is read as TOML where it is TOML (`1e-3`, `true`, `[1, 2]`) and as text otherwise.
+    Raises: ConfigError for an unreadable file, an unknown key or a bad value, naming each.
+    """
+    tree: dict[str, Any] = {}
+    for recipe in recipes:
+        _merge(tree, _read_toml(Path(recipe)))
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"--set {setting!r} has no '='. A setting is a dotted name and a value. Write --set "
+                "optim.lr=1e-3."
+            )
+        branch: dict[str, Any] = {}
+        _put(branch, key.strip().split("."), _parse(text.strip()))
+        _merge(tree, branch)
+    return validate(tree)
+
+
+def validate(tree: Mapping[str, Any]) -> TrainConfig:
+    """A checked config from nested plain values. Raises ConfigError listing every fault by dotted name."""
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            name = ".".join(map(str, fault["loc"]))
+            if fault["type"] == "extra_forbidden":
+                lines.append(f"  {name}: there is no such setting{_suggestion(fault['loc'])}")
+            else:
+                lines.append(f"  {name}: {fault['msg']} (got {fault['input']!r})")
+        raise ConfigError(
+            "The training config cannot be used:\n" + "\n".join(lines) + "\n"
+            "Correct the recipe or the --set option; `rorqual train --show-config` prints every setting "
+            "with its meaning."
+        ) from None
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """Every setting by dotted name, lists and free tables as one value."""
+    flat: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            flat.update({f"{name}.{key}": v for key, v in flatten(value).items()})
+        else:
+            flat[name] = _plain(value)
+    return flat
+
+
+def breaking_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Settings whose change would make a resumed run differ from the uninterrupted one, as `name: old ->
+    new`.
+    """
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{name}: {before[name]!r} -> {after[name]!r}"
+        for name in before
+        if name not in HARMLESS and before[name] != after[name]
+    ]
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The config as a TOML recipe, every field under its description. Fields that are unset are left out."""
+    lines: list[str] = []
+    _write_table(config, "", lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _write_table(section: BaseModel, prefix: str, lines: list[str]) -> None:
+    nested: list[tuple[str, BaseModel]] = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            nested.append((f"{prefix}{name}", value))
+        elif value is not None:
+            lines += [f"# {field.description}", f"{name} = {_toml(_plain(value))}"]
+    for path, value in nested:
+        lines += ["", f"[{path}]"]
+        _write_table(value, f"{path}.", lines)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return {k: v for k, v in value.model_dump().items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+        return f'"{escaped}"'
+    if isinstance(value, float):
+        text = repr(value)
+        return text if any(c in text for c in ".en") else text + ".0"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the recipe {path}: {error.strerror or error}. Check the path; recipes/ holds "
+            "examples."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML ({error}). Correct that line.") from error
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = value
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    import difflib
+
+    section: type[BaseModel] | None = TrainConfig
+    for part in location[:-1]:
+        if section is None or not isinstance(part, str) or part not in section.model_fields:
+            return ""
+        annotation = section.model_fields[part].annotation
+        section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    names = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return (
+        f"; did you mean {close[0]}?" if close else f" (settings there: {', '.join(names)})" if names else ""
+    )
