@@ -16,12 +16,17 @@ case "$build" in
 esac
 
 if [ ! -x "$folder/bin/python" ] || ! "$folder/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ -n "${PYTHON:-}" ]; then
+        set -- "$PYTHON"
+    else
+        set -- python3 python3.14 python3.13 python3.12 python3.11
+    fi
     python=
-    for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+    for candidate in "$@"; do
         if new_enough "$candidate"; then python=$candidate; break; fi
     done
     if [ -z "$python" ]; then
-        say "No Python 3.11 or newer found (looked for: ${PYTHON:-python3, python3.14 ... python3.11})."
+        say "No Python 3.11 or newer found (tried: $*)."
         say "Rorqual needs one. On Debian 12+ or Ubuntu 24.04+: sudo apt install python3 python3-venv"
         say "Elsewhere install Python 3.11+ and name it: make install PYTHON=/path/to/python3"
         exit 1
@@ -36,22 +41,30 @@ if [ ! -x "$folder/bin/python" ] || ! "$folder/bin/python" -m pip --version >/de
     "$python" -m venv --clear "$folder"
 fi
 
+quiet=--quiet
+if [ -t 1 ]; then quiet=; fi # somebody watches: show the download
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
 had=$(cat "$folder/.torch" 2>/dev/null || echo "$build")
 if [ "$had" != "$build" ]; then pip uninstall --yes --quiet torch; fi
 
-if [ "$build" = cuda ]; then
+wanted=$(sed -n 's/^torch==//p' "$here/constraints-cpu.txt")
+present=$("$folder/bin/python" -c "import importlib.metadata as m; print(m.version('torch').split('+')[0])" \
+    2>/dev/null || true)
+
+if [ "$build" = cpu ] && [ "$present" = "$wanted" ]; then
+    : # nothing to fetch
+elif [ "$build" = cuda ]; then
     say "Installing torch with CUDA (several gigabytes)"
-    pip install --quiet "torch>=2.11"
+    pip install $quiet "torch>=2.11"
 elif [ "$(uname -s)" != Linux ]; then
     say "Installing torch (on this system the ordinary build is the CPU build)"
-    pip install --quiet -r "$here/constraints-cpu.txt"
+    pip install $quiet -r "$here/constraints-cpu.txt"
 elif "$folder/bin/python" -c "import urllib.request as r; r.urlopen('$cpu_index/torch/', timeout=10)" 2>/dev/null; then
     say "Installing torch, CPU build (about 200 MB)"
-    pip install --quiet --index-url "$cpu_index" -r "$here/constraints-cpu.txt"
+    pip install $quiet --index-url "$cpu_index" -r "$here/constraints-cpu.txt"
 else
     say "PyTorch's CPU index ($cpu_index) did not answer, so torch comes from pip's own index."
     say "If that is PyPI, it is the CUDA build: several gigabytes, and it works without a GPU."
-    pip install --quiet -r "$here/constraints-cpu.txt"
+    pip install $quiet -r "$here/constraints-cpu.txt"
 fi
 echo "$build" >"$folder/.torch"

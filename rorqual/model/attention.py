@@ -17,9 +17,8 @@ from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear, RMSNorm
 from rorqual.model.state import LayerState
 from rorqual.model.trace import Trace
-from rorqual.ops.norms import rms_norm
 from rorqual.ops.rounding import round_kv_fp8
-from rorqual.ops.rope import apply_rope, rope_frequencies
+from rorqual.ops.rope import apply_rope, norm_rope, rope_frequencies
 from rorqual.ops.sparse_attention import Visible, sparse_attention
 
 
@@ -58,8 +57,8 @@ class Attention(nn.Module):
         """
         latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(latent).unflatten(-1, (self.cfg.num_attention_heads, self.cfg.head_dim))
-        q = apply_rope(rms_norm(q, None, self.cfg.rms_norm_eps), table.unsqueeze(-2))
-        kv = self._round(apply_rope(self.kv_norm(self.wkv(x)), table))
+        q = norm_rope(q, None, self.cfg.rms_norm_eps, table.unsqueeze(-2))
+        kv = self._round(norm_rope(self.wkv(x), self.kv_norm.weight, self.kv_norm.eps, table))
         window = self.cfg.sliding_window
         if state is None:
             keys = torch.cat([kv.new_zeros(kv.shape[0], window - 1, kv.shape[2]), kv], 1)
@@ -133,7 +132,7 @@ class Attention(nn.Module):
     def _output(self, o: Tensor) -> Tensor:
         """Grouped low-rank output: z_g = A_g o_g for each group of heads, then wo_b: [B, S, H, K] -> [B, S, D]."""
         groups, rank = self.cfg.o_groups, self.cfg.o_lora_rank
-        grouped = o.flatten(-2).unflatten(-1, (groups, -1))
-        a = self.wo_a.weight.to(o.dtype).view(groups, rank, -1)
-        z = torch.einsum("bsgi,gri->bsgr", grouped, a)
-        return self.wo_b(z.flatten(-2))
+        b, s = o.shape[:2]
+        grouped = o.reshape(b * s, groups, -1).transpose(0, 1)
+        z = torch.bmm(grouped, self.wo_a.weight.to(o.dtype).view(groups, rank, -1).transpose(1, 2))
+        return self.wo_b(z.transpose(0, 1).reshape(b, s, groups * rank))

@@ -15,7 +15,7 @@ from rorqual.model.layout import EntryPlan, Layout
 from rorqual.model.linear import Linear, RMSNorm
 from rorqual.model.state import Pending
 from rorqual.ops.compress import pool
-from rorqual.ops.rope import apply_rope, rope_table
+from rorqual.ops.rope import norm_rope, rope_table
 
 
 class Compressor(nn.Module):
@@ -39,12 +39,13 @@ class Compressor(nn.Module):
         if plan.count == 0 and pending is None:
             return None
         kv = self.wkv(x.float())
-        score = self.wgate(x.float()) + self.ape[layout.positions % self.ratio]
+        one = layout.num_tokens == 1 and layout.same_start
+        score = self.wgate(x.float()) + self.ape[layout.start[0] % self.ratio if one else layout.positions % self.ratio]
         entries = None
         if plan.count:
             index = self._slots(plan, layout, 0 if pending is None else pending.size)
             pooled = pool(self._gather(kv, index, None if pending is None else pending.kv), self._scores(score, index, plan, pending))
-            entries = apply_rope(self.norm(pooled.to(x.dtype)), rope_table(plan.first, frequencies))
+            entries = norm_rope(pooled.to(x.dtype), self.norm.weight, self.norm.eps, rope_table(plan.first, frequencies))
         if pending is not None:
             pending.write(kv, score, layout)
         return entries

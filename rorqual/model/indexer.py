@@ -21,8 +21,9 @@ from rorqual.model.state import LayerState
 from rorqual.ops.hadamard import hadamard
 from rorqual.ops.index_topk import index_scores, select_entries
 from rorqual.ops.rounding import round_index_fp4
+from rorqual.ops.native import functions, usable
 from rorqual.ops.rope import apply_rope
-from rorqual.ops.sparse_attention import BLOCK_BUDGET, Visible, entry_mass
+from rorqual.ops.sparse_attention import BLOCK_BUDGET, FEW_QUERIES, Visible, entry_mass
 
 
 class Indexer(nn.Module):
@@ -63,14 +64,17 @@ class Indexer(nn.Module):
     @torch.no_grad()
     def select(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible) -> Visible:
         """Narrow `visible` to the top k entries per query; scores are computed in blocks of queries."""
-        picks = []
+        if q.shape[0] * q.shape[1] <= FEW_QUERIES and usable(q) and usable(keys):
+            picks = functions.index_select_small(q, weights.float(), keys, visible.start, visible.end, self.top_k)
+            return Visible(visible.end, visible.start, picks)
+        parts = []
         for lo, hi in self._blocks(q.shape[0], q.shape[1], keys.shape[1]):
             scores = index_scores(q[:, lo:hi], weights[:, lo:hi], keys)
             mask = visible.mask(lo, hi, keys.shape[1])
             if mask is not None:
                 scores.masked_fill_(~mask, float("-inf"))
-            picks.append(select_entries(scores, self.top_k))
-        return Visible(visible.end, visible.start, torch.cat(picks, 1))
+            parts.append(select_entries(scores, self.top_k))
+        return Visible(visible.end, visible.start, torch.cat(parts, 1))
 
     def loss(  # noqa: PLR0913
         self, index_q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, all_visible: Visible,

@@ -113,6 +113,13 @@ class Layout:
         after = [(s + n) // ratio for s, n in zip(self.start, self.lengths, strict=True)]
         counts = [a - b for a, b in zip(after, base, strict=True)]
         count, total = max(counts), max(after)
+        visible = Visible(
+            end=(self.positions + 1) // ratio,
+            everything=self.num_tokens == 1 and min(after) == total,
+        )
+        if count == 0:
+            none = self.positions[:, :0]
+            return EntryPlan(ratio, 0, total, base, counts, none, none, none > 0, visible)
         index = torch.arange(count, device=self.device).unsqueeze(0)
         if self.same_start:
             block, start = index + base[0], torch.full((1, 1), self.start[0], device=self.device)
@@ -120,10 +127,6 @@ class Layout:
             block = index + torch.tensor(base, device=self.device).unsqueeze(-1)
             start = torch.tensor(self.start, device=self.device).unsqueeze(-1)
         ends = block * ratio + (ratio - 1) - start
-        visible = Visible(
-            end=(self.positions + 1) // ratio,
-            everything=self.num_tokens == 1 and min(after) == total,
-        )
         return EntryPlan(
             ratio, count, total, base, counts,
             first=block * ratio,

@@ -16,7 +16,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return F.linear(x, self.weight.to(x.dtype))
+        weight = self.weight
+        return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -13,7 +13,8 @@ from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
 from rorqual.model.trace import RouterRecord, Trace
-from rorqual.ops.experts import grouped_experts, router_scores, routing_weights, select_experts
+from rorqual.ops.experts import fits_small, grouped_experts, router_scores, routing_weights, select_experts
+from rorqual.ops.native import functions
 from rorqual.ops.swiglu import swiglu
 
 
@@ -83,12 +84,24 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, layout: Layout, trace: Trace | None = None) -> Tensor:
         """x [B, S, D] (after ffn_norm), input token ids [B, S] -> [B, S, D]."""
         flat = x.flatten(0, 1)
+        recorded = trace is not None and trace.router
+        if not recorded and fits_small(flat, self.experts.w1):
+            return self._small(flat, tokens).view_as(x)
         experts, weights, scores = self.gate(flat, tokens.flatten())
-        if trace is not None and trace.router:
+        if recorded and trace is not None:
             trace.routers.append(self._record(experts, scores, layout))
         e = self.experts
         routed = grouped_experts(flat, experts, weights, e.w1, e.w3, e.w2, self.limit)
         return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
+
+    def _small(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The same sum in one native call, for a handful of tokens."""
+        gate, e, s = self.gate, self.experts, self.shared_experts
+        hashed = self.spec.hash_routed
+        return functions.moe_small(
+            x, gate.weight, None if hashed else gate.bias, gate.tid2eid[tokens.flatten()] if hashed else None,
+            (e.w1, e.w3, e.w2), (s.w1.weight, s.w3.weight, s.w2.weight), gate.active, gate.scale, self.limit,
+        )  # fmt: skip
 
     def _record(self, experts: Tensor, scores: Tensor, layout: Layout) -> RouterRecord:
         """Counts and the sequence-wise balance loss: mean over rows of E/(A T) sum_e count_e mean_t share_e.

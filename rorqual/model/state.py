@@ -41,6 +41,9 @@ def _ring_write(ring: Tensor, values: Tensor, layout: Layout) -> None:
         keep = min(count, size)
         return torch.arange(start + count - keep, start + count, device=ring.device) % size, count - keep
 
+    if layout.same_start and layout.num_tokens == 1 and not layout.ragged:
+        ring[:, layout.start[0] % size] = values[:, 0]
+        return
     if layout.same_start and not layout.ragged:
         index, skip = slots(layout.start[0], layout.num_tokens)
         ring.index_copy_(1, index, values[:, skip:].to(ring.dtype))

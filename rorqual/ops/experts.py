@@ -13,7 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.ops import registry
+from rorqual.ops.native import usable
 from rorqual.ops.swiglu import swiglu
+
+
+SMALL_TOKENS, SMALL_WEIGHTS = 4, 1 << 22
+"""Up to so many tokens, and weights touched per expert, a whole MoE layer goes through one native call."""
+
+
+def fits_small(x: Tensor, w1: Tensor) -> bool:
+    """Whether `native.functions.moe_small` should compute this call: few tokens, small experts, no gradients."""
+    few = x.shape[0] <= SMALL_TOKENS and w1.shape[1] * w1.shape[2] <= SMALL_WEIGHTS
+    return few and not torch.is_grad_enabled() and usable(x) and usable(w1)
 
 
 def router_scores(x: Tensor, weight: Tensor) -> Tensor:

@@ -95,10 +95,10 @@ def _fits(streams: Tensor) -> bool:
 def _native_pre(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float):  # type: ignore[no-untyped-def]
     if iters > 64:  # MAX_ITERS of the C code
         return hc_pre_reference(streams, fn, base, scale, iters, norm_eps, eps)
-    return functions.HcPre.apply(streams, fn, base, scale, iters, norm_eps, eps)
+    return functions.hc_pre(streams, fn, base, scale, iters, norm_eps, eps)
 
 
 registry.register("hc_pre", "reference", hc_pre_reference)
 registry.register("hc_pre", "native", _native_pre, _fits)
 registry.register("hc_post", "reference", hc_post_reference)
-registry.register("hc_post", "native", functions.HcPost.apply, _fits)
+registry.register("hc_post", "native", functions.hc_post, _fits)

@@ -27,7 +27,7 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 
 
 registry.register("index_reduce", "reference", reduce_heads_reference)
-registry.register("index_reduce", "native", functions.IndexReduce.apply, usable)
+registry.register("index_reduce", "native", functions.index_reduce, usable)
 
 
 def select_entries(scores: Tensor, top_k: int) -> Tensor:

@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _native(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return functions.RmsNorm.apply(x, None if weight is None else weight.float(), eps)
+    return functions.rms_norm(x, None if weight is None else weight.float(), eps)
 
 
 registry.register("rms_norm", "reference", rms_norm_reference)

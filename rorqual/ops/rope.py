@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rorqual.ops import registry
 from rorqual.ops.native import functions, usable
+from rorqual.ops.norms import rms_norm_reference
 
 
 def rope_frequencies(rope_dim: int, base: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
@@ -60,5 +61,17 @@ def apply_rope(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
     return registry.pick("rope", x)(x, table, inverse)
 
 
+def norm_rope_reference(x: Tensor, weight: Tensor | None, eps: float, table: Tensor) -> Tensor:
+    """RMS norm over the last axis, then rope: queries (no weight) and keys go through both."""
+    return apply_rope_reference(rms_norm_reference(x, weight, eps), table)
+
+
+def norm_rope(x: Tensor, weight: Tensor | None, eps: float, table: Tensor) -> Tensor:
+    """`norm_rope_reference`, by the fastest implementation at hand."""
+    return registry.pick("norm_rope", x)(x, weight, eps, table)
+
+
+registry.register("norm_rope", "reference", norm_rope_reference)
+registry.register("norm_rope", "native", functions.norm_rope, usable)
 registry.register("rope", "reference", apply_rope_reference)
-registry.register("rope", "native", functions.Rope.apply, usable)
+registry.register("rope", "native", functions.rope, usable)

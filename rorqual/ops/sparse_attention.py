@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.ops.native import functions, usable
+
 BLOCK_BUDGET = 1 << 23
 """Largest score tensor built at a time, in elements (32 MiB in fp32)."""
 
@@ -252,6 +254,9 @@ class _SparseAttention(torch.autograd.Function):
         return dq, dkv[:, : kv.shape[1]].to(kv.dtype), dentries, dsink, None
 
 
+FEW_QUERIES = 8
+"""Up to this many queries without gradients go through the native loop over keys, where there is one."""
+
 GATHER_FROM = 8
 """Picks are gathered when there are more than this many entries per pick; below, masked GEMMs over all are faster."""
 
@@ -269,6 +274,9 @@ def sparse_attention(
     assert kv.shape[1] == window - 1 + q.shape[1]
     if entries is not None and not entries.shape[1]:
         entries = visible = None
+    if not torch.is_grad_enabled() and q.shape[0] * q.shape[1] <= FEW_QUERIES and usable(q) and usable(kv):
+        start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
+        return functions.attend_small(q, kv, sink, positions, window, scale, entries, start, end, picks)
     gather = False
     if entries is not None and visible is not None and visible.picks is not None:
         gather = entries.shape[1] > GATHER_FROM * visible.picks.shape[-1]

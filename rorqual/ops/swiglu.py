@@ -57,7 +57,9 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit) in fp32: [..., I], [..., I] -> fp32 [..., I]."""
-    return _SwiGLU.apply(gate, up, limit)
+    if torch.is_grad_enabled():
+        return _SwiGLU.apply(gate, up, limit)
+    return registry.pick("swiglu", gate)(gate, up, None, limit)
 
 
 registry.register("swiglu", "reference", forward_reference)

@@ -43,7 +43,7 @@ class SourceSection(_Section):
     """One corpus of the mixture."""
 
     kind: Literal["python", "path", "jsonl"] = Field(
-        description="python (the interpreter's sources), path (text file or folder) or jsonl (a record a line)."
+        description="python (the interpreter's sources), path (text file or folder), jsonl (a record a line)."
     )
     path: str | None = Field(default=None, description="File or folder of a path or jsonl corpus.")
     weight: float = Field(

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rorqual.ops import hyper_connections, index_topk, norms, registry, rope, swiglu
-from rorqual.ops.native import load
+from rorqual.ops import experts, hyper_connections, index_topk, norms, registry, rope, sparse_attention, swiglu
+from rorqual.ops.native import functions, load
 
 pytestmark = pytest.mark.skipif(load() is None, reason="no C compiler on this machine: only the references exist")
 
-OPERATIONS = ["hc_pre", "hc_post", "rms_norm", "rope", "swiglu", "swiglu_backward", "index_reduce"]
+OPERATIONS = ["hc_pre", "hc_post", "rms_norm", "rope", "norm_rope", "swiglu", "swiglu_backward", "index_reduce"]
 
 
 def both(operation: str, *args: object) -> None:
@@ -60,6 +60,70 @@ def test_rope(k: int, r: int, inverse: bool) -> None:
     both("rope", randn(2, 3, 4, k), table.unsqueeze(-2), inverse)
     both("rope", randn(2, 3, 4, k), table[:1].unsqueeze(-2), inverse)
     both("rope", randn(2, 3, k), table[:1], inverse)
+
+
+@pytest.mark.parametrize(("k", "r"), [(8, 8), (12, 4), (64, 16)])
+def test_norm_rope(k: int, r: int) -> None:
+    table = rope.rope_table(torch.tensor([[0, 5, 1_000_003], [1, 2, 3]]), rope.rope_frequencies(r, 1e4))
+    both("norm_rope", randn(2, 3, k), 1 + randn(k), 1e-6, table)
+    both("norm_rope", randn(2, 3, 4, k), None, 1e-6, table[:1].unsqueeze(-2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("choice", ["all", "picks", "none"])
+@pytest.mark.parametrize("window", [1, 5])
+def test_attention_of_few_queries(window: int, choice: str, packed: bool) -> None:
+    """The native loop over keys, the blocked version and the equation agree."""
+    b, t, h, k, entries = 2, 3, 4, 24, randn(2, 9, 24)
+    q, kv, sink = randn(b, t, h, k), randn(b, t + window - 1, k), randn(h)
+    positions = torch.tensor([[20, 21, 22], [0, 1, 2]])
+    end = torch.tensor([[9, 9, 9], [0, 1, 1]])
+    start = torch.tensor([[2, 2, 3], [0, 0, 0]]) if packed else None
+    picks = torch.tensor([[[3, 5, 8]] * 3, [[-1, -1, -1], [0, -1, -1], [0, -1, -1]]]) if choice == "picks" else None
+    visible = sparse_attention.Visible(end, start, picks)
+    given = (None, None) if choice == "none" else (entries, visible)
+    want = sparse_attention.attention_reference(q, kv, sink, positions, window, 0.3, *given)
+    blocked, lse = sparse_attention.sparse_attention(q.requires_grad_(), kv, sink, positions, window, 0.3, *given)
+    with torch.no_grad():
+        few, few_lse = sparse_attention.sparse_attention(q, kv, sink, positions, window, 0.3, *given)
+    torch.testing.assert_close(blocked, want)
+    torch.testing.assert_close(few, want)
+    torch.testing.assert_close(few_lse, lse)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3, 7, 40])
+def test_selection_for_few_queries(top_k: int, ties: bool) -> None:
+    q, weights, keys = randn(2, 3, 2, 8), randn(2, 3, 2), randn(2, 30, 8)
+    if ties:
+        q, weights, keys = q.round(), weights.round(), keys.round()
+    end = torch.tensor([[30, 29, 5], [0, 1, 30]])
+    scores = index_topk.index_scores(q, weights, keys)
+    scores = scores.masked_fill(torch.arange(30) >= end.unsqueeze(-1), float("-inf"))
+    want = index_topk.select_entries(scores, top_k)
+    got = functions.index_select_small(q, weights, keys, None, end, top_k)
+    assert [[sorted(i for i in row if i >= 0) for row in b] for b in want.tolist()] == [
+        [[i for i in row if i >= 0] for row in b] for b in got.tolist()
+    ]
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_moe_of_few_tokens(hashed: bool) -> None:
+    x, router, bias = randn(3, 16), randn(6, 16), randn(6)
+    w1, w3, w2 = randn(6, 10, 16), randn(6, 10, 16, seed=1), randn(6, 16, 10)
+    s1, s3, s2 = randn(10, 16), randn(10, 16, seed=1), randn(16, 10)
+    scores = experts.router_scores(x, router)
+    chosen = torch.tensor([[1, 5], [0, 3], [2, 2]]) if hashed else experts.select_experts(scores, bias, 2)
+    weights = experts.routing_weights(scores, chosen, 1.5)
+    want = experts.experts_reference(x, chosen, weights, w1, w3, w2, 1.0)
+    want = want + swiglu.swiglu(x @ s1.t(), x @ s3.t(), 1.0) @ s2.t()
+    torch.testing.assert_close(
+        experts.grouped_experts(x, chosen, weights, w1, w3, w2, 1.0),
+        experts.experts_reference(x, chosen, weights, w1, w3, w2, 1.0),
+    )
+    given = (None, chosen) if hashed else (bias, None)
+    got = functions.moe_small(x, router, *given, (w1, w3, w2), (s1, s3, s2), 2, 1.5, 1.0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.5, 10.0])

@@ -46,7 +46,7 @@ def test_batch_ramp_grows_to_full_size() -> None:
 
 @pytest.mark.parametrize("ramp_until", [0.0, 0.3])
 def test_number_of_steps_is_what_a_run_takes(ramp_until: float) -> None:
-    schedule = dataclasses.replace(SCHEDULE, total_tokens=100_000, tokens_per_step=96, ramp_until=ramp_until)
+    schedule = dataclasses.replace(SCHEDULE, total_tokens=20_000, tokens_per_step=96, ramp_until=ramp_until)
     tokens = steps = 0
     while tokens < schedule.total_tokens:
         assert schedule.steps_from(tokens) == schedule.total_steps() - steps

@@ -1,4 +1,4 @@
-"""Autograd around the C kernels of `kernels.c`, one class per operation, registered beside the references.
+"""Autograd around the C kernels, one class per operation, registered beside the references.
 
 Shapes and meaning stand with the references (`hyper_connections.py`, `norms.py`, `rope.py`, `swiglu.py`,
 `index_topk.py`); here tensors are only made contiguous and passed on.
@@ -12,6 +12,77 @@ from torch import Tensor
 from rorqual.ops.native.library import call
 
 
+def hc_pre(  # noqa: PLR0913
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hyper_connections.hc_pre_reference`; without gradients no autograd node is made."""
+    if torch.is_grad_enabled():
+        return HcPre.apply(streams, fn, base, scale, iters, norm_eps, eps)
+    return _hc_pre(streams.contiguous(), fn, base, scale, iters, norm_eps, eps)[:3]
+
+
+def _hc_pre(  # noqa: PLR0913
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *lead, n, d = streams.shape
+    tokens = streams.numel() // (n * d)
+    raw = streams.view(tokens, n * d) @ fn.t()
+    y, rs = streams.new_empty(*lead, d), streams.new_empty(tokens)
+    post, comb = streams.new_empty(*lead, n), streams.new_empty(*lead, n, n)
+    call("hc_pre_forward", streams, raw, base, scale, tokens, n, d, iters, norm_eps, eps, y, post, comb, rs)
+    return y, post, comb, raw, rs
+
+
+def hc_post(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """`hyper_connections.hc_post_reference`."""
+    if torch.is_grad_enabled():
+        return HcPost.apply(streams, y, post, comb)
+    return _hc_post(streams, y, post, comb)
+
+
+def _hc_post(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    streams, y, post, comb = streams.contiguous(), y.contiguous(), post.contiguous(), comb.contiguous()
+    n, d = streams.shape[-2:]
+    out = torch.empty_like(streams)
+    call("hc_post_forward", streams, y, post, comb, streams.numel() // (n * d), n, d, out)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`norms.rms_norm_reference`."""
+    if torch.is_grad_enabled():
+        return RmsNorm.apply(x, weight, eps)
+    return _rms_norm(x.contiguous(), weight, eps)[0]
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    d = x.shape[-1]
+    y, rs = torch.empty_like(x), x.new_empty(x.numel() // d)
+    call("rms_norm_forward", x, weight, rs.numel(), d, eps, y, rs)
+    return y, rs
+
+
+def rope(x: Tensor, table: Tensor, inverse: bool = False) -> Tensor:
+    """`rope.apply_rope_reference`."""
+    if torch.is_grad_enabled():
+        return Rope.apply(x, table, inverse)
+    return _rotate(x, table, inverse)
+
+
+def index_reduce(dots: Tensor, weights: Tensor) -> Tensor:
+    """`index_topk.reduce_heads_reference`."""
+    if torch.is_grad_enabled():
+        return IndexReduce.apply(dots, weights)
+    return _index_reduce(dots.contiguous(), weights.contiguous())
+
+
+def _index_reduce(dots: Tensor, weights: Tensor) -> Tensor:
+    b, t, j, c = dots.shape
+    out = dots.new_empty(b, t, c)
+    call("index_reduce", dots, weights, b * t, j, c, out)
+    return out
+
+
 class HcPre(torch.autograd.Function):
     """`hyper_connections.hc_pre_reference` in one pass over the streams."""
 
@@ -20,12 +91,7 @@ class HcPre(torch.autograd.Function):
         ctx: Any, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         streams = streams.contiguous()
-        *lead, n, d = streams.shape
-        tokens = streams.numel() // (n * d)
-        raw = streams.view(tokens, n * d) @ fn.t()
-        y, rs = streams.new_empty(*lead, d), streams.new_empty(tokens)
-        post, comb = streams.new_empty(*lead, n), streams.new_empty(*lead, n, n)
-        call("hc_pre_forward", streams, raw, base, scale, tokens, n, d, iters, norm_eps, eps, y, post, comb, rs)
+        y, post, comb, raw, rs = _hc_pre(streams, fn, base, scale, iters, norm_eps, eps)
         ctx.save_for_backward(streams, fn, base, scale, raw, rs)
         ctx.iters, ctx.eps = iters, eps
         return y, post, comb
@@ -53,11 +119,8 @@ class HcPost(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
         streams, y, post, comb = (t.contiguous() for t in (streams, y, post, comb))
-        n, d = streams.shape[-2:]
-        out = torch.empty_like(streams)
-        call("hc_post_forward", streams, y, post, comb, streams.numel() // (n * d), n, d, out)
         ctx.save_for_backward(streams, y, post, comb)
-        return out
+        return _hc_post(streams, y, post, comb)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
@@ -74,23 +137,24 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         x = x.contiguous()
-        d = x.shape[-1]
-        y, rs = torch.empty_like(x), x.new_empty(x.numel() // d)
-        call("rms_norm_forward", x, weight, rs.numel(), d, eps, y, rs)
+        y, rs = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, rs)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rs = ctx.saved_tensors
-        dy, d = grads[0].contiguous(), x.shape[-1]
-        dx = torch.empty_like(x)
-        call("rms_norm_backward", x, weight, rs, dy, rs.numel(), d, dx)
-        if weight is None:
-            return dx, None, None
-        dw = torch.empty_like(weight)
-        call("rms_norm_weight_backward", x, rs, dy, rs.numel(), d, dw)
-        return dx, dw, None
+        return *_rms_norm_backward(x, weight, rs, grads[0].contiguous()), None
+
+
+def _rms_norm_backward(x: Tensor, weight: Tensor | None, rs: Tensor, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+    d, dx = x.shape[-1], torch.empty_like(x)
+    call("rms_norm_backward", x, weight, rs, dy, rs.numel(), d, dx)
+    if weight is None:
+        return dx, None
+    dw = torch.empty_like(weight)
+    call("rms_norm_weight_backward", x, rs, dy, rs.numel(), d, dw)
+    return dx, dw
 
 
 class Rope(torch.autograd.Function):
@@ -108,14 +172,51 @@ class Rope(torch.autograd.Function):
         return _rotate(grads[0], table, not ctx.inverse), None, None
 
 
+def _rope_shape(x: Tensor, table: Tensor) -> tuple[int, int, int, int, int]:
+    """Width, rope channels, rows, consecutive rows that share a table row, and rows of the table."""
+    k, r = x.shape[-1], 2 * table.shape[-1]
+    heads = x.shape[-2] if table.ndim == x.ndim == 4 and table.shape[-2] == 1 else 1
+    return k, r, x.numel() // k, heads, table.numel() * 2 // r
+
+
 def _rotate(x: Tensor, table: Tensor, inverse: bool) -> Tensor:
     x, flat = x.contiguous(), torch.view_as_real(table).contiguous()
-    k, r = x.shape[-1], 2 * table.shape[-1]
-    rows, table_rows = x.numel() // k, table.numel() * 2 // r
-    heads = x.shape[-2] if table.ndim == x.ndim and table.shape[-2] == 1 and x.ndim == 4 else 1
+    k, r, rows, heads, table_rows = _rope_shape(x, table)
     out = torch.empty_like(x)
     call("rope_rotate", x, flat, rows, heads, table_rows, k, r, -1.0 if inverse else 1.0, out)
     return out
+
+
+class NormRope(torch.autograd.Function):
+    """`rope.norm_rope_reference`: both in one pass forward; backward turns the gradient back, then the norm's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, table: Tensor) -> Tensor:
+        x = x.contiguous()
+        out, rs = _norm_rope(x, weight, eps, table)
+        ctx.save_for_backward(x, weight, rs, table)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rs, table = ctx.saved_tensors
+        dx, dweight = _rms_norm_backward(x, weight, rs, _rotate(grads[0], table, True))
+        return dx, dweight, None, None
+
+
+def norm_rope(x: Tensor, weight: Tensor | None, eps: float, table: Tensor) -> Tensor:
+    """`rope.norm_rope_reference`."""
+    if torch.is_grad_enabled():
+        return NormRope.apply(x, weight, eps, table)
+    return _norm_rope(x.contiguous(), weight, eps, table)[0]
+
+
+def _norm_rope(x: Tensor, weight: Tensor | None, eps: float, table: Tensor) -> tuple[Tensor, Tensor]:
+    k, r, rows, heads, table_rows = _rope_shape(x, table)
+    out, rs = torch.empty_like(x), x.new_empty(rows)
+    flat = torch.view_as_real(table).contiguous()
+    call("norm_rope_forward", x, weight, flat, rows, heads, table_rows, k, r, eps, out, rs)
+    return out, rs
 
 
 def swiglu_forward(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
@@ -144,11 +245,8 @@ class IndexReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dots: Tensor, weights: Tensor) -> Tensor:
         dots, weights = dots.contiguous(), weights.contiguous()
-        b, t, j, c = dots.shape
-        out = dots.new_empty(b, t, c)
-        call("index_reduce", dots, weights, b * t, j, c, out)
         ctx.save_for_backward(dots, weights)
-        return out
+        return _index_reduce(dots, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,3 +255,54 @@ class IndexReduce(torch.autograd.Function):
         ddots, dweights = torch.empty_like(dots), torch.empty_like(weights)
         call("index_reduce_backward", dots, weights, grads[0].contiguous(), b * t, j, c, ddots, dweights)
         return ddots, dweights
+
+
+def attend_small(  # noqa: PLR0913
+    q: Tensor, kv: Tensor, sink: Tensor, positions: Tensor, window: int, scale: float, entries: Tensor | None,
+    start: Tensor | None, end: Tensor | None, picks: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`sparse_attention.attention_reference` for a handful of queries, without gradients; also the log-sum-exp."""
+    q, kv = q.contiguous(), kv.contiguous()
+    b, t, h, k = q.shape
+    out, lse = torch.empty_like(q), q.new_empty(b, t, h)
+    if entries is not None and entries.stride(1) != k:
+        entries = entries.contiguous()
+    rows = 1 if end is None else end.shape[0]
+    call(
+        "attend_small", q, kv, sink, positions.contiguous(), entries, None if start is None else start.contiguous(),
+        None if end is None else end.contiguous(), None if picks is None else picks.contiguous(), b, t, h, k, window,
+        0 if entries is None else entries.stride(0), positions.shape[0], rows, 0 if picks is None else picks.shape[-1],
+        scale, out, lse,
+    )  # fmt: skip
+    return out, lse
+
+
+def moe_small(  # noqa: PLR0913
+    x: Tensor, router: Tensor, bias: Tensor | None, experts: Tensor | None, stacked: tuple[Tensor, Tensor, Tensor],
+    shared: tuple[Tensor, Tensor, Tensor], active: int, scale: float, limit: float,
+) -> Tensor:  # fmt: skip
+    """A whole MoE layer for a handful of tokens, without gradients: x [T, D] -> [T, D].
+
+    `stacked` and `shared` are (w1, w3, w2); `experts` [T, A] names them (hash routing), or `bias` [E] takes part in top-k.
+    """
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    num_experts, width, d = stacked[0].shape
+    call(
+        "moe_small", x, router, bias, experts, *stacked, *shared, x.shape[0], d, num_experts, active, width, scale, limit, y
+    )
+    return y
+
+
+def index_select_small(q: Tensor, weights: Tensor, keys: Tensor, start: Tensor | None, end: Tensor, top_k: int) -> Tensor:
+    """Scores and choice of the indexer for a handful of queries, without gradients: -> picks int64 [B, T, top_k]."""
+    q, weights = q.contiguous(), weights.contiguous()
+    b, t, j, k = q.shape
+    if keys.stride(1) != k:
+        keys = keys.contiguous()
+    picks = torch.empty(b, t, top_k, dtype=torch.int64)
+    call(
+        "index_select_small", q, weights, keys, None if start is None else start.contiguous(), end.contiguous(), b, t, j, k,
+        keys.stride(0), end.shape[0], top_k, picks,
+    )  # fmt: skip
+    return picks

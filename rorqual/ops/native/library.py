@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from rorqual import log
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+_HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd -fPIC -std=c11".split()
 _logger = log.get(__name__)
 
@@ -53,10 +55,14 @@ def _build(cc: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     runtime = _torch_openmp()
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        source, objects, library = _SOURCE, Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        library = Path(folder) / "kernels.so"
         openmp = ["-fopenmp"] if runtime else []
-        subprocess.run([cc, *_FLAGS, *openmp, "-c", str(source), "-o", str(objects)], check=True, capture_output=True)
-        link = [cc, "-shared", str(objects), *([str(runtime)] if runtime else []), "-lm", "-o", str(library)]
+        objects = []
+        for source in _SOURCES:
+            objects.append(str(Path(folder) / f"{source.stem}.o"))
+            subprocess.run([cc, *_FLAGS, *openmp, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True)
+        # linked by hand: -fopenmp here would bring in a second OpenMP runtime beside torch's
+        link = [cc, "-shared", *objects, *([str(runtime)] if runtime else []), "-lm", "-o", str(library)]
         subprocess.run(link, check=True, capture_output=True)
         os.replace(library, target)
 
@@ -70,7 +76,8 @@ def load() -> ctypes.CDLL | None:
     if cc is None:
         _logger.info("No C compiler found (cc, gcc, clang): using the slower reference operations.")
         return None
-    key = "\n".join([_SOURCE.read_text(), cc, *_FLAGS, _processor(), torch.__version__, str(_torch_openmp())])
+    texts = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
+    key = "\n".join([*texts, cc, *_FLAGS, _processor(), torch.__version__, str(_torch_openmp())])
     target = cache_folder() / f"kernels-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
     try:
         if not target.exists():
@@ -82,32 +89,30 @@ def load() -> ctypes.CDLL | None:
         return None
 
 
-def call(name: str, *args: Tensor | int | float | None) -> None:
-    """Run kernel `name`: tensors as pointers (contiguous fp32), ints as long or int by the C prototype, floats as float."""
+@lru_cache(maxsize=64)
+def kernel(name: str) -> Callable[..., None]:
+    """C function `name`, its argument types read from its prototype so that they stand in one place."""
     library = load()
     assert library is not None
-    function = getattr(library, name)
-    if function.argtypes is None:
-        function.argtypes, function.restype = _prototype(name), None
-    function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args])
-
-
-@lru_cache(maxsize=64)
-def _prototype(name: str) -> list[type]:
-    """Argument types of a kernel, read from its C prototype so that they stand in one place."""
-    text = _SOURCE.read_text()
+    text = next(text for path in _SOURCES if f"void {name}(" in (text := path.read_text()))
     begin = text.index(f"void {name}(") + len(f"void {name}(")
-    kinds: list[type] = []
-    for argument in text[begin : text.index(")", begin)].split(","):
-        kinds.append(
-            ctypes.c_void_p if "*" in argument
-            else ctypes.c_long if "long" in argument
-            else ctypes.c_int if "int" in argument
-            else ctypes.c_float
-        )  # fmt: skip
-    return kinds
+    function = getattr(library, name)
+    function.restype = None
+    function.argtypes = [
+        ctypes.c_void_p if "*" in argument
+        else ctypes.c_long if "long" in argument
+        else ctypes.c_int if "int" in argument
+        else ctypes.c_float
+        for argument in text[begin : text.index(")", begin)].split(",")
+    ]  # fmt: skip
+    return function  # type: ignore[no-any-return]
+
+
+def call(name: str, *args: Tensor | int | float | None) -> None:
+    """Run kernel `name`: tensors as pointers (contiguous, of the dtype of the C prototype), numbers by value."""
+    kernel(name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args])
 
 
 def usable(tensor: Tensor) -> bool:
     """Whether the native twins can work on tensors like this one: fp32 on the CPU, and the library is there."""
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and load() is not None
+    return tensor.dtype is torch.float32 and tensor.is_cpu and load() is not None

@@ -1,0 +1,48 @@
+/* What the kernels share. fp32, rows contiguous; a loop over rows is split over threads. Every function has its equation,
+ * and its reference, in the Python file named above it; tests hold the two together. */
+
+#ifndef RORQUAL_COMMON_H
+#define RORQUAL_COMMON_H
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define MAX_STREAMS 8
+#define MAX_MIX (MAX_STREAMS * (MAX_STREAMS + 2))
+#define MAX_ITERS 64
+#define LANES 16 /* tokens whose small matrices are worked on side by side, one per vector lane */
+#define INLINE static inline __attribute__((always_inline))
+
+/* exp to about 1e-7 relative, written so that compilers vectorise it (calls into libm they do not). */
+INLINE float exp_(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    union {
+        int32_t i;
+        float f;
+    } two_n = {.i = ((int32_t)n + 127) << 23};
+    return p * two_n.f;
+}
+
+INLINE float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
+INLINE float min_(float a, float b) { return a < b ? a : b; }
+INLINE float max_(float a, float b) { return a > b ? a : b; }
+
+INLINE float dot(const float *restrict a, const float *restrict b, long n) {
+    float s = 0.0f;
+#pragma omp simd reduction(+ : s)
+    for (long i = 0; i < n; i++) s += a[i] * b[i];
+    return s;
+}
+
+#endif

@@ -1,0 +1,201 @@
+"""The loop on a tiny model and invented tokens: resuming, stopping, refusing, and what the run folder holds."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rorqual.config import ModelConfig
+from rorqual.errors import CheckpointError, ConfigError, DataError, RorqualError
+from rorqual.train import Result, TrainConfig, load_config, train
+from rorqual.train.feed import Rows
+
+VOCAB = 48
+TINY = [
+    "model.overrides={vocab_size=48, hidden_size=32, num_hidden_layers=2, compress_ratios=[0, 4, 0], "
+    "num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=16, n_routed_experts=4, "
+    "moe_intermediate_size=32, sliding_window=8, index_topk=2, index_n_heads=2, index_head_dim=16}",
+    "schedule={total_tokens=640, tokens_per_step=64, seq_lens=[[0.0, 16], [0.5, 32]], warmup_steps=2, dense_until=0.3}",
+    "run.threads=1",
+    "run.micro_batch_tokens=32",
+    "run.log_every=1",
+    "run.eval_every=5",
+    "run.eval_tokens=64",
+]
+
+
+class CountingFeed:
+    """Rows drawn from a counter; remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.before_step: Callable[[int], None] = lambda step: None
+
+    def next_rows(self, num_rows: int, seq_len: int) -> Rows:
+        self.before_step(self.position)
+        generator = torch.Generator().manual_seed(self.position)
+        self.position += 1
+        # Few distinct tokens in runs: something a model can learn in ten steps.
+        tokens = torch.randint(0, 6, (num_rows, seq_len // 4), generator=generator).repeat_interleave(
+            4, dim=1
+        )
+        labels = torch.full_like(tokens, -100)
+        labels[:, :-1] = tokens[:, 1:]
+        return Rows(tokens, labels, torch.zeros_like(tokens))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+    def token_counts(self) -> Tensor:
+        return torch.ones(VOCAB)
+
+    def token_byte_lengths(self) -> Tensor | None:
+        return torch.full((VOCAB,), 2)
+
+    def held_out(self, num_tokens: int, seq_len: int) -> Iterator[tuple[str, Rows]]:
+        yield "invented", CountingFeed().next_rows(num_tokens // seq_len, seq_len)
+
+    def continuation(self, text: str) -> tuple[list[int], Any] | None:
+        return [1, 2], str
+
+    def save_artifacts(self, folder: str) -> None:
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
+def config(folder: Path, *settings: str) -> TrainConfig:
+    return load_config(settings=[*TINY, f'run.folder="{folder}"', *settings])
+
+
+def run(folder: Path, *settings: str, feed: CountingFeed | None = None, **kwargs: Any) -> Result:
+    def build(config: TrainConfig, cfg: ModelConfig, folder: Path) -> CountingFeed:
+        return feed or CountingFeed()
+
+    return train(config(folder, *settings), build_feed=build, **kwargs)
+
+
+def final_files(folder: Path) -> list[bytes]:
+    newest = sorted((folder / "checkpoints").iterdir())[-1]
+    return [(newest / name).read_bytes() for name in ("weights.safetensors", "optimizer.safetensors")]
+
+
+def losses_of(folder: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+def test_a_run_learns_and_leaves_everything_it_should(tmp_path: Path) -> None:
+    result = run(tmp_path, 'run.sample_prompts=["a"]', "run.sample_tokens=3")
+    assert result.finished and (result.step, result.tokens) == (10, 640)
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found >= {
+        "config.toml",
+        "env.json",
+        "metrics.jsonl",
+        "samples.txt",
+        "checkpoints/step-00000010/state.json",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+    }
+    losses = losses_of(tmp_path)
+    assert [step for step, _ in losses] == list(range(1, 11))
+    assert losses[-1][1] < losses[0][1] - 0.3
+    env = json.loads((tmp_path / "env.json").read_text())
+    assert env["torch"] == torch.__version__ and env["seed"] == 0
+    held_out = result.held_out["invented"]
+    assert held_out["bits_per_byte"] == pytest.approx(held_out["nats_per_token"] / 2 / 0.6931472)
+    assert load_config([tmp_path / "config.toml"]) == config(
+        tmp_path, 'run.sample_prompts=["a"]', "run.sample_tokens=3"
+    )
+
+
+def test_first_loss_is_that_of_guessing(tmp_path: Path) -> None:
+    run(tmp_path, "run.max_steps=1")
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["lm"] == pytest.approx(torch.tensor(48.0).log().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, stop: int) -> None:
+    run(tmp_path / "whole")
+    partial = run(tmp_path / "cut", f"run.max_steps={stop}")
+    assert not partial.finished and partial.model_folder is None
+    run(tmp_path / "cut", resume=True)
+    assert final_files(tmp_path / "cut") == final_files(tmp_path / "whole")
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_can_be_continued(tmp_path: Path, number: signal.Signals) -> None:
+    feed = CountingFeed()
+    feed.before_step = lambda step: signal.raise_signal(number) if step == 3 else None
+    handler = signal.getsignal(number)
+    result = run(tmp_path / "cut", feed=feed)
+    assert signal.getsignal(number) == handler
+    assert not result.finished and result.step == 4  # the step in progress was completed
+    run(tmp_path / "cut", resume=True)
+    run(tmp_path / "whole")
+    assert final_files(tmp_path / "cut") == final_files(tmp_path / "whole")
+
+
+def test_global_settings_of_torch_are_put_back(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    run(tmp_path, "run.max_steps=1")
+    assert torch.get_num_threads() == before and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_changed_settings_are_refused_unless_allowed(tmp_path: Path) -> None:
+    run(tmp_path, "run.max_steps=2")
+    with pytest.raises(ConfigError, match=r"(?s)differ from.*optim.lr: 0.002 -> 0.01.*--allow-changes"):
+        run(tmp_path, "optim.lr=0.01", resume=True)
+    result = run(tmp_path, "optim.lr=0.01", "run.log_every=2", resume=True, allow_changes=True)
+    assert result.finished
+
+
+def test_folder_in_use_and_folder_without_a_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        run(tmp_path / "nothing", resume=True)
+    run(tmp_path / "used", "run.max_steps=1")
+    with pytest.raises(ConfigError, match="already holds a run.*--resume"):
+        run(tmp_path / "used")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_without_saving(tmp_path: Path, monkeypatch: Any) -> None:
+    from rorqual.train import losses
+
+    real = losses.cross_entropy_sum
+
+    def broken(*args: Any, **kwargs: Any) -> Tensor:
+        return real(*args, **kwargs) * float("nan")
+
+    run(tmp_path, "run.max_steps=2")
+    monkeypatch.setattr(losses, "cross_entropy_sum", broken)
+    with pytest.raises(RorqualError, match=r"The loss at step 3 is nan.*Lower optim.lr"):
+        run(tmp_path, resume=True)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_unreadable_corpus_is_reported_by_name(tmp_path: Path) -> None:
+    (tmp_path / "image.txt").write_bytes(b"abc\x00\x01")
+    with pytest.raises(DataError, match=r"image.txt is a binary file"):
+        train(config(tmp_path / "run", f'data.sources=[{{kind="path", path="{tmp_path / "image.txt"}"}}]'))
+    with pytest.raises(DataError, match=r"absent.txt does not exist"):
+        train(config(tmp_path / "run", f'data.sources=[{{kind="path", path="{tmp_path / "absent.txt"}"}}]'))
+
+
+def test_unknown_task_family_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello " * 100)
+    settings = [
+        f'data.sources=[{{kind="path", path="{tmp_path / "a.txt"}"}}]',
+        "data.tasks={weight=1.0, families={juggling=1.0}}",
+    ]
+    with pytest.raises(ConfigError, match="'juggling', which is not a task family.*Choose from arith"):
+        train(config(tmp_path / "run", *settings))
