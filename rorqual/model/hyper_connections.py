@@ -47,5 +47,5 @@ def hc_head_parameters(cfg: ModelConfig) -> tuple[nn.Parameter, nn.Parameter, nn
 
 def hc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, cfg: ModelConfig) -> Tensor:
     """Collapse the streams before the final norm: [B, S, N, D] -> [B, S, D]. No Sinkhorn; weights need not sum to 1."""
-    pre = torch.sigmoid(ops.mix_logits(streams, fn, cfg.rms_norm_eps) * scale + base) + cfg.hc_eps
+    pre = torch.sigmoid(ops.mix_logits(streams, fn, cfg.rms_norm_eps) * scale.float() + base.float()) + cfg.hc_eps
     return ops.collapse(streams, pre)

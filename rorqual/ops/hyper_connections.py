@@ -33,6 +33,7 @@ def coefficients(mix: Tensor, base: Tensor, scale: Tensor, n: int, iters: int, e
     pre = sigmoid(.) + eps, post = 2 sigmoid(.), comb = sinkhorn(.); `base` [M] and `scale` [3] are the learned static
     bias and gates. `comb[j][k]` carries stream j into stream k.
     """
+    base, scale = base.float(), scale.float()
     pre = torch.sigmoid(mix[..., :n] * scale[0] + base[:n]) + eps
     post = 2 * torch.sigmoid(mix[..., n : 2 * n] * scale[1] + base[n : 2 * n])
     logits = (mix[..., 2 * n :] * scale[2] + base[2 * n :]).unflatten(-1, (n, n))
@@ -46,7 +47,7 @@ def mix_logits(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
     rsqrt(mean(x^2) + eps): the same value, one pass less.
     """
     x = streams.flatten(-2).float()
-    return (x @ fn.t()) * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return (x @ fn.float().t()) * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete or absent, the newest sound one wins, damage is named; metrics after a kill."""
+"""Checkpoints on disk: complete or absent, the newest sound one wins, damage is named; metrics."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Recipes: layering, --set, errors that name the setting, the round trip through TOML, and what may change."""
+"""Recipes: layering, --set, errors that name the setting, round trip through TOML, what may change."""
 
 from pathlib import Path
 
