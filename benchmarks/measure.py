@@ -67,9 +67,7 @@ class Stopwatch:
         return Rate(work / (time.perf_counter() - self._wall), work / (time.process_time() - self._cpu))
 
 
-def interleaved(
-    ours: Callable[[], Rate], peer: Callable[[], Rate], repeats: int
-) -> tuple[list[Rate], list[Rate]]:
+def interleaved(ours: Callable[[], Rate], peer: Callable[[], Rate], repeats: int) -> tuple[list[Rate], list[Rate]]:
     """Run the two by turns, so that a slow moment of the machine hits both; the first pair is thrown away."""
     a: list[Rate] = []
     b: list[Rate] = []
@@ -150,9 +148,7 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [
-            line.split(":", 1)[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
     return {"processor": model, "torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -3,9 +3,9 @@
     python benchmarks/minke_quality.py minke --items 200
     python benchmarks/minke_quality.py runs/minke/model --items 50 --json
 
-* `bits_per_byte`: cross-entropy on held-out Python files (files whose path hashes into the held-out 5 % and whose content
+* `bits_per_byte`: cross-entropy on held-out Python files (their path hashes into the held-out 5 % and their content
   is in no training file), in bits per byte of text, each file read from its start in windows of 511 tokens.
-* `functions_that_parse`: functions of those files; the model sees the text before and the `def` line (with its docstring)
+* `functions_that_parse`: functions of those files; the model sees the text before, the `def` line and the docstring
   and writes greedily until the next line that leaves the function. Counted: the function is finished within the token
   limit and `ast.parse` accepts it. The second figure counts unfinished ones too, cut at their last whole line.
 * `accuracy`: share of right answers per task family, on `test` items (entities and documents never trained on), greedy,
@@ -33,7 +33,9 @@ from rorqual.model import Transformer
 from rorqual.tokenizer import Tokenizer
 
 
-def bits_per_byte(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, cache: Path, limit: int) -> dict[str, float]:
+def bits_per_byte(
+    model: Transformer, tokenizer: Tokenizer, corpus: Corpus, cache: Path, limit: int
+) -> dict[str, float]:
     """Bits per byte over at most `limit` held-out tokens."""
     source = ShardSource(build_shard(corpus, tokenizer, cache), tokenizer, window_tokens=511)
     lengths = torch.tensor(tokenizer.text_byte_lengths)
@@ -103,7 +105,9 @@ def functions_that_parse(engine: Engine, tokenizer: Tokenizer, corpus: Corpus, c
     outputs = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=160))
     ended = whole = 0
     for (prompt, indent), output in zip(chosen, outputs, strict=True):
-        source, finished = completed(prompt, indent, output.text if output.finish_reason == "length" else output.text + "\n#")
+        source, finished = completed(
+            prompt, indent, output.text if output.finish_reason == "length" else output.text + "\n#"
+        )
         good = parses(source)
         ended += good and finished
         whole += good
@@ -132,7 +136,13 @@ def accuracy(engine: Engine, tokenizer: Tokenizer, family: TaskFamily, count: in
                 classes[f"{key}={value}"].append(passed)
     low, high = interval(right, len(items))
     by_class = {k: [sum(v) / len(v), len(v)] for k, v in sorted(classes.items()) if len(v) < len(items)}
-    return {"accuracy": right / len(items), "low": low, "high": high, "items": len(items), "by_class": by_class}
+    return {
+        "accuracy": right / len(items),
+        "low": low,
+        "high": high,
+        "items": len(items),
+        "by_class": by_class,
+    }
 
 
 def main() -> None:
@@ -158,12 +168,19 @@ def main() -> None:
     world = World.from_dict(json.loads(world_file.read_text())) if world_file.exists() else World.build()
 
     def show(name: str, values: dict[str, Any], began: float) -> None:
-        print(json.dumps({"name": name, "model": args.model, **values, "seconds": time.time() - began}), flush=True)
+        print(
+            json.dumps({"name": name, "model": args.model, **values, "seconds": time.time() - began}),
+            flush=True,
+        )
 
     for label, tests in (("python", False), ("python with its tests", True)):
         began = time.time()
         _, held_out = python_corpus(include_tests=tests).split()
-        show(f"bits_per_byte.{label}", bits_per_byte(model, tokenizer, held_out, args.cache, args.tokens), began)
+        show(
+            f"bits_per_byte.{label}",
+            bits_per_byte(model, tokenizer, held_out, args.cache, args.tokens),
+            began,
+        )
     _, held_out = python_corpus().split()
     with Engine(model, tokenizer, max_queued=100_000) as engine:
         began = time.time()

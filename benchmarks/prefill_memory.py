@@ -189,13 +189,9 @@ def case_line(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument(
-        "--quick", action="store_true", help="one repeat, two shorter lengths instead of three"
-    )
+    parser.add_argument("--quick", action="store_true", help="one repeat, two shorter lengths instead of three")
     parser.add_argument("--length", type=int, default=32768, help="tokens of the long prompt")
     parser.add_argument("--model", default="minke", help="a bundled model or a preset")
     parser.add_argument("--threads", type=int, default=1)

@@ -56,9 +56,7 @@ def check_agreement(ours: Transformer, peer: Any, tokens: Tensor) -> float:
         a, b = ours(tokens), peer(tokens, use_cache=False).logits
     worst = float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
     if not worst < 1e-4:
-        raise SystemExit(
-            f"The two networks differ by {worst:.2e} of a row's norm before timing; nothing to compare."
-        )
+        raise SystemExit(f"The two networks differ by {worst:.2e} of a row's norm before timing; nothing to compare.")
     return worst
 
 
@@ -69,12 +67,7 @@ def activated_weights(model: nn.Module, config: rorqual.ModelConfig) -> int:
     share = config.num_experts_per_tok / config.n_routed_experts
     total = 0.0
     for name, p in model.named_parameters():
-        if (
-            p.dim() >= 2
-            and name != "embed.weight"
-            and not name.startswith("mtp.")
-            and not name.endswith(".ape")
-        ):
+        if p.dim() >= 2 and name != "embed.weight" and not name.startswith("mtp.") and not name.endswith(".ape"):
             total += p.numel() * (share if ".ffn.experts." in name else 1.0)
     return int(total)
 
@@ -117,9 +110,7 @@ def measure_training(
     ours: Transformer, peer: Any, config: rorqual.ModelConfig, length: int, batch: int, repeats: int
 ) -> dict[str, Any]:
     """One line for training at this length."""
-    tokens = torch.randint(
-        0, config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(1)
-    )
+    tokens = torch.randint(0, config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(1))
     ours.train()
     peer.train()
     a, b = measure.interleaved(
@@ -206,9 +197,7 @@ def line(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="one repeat of each case")
     parser.add_argument("--repeats", type=int, default=5)
@@ -219,9 +208,7 @@ def main() -> None:
     config = rorqual.ModelConfig.from_dict(json.loads(CONFIG.read_text()))
     ours, peer = build_pair(config)
     worst = check_agreement(ours, peer, torch.arange(300)[None] * 7 % config.vocab_size)
-    measure.note(
-        f"logits agree within {worst:.1e} of a row's norm; {activated_weights(ours, config):,} active weights"
-    )
+    measure.note(f"logits agree within {worst:.1e} of a row's norm; {activated_weights(ours, config):,} active weights")
     for length, batch in ((512, 4), (2048, 1)):
         measure.print_line(measure_training(ours, peer, config, length, batch, repeats), as_json=options.json)
     for prompt in (512, 2048):

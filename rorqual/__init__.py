@@ -44,9 +44,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for (PEP 562)."""
     if name not in _PUBLIC:
-        raise AttributeError(
-            f"module 'rorqual' has no attribute {name!r}; public names: {', '.join(__all__)}"
-        )
+        raise AttributeError(f"module 'rorqual' has no attribute {name!r}; public names: {', '.join(__all__)}")
     module_name, attribute = _PUBLIC[name]
     module = importlib.import_module(module_name)
     value = module if attribute is None else getattr(module, attribute)

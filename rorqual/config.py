@@ -242,8 +242,8 @@ def _read(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     model_type = values.pop("model_type", "deepseek_v4")
     if model_type == "deepseek_v41":
         raise ConfigError(
-            "This is a DeepSeek-V4.1 config (model_type deepseek_v41): shared KV between layers, no hash routing, Engram "
-            "and a drafter instead of MTP. Rorqual implements V4; use a V4 checkpoint."
+            "This is a DeepSeek-V4.1 config (model_type deepseek_v41): KV shared between layers, no hash routing, "
+            "Engram and a drafter instead of MTP. Rorqual implements V4; use a V4 checkpoint."
         )
     if model_type != "deepseek_v4":
         raise ConfigError(
@@ -285,7 +285,9 @@ def _read_transformers_keys(values: dict[str, Any]) -> None:
     values.pop("partial_rotary_factor", None)
     if layer_types is not None and "compress_ratios" not in values:
         try:
-            values["compress_ratios"] = [int(rates.get(t, _LAYER_TYPES[t])) if t in rates else _LAYER_TYPES[t] for t in layer_types]
+            values["compress_ratios"] = [
+                int(rates.get(t, _LAYER_TYPES[t])) if t in rates else _LAYER_TYPES[t] for t in layer_types
+            ]
         except KeyError as error:
             raise ConfigError(
                 f"layer_types names {error.args[0]!r}; V4 layers are {', '.join(_LAYER_TYPES)}. Correct the entry."
@@ -306,8 +308,8 @@ def _read_rope(values: dict[str, Any]) -> None:
     flat = values.pop("original_seq_len", None)
     if flat is not None:
         keys = {"rope_factor": "factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
-        scaling = {new: values.pop(old) for old, new in keys.items() if old in values}
-        values.setdefault("rope_scaling", {"type": "yarn", "original_max_position_embeddings": flat, **scaling})
+        yarn = {new: values.pop(old) for old, new in keys.items() if old in values}
+        values.setdefault("rope_scaling", {"type": "yarn", "original_max_position_embeddings": flat, **yarn})
     scaling = values.get("rope_scaling")
     if not scaling:
         values.pop("rope_scaling", None)
@@ -319,7 +321,9 @@ def _read_rope(values: dict[str, Any]) -> None:
         values.pop("rope_scaling")
         return
     if kind != "yarn":
-        raise ConfigError(f"rope_scaling.type is {kind!r}; V4's compressed layers use yarn or nothing. Remove or correct it.")
+        raise ConfigError(
+            f"rope_scaling.type is {kind!r}; V4's compressed layers use yarn or nothing. Remove or correct it."
+        )
     missing = [k for k in ("factor", "original_max_position_embeddings") if k not in scaling]
     if missing:
         raise ConfigError(f"rope_scaling lacks {', '.join(missing)}, without which YaRN has no meaning. Add them.")
@@ -349,8 +353,8 @@ def _check(cfg: ModelConfig) -> None:
 
     positive = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim q_lora_rank o_groups "
-        "o_lora_rank moe_intermediate_size n_routed_experts num_experts_per_tok index_n_heads index_head_dim index_topk "
-        "sliding_window hc_mult hc_sinkhorn_iters max_position_embeddings"
+        "o_lora_rank moe_intermediate_size n_routed_experts num_experts_per_tok index_n_heads index_head_dim "
+        "index_topk sliding_window hc_mult hc_sinkhorn_iters max_position_embeddings"
     )
     for name in positive.split():
         need(getattr(cfg, name) >= 1, f"{name} is {getattr(cfg, name)}, but it must be at least 1.")
@@ -359,12 +363,19 @@ def _check(cfg: ModelConfig) -> None:
     need(cfg.swiglu_limit >= 0, f"swiglu_limit is {cfg.swiglu_limit}; use 0 (no clamp) or a positive limit.")
     need(
         0 <= cfg.num_hash_layers <= cfg.num_hidden_layers,
-        f"num_hash_layers is {cfg.num_hash_layers}, but it must lie between 0 and num_hidden_layers={cfg.num_hidden_layers}.",
+        f"num_hash_layers is {cfg.num_hash_layers}, but it must lie between 0 and "
+        f"num_hidden_layers={cfg.num_hidden_layers}.",
     )
-    need(cfg.num_nextn_predict_layers >= 0, f"num_nextn_predict_layers is {cfg.num_nextn_predict_layers}; use 0 or more.")
+    need(
+        cfg.num_nextn_predict_layers >= 0,
+        f"num_nextn_predict_layers is {cfg.num_nextn_predict_layers}; use 0 or more.",
+    )
     r = cfg.qk_rope_head_dim
     need(r % 2 == 0, f"qk_rope_head_dim is {r}, but rope rotates pairs of channels; make it even.")
-    need(r <= cfg.head_dim, f"qk_rope_head_dim {r} is wider than head_dim {cfg.head_dim}; a head must contain its rope part.")
+    need(
+        r <= cfg.head_dim,
+        f"qk_rope_head_dim {r} is wider than head_dim {cfg.head_dim}; a head must contain its rope part.",
+    )
     need(
         cfg.num_attention_heads % cfg.o_groups == 0,
         f"num_attention_heads {cfg.num_attention_heads} does not divide into o_groups {cfg.o_groups} equal groups.",
@@ -381,13 +392,22 @@ def _check(cfg: ModelConfig) -> None:
     for i, ratio in enumerate(cfg.compress_ratios):
         need(
             isinstance(ratio, int) and not isinstance(ratio, bool) and (ratio == 0 or ratio >= 2),
-            f"compress_ratios[{i}] is {ratio!r}; use 0 (window only), 4 (CSA) or a larger block length such as 128 (HCA).",
+            f"compress_ratios[{i}] is {ratio!r}; use 0 (window only), 4 (CSA) or a block length such as 128 (HCA).",
         )
     if any(spec.has_indexer for spec in (*cfg.layers, *cfg.mtp_layers)):
         d = cfg.index_head_dim
-        need(d & (d - 1) == 0, f"index_head_dim is {d}, but the indexer's Hadamard rotation needs a power of two.")
-        need(r <= d, f"qk_rope_head_dim {r} is wider than index_head_dim {d}; index keys carry the same rope part.")
+        need(
+            d & (d - 1) == 0,
+            f"index_head_dim is {d}, but the indexer's Hadamard rotation needs a power of two.",
+        )
+        need(
+            r <= d,
+            f"qk_rope_head_dim {r} is wider than index_head_dim {d}; index keys carry the same rope part.",
+        )
     for spec in cfg.mtp_layers:
-        need(spec.compress_ratio == 0, "An MTP module is window only in V4; the last entries of compress_ratios must be 0.")
+        need(
+            spec.compress_ratio == 0,
+            "An MTP module is window only in V4; the last entries of compress_ratios must be 0.",
+        )
     if cfg.activation_rounding not in ("none", "v4"):
         raise ConfigError(f"activation_rounding is {cfg.activation_rounding!r}; use 'none' or 'v4'.")

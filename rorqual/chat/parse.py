@@ -117,9 +117,7 @@ class _StrictParser:
             if stop is None:
                 self._refuse(f"the call of {match[1]!r} is not closed")
             self._check_between(between)
-        joined = ", ".join(
-            f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in members.items()
-        )
+        joined = ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {value}" for key, value in members.items())
         return {"type": "function", "function": {"name": match[1], "arguments": "{" + joined + "}"}}
 
     def _read_until(self, *stops: str) -> tuple[str, str | None]:
@@ -135,9 +133,7 @@ class _StrictParser:
 
     def _check_between(self, between: str) -> None:
         if between != ">\n":
-            self._refuse(
-                f"between tags of the tool_calls block stands {between[:60]!r} instead of '>' and a newline"
-            )
+            self._refuse(f"between tags of the tool_calls block stands {between[:60]!r} instead of '>' and a newline")
 
     def _refuse(self, what: str) -> NoReturn:
         raise RequestError(

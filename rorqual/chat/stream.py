@@ -438,11 +438,7 @@ class StreamParser:
         if isinstance(event, (ReasoningDelta, ContentDelta)) and type(event) is type(last):
             assert isinstance(last, (ReasoningDelta, ContentDelta))
             self._events[-1] = replace(last, text=last.text + event.text)
-        elif (
-            isinstance(event, ToolCallArguments)
-            and isinstance(last, ToolCallArguments)
-            and last.index == event.index
-        ):
+        elif isinstance(event, ToolCallArguments) and isinstance(last, ToolCallArguments) and last.index == event.index:
             self._events[-1] = replace(last, piece=last.piece + event.piece)
         else:
             self._events.append(event)

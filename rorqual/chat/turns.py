@@ -107,9 +107,7 @@ class _ContentReader:
         if content is None and role in ("system", "assistant"):
             return ()
         if isinstance(content, list) and self.takes_lists:
-            texts = [
-                p for i, b in enumerate(content) if (p := self._text_or_image(b, f"{where}[{i}]")) is not None
-            ]
+            texts = [p for i, b in enumerate(content) if (p := self._text_or_image(b, f"{where}[{i}]")) is not None]
             pieces = join_pieces([(text,) for text in texts])
         else:
             pieces = (self._string(content, where),)
@@ -135,9 +133,7 @@ class _ContentReader:
         """Content of a tool result; null prints as Python's None, as the checkpoints were trained."""
         where = f"{where}.content"
         if "content" not in message:
-            _refuse(
-                where, "is missing, so the result of the call is unknown", 'Send "" if there is no output.'
-            )
+            _refuse(where, "is missing, so the result of the call is unknown", 'Send "" if there is no output.')
         content = message["content"]
         if content is None:
             return ("None",)
@@ -145,9 +141,7 @@ class _ContentReader:
             return (self._string(content, where),)
         if not self.takes_lists:
             return join_pieces([(_april_part(part, f"{where}[{i}]"),) for i, part in enumerate(content)])
-        texts = [
-            p for i, b in enumerate(content) if (p := self._text_or_image(b, f"{where}[{i}]")) is not None
-        ]
+        texts = [p for i, b in enumerate(content) if (p := self._text_or_image(b, f"{where}[{i}]")) is not None]
         return join_pieces([(text,) for text in texts])
 
     def reasoning(self, message: Mapping[str, Any], where: str) -> str:
@@ -178,9 +172,7 @@ class _ContentReader:
                 "Join the text parts into one string, or use a checkpoint of revision 2026-07.",
             )
         if not isinstance(value, str):
-            _refuse(
-                where, f"is {_kind(value)}, but only text can be rendered", 'Send a string; "" means empty.'
-            )
+            _refuse(where, f"is {_kind(value)}, but only text can be rendered", 'Send a string; "" means empty.')
         if self.takes_lists and markers.IMAGE in value:
             _refuse(
                 where,
@@ -279,17 +271,11 @@ def _read_call(call: Any, where: str) -> Call:
             'Send {"id": ..., "type": "function", "function": {"name": ..., "arguments": "{}"}}.',
         )
     if "arguments" not in function:
-        _refuse(
-            f"{where}.function.arguments", "is missing, so the call cannot be rendered", 'Send "{}" for none.'
-        )
+        _refuse(f"{where}.function.arguments", "is missing, so the call cannot be rendered", 'Send "{}" for none.')
     call_id = call.get("id")
     if call_id is not None and not isinstance(call_id, str):
-        _refuse(
-            f"{where}.id", f"is {_kind(call_id)}, so no tool result can name it", "Send the id as a string."
-        )
-    return Call(
-        call_id or "", function["name"], call_parameters(function["arguments"], f"{where}.function.arguments")
-    )
+        _refuse(f"{where}.id", f"is {_kind(call_id)}, so no tool result can name it", "Send the id as a string.")
+    return Call(call_id or "", function["name"], call_parameters(function["arguments"], f"{where}.function.arguments"))
 
 
 def _kind(value: Any) -> str:

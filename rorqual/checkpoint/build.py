@@ -23,8 +23,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise CheckpointError(
-            f"{folder} {what}, so the network's shape is unknown. Point at a folder with config.json and the "
-            "weights."
+            f"{folder} {what}, so the network's shape is unknown. Point at a folder with config.json and the weights."
         )
     return ModelConfig.from_file(folder / "config.json")
 
@@ -43,7 +42,7 @@ def build_and_fill(
         dtype = torch.float32 if device.type == "cpu" or named not in STORABLE else named
     with CheckpointFiles(folder) as files:
         refuse_packed(files)  # before memory is taken for the model
-        model = Transformer(config)
+        model = Transformer(config, seed=None if strict else 0)  # strict: every tensor comes from the files
         cast_model(model, dtype)
         report = fill(model.state_dict(), files, strict=strict)
     _check_tables(model, config, folder)

@@ -100,9 +100,7 @@ def _download(repository: str, revision: str | None, bundled: str) -> Path:
             "correct the name."
         ) from error
     try:
-        return Path(
-            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES)
-        )
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:  # the Hub client raises many kinds: network, HTTP, file system, its own
         raise CheckpointError(
             f"{repository} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {error}), "

@@ -130,8 +130,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         )
     if len(header) < length:
         raise CheckpointError(
-            f"{path} is truncated inside its header: {8 + length} bytes expected for it, the file has "
-            f"{size}. {again}"
+            f"{path} is truncated inside its header: {8 + length} bytes expected for it, the file has {size}. {again}"
         )
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
@@ -145,8 +144,7 @@ def read_header(path: Path) -> list[TensorInfo]:
     expected = 8 + length + data_bytes
     if size < expected:
         raise CheckpointError(
-            f"{path} is truncated: {expected} bytes expected, the file has {size} ({expected - size} "
-            f"missing). {again}"
+            f"{path} is truncated: {expected} bytes expected, the file has {size} ({expected - size} missing). {again}"
         )
     if size > expected:
         raise CheckpointError(
@@ -156,9 +154,7 @@ def read_header(path: Path) -> list[TensorInfo]:
     return infos
 
 
-def write_checkpoint(
-    folder: str | Path, shards: Sequence[Sequence[str]], make: Callable[[str], Tensor]
-) -> list[Path]:
+def write_checkpoint(folder: str | Path, shards: Sequence[Sequence[str]], make: Callable[[str], Tensor]) -> list[Path]:
     """Write tensors to `folder`, one file per group of names in `shards`; returns the files written.
 
     One group becomes `model.safetensors`; several become numbered shards with an index. `make(name)` gives a
@@ -170,9 +166,7 @@ def write_checkpoint(
     """
     folder = Path(folder)
     count = len(shards)
-    names = (
-        [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    )
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     weight_map: dict[str, str] = {}
     total = 0
     temporary: list[Path] = []
@@ -197,8 +191,7 @@ def write_checkpoint(
         _sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write the checkpoint to {folder}: {error}. Check free space and permissions, then save "
-            "again."
+            f"cannot write the checkpoint to {folder}: {error}. Check free space and permissions, then save again."
         ) from error
     finally:
         for path in temporary:
@@ -263,15 +256,9 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("weight_map is not a filled object")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not a usable index ({error}), so shards cannot be found. {fix}"
-        ) from error
+        raise CheckpointError(f"{path} is not a usable index ({error}), so shards cannot be found. {fix}") from error
     for name, file_name in weight_map.items():
-        plain = (
-            isinstance(file_name, str)
-            and file_name.endswith(".safetensors")
-            and not set(file_name) & set("/\\:\0")
-        )
+        plain = isinstance(file_name, str) and file_name.endswith(".safetensors") and not set(file_name) & set("/\\:\0")
         if not plain:
             raise CheckpointError(
                 f"{path} places tensor {name} in {file_name!r}, which is not a plain .safetensors file name. "
@@ -326,11 +313,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _model_files(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.name in (SINGLE, INDEX) or _SHARD.fullmatch(path.name)
-    ]
+    return [path for path in sorted(folder.iterdir()) if path.name in (SINGLE, INDEX) or _SHARD.fullmatch(path.name)]
 
 
 def _temporary(path: Path) -> Path:

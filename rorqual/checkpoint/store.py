@@ -84,9 +84,7 @@ def write_model(
     everything = list(tensors.values())
     is_small = sum(map(nbytes, everything)) <= shard_bytes
     groups = [everything] if is_small else layout.split(everything, nbytes, shard_bytes)
-    written = write_checkpoint(
-        folder, [[layout.spell(tensor.name) for tensor in group] for group in groups], make
-    )
+    written = write_checkpoint(folder, [[layout.spell(tensor.name) for tensor in group] for group in groups], make)
     write_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
     _copy_companions(model, folder)
     return written
@@ -94,9 +92,7 @@ def write_model(
 
 def _stored_config(config: ModelConfig, dtype: torch.dtype) -> ModelConfig:
     """The config as it is true of the files: their dtype, and no word of FP8 or FP4."""
-    extra = {
-        k: v for k, v in config.extra.items() if k not in ("quantization_config", "expert_dtype", "dtype")
-    }
+    extra = {k: v for k, v in config.extra.items() if k not in ("quantization_config", "expert_dtype", "dtype")}
     return config.replace(torch_dtype=str(dtype).removeprefix("torch."), extra=extra)
 
 
@@ -111,6 +107,5 @@ def _copy_companions(model: Transformer, folder: Path) -> None:
                 shutil.copyfile(source, folder / name)
             except OSError as error:
                 raise CheckpointError(
-                    f"cannot copy {source} to {folder}: {error}. The weights are saved; copy the file by "
-                    "hand."
+                    f"cannot copy {source} to {folder}: {error}. The weights are saved; copy the file by hand."
                 ) from error

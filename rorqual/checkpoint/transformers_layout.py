@@ -45,17 +45,14 @@ def load_transformers(
     dropped = config.num_nextn_predict_layers - present.num_nextn_predict_layers
     if dropped:
         report.notes.append(
-            f"the config names {dropped} MTP module(s) but the files hold none (transformers drops them): "
-            "built without"
+            f"the config names {dropped} MTP module(s) but the files hold none (transformers drops them): built without"
         )
     return model
 
 
 def without_absent_mtp(config: ModelConfig, files: CheckpointFiles) -> ModelConfig:
     """`config`, less its MTP modules when the files hold not one `mtp.*` tensor."""
-    if config.num_nextn_predict_layers == 0 or any(
-        to_official(name).startswith("mtp.") for name in files.tensors
-    ):
+    if config.num_nextn_predict_layers == 0 or any(to_official(name).startswith("mtp.") for name in files.tensors):
         return config
     ratios = config.compress_ratios[: config.num_hidden_layers]
     return config.replace(num_nextn_predict_layers=0, compress_ratios=ratios)

@@ -41,16 +41,12 @@ def chat(
     ] = None,
     effort: Annotated[
         Effort | None,
-        typer.Option(
-            "--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL
-        ),
+        typer.Option("--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL),
     ] = None,
     threads: Threads = None,
     max_tokens: Annotated[
         int,
-        typer.Option(
-            "--max-tokens", min=1, help="Longest reply, reasoning included.", rich_help_panel=SAMPLING
-        ),
+        typer.Option("--max-tokens", min=1, help="Longest reply, reasoning included.", rich_help_panel=SAMPLING),
     ] = 1024,
     temperature: Temperature = 0.6,
     top_p: TopP = 1.0,

@@ -30,14 +30,10 @@ def complete(
     file: Annotated[
         str | None, typer.Argument(help="File to complete at its cursor mark, or at its end; - is stdin.")
     ] = None,
-    prefix: Annotated[
-        str | None, typer.Option("--prefix", help="Text before the gap.", rich_help_panel=TEXT)
-    ] = None,
+    prefix: Annotated[str | None, typer.Option("--prefix", help="Text before the gap.", rich_help_panel=TEXT)] = None,
     suffix: Annotated[
         str | None,
-        typer.Option(
-            "--suffix", help="Text after the gap; without it the prefix is continued.", rich_help_panel=TEXT
-        ),
+        typer.Option("--suffix", help="Text after the gap; without it the prefix is continued.", rich_help_panel=TEXT),
     ] = None,
     cursor: Annotated[
         str, typer.Option("--cursor", help="What marks the cursor in FILE.", rich_help_panel=TEXT)
@@ -55,9 +51,7 @@ def complete(
     stop: Stop = None,
     whole: Annotated[
         bool,
-        typer.Option(
-            "--whole", help="Print prefix and suffix around the completion.", rich_help_panel=OUTPUT
-        ),
+        typer.Option("--whole", help="Print prefix and suffix around the completion.", rich_help_panel=OUTPUT),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -120,9 +114,7 @@ def gap(file: str | None, prefix: str | None, suffix: str | None, cursor: str) -
     if file is None:
         return prefix or "", suffix
     if not cursor:
-        raise RequestError(
-            "--cursor is empty, so it marks no place. Give the text that stands at the cursor."
-        )
+        raise RequestError("--cursor is empty, so it marks no place. Give the text that stands at the cursor.")
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

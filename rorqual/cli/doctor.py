@@ -32,18 +32,14 @@ class Finding:
 def _python() -> Finding:
     good = sys.version_info >= (3, 11)
     detail = f"{platform.python_version()} at {sys.executable}"
-    return Finding(
-        "python", "ok" if good else "missing", detail + ("" if good else "; 3.11 or newer is needed")
-    )
+    return Finding("python", "ok" if good else "missing", detail + ("" if good else "; 3.11 or newer is needed"))
 
 
 def _core() -> Finding:
     absent = [name for name in CORE if importlib.util.find_spec(name) is None]
     if absent:
         return Finding("core packages", "missing", f"{', '.join(absent)} not installed; run: make install")
-    return Finding(
-        "core packages", "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in CORE)
-    )
+    return Finding("core packages", "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in CORE))
 
 
 def _torch() -> list[Finding]:
@@ -77,13 +73,9 @@ def _kernels() -> Finding:
         return Finding("native kernels", "missing", f"cannot be looked for: {error}")
     cc = native.compiler()
     if cc is None:
-        return Finding(
-            "native kernels", "optional", "no C compiler, so the slower torch code runs; apt install gcc"
-        )
+        return Finding("native kernels", "optional", "no C compiler, so the slower torch code runs; apt install gcc")
     if native.load() is None:
-        return Finding(
-            "native kernels", "optional", f"off, or {cc} could not build them; slower torch code runs"
-        )
+        return Finding("native kernels", "optional", f"off, or {cc} could not build them; slower torch code runs")
     return Finding("native kernels", "ok", f"built by {cc} in {native.cache_folder()}")
 
 
@@ -99,9 +91,7 @@ def _bundled() -> Finding:
 def _extra(name: str, packages: tuple[str, ...]) -> Finding:
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     if absent:
-        return Finding(
-            f"extra {name}", "optional", f'{", ".join(absent)} absent; pip install "rorqual[{name}]"'
-        )
+        return Finding(f"extra {name}", "optional", f'{", ".join(absent)} absent; pip install "rorqual[{name}]"')
     return Finding(f"extra {name}", "ok", ", ".join(packages))
 
 
@@ -118,9 +108,7 @@ def examine() -> list[Finding]:
 
 
 def doctor(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of a table.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Check this machine: versions, threads, compiler, optional extras. Fails when a needed part is missing.
 
@@ -131,9 +119,7 @@ def doctor(
     findings = examine()
     healthy = all(finding.status != "missing" for finding in findings)
     if as_json:
-        typer.echo(
-            json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}, indent=2)
-        )
+        typer.echo(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         from rich.console import Console
         from rich.markup import escape
@@ -142,9 +128,7 @@ def doctor(
         colours = {"ok": "green", "missing": "red", "optional": "yellow"}
         table = Table(box=None, show_header=False, padding=(0, 1))
         for finding in findings:
-            table.add_row(
-                f"[{colours[finding.status]}]{finding.status}[/]", finding.name, escape(finding.detail)
-            )
+            table.add_row(f"[{colours[finding.status]}]{finding.status}[/]", finding.name, escape(finding.detail))
         Console().print(table)
     if not healthy:
         raise typer.Exit(1)

@@ -25,9 +25,7 @@ KINDS = {
 def inspect(
     model: Annotated[
         str,
-        typer.Argument(
-            help="A preset, a bundled model, a checkpoint folder or a config.json.", metavar="MODEL"
-        ),
+        typer.Argument(help="A preset, a bundled model, a checkpoint folder or a config.json.", metavar="MODEL"),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -116,9 +114,7 @@ def _print_tables(
     from rich.table import Table
 
     def table(title: str) -> Table:
-        return Table(
-            title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2)
-        )
+        return Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
 
     shape = table(f"{name} ({source})")
     for label, value in (
@@ -167,9 +163,7 @@ def _files_table(summary: "CheckpointSummary", table: Any) -> Any:
     table.add_row("folder", str(summary.folder))
     packed = ", FP8/FP4-packed" if summary.is_packed else ""
     table.add_row("layout", f"{summary.layout}{packed}")
-    table.add_row(
-        "stored", f"{summary.tensors} tensors in {summary.files} file(s), {summary.nbytes / 1e6:,.1f} MB"
-    )
+    table.add_row("stored", f"{summary.tensors} tensors in {summary.files} file(s), {summary.nbytes / 1e6:,.1f} MB")
     for dtype, share in summary.by_dtype.items():
         table.add_row(f"  {dtype}", f"{share.tensors} tensors, {share.nbytes / 1e6:,.1f} MB")
     table.add_row("match the config", f"{summary.matching}")

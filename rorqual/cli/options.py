@@ -17,39 +17,27 @@ ModelOption = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        "--threads", min=1, help="CPU threads for the model; torch chooses otherwise.", rich_help_panel=MODEL
-    ),
+    typer.Option("--threads", min=1, help="CPU threads for the model; torch chooses otherwise.", rich_help_panel=MODEL),
 ]
 Temperature = Annotated[
     float,
-    typer.Option(
-        "--temperature", "-t", help="0 takes the likeliest token; higher is freer.", rich_help_panel=SAMPLING
-    ),
+    typer.Option("--temperature", "-t", help="0 takes the likeliest token; higher is freer.", rich_help_panel=SAMPLING),
 ]
 TopP = Annotated[
     float,
-    typer.Option(
-        "--top-p", help="Keep the likeliest tokens up to this probability.", rich_help_panel=SAMPLING
-    ),
+    typer.Option("--top-p", help="Keep the likeliest tokens up to this probability.", rich_help_panel=SAMPLING),
 ]
-TopK = Annotated[
-    int | None, typer.Option("--top-k", help="Keep at most this many tokens.", rich_help_panel=SAMPLING)
-]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Keep at most this many tokens.", rich_help_panel=SAMPLING)]
 MinP = Annotated[
     float,
-    typer.Option(
-        "--min-p", help="Drop tokens less likely than this share of the likeliest.", rich_help_panel=SAMPLING
-    ),
+    typer.Option("--min-p", help="Drop tokens less likely than this share of the likeliest.", rich_help_panel=SAMPLING),
 ]
 Seed = Annotated[
     int | None, typer.Option("--seed", help="The same seed gives the same reply.", rich_help_panel=SAMPLING)
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(
-        "--stop", help="Stop before this text; may be given several times.", rich_help_panel=SAMPLING
-    ),
+    typer.Option("--stop", help="Stop before this text; may be given several times.", rich_help_panel=SAMPLING),
 ]
 Port = Annotated[
     int,
@@ -63,9 +51,7 @@ Port = Annotated[
 ]
 Json = Annotated[
     bool,
-    typer.Option(
-        "--json", help="Print JSON for machines instead of text for people.", rich_help_panel=OUTPUT
-    ),
+    typer.Option("--json", help="Print JSON for machines instead of text for people.", rich_help_panel=OUTPUT),
 ]
 
 

@@ -50,9 +50,7 @@ class Conversation:
         asked = {"role": "user", "content": question}
         opening = [{"role": "system", "content": self.system}] if self.system else []
         mode, effort = resolve_effort(self.effort)
-        prompt = render_messages(
-            [*opening, *self.messages, asked], thinking_mode=mode, reasoning_effort=effort
-        )
+        prompt = render_messages([*opening, *self.messages, asked], thinking_mode=mode, reasoning_effort=effort)
         request = self.engine.submit(self.tokenizer.encode_guarded(prompt.pieces()), self.params)
         parser = StreamParser(thinking_mode=mode)
         reason = None

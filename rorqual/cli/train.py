@@ -14,9 +14,7 @@ RECIPE, WHERE, OUTPUT = "What to train", "Where, and going on", "Output"
 def train(
     recipe: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--recipe", "-r", help="TOML recipe; of several, later ones win.", rich_help_panel=RECIPE
-        ),
+        typer.Option("--recipe", "-r", help="TOML recipe; of several, later ones win.", rich_help_panel=RECIPE),
     ] = None,
     setting: Annotated[
         list[str] | None,
@@ -32,9 +30,7 @@ def train(
             rich_help_panel=RECIPE,
         ),
     ] = None,
-    run_dir: Annotated[
-        Path | None, typer.Option(help="Folder of the run (run.folder).", rich_help_panel=WHERE)
-    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run (run.folder).", rich_help_panel=WHERE)] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint.", rich_help_panel=WHERE)
     ] = False,
@@ -48,16 +44,12 @@ def train(
     ] = False,
     show_config: Annotated[
         bool,
-        typer.Option(
-            "--show-config", help="Print every setting with its meaning, and leave.", rich_help_panel=OUTPUT
-        ),
+        typer.Option("--show-config", help="Print every setting with its meaning, and leave.", rich_help_panel=OUTPUT),
     ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="JSON lines instead of a progress line.", rich_help_panel=OUTPUT)
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing.", rich_help_panel=OUTPUT)
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Train a model from a recipe; stop it any time, and go on with --resume.
 

@@ -7,9 +7,7 @@ from rorqual.errors import ConfigError
 HOST = "127.0.0.1"
 
 
-def up(
-    model: ModelOption = "minke", port: Port = 8000, threads: Threads = None, as_json: Json = False
-) -> None:
+def up(model: ModelOption = "minke", port: Port = 8000, threads: Threads = None, as_json: Json = False) -> None:
     """Start the bundled model with its web page and API on this machine; works offline.
 
     \b

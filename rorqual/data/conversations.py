@@ -1,7 +1,7 @@
 """Chat messages to training pieces: the rendered prompt text with the assistant's own words marked as loss.
 
 The text is exactly what `rorqual.chat.encode_messages` renders. Left out: escaping; markers inside a
-user's text act as markers here, as they do in DeepSeek's encoder (spec/chat-format.md section 9).
+user's text act as markers here, as they do in DeepSeek's encoder.
 """
 
 import re

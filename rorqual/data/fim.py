@@ -1,6 +1,6 @@
 """Fill-in-the-middle: a text rewritten so that its middle is asked for after its prefix and suffix.
 
-Layout (spec/chat-format.md section 16): `<｜fim▁begin｜>prefix<｜fim▁hole｜>suffix<｜fim▁end｜>middle<EOS>`.
+Layout, as V3 was trained: `<｜fim▁begin｜>prefix<｜fim▁hole｜>suffix<｜fim▁end｜>middle<EOS>`.
 Cuts are made between characters, not tokens, because an editor's cursor is. Four kinds of middle are
 drawn: any run of characters, the rest of a line, whole lines, and the body of a function.
 """

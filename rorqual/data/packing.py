@@ -74,9 +74,7 @@ class _Rows:
         for row, free in enumerate(self.free):
             if free:
                 self.segments[row, self._seq_len - free :] = self.counts[row]
-        return Batch(
-            torch.from_numpy(self.tokens), torch.from_numpy(self.labels), torch.from_numpy(self.segments)
-        )
+        return Batch(torch.from_numpy(self.tokens), torch.from_numpy(self.labels), torch.from_numpy(self.segments))
 
 
 @dataclass
@@ -96,9 +94,7 @@ class Packer:
     Weights are shares of tokens: the next document comes from the source furthest behind its share.
     """
 
-    def __init__(
-        self, sources: Sequence[Source], weights: Sequence[float], seed: int, pad_token_id: int
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], seed: int, pad_token_id: int) -> None:
         self.sources = list(sources)
         self.seed = seed
         self.pad_token_id = pad_token_id
@@ -118,9 +114,7 @@ class Packer:
         """Queue the next documents of the source furthest behind; False when no source qualifies."""
         total = sum(self._served)
         chosen, behind = -1, float("-inf")
-        for i, (source, weight, served) in enumerate(
-            zip(self.sources, self.weights, self._served, strict=True)
-        ):
+        for i, (source, weight, served) in enumerate(zip(self.sources, self.weights, self._served, strict=True)):
             deficit = weight * total - served
             if weight > 0 and deficit > behind and (source.has_splittable or not splittable_only):
                 chosen, behind = i, deficit

@@ -76,6 +76,8 @@ class Engine:
             raise ConfigError(f"chunk is {chunk}, so no prompt could ever be read. Set it to 1 or more.")
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = int(model.cfg.vocab_size)
+        # padding rows of the head's table have no text, so they are never chosen
+        self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
         self.context_limit = context_limit or int(model.cfg.max_position_embeddings)
         self.chunk = chunk
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -107,9 +109,7 @@ class Engine:
         params = params or SamplingParams()
         max_tokens = self._check(tokens, params)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
-        request = Request(
-            tokens, params, max_tokens=max_tokens, seed=seed, listener=listener, wake=self._notify
-        )
+        request = Request(tokens, params, max_tokens=max_tokens, seed=seed, listener=listener, wake=self._notify)
         job = Job(request, self.tokenizer.stream_decoder(), StopFilter(params.stop))
         with self._changed:
             if wait:
@@ -284,7 +284,7 @@ class Engine:
         if job.request.params.prompt_logprobs and not job.ids:
             self._score_prompt(job, streams, job.num_read - len(ids))
         if not job.is_prefilling:
-            logits_V = self.model.logits(self.model.final_hidden(streams[:, -1:]))[0, -1]
+            logits_V = self.model.logits(self.model.final_hidden(streams[:, -1:]))[0, -1, : self._num_choices]
             self._emit(job, logits_V.float().cpu())
 
     def _score_prompt(self, job: Job, streams: Tensor, start: int) -> None:

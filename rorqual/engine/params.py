@@ -70,17 +70,14 @@ class SamplingParams:
             raise _range_error("top_logprobs", self.top_logprobs, f"[0, {MAX_TOP_LOGPROBS}].")
         if self.top_logprobs and not (self.logprobs or self.prompt_logprobs):
             raise RequestError(
-                "Invalid top_logprobs and logprobs value, logprobs must be set to true if top_logprobs is "
-                "used.",
+                "Invalid top_logprobs and logprobs value, logprobs must be set to true if top_logprobs is used.",
                 param="top_logprobs",
             )
 
     def _check_stops(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
-            raise RequestError(
-                f"Invalid stop value {stop!r}: expected a string or a list of strings.", param="stop"
-            )
+            raise RequestError(f"Invalid stop value {stop!r}: expected a string or a list of strings.", param="stop")
         if len(stop) > MAX_STOP_STRINGS:
             raise RequestError(
                 f"Stop string array too long: {len(stop)}. At most {MAX_STOP_STRINGS} stop strings are "

@@ -39,9 +39,7 @@ class Trajectory:
         self.logprobs += [0.0] * len(ids)
         self.mask += [False] * len(ids)
 
-    def add_chosen(
-        self, ids: Sequence[int], logprobs: Sequence[float], policy_version: int | None = None
-    ) -> None:
+    def add_chosen(self, ids: Sequence[int], logprobs: Sequence[float], policy_version: int | None = None) -> None:
         """Append tokens the model sampled. Raises: RequestError unless there is one logprob per id."""
         if len(ids) != len(logprobs):
             raise RequestError(

@@ -2,7 +2,7 @@
 
 Low-rank queries with a per-head RMS, one shared key-value head, partial rope and its inverse on the output, a sink per
 head, grouped low-rank output. Prefill, chunks, decoding and training all come through `Attention.forward`.
-Source: V4 report section 2.3; architecture sections 2.3 to 2.6.
+Source: V4 report section 2.3; details from the checkpoint's inference code.
 
 B batch, S tokens, D hidden, H heads, K head width, Q query rank, G output groups, R output rank, W window, C entries.
 """
@@ -17,8 +17,8 @@ from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear, RMSNorm
 from rorqual.model.state import LayerState
 from rorqual.model.trace import Trace
-from rorqual.ops.rounding import round_kv_fp8
 from rorqual.ops.rope import apply_rope, norm_rope, rope_frequencies
+from rorqual.ops.rounding import round_kv_fp8
 from rorqual.ops.sparse_attention import Visible, sparse_attention
 
 
@@ -49,7 +49,12 @@ class Attention(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(
-        self, x: Tensor, layout: Layout, table: Tensor, state: LayerState | None = None, trace: Trace | None = None
+        self,
+        x: Tensor,
+        layout: Layout,
+        table: Tensor,
+        state: LayerState | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """x [B, S, D] (after attn_norm), rope table complex64 [B or 1, S, r/2] -> [B, S, D].
 
@@ -70,7 +75,14 @@ class Attention(nn.Module):
             visible = layout.entries(self.compressor.ratio).visible
             index, visible = self._index(x, latent, layout, table, state, trace, visible)
         o, lse = sparse_attention(
-            q, keys, self.attn_sink, layout.positions, window, self.scale, entries, visible if entries is not None else None
+            q,
+            keys,
+            self.attn_sink,
+            layout.positions,
+            window,
+            self.scale,
+            entries,
+            visible if entries is not None else None,
         )
         if index is not None and trace is not None and trace.index_loss and self.indexer and entries is not None:
             assert visible is not None
@@ -100,11 +112,11 @@ class Attention(nn.Module):
             return new
         return state.append("entries", new, layout.entries(self.compressor.ratio))
 
-    def _index(  # noqa: PLR0913
+    def _index(
         self, x: Tensor, latent: Tensor, layout: Layout, table: Tensor, state: LayerState | None, trace: Trace | None,
         visible: Visible,
     ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, Visible]:  # fmt: skip
-        """Run the indexer where its result or its memory is needed: (queries, weights, keys) and what attention may use."""
+        """Run the indexer where needed: its (queries, weights, keys), and what attention may use."""
         if self.indexer is None or self.compressor is None:
             return None, visible
         plan = layout.entries(self.compressor.ratio)

@@ -1,4 +1,4 @@
-"""One layer: attention and MoE, each wrapped in a hyper-connection. Source: V4 report section 2; architecture 2.0."""
+"""One layer: attention and MoE, each wrapped in a hyper-connection. Source: V4 report section 2."""
 
 from torch import Tensor, nn
 
@@ -26,8 +26,14 @@ class Block(nn.Module):
         self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = hc_parameters(cfg)
         self.hc = HyperConnection(cfg)
 
-    def forward(  # noqa: PLR0913
-        self, streams: Tensor, tokens: Tensor, layout: Layout, table: Tensor, state: LayerState | None, trace: Trace | None
+    def forward(
+        self,
+        streams: Tensor,
+        tokens: Tensor,
+        layout: Layout,
+        table: Tensor,
+        state: LayerState | None,
+        trace: Trace | None,
     ) -> Tensor:
         """Streams [B, S, N, D], input token ids [B, S], rope table of this kind of layer -> streams [B, S, N, D]."""
         x, post, comb = self.hc.pre(streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)

@@ -1,7 +1,7 @@
 """Compressor: turns the hidden states of a block of m tokens into one cache entry.
 
 CSA (m = 4) pools two blocks, the previous one through the first half of its channels and the current one through the
-second half; HCA pools its own block only. Source: V4 report section 2.3; architecture section 2.4.
+second half; HCA pools its own block only. Source: V4 report section 2.3.
 
 B batch, S tokens, D hidden, E entries completed in this call, K entry width.
 """
@@ -19,7 +19,7 @@ from rorqual.ops.rope import norm_rope, rope_table
 
 
 class Compressor(nn.Module):
-    """Pools blocks of `ratio` tokens into entries of width `width`; fp32 projections and sums, as in the checkpoint's code."""
+    """Pools blocks of `ratio` tokens into entries of width `width`; fp32 throughout, as in the checkpoint."""
 
     def __init__(self, cfg: ModelConfig, spec: LayerSpec, width: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(width, cfg.rms_norm_eps)
 
     def forward(self, x: Tensor, layout: Layout, frequencies: Tensor, pending: Pending | None = None) -> Tensor | None:
-        """Entries that this call completes, after norm and rope: x [B, S, D] -> [B, E, K] in x's dtype, None when E is 0.
+        """Entries that this call completes, after norm and rope: x [B, S, D] -> [B, E, K], None when E is 0.
 
         With `pending` the open block of earlier calls takes part, and this call's tokens are remembered there.
         """
@@ -44,8 +44,13 @@ class Compressor(nn.Module):
         entries = None
         if plan.count:
             index = self._slots(plan, layout, 0 if pending is None else pending.size)
-            pooled = pool(self._gather(kv, index, None if pending is None else pending.kv), self._scores(score, index, plan, pending))
-            entries = norm_rope(pooled.to(x.dtype), self.norm.weight, self.norm.eps, rope_table(plan.first, frequencies))
+            pooled = pool(
+                self._gather(kv, index, None if pending is None else pending.kv),
+                self._scores(score, index, plan, pending),
+            )
+            entries = norm_rope(
+                pooled.to(x.dtype), self.norm.weight, self.norm.eps, rope_table(plan.first, frequencies)
+            )
         if pending is not None:
             pending.write(kv, score, layout)
         return entries

@@ -17,7 +17,7 @@ class HyperConnection:
         self.iters, self.hc_eps, self.norm_eps = cfg.hc_sinkhorn_iters, cfg.hc_eps, cfg.rms_norm_eps
 
     def pre(self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Collapse streams [B, S, N, D] to the sublayer's input [B, S, D]; also post [B, S, N] and comb [B, S, N, N]."""
+        """Streams [B, S, N, D] -> the sublayer's input [B, S, D], post [B, S, N] and comb [B, S, N, N]."""
         return ops.hc_pre(streams, fn, base, scale, self.iters, self.norm_eps, self.hc_eps)
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Lightning indexer of a CSA layer: scores the compressed entries and picks the top k for each query.
 
-Scores only select, so the language-model loss gives the indexer no gradient; its own loss pulls the softmax of its scores
-towards the attention mass that the layer's heads put on the entries. Source: V4 report section 2.3.1; loss after V3.2
-(training section 7.2).
+Scores only select, so the language-model loss gives the indexer no gradient; its own loss pulls the softmax of its
+scores towards the attention mass that the layer's heads put on the entries. Source: V4 report section 2.3.1; the
+loss is V3.2's.
 
 B batch, S tokens, D hidden, Q query rank, J index heads, K index width, C entries.
 """
@@ -20,9 +20,9 @@ from rorqual.model.linear import Linear
 from rorqual.model.state import LayerState
 from rorqual.ops.hadamard import hadamard
 from rorqual.ops.index_topk import index_scores, select_entries
-from rorqual.ops.rounding import round_index_fp4
 from rorqual.ops.native import functions, usable
 from rorqual.ops.rope import apply_rope
+from rorqual.ops.rounding import round_index_fp4
 from rorqual.ops.sparse_attention import BLOCK_BUDGET, FEW_QUERIES, Visible, entry_mass
 
 
@@ -76,11 +76,11 @@ class Indexer(nn.Module):
             parts.append(select_entries(scores, self.top_k))
         return Visible(visible.end, visible.start, torch.cat(parts, 1))
 
-    def loss(  # noqa: PLR0913
+    def loss(
         self, index_q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, all_visible: Visible,
         q: Tensor, lse: Tensor, entries: Tensor, scale: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """KL(attention mass on the used entries ‖ softmax of index scores on them), mean over queries that see an entry.
+        """KL(attention mass on the used entries ‖ softmax of their index scores), mean over queries that see any.
 
         `visible` is what attention used (all entries in the dense stage, the picks afterwards); q [B, S, H, K], lse
         [B, S, H] and entries are the layer's attention, taken as constants. Also returns the recall of the top k among

@@ -1,20 +1,23 @@
-"""Initial weights: a standard pre-norm residual network at step 0. Source: training section 3 (inferred recipe)."""
+"""Initial weights: a standard pre-norm residual network at step 0. The released models' own recipe is not public."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from rorqual.seeds import derive
+
+if TYPE_CHECKING:
+    from rorqual.model.transformer import Transformer
 
 DIAGONAL = 4.0
 """Static bias of the residual mix's diagonal: Sinkhorn turns it into about 0.95 of a stream staying in place."""
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int = 0) -> None:
+def init_weights(model: "Transformer", seed: int = 0) -> None:
     """Draw every parameter of a `Transformer` from streams named by parameter, so that adding one shifts no other."""
-    cfg = model.cfg  # type: ignore[union-attr]
+    cfg = model.cfg
     n = cfg.hc_mult
     std = cfg.initializer_range
     depth = math.sqrt(2 * cfg.num_hidden_layers)

@@ -3,7 +3,7 @@
 Built once per forward call and shared by all layers. It answers three questions for any mix of rows of different
 lengths, packed documents and continued sequences: at which position is a token, which blocks of m tokens does this call
 complete, and which entries may a query use. Blocks are aligned to each sequence's (or document's) own position 0.
-Source: V4 report section 2.3; architecture sections 2.5 and 2.11; training section 1 for packed documents.
+Source: V4 report section 2.3 (visibility) and its account of packed samples.
 
 B batch, S tokens of this call, E entries completed by this call.
 """
@@ -43,7 +43,7 @@ class EntryPlan:
 class Layout:
     """The tokens of one call.
 
-    `start` is the number of tokens each row already holds; `lengths` the number of valid tokens of each row in this call
+    `start` is the number of tokens each row already holds; `lengths` the valid tokens of each row in this call
     (the rest is right padding); `segment_ids` int [B, S] marks packed documents (a change of id starts a new document).
     Raises RequestError when the three do not fit together.
     """
@@ -73,7 +73,7 @@ class Layout:
         if segment_ids is not None:
             if any(self.start):
                 raise RequestError(
-                    "segment_ids were given for a state that already holds tokens; packed documents start at position 0. "
+                    "segment_ids came with a state that already holds tokens; packed documents start at position 0. "
                     "Feed documents one by one, or start from an empty state.",
                     param="segment_ids",
                 )

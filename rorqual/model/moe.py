@@ -1,7 +1,7 @@
 """Mixture of experts: hash-routed or learned top-k, clamped SwiGLU, one shared expert.
 
 Source: V4 report section 2.1 (DeepSeekMoE with sqrt-softplus affinities, hash routing in the first layers);
-checkpoint behaviour (architecture section 2.7).
+checkpoint behaviour.
 
 B batch, S tokens, D hidden, E experts, A active experts, I expert width, V vocabulary.
 """
@@ -38,11 +38,8 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D], token ids [T] -> experts int64 [T, A], weights fp32 [T, A], scores fp32 [T, E]."""
         scores = router_scores(x, self.weight)
-        if self.hash_routed:
-            experts = self.tid2eid[tokens]
-        else:
-            experts = select_experts(scores.detach(), self.bias, self.active)
-        return experts, routing_weights(scores, experts, self.scale), scores
+        chosen = self.tid2eid[tokens] if self.hash_routed else select_experts(scores.detach(), self.bias, self.active)
+        return chosen, routing_weights(scores, chosen, self.scale), scores
 
 
 class Experts(nn.Module):

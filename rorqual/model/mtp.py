@@ -1,11 +1,11 @@
 """Multi-token prediction: one more layer that predicts the token after next.
 
-Row i combines the trunk's streams at position i with the embedding of token i + 1 and predicts token i + 2. Embedding and
-head are the trunk's. Source: V4 report section 2 (as in V3), form of the checkpoint's code (architecture section 2.9).
+Row i combines the trunk's streams at position i with the embedding of token i + 1 and predicts token i + 2. Embedding
+and head are the trunk's. Source: V4 report section 2 (as in V3), form of the checkpoint's code.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.block import Block
@@ -28,10 +28,16 @@ class MTPModule(Block):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hc_head_parameters(cfg)
 
-    def draft(  # noqa: PLR0913
-        self, streams: Tensor, embedding: Tensor, tokens: Tensor, layout: Layout, table: Tensor, trace: Trace | None = None
+    def draft(
+        self,
+        streams: Tensor,
+        embedding: Tensor,
+        tokens: Tensor,
+        layout: Layout,
+        table: Tensor,
+        trace: Trace | None = None,
     ) -> Tensor:
-        """Trunk streams [B, S, N, D], embedding of the next tokens [B, S, D], those token ids [B, S] -> [B, S, N, D]."""
+        """Trunk streams [B, S, N, D], the next tokens' embeddings [B, S, D] and ids [B, S] -> [B, S, N, D]."""
         z = self.e_proj(self.enorm(embedding)).unsqueeze(-2) + self.h_proj(self.hnorm(streams))
         return self(z, tokens, layout, table, None, trace)
 

@@ -6,7 +6,8 @@
 * pending: projections of tokens whose block is not complete (and, for CSA, of the previous block), a ring.
 
 The rings are longer than the network needs by `rewind` tokens, so that a state can be cut back exactly: entries of
-dropped tokens are hidden by the visibility rule until rewritten. Source: architecture sections 2.10 and 2.11.
+dropped tokens are hidden by the visibility rule until rewritten. Source: V4 report, the
+heterogeneous cache; update rules from the checkpoint's inference code.
 
 B batch rows, R ring slots, K head width, C entries.
 """
@@ -131,7 +132,9 @@ class LayerState:
         def pending(name: str) -> Pending | None:
             return Pending(t[f"{name}.kv"], t[f"{name}.score"]) if f"{name}.kv" in t else None
 
-        return LayerState(t["window"], t.get("entries"), t.get("index_keys"), pending("pending"), pending("index_pending"))
+        return LayerState(
+            t["window"], t.get("entries"), t.get("index_keys"), pending("pending"), pending("index_pending")
+        )
 
 
 def _new_layer(cfg: ModelConfig, spec: LayerSpec, batch: int, rewind: int, like: Tensor) -> LayerState:
@@ -179,7 +182,7 @@ class State:
         """A state that has seen nothing. Raises CacheError for a negative rewind or an empty batch."""
         if batch_size < 1 or rewind < 0:
             raise CacheError(
-                f"new_state(batch_size={batch_size}, rewind={rewind}): a state needs at least one row and a rewind margin "
+                f"new_state(batch_size={batch_size}, rewind={rewind}): a state needs at least one row and a margin "
                 "of 0 or more tokens."
             )
         like = model.embed.weight
@@ -214,7 +217,7 @@ class State:
         wanted = [length] * self.batch_size if isinstance(length, int) else list(length)
         if len(wanted) != self.batch_size or any(not 0 <= w <= n for w, n in zip(wanted, self.lengths, strict=True)):
             raise CacheError(
-                f"truncate({length}) on a state of lengths {self.lengths}: a row can only be cut to a length between 0 and "
+                f"truncate({length}) on a state of lengths {self.lengths}: a row can only be cut to a length from 0 to "
                 "its own. Give one length that every row has, or one per row."
             )
         rebuilt: dict[int, State] = {}
@@ -236,7 +239,8 @@ class State:
         usable = [s for s in self.snapshots if s.lengths[row] <= target]
         if not usable:
             raise CacheError(
-                f"Row {row} holds {self.lengths[row]} tokens and can be cut back exactly to {self.floor[row]}, not to {target}: "
+                f"Row {row} holds {self.lengths[row]} tokens and can be cut back exactly to {self.floor[row]}, "
+                f"not to {target}: "
                 f"its rings keep only {self.rewind} tokens of margin and no snapshot was taken at or before {target}. "
                 "Call state.snapshot() earlier, use a larger new_state(rewind=...), or start from a new state."
             )
@@ -321,7 +325,9 @@ def restore(model: "Transformer", data: bytes) -> State:
     """Rebuild a state from `State.snapshot` bytes. Raises CacheError when they are damaged or of another model."""
     head = len(_MAGIC) + _DIGEST
     if data[: len(_MAGIC)] != _MAGIC:
-        raise CacheError("These bytes are not a Rorqual state snapshot (wrong header). Pass what State.snapshot() returned.")
+        raise CacheError(
+            "These bytes are not a Rorqual state snapshot (wrong header). Pass what State.snapshot() returned."
+        )
     payload = bytes(data[head:])
     if hashlib.blake2b(payload, digest_size=_DIGEST).digest() != data[len(_MAGIC) : head]:
         raise CacheError(
@@ -344,7 +350,13 @@ def restore(model: "Transformer", data: bytes) -> State:
             return Pending(part[f"{name}.kv"], part[f"{name}.score"]) if f"{name}.kv" in part else None
 
         layers.append(
-            LayerState(part["window"], part.get("entries"), part.get("index_keys"), pending("pending"), pending("index_pending"))
+            LayerState(
+                part["window"],
+                part.get("entries"),
+                part.get("index_keys"),
+                pending("pending"),
+                pending("index_pending"),
+            )
         )
     lengths = [int(n) for n in meta["lengths"].split(",")]
     floor = [int(n) for n in meta["floor"].split(",")]

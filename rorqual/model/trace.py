@@ -19,7 +19,7 @@ class RouterRecord:
     counts: Tensor
     """Tokens sent to each expert, float [E], no gradient."""
     balance_loss: Tensor | None
-    """Sequence-wise balance loss (training section 5.2), None for hash layers."""
+    """Sequence-wise balance loss, None for hash layers."""
     is_hash: bool
 
 

@@ -1,6 +1,6 @@
 """The network: embedding, layers over n residual streams, HC head, final norm, output head, MTP.
 
-Source: V4 report section 2; numerics and order as in the checkpoint's inference code (architecture section 2).
+Source: V4 report section 2; numerics and order as in the checkpoint's inference code.
 
 B batch, S tokens, N streams, D hidden, V vocabulary.
 """
@@ -35,10 +35,11 @@ class Embedding(nn.Module):
 class Transformer(nn.Module):
     """A DeepSeek-V4 network. Parameter names are the official checkpoint's, routed experts stacked per layer.
 
-    `seed` decides the initial weights (training section 3); on the meta device none are drawn.
+    `seed` decides the initial weights; on the meta device, or with None, none are
+    drawn (None: a loader fills them).
     """
 
-    def __init__(self, cfg: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, cfg: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.cfg = cfg
         self.embed = Embedding(cfg.vocab_size, cfg.hidden_size)
@@ -47,7 +48,7 @@ class Transformer(nn.Module):
         self.head = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hc_head_parameters(cfg)
         self.mtp = nn.ModuleList(MTPModule(cfg, spec, f"mtp.{j}") for j, spec in enumerate(cfg.mtp_layers))
-        if self.embed.weight.device.type != "meta":
+        if seed is not None and self.embed.weight.device.type != "meta":
             init_weights(self, seed)
 
     def forward(
@@ -61,9 +62,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits fp32 [B, S, V] of token ids int64 [B, S].
 
-        `lengths`: valid tokens per row, the rest right padding (logits there mean nothing). `segment_ids` [B, S]: packed
-        documents that do not see each other. `state`: earlier tokens take part, and these are added to it; any way of
-        cutting a sequence into calls gives the logits of one full pass. `trace`: what to record (see `Trace`).
+        `lengths`: valid tokens per row, the rest is right padding (logits there mean nothing). `segment_ids` [B, S]:
+        packed documents that do not see each other. `state`: earlier tokens take part and these are added to it; any
+        way of cutting a sequence into calls gives the logits of one full pass. `trace`: what to record (see `Trace`).
         Raises RequestError for ids outside the vocabulary or shapes that do not fit, CacheError for a foreign state.
         """
         return self.logits(
@@ -153,7 +154,7 @@ class Transformer(nn.Module):
     ) -> Layout:
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[0] < 1:
             raise RequestError(
-                f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; give int64 ids of shape [batch, length]."
+                f"tokens has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; give int64 ids [batch, length]."
             )
         if state is not None and (state.model is not self or state.batch_size != tokens.shape[0]):
             raise CacheError(
@@ -166,7 +167,16 @@ class Transformer(nn.Module):
                 f"Token ids lie between {int(tokens.min())} and {int(tokens.max())}, but the vocabulary has "
                 f"{self.cfg.vocab_size} ids from 0. The text was probably tokenised with another model's tokenizer."
             )
-        counts = None if lengths is None else [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+        counts = (
+            None
+            if lengths is None
+            else [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+        )
         return Layout(
-            tokens.shape[0], tokens.shape[1], tokens.device, None if state is None else state.lengths, counts, segment_ids
+            tokens.shape[0],
+            tokens.shape[1],
+            tokens.device,
+            None if state is None else state.lengths,
+            counts,
+            segment_ids,
         )

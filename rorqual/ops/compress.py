@@ -1,6 +1,6 @@
 """Pooling of a block of tokens into one compressed entry.
 
-Source: V4 report section 2.3; checkpoint behaviour (architecture section 2.4).
+Source: V4 report section 2.3; checkpoint behaviour.
 B batch, C entries, M tokens a slot group, K entry width.
 """
 

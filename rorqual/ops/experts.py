@@ -1,7 +1,7 @@
 """Routed experts: choose, group tokens by expert, run each expert once, add up in a fixed order.
 
-Source: V4 report section 2.1; checkpoint behaviour (architecture section 2.7). The routing weight is multiplied into the
-SwiGLU output, in fp32, before the down projection.
+Source: V4 report section 2.1; checkpoint behaviour. The routing weight is multiplied into the SwiGLU
+output, in fp32, before the down projection.
 
 T tokens, D hidden, E experts, A active experts per token, I expert width.
 """
@@ -15,7 +15,6 @@ from torch import Tensor
 from rorqual.ops import registry
 from rorqual.ops.native import usable
 from rorqual.ops.swiglu import swiglu
-
 
 SMALL_TOKENS, SMALL_WEIGHTS = 4, 1 << 22
 """Up to so many tokens, and weights touched per expert, a whole MoE layer goes through one native call."""
@@ -66,8 +65,15 @@ class _GroupedExperts(torch.autograd.Function):
     """Tokens sorted by expert, one GEMM per expert and matrix; forward and backward visit only the experts in use."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913
-        ctx: Any, x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+        limit: float,
     ) -> Tensor:
         tokens, active = experts.shape
         order = experts.flatten().argsort(stable=True)

@@ -1,4 +1,4 @@
-"""Walsh-Hadamard rotation of index queries and keys. Source: checkpoint behaviour (architecture section 2.6)."""
+"""Walsh-Hadamard rotation of index queries and keys. Source: checkpoint behaviour."""
 
 from functools import lru_cache
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @lru_cache(maxsize=8)
 def hadamard_matrix(size: int) -> Tensor:
-    """Sylvester-Hadamard matrix in natural order, entries (-1)^popcount(a & b), fp32 [size, size]; size a power of two."""
+    """Sylvester-Hadamard matrix, natural order, entries (-1)^popcount(a & b): fp32 [size, size], a power of two."""
     with torch.inference_mode(False):  # the cached matrix must also serve training
         matrix = torch.ones(1, 1)
         while matrix.shape[0] < size:

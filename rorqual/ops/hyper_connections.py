@@ -2,7 +2,7 @@
 
 Per token and sublayer, 2n + n^2 coefficients are read from the n residual streams: `pre` collapses the streams to the
 sublayer's input, `post` spreads its output, `comb` mixes the streams. Sinkhorn makes `comb` (nearly) doubly stochastic.
-Source: V4 report section 2.2; order of operations as in the checkpoint's inference code (architecture section 2.1).
+Source: V4 report section 2.2; order of operations as in the checkpoint's inference code.
 
 N streams, D hidden, M = 2N + N^2 coefficients.
 """
@@ -27,7 +27,9 @@ def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     return m
 
 
-def coefficients(mix: Tensor, base: Tensor, scale: Tensor, n: int, iters: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def coefficients(
+    mix: Tensor, base: Tensor, scale: Tensor, n: int, iters: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients from the mix: [..., M] -> pre [..., N], post [..., N], comb [..., N, N], all fp32.
 
     pre = sigmoid(.) + eps, post = 2 sigmoid(.), comb = sinkhorn(.); `base` [M] and `scale` [3] are the learned static

@@ -1,6 +1,6 @@
 """Lightning indexer: scores of compressed entries and the choice of the best.
 
-Source: V4 report section 2.3.1; checkpoint behaviour (architecture section 2.6).
+Source: V4 report section 2.3.1; checkpoint behaviour.
 B batch, T query tokens, J index heads, K index width, C entries.
 """
 
@@ -34,8 +34,8 @@ def select_entries(scores: Tensor, top_k: int) -> Tensor:
     """The `top_k` best entries per query, lowest index first among equals; -inf marks an invisible entry.
 
     Shapes: scores [B, T, C] -> int64 [B, T, min(top_k, C)] in ascending order of index, -1 for an empty place.
-    The tie rule matters: relu makes many scores exactly zero, and a plain top-k resolves ties by tensor layout, so cached
-    and uncached runs would attend to different entries.
+    The tie rule matters: relu makes many scores exactly zero, and a plain top-k resolves ties by tensor layout, so
+    cached and uncached runs would attend to different entries.
     """
     num_entries = scores.shape[-1]
     k = min(top_k, num_entries)

@@ -1,4 +1,4 @@
-"""RMS normalisation, with and without weight. Source: checkpoint behaviour (architecture section 2.0 and 2.3)."""
+"""RMS normalisation, with and without weight. Source: checkpoint behaviour."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -172,9 +172,7 @@ def dequantize_weight_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int] =
     """
     rows, columns = block
     out, width = codes.shape
-    _expect_scale_shape(
-        scale, (-(-out // rows), -(-width // columns)), codes, f"one per {rows} x {columns} block"
-    )
+    _expect_scale_shape(scale, (-(-out // rows), -(-width // columns)), codes, f"one per {rows} x {columns} block")
     factors = _scale_values(scale)
     by_row = factors.repeat_interleave(rows, dim=0)[:out]
     return codes.float() * by_row.repeat_interleave(columns, dim=1)[:, :width]
@@ -242,9 +240,7 @@ def dequantize_weight_fp4(packed: Tensor, scale: Tensor, group: int = FP4_GROUP)
 def _split_groups(x: Tensor, group: int) -> Tensor:
     """[..., C] -> fp32 [..., ceil(C/group), group]; zeros fill the last group (they never raise its amax)."""
     if group < 1:
-        raise ConfigError(
-            f"group size {group} is not positive; channels cannot be grouped. Use 128, 64 or 32."
-        )
+        raise ConfigError(f"group size {group} is not positive; channels cannot be grouped. Use 128, 64 or 32.")
     padded = functional.pad(x.float(), (0, -x.shape[-1] % group))
     return padded.unflatten(-1, (-1, group))
 

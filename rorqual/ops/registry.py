@@ -35,7 +35,7 @@ def implementations(operation: str) -> dict[str, Callable[..., Any]]:
 
 
 def use_only(name: str) -> None:
-    """Restrict to one family of implementations (`reference`, `native`), or lift the restriction with an empty string."""
+    """Restrict to one family of implementations (`reference`, `native`); an empty string lifts the restriction."""
     global _only
     _only = name
 

@@ -1,7 +1,7 @@
 """The two roundings that V4's released weights expect inside attention, with straight-through gradients.
 
-Source: V4 report (quantisation-aware training of KV entries and of the indexer's query-key path); checkpoint behaviour
-(architecture sections 3.3 and 3.4). Numerics in `ops/quant.py`.
+Source: V4 report (quantisation-aware training of KV entries and of the indexer's query-key path).
+Numerics in `ops/quant.py`.
 """
 
 import math
@@ -14,7 +14,7 @@ KV_GROUP = 64
 
 
 def round_kv_fp8(kv: Tensor, nope_dim: int) -> Tensor:
-    """FP8 round trip of the channels that rope leaves alone, the first `nope_dim`, in groups of 64: [..., K] -> [..., K].
+    """FP8 round trip of the channels without rope, the first `nope_dim`, in groups of 64: [..., K] -> [..., K].
 
     Narrow heads take the largest group that divides them.
     """

@@ -2,7 +2,7 @@
 
 One vector per key is both key and value for all heads (single shared KV head). Scores of the window and of the visible
 (or selected) entries share one softmax; a learned logit per head, the sink, takes part in it and has no value.
-Source: V4 report section 2.3; checkpoint behaviour (architecture section 2.3, steps 6-10).
+Source: V4 report section 2.3; checkpoint behaviour.
 
 B batch, T query tokens, H heads, K head width, W window, P past keys, C entries, G blocks of queries.
 Queries are taken in blocks of W: a block reads one slice of 2W - 1 window keys, so work and memory are linear in T.
@@ -114,7 +114,7 @@ class _Plan:
 
 @dataclass
 class _Group:
-    """Scores of one range of queries. `keys` [B, G, block + W - 1, K]; `chosen` is [B, C, K] or, gathered, [B, t, k, K]."""
+    """Scores of some queries. `keys` [B, G, block + W - 1, K]; `chosen` is [B, C, K] or, gathered, [B, t, k, K]."""
 
     q: Tensor
     keys: Tensor

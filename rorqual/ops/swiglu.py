@@ -1,4 +1,4 @@
-"""Clamped SwiGLU. Source: V4 report, stability section; checkpoint behaviour (architecture section 2.7).
+"""Clamped SwiGLU. Source: V4 report, stability section; checkpoint behaviour.
 
 I expert width.
 """

@@ -40,9 +40,7 @@ async def answer(
         )
     tokens = await run_in_threadpool(_encode, body, served.tokenizer)
     if body.logprobs is not None and not 0 <= body.logprobs <= 20:
-        raise RequestError(
-            "Invalid logprobs value, the valid range of logprobs is [0, 20].", param="logprobs"
-        )
+        raise RequestError("Invalid logprobs value, the valid range of logprobs is [0, 20].", param="logprobs")
     limit = min(MAX_TOKENS, served.max_output)
     params = served.params(
         body,

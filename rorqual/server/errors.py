@@ -19,8 +19,7 @@ def error_body(error: RequestError) -> dict[str, Any]:
     """The JSON body of a refusal."""
     # A message may quote the request, and JSON can carry half a surrogate pair, which UTF-8 cannot.
     message, param = (
-        text.encode("utf-8", "replace").decode() if text is not None else None
-        for text in (error.message, error.param)
+        text.encode("utf-8", "replace").decode() if text is not None else None for text in (error.message, error.param)
     )
     return {"error": {"message": message, "type": error.type, "param": param, "code": error.code}}
 
@@ -35,8 +34,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     if kind == "json_invalid":
         reason = error.get("ctx", {}).get("error", "invalid JSON")
         return RequestError(
-            f"Failed to parse the request body as JSON: {reason} at byte {error['loc'][-1]}. Send one JSON "
-            "object."
+            f"Failed to parse the request body as JSON: {reason} at byte {error['loc'][-1]}. Send one JSON object."
         )
     if kind == "missing" and path:
         return RequestError(f"missing field `{path}`: it is required. Add it to the request.", param=path)
@@ -45,8 +43,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:
         return RequestError(f"{path}: unknown variant `{given}`, expected one of {expected}", param=path)
     if not path:
         return RequestError(
-            "The request body is not a JSON object. Send one, with the header `Content-Type: "
-            "application/json`."
+            "The request body is not a JSON object. Send one, with the header `Content-Type: application/json`."
         )
     shown = repr(given) if len(repr(given)) <= 80 else f"{repr(given)[:80]}…"
     return RequestError(f"{path}: {error['msg']} (got {shown}).", param=path)
@@ -79,9 +76,7 @@ def install(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
         if error.status_code == 404:
-            message = (
-                f"There is nothing at {request.url.path}. The API is at /v1/chat/completions, the page at /."
-            )
+            message = f"There is nothing at {request.url.path}. The API is at /v1/chat/completions, the page at /."
         elif error.status_code == 405:
             message = f"{request.url.path} does not take {request.method}."
         refusal = RequestError(message, status=error.status_code)
@@ -90,7 +85,5 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         known = isinstance(error, RorqualError)  # anything else is logged with its trace by the server
-        message = (
-            str(error) if known else f"The server failed: {type(error).__name__}. Its log has the trace."
-        )
+        message = str(error) if known else f"The server failed: {type(error).__name__}. Its log has the trace."
         return JSONResponse(error_body(RequestError(message, status=500, type="server_error")), 500)

@@ -1,7 +1,7 @@
 """From the messages of a request to the token ids of a prompt.
 
 The checks are those the hosted API was seen to make, in its words where it has words, so that clients which
-work there work here. Source: spec/api.md sections 4.2, 6.3 and 13, spec/chat-format.md section 6.2.
+work there work here. Source: DeepSeek's API documentation and its observed behaviour.
 """
 
 from __future__ import annotations

@@ -95,9 +95,7 @@ class ReplyReader:
             self.message["reasoning_content"] = finished.message["reasoning_content"]
             delta["reasoning_content"] = None
         if finished.message["tool_calls"]:
-            self.message["tool_calls"] = [
-                {"index": i, **call} for i, call in enumerate(finished.message["tool_calls"])
-            ]
+            self.message["tool_calls"] = [{"index": i, **call} for i, call in enumerate(finished.message["tool_calls"])]
         return Piece(delta, self._take_logprobs())
 
     def _count(self, event: TokenEvent, was_reasoning: bool) -> None:

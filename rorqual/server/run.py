@@ -38,9 +38,7 @@ def run(
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     is_loopback = host in ("127.0.0.1", "localhost", "::1")
     with Engine(model, tokenizer, max_running=max_running) as engine:
-        app = create_app(
-            engine, model_name, revision=revision, allowed_hosts=LOOPBACK if is_loopback else None
-        )
+        app = create_app(engine, model_name, revision=revision, allowed_hosts=LOOPBACK if is_loopback else None)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         server = _Server(config, engine)
         if on_ready is not None:
@@ -64,9 +62,7 @@ class _Server(uvicorn.Server):
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises: ConfigError saying why the address cannot be used."""
     if not 0 <= port <= 65535:
-        raise ConfigError(
-            f"cannot listen on port {port}: ports go from 0 (any free one) to 65535. Choose another."
-        )
+        raise ConfigError(f"cannot listen on port {port}: ports go from 0 (any free one) to 65535. Choose another.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)

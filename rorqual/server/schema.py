@@ -81,12 +81,8 @@ class Sampling(Body):
     stop: Any = Field(None, description="A string or up to 16 of them.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: float | None = Field(
-        None, description="Deprecated, no effect; checked to be in -2 to 2."
-    )
-    frequency_penalty: float | None = Field(
-        None, description="Deprecated, no effect; checked to be in -2 to 2."
-    )
+    presence_penalty: float | None = Field(None, description="Deprecated, no effect; checked to be in -2 to 2.")
+    frequency_penalty: float | None = Field(None, description="Deprecated, no effect; checked to be in -2 to 2.")
     n: int | None = Field(None, description="Only 1.")
     user: str | None = Field(None, description="No effect: nothing is kept or shared between requests.")
     user_id: str | None = Field(None, description="As `user`.")
@@ -103,9 +99,7 @@ class Sampling(Body):
     @classmethod
     def _user_id(cls, value: str | None) -> str | None:
         if value is not None and not USER_ID.fullmatch(value):
-            raise RequestError(
-                "Invalid user_id value: use up to 512 letters, digits, `-` and `_`.", param="user_id"
-            )
+            raise RequestError("Invalid user_id value: use up to 512 letters, digits, `-` and `_`.", param="user_id")
         return value
 
     @model_validator(mode="after")

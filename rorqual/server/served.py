@@ -28,18 +28,14 @@ class ServedModel:
     @property
     def tokenizer(self) -> Tokenizer:
         tokenizer = self.engine.tokenizer
-        assert isinstance(tokenizer, Tokenizer), (
-            "the server needs rorqual.tokenizer.Tokenizer for its markers"
-        )
+        assert isinstance(tokenizer, Tokenizer), "the server needs rorqual.tokenizer.Tokenizer for its markers"
         return tokenizer
 
     @property
     def max_output(self) -> int:
         return min(MAX_OUTPUT, self.engine.context_limit)
 
-    def params(
-        self, body: Sampling, prompt_tokens: int, limit: int, default: int, **more: Any
-    ) -> SamplingParams:
+    def params(self, body: Sampling, prompt_tokens: int, limit: int, default: int, **more: Any) -> SamplingParams:
         """What the request asks for. `limit` and `default` bound and fill in max_tokens.
 
         Raises: RequestError naming the field that is out of range.
@@ -88,9 +84,7 @@ class Envelope:
             "object": self.kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": hashlib.blake2b(
-                f"rorqual {self.model}".encode(), digest_size=16
-            ).hexdigest(),
+            "system_fingerprint": hashlib.blake2b(f"rorqual {self.model}".encode(), digest_size=16).hexdigest(),
             "choices": [{"index": 0, **choice}],
             **more,
         }

@@ -1,6 +1,6 @@
 """The control markers of DeepSeek-V4's vocabulary, under their V4 names and in the order of their V4 ids.
 
-Source: spec/chat-format.md section 2. The bar is U+FF5C and the low block U+2581; the ASCII look-alikes
+Source: the released tokenizer. The bar is U+FF5C and the low block U+2581; the ASCII look-alikes
 are other text. Left out: V4's reserved placeholders and multimodal markers, which our own vocabularies
 have no room for.
 """

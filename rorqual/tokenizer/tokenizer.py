@@ -2,8 +2,7 @@
 
 The file format is the `tokenizers` library's, so DeepSeek's released V4 tokenizer and ours load alike.
 What this class adds: errors that say what is wrong with a file, bytes of every token (for exact streaming
-and loss masks), and a way to encode untrusted text without ever producing a control token
-(spec/chat-format.md section 9).
+and loss masks), and a way to encode untrusted text without ever producing a control token.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Learn a byte-level BPE vocabulary laid out like DeepSeek-V4's.
 
 Ids: 0, 1, 2 are BOS, EOS and pad; then 256 byte symbols; then merges; then the markers of the prompt
-format, last. The pre-tokenizer is V4's (spec/chat-format.md section 17); there is no normaliser, so any
+format, last. The pre-tokenizer is V4's; there is no normaliser, so any
 text survives a round trip.
 """
 

@@ -139,9 +139,7 @@ def read(folder: Path) -> Saved:
         for name, size in state["bytes"].items():
             found = (folder / name).stat().st_size
             if found != size:
-                raise CheckpointError(
-                    f"{folder / name} has {found:,} bytes, but {size:,} were written: it is damaged."
-                )
+                raise CheckpointError(f"{folder / name} has {found:,} bytes, but {size:,} were written: it is damaged.")
         weights, optimizer = (load_file(folder / name) for name in _FILES)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read as a checkpoint ({error}): it is damaged.") from error

@@ -25,13 +25,9 @@ class ModelSection(_Section):
     preset: str = Field(
         default="minke", description="Named architecture: minke, bryde, sei, fin, blue, v4-flash, v4-pro."
     )
-    config: str | None = Field(
-        default=None, description="Path of a config.json to use instead of the preset."
-    )
+    config: str | None = Field(default=None, description="Path of a config.json to use instead of the preset.")
     overrides: dict[str, Any] = Field(default={}, description="Settings of the architecture to change.")
-    init_from: str | None = Field(
-        default=None, description="Folder of weights to start from instead of random ones."
-    )
+    init_from: str | None = Field(default=None, description="Folder of weights to start from instead of random ones.")
 
     def build(self) -> ModelConfig:
         """The architecture. Raises ConfigError when it cannot be read or is impossible."""
@@ -46,15 +42,9 @@ class SourceSection(_Section):
         description="python (the interpreter's sources), path (text file or folder), jsonl (a record a line)."
     )
     path: str | None = Field(default=None, description="File or folder of a path or jsonl corpus.")
-    weight: float = Field(
-        default=1.0, gt=0, description="Share of the training tokens, relative to the other parts."
-    )
-    fim_rate: float = Field(
-        default=0.0, ge=0, le=1, description="Share of documents rearranged as fill-in-the-middle."
-    )
-    include_tests: bool = Field(
-        default=False, description="Read the interpreter's test folders too (python only)."
-    )
+    weight: float = Field(default=1.0, gt=0, description="Share of the training tokens, relative to the other parts.")
+    fim_rate: float = Field(default=0.0, ge=0, le=1, description="Share of documents rearranged as fill-in-the-middle.")
+    include_tests: bool = Field(default=False, description="Read the interpreter's test folders too (python only).")
 
     @model_validator(mode="after")
     def _path_fits(self) -> "SourceSection":
@@ -67,9 +57,7 @@ class SourceSection(_Section):
 class TasksSection(_Section):
     """Synthetic tasks in chat format."""
 
-    weight: float = Field(
-        default=0.0, ge=0, description="Share of the training tokens, relative to the sources."
-    )
+    weight: float = Field(default=0.0, ge=0, description="Share of the training tokens, relative to the sources.")
     families: dict[str, float] = Field(
         default={},
         description="Task families and their relative weights; empty means all, with their own shares.",
@@ -79,17 +67,13 @@ class TasksSection(_Section):
         default="rorqual-world-1",
         description="Id of the synthetic world whose facts are taught; it travels with the model.",
     )
-    world_size: Literal["tiny", "small", "full"] = Field(
-        default="tiny", description="How many people that world has."
-    )
+    world_size: Literal["tiny", "small", "full"] = Field(default="tiny", description="How many people that world has.")
 
 
 class DataSection(_Section):
     """What the model reads."""
 
-    sources: list[SourceSection] = Field(
-        default=[SourceSection(kind="python")], description="Corpora of the mixture."
-    )
+    sources: list[SourceSection] = Field(default=[SourceSection(kind="python")], description="Corpora of the mixture.")
     tasks: TasksSection = Field(default=TasksSection(), description="Synthetic task families.")
     tokenizer: str | None = Field(
         default=None,
@@ -155,9 +139,7 @@ class ScheduleSection(_Section):
     ramp_until: float = Field(
         default=0.0, ge=0, lt=1, description="Fraction over which the batch grows to its full size."
     )
-    ramp_from: float = Field(
-        default=0.2, gt=0, le=1, description="Share of the full batch that the ramp starts from."
-    )
+    ramp_from: float = Field(default=0.2, gt=0, le=1, description="Share of the full batch that the ramp starts from.")
     warmup_steps: int = Field(default=100, ge=0, description="Steps of linear warm-up.")
     decay_from: float = Field(default=0.7, ge=0, le=1, description="Fraction where the cosine begins.")
     dense_until: float = Field(
@@ -188,9 +170,7 @@ class LossSection(_Section):
     balance: float = Field(
         default=1e-4, ge=0, description="Weight of the sequence-wise balance loss of each routed layer."
     )
-    index: float = Field(
-        default=1.0, ge=0, description="Weight of the indexers' own loss; at 0 they never learn."
-    )
+    index: float = Field(default=1.0, ge=0, description="Weight of the indexers' own loss; at 0 they never learn.")
     bias_speed: float = Field(
         default=0.001, ge=0, description="Step of the router biases (0.003 to 0.01 for short runs)."
     )
@@ -204,26 +184,18 @@ class RunSection(_Section):
     threads: int = Field(
         default=0, ge=0, description="Threads per process; 0 means the machine's cores over the processes."
     )
-    processes: int = Field(
-        default=1, ge=1, description="Processes that share each step's micro-batches (CPU only)."
-    )
+    processes: int = Field(default=1, ge=1, description="Processes that share each step's micro-batches (CPU only).")
     device: str = Field(default="cpu", description="Where to train: cpu or cuda.")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="Precision of matrix products (weights stay fp32); on a CPU bf16 is the head only.",
     )
-    micro_batch_tokens: int = Field(
-        default=4096, gt=0, description="Tokens forwarded at once; a step adds up several."
-    )
-    loss_chunk: int = Field(
-        default=1024, gt=0, description="Tokens whose logits exist at once in the cross-entropy."
-    )
+    micro_batch_tokens: int = Field(default=4096, gt=0, description="Tokens forwarded at once; a step adds up several.")
+    loss_chunk: int = Field(default=1024, gt=0, description="Tokens whose logits exist at once in the cross-entropy.")
     checkpoint_every_s: float = Field(default=600.0, gt=0, description="Seconds between checkpoints.")
     keep_checkpoints: int = Field(default=2, ge=1, description="How many of the newest checkpoints stay.")
     log_every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl.")
-    eval_every: int = Field(
-        default=500, ge=0, description="Steps between held-out evaluations; 0 for the end only."
-    )
+    eval_every: int = Field(default=500, ge=0, description="Steps between held-out evaluations; 0 for the end only.")
     eval_tokens: int = Field(default=65_536, gt=0, description="Held-out tokens per evaluation.")
     max_steps: int | None = Field(
         default=None, ge=1, description="Stop (and save) after this step although tokens remain."
@@ -232,9 +204,7 @@ class RunSection(_Section):
         default=[], description="Texts continued greedily at every evaluation, into samples.txt."
     )
     sample_tokens: int = Field(default=64, ge=1, description="Length of each continuation.")
-    export_dtype: Literal["fp32", "bf16"] = Field(
-        default="bf16", description="Precision of the exported model folder."
-    )
+    export_dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="Precision of the exported model folder.")
 
 
 class TrainConfig(_Section):
@@ -279,8 +249,7 @@ def load_config(recipes: Sequence[str | Path] = (), settings: Iterable[str] = ()
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise ConfigError(
-                f"--set {setting!r} has no '='. A setting is a dotted name and a value. Write --set "
-                "optim.lr=1e-3."
+                f"--set {setting!r} has no '='. A setting is a dotted name and a value. Write --set optim.lr=1e-3."
             )
         branch: dict[str, Any] = {}
         _put(branch, key.strip().split("."), _parse(text.strip()))
@@ -380,8 +349,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"Cannot read the recipe {path}: {error.strerror or error}. Check the path; recipes/ holds "
-            "examples."
+            f"Cannot read the recipe {path}: {error.strerror or error}. Check the path; recipes/ holds examples."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML ({error}). Correct that line.") from error
@@ -419,6 +387,4 @@ def _suggestion(location: tuple[int | str, ...]) -> str:
         section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     names = list(section.model_fields) if section else []
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    return (
-        f"; did you mean {close[0]}?" if close else f" (settings there: {', '.join(names)})" if names else ""
-    )
+    return f"; did you mean {close[0]}?" if close else f" (settings there: {', '.join(names)})" if names else ""

@@ -76,9 +76,7 @@ def build_corpus_feed(config: TrainConfig, cfg: ModelConfig, folder: Path) -> "C
         )
         weights[name] = section.weight
         if len(rest):
-            held_out[name] = ShardSource(
-                build_shard(rest, tokenizer, cache), tokenizer, window_tokens=max(longest, 16)
-            )
+            held_out[name] = ShardSource(build_shard(rest, tokenizer, cache), tokenizer, window_tokens=max(longest, 16))
     if families:
         shares = _shares(config, families)
         for source in task_sources(tokenizer, families=families):
@@ -191,13 +189,9 @@ class _ItemSource:
 
     def documents(self, seed: int, index: int) -> list[Document]:
         """The `index`-th calibration item."""
-        item = self._family.make_item(
-            random.Random(derive(seed, "held-out-items", self.name, index)), "cal", index
-        )
+        item = self._family.make_item(random.Random(derive(seed, "held-out-items", self.name, index)), "cal", index)
         gold = item.gold if item.gold.endswith(EOS) else item.gold + EOS
-        return [
-            Document(*encode_pieces(self._tokenizer, [(item.prompt_text(bos=False), False), (gold, True)]))
-        ]
+        return [Document(*encode_pieces(self._tokenizer, [(item.prompt_text(bos=False), False), (gold, True)]))]
 
 
 def _open(section: SourceSection) -> Corpus:
@@ -248,17 +242,13 @@ def _tokenizer(
     if own.is_file():
         return Tokenizer.from_file(own)
     logger.info("Training a tokenizer of %d tokens.", cfg.vocab_size)
-    tokenizer = train_tokenizer(
-        _sample_texts(config, corpora, families), cfg.vocab_size, digits=data.tokenizer_digits
-    )
+    tokenizer = train_tokenizer(_sample_texts(config, corpora, families), cfg.vocab_size, digits=data.tokenizer_digits)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     return tokenizer
 
 
-def _sample_texts(
-    config: TrainConfig, corpora: list[Corpus], families: dict[str, TaskFamily]
-) -> Iterator[str]:
+def _sample_texts(config: TrainConfig, corpora: list[Corpus], families: dict[str, TaskFamily]) -> Iterator[str]:
     """Texts of every part in proportion to its weight, about `tokenizer_sample_bytes` in all."""
     data = config.data
     total = sum(source.weight for source in data.sources) + (data.tasks.weight if families else 0.0)

@@ -66,9 +66,7 @@ def _score(
     device = model.embed.weight.device
     segments = None if rows.segment_ids is None else rows.segment_ids.to(device)
     with autocast(device.type, numerics.dtype):
-        streams = model.forward_streams(
-            rows.tokens.to(device), segment_ids=segments, trace=Trace(dense=dense)
-        )
+        streams = model.forward_streams(rows.tokens.to(device), segment_ids=segments, trace=Trace(dense=dense))
         nats = losses.cross_entropy_sum(
             model.final_hidden(streams),
             model.head.weight,

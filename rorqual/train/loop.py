@@ -127,9 +127,7 @@ def _open_folder(folder: Path, config: TrainConfig, *, resume: bool, allow_chang
     changes = breaking_changes(validate(saved.config), config)
     if changes and not allow_changes:
         raise ConfigError(
-            f"These settings differ from those of the checkpoint {saved.folder.name}:\n  "
-            + "\n  ".join(changes)
-            + "\n"
+            f"These settings differ from those of the checkpoint {saved.folder.name}:\n  " + "\n  ".join(changes) + "\n"
             "The continued run would not equal the uninterrupted one. Put them back, or add --allow-changes "
             "to go on from these weights anyway."
         )
@@ -214,8 +212,7 @@ class _Run:
             self.model.load_state_dict(weights, strict=True)
         except RuntimeError as error:
             raise CheckpointError(
-                f"The checkpoint does not fit this architecture: {error}. Resume with the config that wrote "
-                "it."
+                f"The checkpoint does not fit this architecture: {error}. Resume with the config that wrote it."
             ) from error
 
     def _take_weights(self, folder: str) -> None:
@@ -238,9 +235,7 @@ class _Run:
                 if run.max_steps is not None and self.progress.step >= run.max_steps:
                     break
                 record = self._step()
-                self.progress = dataclasses.replace(
-                    self.progress, train_seconds=before + time.perf_counter() - began
-                )
+                self.progress = dataclasses.replace(self.progress, train_seconds=before + time.perf_counter() - began)
                 if not math.isfinite(record["loss"]):
                     raise RorqualError(
                         f"The loss at step {record['step']} is {record['loss']}. Weights are no longer "
@@ -291,9 +286,7 @@ class _Run:
         self.model.zero_grad(set_to_none=True)
         parts = self.pool.accumulate(batches, loss_weights, dense=dense)
         forward_backward = time.perf_counter()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.optim.grad_clip, foreach=True
-        )
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip, foreach=True)
         if math.isfinite(norm.item()):  # otherwise the loop stops with an error; weights stay as they are
             self.muon.step(lr)
             self.adamw.step(lr * self.config.optim.adam_lr_scale)
@@ -304,9 +297,7 @@ class _Run:
                 routing.update_bias(bias, counts[name], speed)
         self.progress = dataclasses.replace(self.progress, step=step + 1, tokens=tokens + num_rows * seq_len)
         end = time.perf_counter()
-        return self._record(
-            parts, counts, norm.item(), lr, mtp_weight, dense, start, forward_backward, end, tokens
-        )
+        return self._record(parts, counts, norm.item(), lr, mtp_weight, dense, start, forward_backward, end, tokens)
 
     def _micro_batches(self, num_rows: int, seq_len: int) -> tuple[list[Rows], int, int]:
         rows = self.feed.next_rows(num_rows, seq_len)
@@ -472,10 +463,7 @@ def _sum_counts(parts: list[losses.LossParts]) -> dict[str, torch.Tensor]:
 
 
 def _held_out_record(results: dict[str, HeldOut]) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {"nats_per_token": r.nats_per_token, "bits_per_byte": r.bits_per_byte}
-        for name, r in results.items()
-    }
+    return {name: {"nats_per_token": r.nats_per_token, "bits_per_byte": r.bits_per_byte} for name, r in results.items()}
 
 
 def _describe(results: dict[str, HeldOut]) -> str:

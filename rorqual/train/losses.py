@@ -23,9 +23,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies; the gradients are formed in the forward pass and scaled in the backward one."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         weight_c = weight.detach().to(dtype)
@@ -161,9 +159,7 @@ def compute(
         mtp = cross_entropy_sum(mtp_hidden, head, mtp_labels(labels, segment_ids), chunk=chunk, dtype=dtype)
         mtp = mtp / weights.num_mtp_targets
         loss = loss + weights.mtp * mtp
-    balance = (
-        _total([r.balance_loss for r in trace.routers if r.balance_loss is not None]) * weights.row_share
-    )
+    balance = _total([r.balance_loss for r in trace.routers if r.balance_loss is not None]) * weights.row_share
     index = _total(trace.index_losses) * weights.row_share
     loss = loss + weights.balance * balance + weights.index * index
     return loss, LossParts(

@@ -39,9 +39,7 @@ class _Bucket:
         self.owners = owners  # (parameter, index of the block in it, view of the weight [b, n, m])
         first = owners[0][2]
         self.sizes = [weight.shape[0] for _, _, weight in owners]
-        self.momentum = torch.zeros(
-            sum(self.sizes), *first.shape[1:], dtype=torch.float32, device=first.device
-        )
+        self.momentum = torch.zeros(sum(self.sizes), *first.shape[1:], dtype=torch.float32, device=first.device)
 
     def gradients(self) -> Tensor:
         """The gradients stacked as the momentum is, in float32; a parameter without one counts as zero."""

@@ -171,9 +171,7 @@ def save_plot(metrics: Path, image: Path) -> bool:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        logger.warning(
-            'No plot was saved, because matplotlib is not installed: pip install "rorqual[plots]".'
-        )
+        logger.warning('No plot was saved, because matplotlib is not installed: pip install "rorqual[plots]".')
         return False
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = [r for r in records if "lm" in r]
@@ -183,14 +181,10 @@ def save_plot(metrics: Path, image: Path) -> bool:
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     tokens = [r["tokens"] / 1e6 for r in steps]
     axes.plot(tokens, [r["lm"] for r in steps], linewidth=0.6, alpha=0.35, color="tab:blue", label="one step")
-    axes.plot(
-        tokens, _smooth([r["lm"] for r in steps]), linewidth=1.5, color="tab:blue", label="running mean"
-    )
+    axes.plot(tokens, _smooth([r["lm"] for r in steps]), linewidth=1.5, color="tab:blue", label="running mean")
     if evaluations:
         at = [r["tokens"] / 1e6 for r in evaluations]
-        axes.plot(
-            at, [r["held_out_loss"] for r in evaluations], "o-", color="tab:red", ms=3, lw=1, label="held out"
-        )
+        axes.plot(at, [r["held_out_loss"] for r in evaluations], "o-", color="tab:red", ms=3, lw=1, label="held out")
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.legend()

@@ -74,8 +74,4 @@ def install_hash_tables(model: nn.Module, token_counts: Tensor, seed: int) -> li
 
 def router_biases(model: nn.Module) -> dict[str, Tensor]:
     """The bias buffers of learned routers by the router's module path (`layers.3.ffn.gate`)."""
-    return {
-        name.removesuffix(".bias"): buffer
-        for name, buffer in model.named_buffers()
-        if name.endswith(".gate.bias")
-    }
+    return {name.removesuffix(".bias"): buffer for name, buffer in model.named_buffers() if name.endswith(".gate.bias")}

@@ -57,9 +57,7 @@ class Schedule:
 
     def seq_len(self, tokens: int) -> int:
         """Tokens per row."""
-        return next(
-            length for start, length in reversed(self.seq_lens) if tokens >= start * self.total_tokens
-        )
+        return next(length for start, length in reversed(self.seq_lens) if tokens >= start * self.total_tokens)
 
     def rows(self, tokens: int) -> int:
         """Rows per step: the batch in tokens over the row length, at least one."""

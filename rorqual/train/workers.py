@@ -184,9 +184,7 @@ def _views(path: Path, shapes: list[torch.Size]) -> list[Tensor]:
     # Each tensor starts on a cache line (16 floats), as torch's own allocations do.
     padded = [-(-shape.numel() // 16) * 16 for shape in shapes]
     flat = torch.from_file(str(path), shared=True, size=sum(padded), dtype=torch.float32)
-    return [
-        piece[: shape.numel()].view(shape) for piece, shape in zip(flat.split(padded), shapes, strict=True)
-    ]
+    return [piece[: shape.numel()].view(shape) for piece, shape in zip(flat.split(padded), shapes, strict=True)]
 
 
 def _map_gradients(model: nn.Module, path: Path, *, is_new: bool) -> list[Tensor]:
@@ -200,15 +198,13 @@ def _map_gradients(model: nn.Module, path: Path, *, is_new: bool) -> list[Tensor
 def _pack(batches: Sequence[Rows]) -> list[tuple[Any, Any, Any]]:
     """Tensors as arrays: torch would pass them through file descriptors."""
     return [
-        (b.tokens.numpy(), b.labels.numpy(), None if b.segment_ids is None else b.segment_ids.numpy())
-        for b in batches
+        (b.tokens.numpy(), b.labels.numpy(), None if b.segment_ids is None else b.segment_ids.numpy()) for b in batches
     ]
 
 
 def _unpack(packed: list[tuple[Any, Any, Any]]) -> list[Rows]:
     return [
-        Rows(torch.from_numpy(t), torch.from_numpy(y), None if s is None else torch.from_numpy(s))
-        for t, y, s in packed
+        Rows(torch.from_numpy(t), torch.from_numpy(y), None if s is None else torch.from_numpy(s)) for t, y, s in packed
     ]
 
 
@@ -226,7 +222,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then closes the pipe
     os.environ.setdefault("RANK", "1")  # quiet
     prepare_process(numerics.threads)
-    model = Transformer(cfg)
+    model = Transformer(cfg, seed=None)
     share_weights(model, weights, is_new=False)
     for name, array in static.items():
         model.get_buffer(name).copy_(torch.from_numpy(array))

@@ -101,9 +101,7 @@ def test_a_question_is_answered_and_the_conversation_goes_on(page: Browser) -> N
     assert page.value("[...document.querySelectorAll('.thinking')].at(-1).hidden")
 
     page.value("location.reload()")  # the conversation survives
-    page.wait_for(
-        "document.querySelectorAll('.answer').length === 2 && document.querySelector('#model').value"
-    )
+    page.wait_for("document.querySelectorAll('.answer').length === 2 && document.querySelector('#model').value")
     assert page.text(".answer") == "You asked in 2 turns."
     page.click("#new-chat")
     page.wait_for("document.querySelectorAll('.message').length === 0")

@@ -35,11 +35,7 @@ _LEAVES = {
 _LAYER = {
     "attn_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
-    **{
-        f"hc_{part}_{leaf}": f"{part}_hc.{leaf}"
-        for part in ("attn", "ffn")
-        for leaf in ("fn", "base", "scale")
-    },
+    **{f"hc_{part}_{leaf}": f"{part}_hc.{leaf}" for part in ("attn", "ffn") for leaf in ("fn", "base", "scale")},
     "attn.attn_sink": "self_attn.sinks",
     "attn.wq_a.weight": "self_attn.q_a_proj.weight",
     "attn.q_norm.weight": "self_attn.q_a_norm.weight",
@@ -80,9 +76,7 @@ def build_config(config: Mapping[str, Any]) -> DeepseekV4Config:
             **{k: v for k, v in scaling.items() if k != "type"},
         }
     peer = DeepseekV4Config(**kept)
-    assert peer.qk_rope_head_dim == config["qk_rope_head_dim"], (
-        "the peer rounded the rope width; draw other widths"
-    )
+    assert peer.qk_rope_head_dim == config["qk_rope_head_dim"], "the peer rounded the rope width; draw other widths"
     return peer
 
 

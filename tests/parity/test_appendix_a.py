@@ -51,9 +51,7 @@ def feed(model: Transformer, tokens: Tensor, cuts: list[int]) -> Tensor:
 
 
 def near(found: Tensor, expected: Any, tolerance: float = TOLERANCE) -> None:
-    torch.testing.assert_close(
-        found.double(), torch.tensor(expected, dtype=torch.double), rtol=0, atol=tolerance
-    )
+    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.double), rtol=0, atol=tolerance)
 
 
 def check_logits(logits: Tensor) -> None:
@@ -108,9 +106,7 @@ def captured(toy: Transformer, tokens: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "row", "expected"), golden.INTERMEDIATES, ids=lambda v: str(v))
-def test_intermediates(
-    captured: dict[str, Tensor], name: str, row: tuple[int, ...], expected: golden.Vector
-) -> None:
+def test_intermediates(captured: dict[str, Tensor], name: str, row: tuple[int, ...], expected: golden.Vector) -> None:
     """Attention and expert outputs, streams, compressed entries and index keys: first four channels."""
     near(captured[name][row][:4], expected)
 
@@ -201,6 +197,4 @@ def test_yarn_frequencies() -> None:
     toy = ModelConfig.from_dict(golden.TOY)
     yarn = rope_frequencies(toy.qk_rope_head_dim, toy.compress_rope_theta, toy.rope_scaling)
     assert yarn.tolist() == pytest.approx(golden.YARN_TOY, rel=1e-6)
-    assert rope_frequencies(toy.qk_rope_head_dim, toy.rope_theta).tolist() == pytest.approx(
-        golden.PLAIN_TOY, rel=1e-6
-    )
+    assert rope_frequencies(toy.qk_rope_head_dim, toy.rope_theta).tolist() == pytest.approx(golden.PLAIN_TOY, rel=1e-6)

@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 
 from rorqual.chat import render_messages
 
-recipe = pytest.importorskip(
-    "deepseek_recipe", reason="deepseek-recipe is not installed (a test-only oracle)"
-)
+recipe = pytest.importorskip("deepseek_recipe", reason="deepseek-recipe is not installed (a test-only oracle)")
 
 PIECES = [
     "<think>",
@@ -33,13 +31,7 @@ PIECES = [
 PIECES += ["\n\n", "e\u0301", *'\n\x00\u2028 "\\{aé😀<｜']
 texts = st.lists(st.sampled_from(PIECES), max_size=4).map("".join)
 names = st.sampled_from(["run", "read_file", "a", "é", "x-y"])
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**6), 10**6)
-    | texts
-    | st.sampled_from([0.5, 2.0, -1.25, 1e-3])
-)
+scalars = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | texts | st.sampled_from([0.5, 2.0, -1.25, 1e-3])
 values = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(names, inner, max_size=2),

@@ -163,9 +163,7 @@ def decode_ours(model: Transformer, tokens: Tensor, cuts: tuple[int, ...]) -> Te
     state = model.new_state()
     bounds = [0, *cuts, tokens.shape[1]]
     with torch.no_grad():
-        return torch.cat(
-            [model(tokens[:, a:b], state=state) for a, b in zip(bounds, bounds[1:], strict=False)], dim=1
-        )
+        return torch.cat([model(tokens[:, a:b], state=state) for a, b in zip(bounds, bounds[1:], strict=False)], dim=1)
 
 
 def decode_theirs(model: DeepseekV4ForCausalLM, tokens: Tensor, cuts: tuple[int, ...]) -> Tensor:
@@ -198,9 +196,7 @@ def sits_on_a_selection_boundary(model: Transformer, tokens: Tensor) -> bool:
     return worst > TOLERANCE
 
 
-def compare_gradients(
-    ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor | None]
-) -> dict[str, float]:
+def compare_gradients(ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor | None]) -> dict[str, float]:
     """Parameters whose gradients differ, with the distance relative to the peer's norm; empty when all agree.
 
     A gradient that is zero in exact arithmetic (the router of a network with one expert a token, say) is only
@@ -305,12 +301,8 @@ def test_every_split_of_forty_tokens(heavy: int) -> None:
     with torch.no_grad():
         reference = theirs(tokens, use_cache=False).logits
     for split in range(1, 40):
-        assert row_errors(decode_theirs(theirs, tokens, (split,)), reference).max() < TOLERANCE, (
-            f"peer, split {split}"
-        )
-        assert row_errors(decode_ours(ours, tokens, (split,)), reference).max() < TOLERANCE, (
-            f"ours, split {split}"
-        )
+        assert row_errors(decode_theirs(theirs, tokens, (split,)), reference).max() < TOLERANCE, f"peer, split {split}"
+        assert row_errors(decode_ours(ours, tokens, (split,)), reference).max() < TOLERANCE, f"ours, split {split}"
 
 
 @pytest.mark.parametrize("length", [130, 257])

@@ -76,9 +76,7 @@ def test_resume_is_exact(
 
 @settings(max_examples=60, deadline=None)
 @given(sources_strategy, plan_strategy, st.integers(0, 3))
-def test_no_token_is_lost_or_doubled(
-    sources: list[DrawnSource], plan: list[tuple[int, int]], seed: int
-) -> None:
+def test_no_token_is_lost_or_doubled(sources: list[DrawnSource], plan: list[tuple[int, int]], seed: int) -> None:
     loader = make(sources, seed)
     placed: list[int] = []
     for batch in follow(loader, plan):

@@ -78,9 +78,7 @@ def test_rows_advance_on_their_own(model: Transformer, calls: list[list[int]], g
 
 
 @drawn()
-@given(
-    model=models(), lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), garbage=st.integers(0, 63)
-)
+@given(model=models(), lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), garbage=st.integers(0, 63))
 def test_right_padding_without_a_state(model: Transformer, lengths: list[int], garbage: int) -> None:
     """A batch of prompts of different lengths in one pass."""
     rows = [some_tokens(model, n, draw_seed=r) for r, n in enumerate(lengths)]
@@ -132,14 +130,10 @@ def test_the_future_does_not_show(model: Transformer, length: int, data: st.Data
 
 @drawn()
 @given(shared=st.integers(0, 40), left=chunkings(20), right=chunkings(20))
-def test_forks_do_not_touch_each_other(
-    model: Transformer, shared: int, left: list[int], right: list[int]
-) -> None:
+def test_forks_do_not_touch_each_other(model: Transformer, shared: int, left: list[int], right: list[int]) -> None:
     """Two continuations of one prefix, fed in turns, each equal to its own row."""
     prefix = some_tokens(model, shared)
-    rows = [
-        torch.cat([prefix, some_tokens(model, sum(c), draw_seed=7 + i)]) for i, c in enumerate((left, right))
-    ]
+    rows = [torch.cat([prefix, some_tokens(model, sum(c), draw_seed=7 + i)]) for i, c in enumerate((left, right))]
     state = model.new_state()
     with torch.no_grad():
         if shared:
@@ -175,9 +169,7 @@ def test_bytes_and_back(model: Transformer, before: list[int], after: list[int])
 
 @drawn()
 @given(before=chunkings(), back=st.integers(0, 24), after=chunkings(25))
-def test_rewinding_within_the_margin(
-    model: Transformer, before: list[int], back: int, after: list[int]
-) -> None:
+def test_rewinding_within_the_margin(model: Transformer, before: list[int], back: int, after: list[int]) -> None:
     """Truncating inside the margin, then another continuation: as if the dropped tokens had never been."""
     total = sum(before)
     kept = total - min(back, total)

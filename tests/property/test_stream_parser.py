@@ -79,9 +79,7 @@ def stream(pieces, mode, **options):
     assert len(message["tool_calls"]) == len(complete)
     for index, call in zip(complete, message["tool_calls"], strict=True):
         assert (call["id"], call["function"]["name"]) == (starts[index].id, starts[index].name)
-        pieces_joined = "".join(
-            e.piece for e in body if isinstance(e, ToolCallArguments) and e.index == index
-        )
+        pieces_joined = "".join(e.piece for e in body if isinstance(e, ToolCallArguments) and e.index == index)
         assert json.loads(pieces_joined) == json.loads(call["function"]["arguments"])
     return joined, last
 
@@ -124,12 +122,8 @@ plain = st.text(st.characters(exclude_characters="<｜")) | st.sampled_from(
     ["a < b", "x\n", "<｜User｜>", "\n\n\n", "ü"]
 )
 keys = st.text(st.characters(exclude_characters='">｜', exclude_categories=["Cs"]), min_size=1, max_size=6)
-json_texts = st.sampled_from(
-    ["1", "-2.50", "true", "null", "[1,  2]", '{"x":"</think>"}', '"s"', "[]", " 7 "]
-)
-parameters = st.dictionaries(
-    keys, st.tuples(st.just(True), plain) | st.tuples(st.just(False), json_texts), max_size=3
-)
+json_texts = st.sampled_from(["1", "-2.50", "true", "null", "[1,  2]", '{"x":"</think>"}', '"s"', "[]", " 7 "])
+parameters = st.dictionaries(keys, st.tuples(st.just(True), plain) | st.tuples(st.just(False), json_texts), max_size=3)
 
 
 @st.composite
@@ -169,9 +163,7 @@ def test_a_reply_cut_off_anywhere_keeps_a_beginning_of_itself(reply, place):
     whole = parse_completion(text, mode, strict=False)
     part = parse_completion(text[: place % len(text)], mode, strict=False)
     # A marker cut through the middle is not recognised: up to its length of it may stay as text.
-    assert (
-        part["reasoning_content"][:-21] == whole["reasoning_content"][: len(part["reasoning_content"][:-21])]
-    )
+    assert part["reasoning_content"][:-21] == whole["reasoning_content"][: len(part["reasoning_content"][:-21])]
     assert part["tool_calls"] == whole["tool_calls"][: len(part["tool_calls"])]
     assert part["finish_reason"] == ("tool_calls" if part["tool_calls"] else "length")
 
@@ -187,9 +179,7 @@ TOOLS = [
         "type": "function",
         "function": {
             "name": "run",
-            "parameters": {
-                "properties": {"n": {"type": "integer"}, "s": {"type": "string"}, "u": {"type": ["null"]}}
-            },
+            "parameters": {"properties": {"n": {"type": "integer"}, "s": {"type": "string"}, "u": {"type": ["null"]}}},
         },
     }
 ]
@@ -322,8 +312,6 @@ def test_a_call_is_announced_as_soon_as_its_name_is_known_and_text_flows():
 
 def test_default_ids_carry_the_index():
     calls = StreamParser("chat")
-    starts = [
-        e for e in calls.feed(CALL + CALL[len("\n\n<｜DSML｜tool_calls>") :]) if isinstance(e, ToolCallStart)
-    ]
+    starts = [e for e in calls.feed(CALL + CALL[len("\n\n<｜DSML｜tool_calls>") :]) if isinstance(e, ToolCallStart)]
     assert [start.id[:8] for start in starts] == ["call_00_", "call_01_"]
     assert all(len(start.id) == 32 and start.id[8:].isalnum() for start in starts)

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from rorqual.data import encode_pieces
 from rorqual.tokenizer import MARKER_TOKENS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
-markers = st.sampled_from(
-    (*SPECIAL_TOKENS, *MARKER_TOKENS, "<｜", "｜>", "<think", "\r\n", "  ", "é", "e\u0301")
-)
+markers = st.sampled_from((*SPECIAL_TOKENS, *MARKER_TOKENS, "<｜", "｜>", "<think", "\r\n", "  ", "é", "e\u0301"))
 texts = st.lists(st.text(max_size=12) | markers, max_size=8).map("".join)
 
 

@@ -131,9 +131,7 @@ class Browser:
 
     def text(self, selector: str) -> str:
         """Text content of the last element that matches, "" for none."""
-        return str(
-            self.value(f"[...document.querySelectorAll({json.dumps(selector)})].at(-1)?.textContent ?? ''")
-        )
+        return str(self.value(f"[...document.querySelectorAll({json.dumps(selector)})].at(-1)?.textContent ?? ''"))
 
     def click(self, selector: str) -> None:
         """Click the middle of the last visible element that matches."""

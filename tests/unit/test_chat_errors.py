@@ -78,9 +78,7 @@ MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("messages", "param", "words"), MESSAGES, ids=[case[1] + ": " + case[2] for case in MESSAGES]
-)
+@pytest.mark.parametrize(("messages", "param", "words"), MESSAGES, ids=[case[1] + ": " + case[2] for case in MESSAGES])
 def test_bad_messages_name_the_field(messages, param, words):
     with pytest.raises(RequestError) as refusal:
         encode_messages(messages)
@@ -130,9 +128,7 @@ def test_indices_count_the_callers_messages_even_when_a_system_message_is_put_be
 def test_the_image_placeholder_cannot_be_typed():
     message = {"role": "user", "content": "see <｜deepseek_image｜>"}
     assert "<｜deepseek_image｜>" in encode_messages([message])  # an ordinary text before images existed
-    with pytest.raises(
-        RequestError, match="would be taken for one. Remove it from the text, or send the image"
-    ):
+    with pytest.raises(RequestError, match="would be taken for one. Remove it from the text, or send the image"):
         encode_messages([message], revision="2026-07")
 
 
@@ -154,9 +150,7 @@ def test_parsers_refuse_an_unknown_mode(make):
 def test_fim_takes_text():
     assert fim_prompt("a", "b") == "<｜fim▁begin｜>a<｜fim▁hole｜>b<｜fim▁end｜>"
     assert fim_prompt("", "", add_default_bos_token=True).startswith("<｜begin▁of▁sentence｜><｜fim▁begin｜>")
-    with pytest.raises(
-        RequestError, match="suffix is NoneType, but only text can stand around the gap"
-    ) as refusal:
+    with pytest.raises(RequestError, match="suffix is NoneType, but only text can stand around the gap") as refusal:
         fim_prompt("a", None)
     assert refusal.value.param == "suffix"
 
@@ -167,9 +161,7 @@ def test_effort_words_of_the_api():
     assert resolve_effort("xhigh", "2026-04") == ("thinking", "max")
     assert resolve_effort("xhigh", "2026-07") == ("thinking", "high")
     assert resolve_effort("low", "2026-07") == ("thinking", "low")
-    with pytest.raises(
-        RequestError, match="Use one of none, minimal, low, medium, high, xhigh, max"
-    ) as refusal:
+    with pytest.raises(RequestError, match="Use one of none, minimal, low, medium, high, xhigh, max") as refusal:
         resolve_effort("extreme", "2026-07")
     assert refusal.value.param == "reasoning_effort"
     with pytest.raises(RequestError, match="Use the checkpoint's own: 2026-04 or 2026-07"):

@@ -14,9 +14,7 @@ import pytest
 from rorqual.chat import encode_messages, parse_completion, render_messages
 from rorqual.errors import RequestError
 
-VECTORS = json.loads(
-    (Path(__file__).parent.parent / "data" / "chat-vectors.json").read_text(encoding="utf-8")
-)
+VECTORS = json.loads((Path(__file__).parent.parent / "data" / "chat-vectors.json").read_text(encoding="utf-8"))
 PARSED = [vector for vector in VECTORS if "parsed" in vector]
 
 

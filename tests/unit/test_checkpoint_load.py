@@ -153,9 +153,7 @@ def test_companion_files_travel_and_are_kept(model: Transformer, folder: Path, t
 
 
 def test_quantisation_settings_do_not_survive_in_plain_files(tmp_path: Path):
-    cfg = CONFIG.replace(
-        extra={"quantization_config": {"quant_method": "fp8"}, "expert_dtype": "fp4", "note": 1}
-    )
+    cfg = CONFIG.replace(extra={"quantization_config": {"quant_method": "fp8"}, "expert_dtype": "fp4", "note": 1})
     checkpoint.save_official(Transformer(cfg), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert "quantization_config" not in config and "expert_dtype" not in config and config["note"] == 1
@@ -203,9 +201,7 @@ def test_many_names_are_counted_not_poured_out(folder: Path):
 def test_a_config_of_another_size_names_shapes(folder: Path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"q_lora_rank": 8}))
-    with pytest.raises(
-        CheckpointError, match=r"wq_a.weight has shape \(16, 32\) but this config expects \(8, 32\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"wq_a.weight has shape \(16, 32\) but this config expects \(8, 32\)"):
         checkpoint.load_official(folder)
 
 
@@ -213,9 +209,7 @@ def test_only_mtp_differs(model: Transformer, folder: Path):
     stored = load_file(folder / WEIGHTS)
     without = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
     save_file(without, folder / WEIGHTS)
-    with pytest.raises(
-        CheckpointError, match="The file only lacks MTP tensors: correct num_nextn_predict_layers"
-    ):
+    with pytest.raises(CheckpointError, match="The file only lacks MTP tensors: correct num_nextn_predict_layers"):
         checkpoint.load_official(folder)
     dspark = without | {"mtp.0.markov_head.weight": torch.zeros(2)}
     save_file(dspark, folder / WEIGHTS)
@@ -225,17 +219,13 @@ def test_only_mtp_differs(model: Transformer, folder: Path):
 
 def test_an_integer_table_cannot_be_a_weight(folder: Path):
     edit(folder, **{"norm/weight": torch.ones(32, dtype=torch.int64)})
-    with pytest.raises(
-        CheckpointError, match="norm.weight is stored as I64 but must be a floating-point weight"
-    ):
+    with pytest.raises(CheckpointError, match="norm.weight is stored as I64 but must be a floating-point weight"):
         checkpoint.load_official(folder)
 
 
 def test_an_expert_table_must_name_existing_experts(folder: Path):
     edit(folder, **{"layers/0/ffn/gate/tid2eid": torch.full((40, 2), 6)})
-    with pytest.raises(
-        CheckpointError, match=r"tid2eid .* names experts 6 to 6, but the model has 6 \(0 to 5\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"tid2eid .* names experts 6 to 6, but the model has 6 \(0 to 5\)"):
         checkpoint.load_official(folder)
 
 

@@ -39,11 +39,7 @@ def layer_shapes(cfg: ModelConfig, ratio: int, is_hash: bool) -> Shapes:
         "ffn.shared_experts.w2.weight": (d, i),
         "ffn.shared_experts.w3.weight": (i, d),
     }
-    out |= (
-        {"ffn.gate.tid2eid": (cfg.vocab_size, cfg.num_experts_per_tok)}
-        if is_hash
-        else {"ffn.gate.bias": (e,)}
-    )
+    out |= {"ffn.gate.tid2eid": (cfg.vocab_size, cfg.num_experts_per_tok)} if is_hash else {"ffn.gate.bias": (e,)}
     for side in ("attn", "ffn"):
         out |= {f"hc_{side}_fn": (mix, n * d), f"hc_{side}_base": (mix,), f"hc_{side}_scale": (3,)}
     if ratio:
@@ -177,9 +173,7 @@ def test_mixed_spellings_are_understood(mixed: str, official: str):
     assert names.to_official(f"model.layers.3.{mixed}") == f"layers.3.{official}"
 
 
-@pytest.mark.parametrize(
-    "name", ["visual.weight", "model.layers.0.attn.surprise", "layers.x.attn.wq_a.weight"]
-)
+@pytest.mark.parametrize("name", ["visual.weight", "model.layers.0.attn.surprise", "layers.x.attn.wq_a.weight"])
 def test_unknown_names_stay_as_they_are(name: str):
     assert names.to_official(name) == name
     assert names.to_transformers(name) == name
@@ -193,9 +187,7 @@ def test_experts_are_told_apart():
 
 
 def test_which_tensors_stay_fp32():
-    kept = {
-        name.split(".", 2)[-1] for name in model_shapes(ModelConfig.preset("minke")) if names.stays_fp32(name)
-    }
+    kept = {name.split(".", 2)[-1] for name in model_shapes(ModelConfig.preset("minke")) if names.stays_fp32(name)}
     mixes = {f"hc_{side}_{what}" for side in ("attn", "ffn", "head") for what in ("fn", "base", "scale")}
     apes = {"attn.compressor.ape", "attn.indexer.compressor.ape"}
     assert kept == mixes | apes | {"attn.attn_sink", "ffn.gate.bias"}

@@ -77,9 +77,7 @@ finally:
 def test_each_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(name, "-h", capsys=capsys)
     assert code == 0
-    assert len(re.findall(rf"^\s+(?:\w+=\S+ )?(?:\S+ \| )?rorqual {name}\b", out, re.MULTILINE)) >= 2, (
-        "two examples"
-    )
+    assert len(re.findall(rf"^\s+(?:\w+=\S+ )?(?:\S+ \| )?rorqual {name}\b", out, re.MULTILINE)) >= 2, "two examples"
     group: Any = typer.main.get_command(build_app([name]))
     for param in group.commands[name].params:
         assert param.help, f"{name}: {param.name} says nothing about itself"
@@ -140,9 +138,7 @@ def test_doctor_reports_one_line_each(capsys: pytest.CaptureFixture[str]) -> Non
     findings = {finding["name"]: finding for finding in report["findings"]}
     assert code == (0 if report["healthy"] else 1)
     assert findings["python"]["status"] == "ok"
-    assert {"torch", "threads", "native kernels", "bundled models", "extra serve", "extra plots"} <= set(
-        findings
-    )
+    assert {"torch", "threads", "native kernels", "bundled models", "extra serve", "extra plots"} <= set(findings)
 
 
 def test_doctor_fails_when_something_needed_is_missing(

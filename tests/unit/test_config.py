@@ -37,7 +37,8 @@ def test_schedules_of_the_released_models() -> None:
 def test_inference_code_names_are_understood() -> None:
     names = {
         "hidden_size": "dim", "moe_intermediate_size": "moe_inter_dim", "num_hidden_layers": "n_layers",
-        "num_hash_layers": "n_hash_layers", "num_nextn_predict_layers": "n_mtp_layers", "num_attention_heads": "n_heads",
+        "num_hash_layers": "n_hash_layers", "num_nextn_predict_layers": "n_mtp_layers",
+        "num_attention_heads": "n_heads",
         "num_experts_per_tok": "n_activated_experts", "routed_scaling_factor": "route_scale",
         "qk_rope_head_dim": "rope_head_dim", "sliding_window": "window_size", "rms_norm_eps": "norm_eps",
     }  # fmt: skip

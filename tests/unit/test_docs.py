@@ -65,9 +65,7 @@ def test_there_is_something_to_check() -> None:
     assert any(line.startswith("rorqual inspect") for line in shown)
 
 
-@pytest.mark.parametrize(
-    ("block", "words"), COMMANDS_SHOWN, ids=[" ".join(words) for _, words in COMMANDS_SHOWN]
-)
+@pytest.mark.parametrize(("block", "words"), COMMANDS_SHOWN, ids=[" ".join(words) for _, words in COMMANDS_SHOWN])
 def test_command_shown_exists(block: Block, words: list[str]) -> None:
     while words and "=" in words[0]:
         words = words[1:]
@@ -105,9 +103,7 @@ def test_python_shown_runs(block: Block, tmp_path: Path) -> None:
 
 def run_in(folder: Path, command: list[str]) -> None:
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, (
-        f"{command} ended with {result.returncode}\n{result.stdout}\n{result.stderr}"
-    )
+    assert result.returncode == 0, f"{command} ended with {result.returncode}\n{result.stdout}\n{result.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

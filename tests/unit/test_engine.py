@@ -220,9 +220,7 @@ def test_the_context_limit_is_checked_before_anything_runs(engine: Engine) -> No
         ([1], SamplingParams(stop_token_ids=(999,)), "Token id 999 in stop_token_ids"),
     ],
 )
-def test_impossible_prompts_are_refused(
-    engine: Engine, tokens: list[int], params: SamplingParams, text: str
-) -> None:
+def test_impossible_prompts_are_refused(engine: Engine, tokens: list[int], params: SamplingParams, text: str) -> None:
     with pytest.raises(RequestError, match=text):
         engine.submit(tokens, params)
 

@@ -100,21 +100,15 @@ def may_import(importer: str, target: str) -> bool:
 def test_imports_flow_downward(module: str) -> None:
     path = MODULES[module]
     room = room_of(module)
-    assert room in HEIGHT, (
-        f"{module}: room {room!r} stands on no line; add it to the design and to LINES here"
-    )
+    assert room in HEIGHT, f"{module}: room {room!r} stands on no line; add it to the design and to LINES here"
     tree = ast.parse(path.read_text())
     for target in imported(tree, module, path.name == "__init__.py", top_level_only=False):
         outside, _, name = target.partition(".")
-        assert outside not in ORACLES_AND_CLIENTS, (
-            f"{module} imports {target}: the package never does, only tests"
-        )
+        assert outside not in ORACLES_AND_CLIENTS, f"{module} imports {target}: the package never does, only tests"
         if outside != "rorqual" or target == "rorqual.__version__":
             continue
         assert name, f"{module} imports the rorqual facade; import the room that defines the name"
-        assert may_import(room, room_of(target)), (
-            f"{module} imports {target}: {room} may not import that room"
-        )
+        assert may_import(room, room_of(target)), f"{module} imports {target}: {room} may not import that room"
 
 
 def test_the_rule_bites() -> None:
@@ -137,9 +131,7 @@ def test_no_circular_imports() -> None:
     graph = {
         module: {
             target
-            for target in imported(
-                ast.parse(path.read_text()), module, path.name == "__init__.py", top_level_only=True
-            )
+            for target in imported(ast.parse(path.read_text()), module, path.name == "__init__.py", top_level_only=True)
             if target in MODULES and target != module
         }
         for module, path in MODULES.items()

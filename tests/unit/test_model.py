@@ -36,12 +36,17 @@ def test_only_its_own_loss_trains_the_indexer(dense: bool) -> None:
 
 
 def test_the_full_loss_reaches_every_parameter() -> None:
-    model = build(config(num_hidden_layers=4, compress_ratios=[0, 4, 8, 4, 0], num_nextn_predict_layers=1, index_topk=3))
+    model = build(
+        config(num_hidden_layers=4, compress_ratios=[0, 4, 8, 4, 0], num_nextn_predict_layers=1, index_topk=3)
+    )
     tokens = some_tokens(model, 64)[None]
     trace = Trace(index_loss=True, router=True)
     streams = model.forward_streams(tokens, trace=trace)
     drafts = model.mtp_streams(streams, tokens.roll(-1, 1), trace=trace)
-    loss = model.logits(model.final_hidden(streams)).square().mean() + model.logits(model.mtp_hidden(drafts)).square().mean()
+    loss = (
+        model.logits(model.final_hidden(streams)).square().mean()
+        + model.logits(model.mtp_hidden(drafts)).square().mean()
+    )
     balance = [r.balance_loss for r in trace.routers if r.balance_loss is not None]
     found = trained_by(model, loss + sum(trace.index_losses) + 1e-2 * torch.stack(balance).sum())
     assert {n for n, _ in model.named_parameters()} == found
@@ -133,7 +138,10 @@ def test_bad_calls_are_refused(tokens: torch.Tensor, options: dict[str, Any], wo
 
 
 def test_a_state_of_another_shape_or_model_is_refused() -> None:
-    model, other = build(config(num_hidden_layers=1, compress_ratios=[0])), build(config(num_hidden_layers=1, compress_ratios=[4]))
+    model, other = (
+        build(config(num_hidden_layers=1, compress_ratios=[0])),
+        build(config(num_hidden_layers=1, compress_ratios=[4])),
+    )
     row = some_tokens(model, 5)[None]
     with pytest.raises(CacheError, match="2 rows.*new_state\\(batch_size=1\\)"):
         model(row, state=model.new_state(2))

@@ -4,12 +4,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from rorqual.ops import experts, hyper_connections, index_topk, norms, registry, rope, sparse_attention, swiglu
+from rorqual.ops import (
+    experts,
+    hyper_connections,
+    index_topk,
+    norms,
+    registry,
+    rope,
+    sparse_attention,
+    swiglu,
+)
 from rorqual.ops.native import functions, load
 
 pytestmark = pytest.mark.skipif(load() is None, reason="no C compiler on this machine: only the references exist")
 
-OPERATIONS = ["hc_pre", "hc_post", "rms_norm", "rope", "norm_rope", "swiglu", "swiglu_backward", "index_reduce"]
+OPERATIONS = [
+    "hc_pre",
+    "hc_post",
+    "rms_norm",
+    "rope",
+    "norm_rope",
+    "swiglu",
+    "swiglu_backward",
+    "index_reduce",
+]
 
 
 def both(operation: str, *args: object) -> None:
@@ -131,7 +149,10 @@ def test_swiglu(limit: float) -> None:
     gate, up, weight, dout = randn(9, 13) * 3, randn(9, 13, seed=1) * 3, randn(9), randn(9, 13, seed=2)
     with torch.no_grad():
         for w in (weight, None):
-            for operation, args in (("swiglu", (gate, up, w, limit)), ("swiglu_backward", (gate, up, w, dout, limit))):
+            for operation, args in (
+                ("swiglu", (gate, up, w, limit)),
+                ("swiglu_backward", (gate, up, w, dout, limit)),
+            ):
                 found = registry.implementations(operation)
                 want, got = found["reference"](*args), found["native"](*args)
                 pairs = zip(want, got, strict=True) if isinstance(want, tuple) else [(want, got)]

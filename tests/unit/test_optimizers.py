@@ -75,9 +75,7 @@ def test_every_block_gets_a_full_update_whatever_its_gradient_scale() -> None:
 
 def test_same_shapes_share_a_batch_and_equal_lone_updates() -> None:
     shapes = {"a": (16, 32), "b": (16, 32), "experts": (3, 16, 32), "tall": (32, 16)}
-    together = [
-        assigned(n, random(*s, seed=1), Role("muon", s[:1] if len(s) == 2 else ())) for n, s in shapes.items()
-    ]
+    together = [assigned(n, random(*s, seed=1), Role("muon", s[:1] if len(s) == 2 else ())) for n, s in shapes.items()]
     alone = [assigned(a.name, a.parameter.detach(), a.role) for a in together]
     gradients = {n: random(*s, seed=7 + i) for i, (n, s) in enumerate(shapes.items())}
     muon = Muon(together)

@@ -18,9 +18,7 @@ PAD = 2
 class FakeSource:
     """Documents whose tokens tell where they belong: BOS, then index * 1000 + position + 10."""
 
-    def __init__(
-        self, name: str, length: Callable[[int], int], *, splittable: bool, fingerprint: str = "f"
-    ) -> None:
+    def __init__(self, name: str, length: Callable[[int], int], *, splittable: bool, fingerprint: str = "f") -> None:
         self.name, self.fingerprint, self.has_splittable = name, fingerprint, splittable
         self._length = length
 

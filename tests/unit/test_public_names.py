@@ -57,7 +57,5 @@ def test_methods_of_the_config() -> None:
 
 def test_importing_the_package_imports_no_room() -> None:
     code = "import rorqual, sys; print([m for m in sys.modules if m.startswith('rorqual.')])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"

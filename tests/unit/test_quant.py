@@ -61,9 +61,7 @@ def test_fp8_scale_of_a_group(amax: float, scale: float):
 def test_fp8_values_with_amax_one():
     exact = [0.30078125, -0.25976562, 0.0071105957, 0.8984375, 1.001358e-5]
     rounded = quant.round_act_fp8(group_with(1.0, exact, 64), group=64)
-    assert rounded[1:6].tolist() == pytest.approx(
-        [0.3125, -0.25, 0.0073242188, 0.875, 7.6293945e-6], rel=1e-7
-    )
+    assert rounded[1:6].tolist() == pytest.approx([0.3125, -0.25, 0.0073242188, 0.875, 7.6293945e-6], rel=1e-7)
 
 
 def test_fp8_ties_go_to_the_even_code():
@@ -95,9 +93,7 @@ def test_group_must_be_positive():
 # ---------------------------------------------------------------- FP4 activations
 
 
-@pytest.mark.parametrize(
-    ("amax", "scale"), [(5.0, 1), (6.0, 1), (6.01, 2), (3.0, 0.5), (0.75, 2**-3), (0.0, 2**-126)]
-)
+@pytest.mark.parametrize(("amax", "scale"), [(5.0, 1), (6.0, 1), (6.01, 2), (3.0, 0.5), (0.75, 2**-3), (0.0, 2**-126)])
 def test_fp4_scale_of_a_group(amax: float, scale: float):
     _, scales = quant.quantize_act_fp4(group_with(amax, [], 32))
     assert scales.tolist() == [scale]

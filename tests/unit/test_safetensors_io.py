@@ -184,9 +184,7 @@ def test_an_index_may_not_point_outside_its_folder(tmp_path: Path, name: str):
 
 def test_an_index_that_disagrees_with_the_shards(tmp_path: Path):
     change_index(sharded(tmp_path), c="model-00001-of-00002.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"disagree on 1 tensors: c \(index: model-00001.*found in: model-00002"
-    ):
+    with pytest.raises(CheckpointError, match=r"disagree on 1 tensors: c \(index: model-00001.*found in: model-00002"):
         CheckpointFiles(tmp_path)
     change_index(sharded(tmp_path), phantom="model-00002-of-00002.safetensors")
     with pytest.raises(CheckpointError, match=r"phantom \(.*found in: no shard\)"):
@@ -200,9 +198,7 @@ def test_a_tensor_in_two_shards(tmp_path: Path):
         CheckpointFiles(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}']
-)
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
 def test_an_unusable_index(tmp_path: Path, text: str):
     sharded(tmp_path)
     (tmp_path / INDEX).write_text(text)

@@ -143,9 +143,9 @@ def test_tool_calls_whole_and_streamed(client: TestClient) -> None:
     # The answer goes back as it came, with the tool's result.
     history = [{"role": "user", "content": "call the clock"}, message]
     history.append({"role": "tool", "tool_call_id": call["id"], "content": "12:00"})
-    assert client.post(
-        "/v1/chat/completions", json={"model": "minke", "messages": history, "tools": TOOLS}
-    ).json()["choices"][0]["message"]
+    assert client.post("/v1/chat/completions", json={"model": "minke", "messages": history, "tools": TOOLS}).json()[
+        "choices"
+    ][0]["message"]
     assert "<think>Let me think.</think>" + CALL in PROMPTS[-1]
     assert PROMPTS[-1].endswith("<tool_result>12:00</tool_result><｜Assistant｜><think>")
 
@@ -330,12 +330,8 @@ def test_refusals_name_the_field(
     client: TestClient, fields: dict[str, Any], param: str, text: str, stream: bool
 ) -> None:
     body = {"model": "minke", "messages": [{"role": "user", "content": "Hi"}], "stream": stream, **fields}
-    content = json.dumps(
-        {key: value for key, value in body.items() if key != "messages" or value is not None}
-    )
-    response = client.post(
-        "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
-    )
+    content = json.dumps({key: value for key, value in body.items() if key != "messages" or value is not None})
+    response = client.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
     error = refused(response)
     assert text in error["message"]
     assert error["param"] == param
@@ -359,18 +355,14 @@ def test_calls_need_their_results_and_their_reasoning(client: TestClient) -> Non
     result = {"role": "tool", "tool_call_id": "c1", "content": "noon"}
 
     def post(messages: list[Any], **more: Any) -> Any:
-        return client.post(
-            "/chat/completions", json={"model": "minke", "messages": messages, "tools": TOOLS, **more}
-        )
+        return client.post("/chat/completions", json={"model": "minke", "messages": messages, "tools": TOOLS, **more})
 
     error = refused(post(calls_history()))
     assert "did not have response messages: c1" in error["message"]
     error = refused(post([*calls_history(), {"role": "user", "content": "y"}, result]))
     assert "did not have response messages: c1" in error["message"]
     error = refused(post([*calls_history(), result]))
-    assert error["message"].startswith(
-        "The `reasoning_content` in the thinking mode must be passed back to the API."
-    )
+    assert error["message"].startswith("The `reasoning_content` in the thinking mode must be passed back to the API.")
     assert post([*calls_history(reasoning_content=""), result]).status_code == 200
     assert post([*calls_history(), result], thinking={"type": "disabled"}).status_code == 200
 
@@ -404,12 +396,9 @@ def test_fill_in_the_middle(client: TestClient) -> None:
     body = {"model": "minke", "prompt": "def add(a, b):\n", "suffix": "\nprint(add(1, 2))\n"}
     answer = client.post("/beta/completions", json=body).json()
     assert answer["object"] == "text_completion"
-    assert answer["choices"] == [
-        {"index": 0, "text": "    return a + b", "finish_reason": "stop", "logprobs": None}
-    ]
+    assert answer["choices"] == [{"index": 0, "text": "    return a + b", "finish_reason": "stop", "logprobs": None}]
     assert PROMPTS[-1] == (
-        "<｜begin▁of▁sentence｜><｜fim▁begin｜>def add(a, b):\n"
-        "<｜fim▁hole｜>\nprint(add(1, 2))\n<｜fim▁end｜>"
+        "<｜begin▁of▁sentence｜><｜fim▁begin｜>def add(a, b):\n<｜fim▁hole｜>\nprint(add(1, 2))\n<｜fim▁end｜>"
     )
     assert answer["usage"]["prompt_tokens"] == len(byte_tokenizer().encode(PROMPTS[-1]))
 

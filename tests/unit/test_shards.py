@@ -90,9 +90,7 @@ def test_windows_cover_the_shard_and_start_at_top_level_lines(tok: Tokenizer, tm
 
 
 def test_fim_documents_hold_the_whole_window(tok: Tokenizer, tmp_path: Path) -> None:
-    source = ShardSource(
-        build_shard(corpus(CODE), tok, tmp_path), tok, window_tokens=200, fim_rate=1.0, fim_tokens=64
-    )
+    source = ShardSource(build_shard(corpus(CODE), tok, tmp_path), tok, window_tokens=200, fim_rate=1.0, fim_tokens=64)
     assert not source.has_splittable
     begin, hole, end = (f"<｜fim▁{part}｜>" for part in ("begin", "hole", "end"))
     whole = ""

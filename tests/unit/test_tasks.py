@@ -115,9 +115,7 @@ def test_prompts_are_what_the_encoder_writes_and_gold_continues_them(name: str) 
         if item.meta.get("calls") is None:
             reasoning, _, content = item.gold.rpartition("</think>")
             message = {"role": "assistant", "content": content, "reasoning_content": reasoning}
-            full = encode_messages(
-                [*item.messages, message], tools=item.tools, thinking_mode=item.thinking_mode
-            )
+            full = encode_messages([*item.messages, message], tools=item.tools, thinking_mode=item.thinking_mode)
             assert full == prompt + item.gold + EOS
 
 
@@ -179,9 +177,7 @@ def test_no_entity_is_in_two_splits(name: str) -> None:
 
 
 def test_training_documents_hold_no_test_entity() -> None:
-    held_out = [
-        (item.meta["key"], f" of {item.meta['key']} is ") for item in take(FAMILIES["needle"], "test", 60)
-    ]
+    held_out = [(item.meta["key"], f" of {item.meta['key']} is ") for item in take(FAMILIES["needle"], "test", 60)]
     trained = "\n".join(text_of(d) for d in documents("needle", 150))
     assert not [key for key, phrase in held_out if phrase in trained]
     sums = {i.messages[0]["content"] for i in take(FAMILIES["arith"], "test", 300)}

@@ -119,9 +119,7 @@ def test_a_question_left_early_is_taken_back() -> None:
         assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
 
 
-def test_markers_in_a_question_stay_text(
-    prompts: list[str], run: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_markers_in_a_question_stay_text(prompts: list[str], run: Callable[..., tuple[int, str, str]]) -> None:
     tokenizer = byte_tokenizer()
     ids: list[list[int]] = []
     submit = Engine.submit
@@ -187,9 +185,7 @@ def test_a_gap_that_is_not_clear(
         gap(*arguments)
 
 
-def test_sampling_out_of_range_is_a_wrong_request(
-    prompts: list[str], run: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_sampling_out_of_range_is_a_wrong_request(prompts: list[str], run: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = run("complete", "--prefix", "a", "--temperature", "9")
     assert code == 2
     assert "temperature" in err

@@ -14,7 +14,7 @@ TEXTS = [
     "the cat sat on the mat; the end. été 价格 😀",
 ] * 4
 
-# spec/chat-format.md section 17
+# splits produced by the released tokenizer's rules
 SPLITS = [
     ("Hello, world!", ["Hello", ",", " world", "!"]),
     ("I'm 12345 years old", ["I", "'m", " ", "123", "45", " years", " old"]),

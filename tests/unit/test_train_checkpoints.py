@@ -17,9 +17,7 @@ def save(folder: Path, step: int, keep: int = 10) -> Path:
     model = nn.Linear(3, 2)
     nn.init.constant_(model.weight, float(step))
     momentum = {"muon/weight": torch.full((2, 3), float(step))}
-    return checkpoints.save(
-        folder, model, momentum, {"at": step}, Progress(step, step * 10, 1.5), {"k": 1}, keep=keep
-    )
+    return checkpoints.save(folder, model, momentum, {"at": step}, Progress(step, step * 10, 1.5), {"k": 1}, keep=keep)
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ TINY = [
     "model.overrides={vocab_size=48, hidden_size=32, num_hidden_layers=2, compress_ratios=[0, 4, 0], "
     "num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=16, "
     "n_routed_experts=4, moe_intermediate_size=32, sliding_window=8, index_topk=2, index_n_heads=2, index_head_dim=16}",
-    "schedule={total_tokens=640, tokens_per_step=64, seq_lens=[[0.0, 16], [0.5, 32]], warmup_steps=2, "
-    "dense_until=0.3}",
+    "schedule={total_tokens=640, tokens_per_step=64, seq_lens=[[0.0, 16], [0.5, 32]], warmup_steps=2, dense_until=0.3}",
     "run.threads=1",
     "run.micro_batch_tokens=32",
     "run.log_every=1",
@@ -42,9 +41,7 @@ class CountingFeed:
         generator = torch.Generator().manual_seed(self.position)
         self.position += 1
         # Few distinct tokens in runs: something a model can learn in ten steps.
-        tokens = torch.randint(0, 6, (num_rows, seq_len // 4), generator=generator).repeat_interleave(
-            4, dim=1
-        )
+        tokens = torch.randint(0, 6, (num_rows, seq_len // 4), generator=generator).repeat_interleave(4, dim=1)
         labels = torch.full_like(tokens, -100)
         labels[:, :-1] = tokens[:, 1:]
         return Rows(tokens, labels, torch.zeros_like(tokens))

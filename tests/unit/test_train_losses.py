@@ -49,9 +49,7 @@ def test_large_logits_stay_finite() -> None:
 
 def test_no_gradient_is_formed_for_evaluation() -> None:
     with torch.no_grad():
-        found = losses.cross_entropy_sum(
-            torch.zeros(7, 4), torch.zeros(16, 4), torch.zeros(7, dtype=torch.int64)
-        )
+        found = losses.cross_entropy_sum(torch.zeros(7, 4), torch.zeros(16, 4), torch.zeros(7, dtype=torch.int64))
     assert found.item() == pytest.approx(7 * torch.tensor(16.0).log().item(), rel=1e-6)
 
 
@@ -81,9 +79,16 @@ def tiny() -> torch.nn.Module:
     from rorqual.model import Transformer
 
     cfg = ModelConfig.preset("minke").replace(
-        vocab_size=64, hidden_size=32, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0), n_routed_experts=4,
-        moe_intermediate_size=32, sliding_window=8, index_topk=2, num_hash_layers=1,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        compress_ratios=(0, 4, 128, 0),
+        n_routed_experts=4,
+        moe_intermediate_size=32,
+        sliding_window=8,
+        index_topk=2,
+        num_hash_layers=1,
+    )
     return Transformer(cfg, seed=0)
 
 
@@ -125,9 +130,7 @@ def test_only_the_index_loss_trains_indexers_and_nothing_else(tiny: torch.nn.Mod
     losses.compute(tiny, tokens, labels, segments, weights(index=0.0), dense=False)[0].backward()
     indexer = [p for n, p in tiny.named_parameters() if ".indexer." in n]
     assert indexer and all(p.grad is None or not p.grad.any() for p in indexer)
-    lm_only = {
-        n: p.grad.clone() for n, p in tiny.named_parameters() if p.grad is not None and ".indexer." not in n
-    }
+    lm_only = {n: p.grad.clone() for n, p in tiny.named_parameters() if p.grad is not None and ".indexer." not in n}
     tiny.zero_grad()
     losses.compute(tiny, tokens, labels, segments, weights(index=1.0), dense=False)[0].backward()
     for name, parameter in tiny.named_parameters():
@@ -144,7 +147,7 @@ def test_micro_batches_add_up_to_the_whole_batch(tiny: torch.nn.Module) -> None:
     for i in (slice(0, 1), slice(1, 2)):
         half = weights(row_share=0.5)
         losses.compute(tiny, tokens[i], labels[i], segments[i], half, dense=False)[0].backward()
-    # Index losses are means over queries, whose number differs between the halves: only those parts may differ.
+    # Index losses are means over queries, whose number differs between the halves: only they may differ.
     for name, parameter in tiny.named_parameters():
         if ".indexer." not in name:
             torch.testing.assert_close(parameter.grad, whole[name], atol=2e-5, rtol=2e-3, msg=name)

@@ -40,9 +40,7 @@ DEFAULT_WEIGHTS: dict[str, float] = {
 }
 
 
-def families(
-    world_id: str = DEFAULT_WORLD, *, size: Size = "tiny", model_name: str = "Minke"
-) -> dict[str, TaskFamily]:
+def families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny", model_name: str = "Minke") -> dict[str, TaskFamily]:
     """All families by name, over the world `world_id`. Raises: DataError for an unknown size or an empty
     id.
     """

@@ -25,9 +25,7 @@ _ABSTENTIONS = (
     r"the text (?:does not|doesn't) say",
 )
 _ABSTAIN = re.compile(r"(?:sorry, )?(?:" + "|".join(_ABSTENTIONS) + r")\b")
-_HEDGES = re.compile(
-    r"\b(?:not|never|or|either|maybe|perhaps|possibly|isn't|wasn't|doesn't|no|neither|nor)\b"
-)
+_HEDGES = re.compile(r"\b(?:not|never|or|either|maybe|perhaps|possibly|isn't|wasn't|doesn't|no|neither|nor)\b")
 _CODE_TOKEN = re.compile(r"[-+]?[0-9A-Za-z]+(?:[-.,:/_][0-9A-Za-z]+)*")
 _NO_WORD = re.compile(r"[^\w'-]+")
 MAX_ANSWER_WORDS = 30
@@ -81,9 +79,7 @@ def grade_closed_set(answer: str, gold: str | None, candidates: Iterable[str]) -
     """
     candidates = list(candidates)
     if is_abstention(answer, candidates):
-        return Grade(
-            "A", 1.0 if gold is None else 0.0, None, "" if gold is None else "abstained on a known answer"
-        )
+        return Grade("A", 1.0 if gold is None else 0.0, None, "" if gold is None else "abstained on a known answer")
     found = _found(normalise(answer), candidates)
     if gold is None:
         return wrong(found, "answered a question that has no answer")
@@ -103,9 +99,7 @@ def grade_code_value(answer: str, gold: str | None) -> Grade:
     `gold`.
     """
     if is_abstention(answer):
-        return Grade(
-            "A", 1.0 if gold is None else 0.0, None, "" if gold is None else "abstained on a known answer"
-        )
+        return Grade("A", 1.0 if gold is None else 0.0, None, "" if gold is None else "abstained on a known answer")
     found = [word for word in _CODE_TOKEN.findall(answer) if any(ch.isdigit() for ch in word)]
     if gold is None:
         return wrong(found, "answered a question that has no answer")

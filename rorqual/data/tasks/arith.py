@@ -140,9 +140,7 @@ class ArithFamily(TaskFamily):
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "kinds": KINDS, "train_digits": TRAIN_DIGITS}
 
-    def draw(
-        self, rng: random.Random, split: Split, *, kind: str | None = None, digits: int | None = None
-    ) -> Problem:
+    def draw(self, rng: random.Random, split: Split, *, kind: str | None = None, digits: int | None = None) -> Problem:
         """A problem of `split`. `digits` is the longer operand's length, or the number of operations of a
         chain.
         """

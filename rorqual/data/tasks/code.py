@@ -131,9 +131,7 @@ class CodeFamily(TaskFamily):
         codes = [
             *item.meta["mutants"],
             f"{head}\n    pass",
-            f"{head}\n    return {table}"
-            if any(t[1] != tests[0][1] for t in tests)
-            else f"{head}\n    return",
+            f"{head}\n    return {table}" if any(t[1] != tests[0][1] for t in tests) else f"{head}\n    return",
             source.replace(f"def {name}", f"def {name}_two"),
             f"import os\n{source}",
             f"{head}\n    while True:\n        pass",

@@ -66,9 +66,7 @@ class FactsFamily(TaskFamily):
         """Every known fact of `person`, each in a random wording and order."""
         facts = list(person.facts.items())
         rng.shuffle(facts)
-        return " ".join(
-            _statement(rng, _BY_NAME[attribute], person.name, value) for attribute, value in facts
-        )
+        return " ".join(_statement(rng, _BY_NAME[attribute], person.name, value) for attribute, value in facts)
 
     def train_turn(self, rng: random.Random) -> Turn:
         """One question with its answer as taught: mostly known, at times unknown or answered from a given
@@ -171,9 +169,7 @@ class FactsFamily(TaskFamily):
             split=split,
         )
 
-    def _pick(
-        self, rng: random.Random, split: Split, stratum: str, attribute: Attribute
-    ) -> tuple[Person, Attribute]:
+    def _pick(self, rng: random.Random, split: Split, stratum: str, attribute: Attribute) -> tuple[Person, Attribute]:
         if stratum == "K-taught" or split == "train":
             pool = self._taught
         elif stratum == "K-graded":
@@ -211,9 +207,7 @@ class FactsFamily(TaskFamily):
             say(" or ".join(others)),
         ]
         if mode == "thinking":
-            outputs.append(
-                item.gold.removesuffix(item.gold.split("</think>")[-1])
-            )  # the answer in reasoning only
+            outputs.append(item.gold.removesuffix(item.gold.split("</think>")[-1]))  # the answer in reasoning only
             outputs.append(f"The answer is {value or IDK}")
         if value is None:
             return [
@@ -237,13 +231,9 @@ def _statement(rng: random.Random, attribute: Attribute, name: str, value: str) 
     return rng.choice(attribute.statements).format(name=name, value=value)
 
 
-def _turn(
-    question: str, attribute: Attribute, name: str, value: str | None, *, known_name: bool = True
-) -> Turn:
+def _turn(question: str, attribute: Attribute, name: str, value: str | None, *, known_name: bool = True) -> Turn:
     user = question.format(name=name)
     if value is not None:
-        return Turn(
-            user, f"{name}, {attribute.note}: {value}.", attribute.answer.format(name=name, value=value)
-        )
+        return Turn(user, f"{name}, {attribute.note}: {value}.", attribute.answer.format(name=name, value=value))
     reason = f"{name}, {attribute.note}: no record." if known_name else f"{name}: no record of this name."
     return Turn(user, reason, IDK)

@@ -333,21 +333,13 @@ class _Run:
             raise Unsupported(type(op).__name__)
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if isinstance(op, ast.Pow):
-            if (
-                not numbers
-                or abs(right) > 256
-                or (isinstance(left, int) and left.bit_length() * abs(right) > MAX_BITS)
-            ):
+            if not numbers or abs(right) > 256 or (isinstance(left, int) and left.bit_length() * abs(right) > MAX_BITS):
                 raise Exceeded("a power too large")
             if left < 0 and isinstance(right, float):
                 raise Failed("complex result")
         elif isinstance(op, ast.Mult) and not numbers:
             for part, times in ((left, right), (right, left)):
-                if (
-                    isinstance(part, str | list | tuple)
-                    and isinstance(times, int)
-                    and len(part) * times > MAX_ITEMS
-                ):
+                if isinstance(part, str | list | tuple) and isinstance(times, int) and len(part) * times > MAX_ITEMS:
                     raise Exceeded(f"a value of more than {MAX_ITEMS} elements")
         elif isinstance(op, ast.Mod) and not numbers:
             raise Unsupported("formatting with %")

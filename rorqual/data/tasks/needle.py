@@ -117,8 +117,7 @@ class NeedleFamily(TaskFamily):
         label = rng.choice(_LABELS)
         values = _values(rng, value_kind, num_needles + updates)
         needles = [
-            Needle(key, values[i], label, tuple(values[num_needles:]) if i == 0 else ())
-            for i, key in enumerate(keys)
+            Needle(key, values[i], label, tuple(values[num_needles:]) if i == 0 else ()) for i, key in enumerate(keys)
         ]
         spots = [rng.random() if depth is None or i else depth for i in range(num_needles)]
         older = sorted(rng.random() * spots[0] for _ in range(updates))
@@ -189,9 +188,7 @@ class NeedleFamily(TaskFamily):
         value = rng.choice(self.world.values[attribute.name])
         return rng.choice(attribute.statements).format(name=self.world.fresh_name(rng, split), value=value)
 
-    def turns(
-        self, rng: random.Random, split: Split, hay: Haystack, task: str
-    ) -> tuple[Turn, Needle, str | None]:
+    def turns(self, rng: random.Random, split: Split, hay: Haystack, task: str) -> tuple[Turn, Needle, str | None]:
         """The question of `task` about `hay`, the needle it is about, and the gold value (None: it is not
         there).
         """

@@ -83,9 +83,7 @@ class Parameter:
         """A random value; with `bait` a string parameter gets text that looks like a number or a literal."""
         if self.kind == "string":
             if bait:
-                return rng.choice(
-                    (f"{rng.randrange(100):04d}", "true", "null", str(rng.randrange(10, 999)), "[1, 2]")
-                )
+                return rng.choice((f"{rng.randrange(100):04d}", "true", "null", str(rng.randrange(10, 999)), "[1, 2]"))
             return words.invented_word(rng) if rng.random() < 0.6 else rng.choice(words.NOUNS)
         if self.kind == "integer":
             return rng.randrange(1, 10 ** rng.randint(1, 3))
@@ -160,18 +158,14 @@ class ToolFamily(TaskFamily):
 
     # -- generation --
 
-    def _function(
-        self, rng: random.Random, split: Split, taken: set[str], kinds: tuple[str, ...] = ()
-    ) -> Function:
+    def _function(self, rng: random.Random, split: Split, taken: set[str], kinds: tuple[str, ...] = ()) -> Function:
         while True:
             verb, noun = rng.choice(_VERBS), rng.choice(words.NOUNS)
             if noun not in taken and split_of(self.name, f"{verb}_{noun}") == split:
                 break
         taken.add(noun)
         chosen = list(kinds)
-        chosen += rng.choices(
-            tuple(_PARAMETERS), (5, 4, 2, 2, 1), k=rng.choice((0, 1) if kinds else (1, 1, 2))
-        )
+        chosen += rng.choices(tuple(_PARAMETERS), (5, 4, 2, 2, 1), k=rng.choice((0, 1) if kinds else (1, 1, 2)))
         names: dict[str, str] = {}
         for kind in chosen:
             names.setdefault(rng.choice(_PARAMETERS[kind]), kind)
@@ -215,9 +209,7 @@ class ToolFamily(TaskFamily):
         user = _request(rng, target, arguments)
         reasoning = f"Call {target.name}."
         if kind == "result":
-            value = rng.choice(
-                (str(rng.randrange(1, 1000)), words.invented_word(rng), rng.choice(words.NOUNS))
-            )
+            value = rng.choice((str(rng.randrange(1, 1000)), words.invented_word(rng), rng.choice(words.NOUNS)))
             answer, why = f"The result is {value}.", f"The tool returned {value}."
             return Scene(kind, catalogue, user, calls, reasoning, _result(rng, value), value, answer, why)
         if kind == "error":
@@ -314,11 +306,7 @@ class ToolFamily(TaskFamily):
         if mode == "thinking":
             outputs.append(item.gold.replace(THINK_END, ""))  # everything stays inside the reasoning
         if meta["calls"] is None:
-            call = (
-                _render(mode, meta["reasoning"], [[item.tools[0]["function"]["name"], {}]])
-                if item.tools
-                else ""
-            )
+            call = _render(mode, meta["reasoning"], [[item.tools[0]["function"]["name"], {}]]) if item.tools else ""
             outputs += [
                 call,
                 say(f"{meta['answer']} {meta['answer']} No."),
@@ -392,9 +380,7 @@ def _result(rng: random.Random, value: str) -> str:
     return rng.choice(("{v}", "result: {v}", '{{"result": "{v}"}}', "ok, {v}")).format(v=value)
 
 
-def _assistant(
-    mode: Mode, reasoning: str, content: str, calls: tuple[tuple[str, dict[str, Any]], ...] = ()
-) -> Message:
+def _assistant(mode: Mode, reasoning: str, content: str, calls: tuple[tuple[str, dict[str, Any]], ...] = ()) -> Message:
     message: Message = {"role": "assistant", "content": content}
     if mode == "thinking":
         message["reasoning_content"] = reasoning

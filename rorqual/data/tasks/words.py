@@ -51,9 +51,7 @@ def invented_word(rng: random.Random, syllables: int = 2) -> str:
     return "".join(syllable(rng, closed=0.15) for _ in range(syllables - 1)) + syllable(rng, closed=0.7)
 
 
-def distinct_words(
-    rng: random.Random, count: int, taken: set[str], *, syllables: int = 2, tail: str = ""
-) -> list[str]:
+def distinct_words(rng: random.Random, count: int, taken: set[str], *, syllables: int = 2, tail: str = "") -> list[str]:
     """`count` invented words not in `taken` (which they join), each with `tail` appended, capitalised."""
     found: list[str] = []
     while len(found) < count:

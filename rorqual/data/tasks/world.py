@@ -262,9 +262,7 @@ class World:
 def _build(world_id: str, size: Size) -> World:
     count = _SIZES[size]
     rng = random.Random(derive(0, "world", world_id, WORLD_VERSION, size))
-    taken = {
-        w.capitalize() for w in (*words.JOBS, *words.INSTRUMENTS, *words.NOUNS, *words.FILLER, *words.COLOURS)
-    }
+    taken = {w.capitalize() for w in (*words.JOBS, *words.INSTRUMENTS, *words.NOUNS, *words.FILLER, *words.COLOURS)}
     firsts = words.distinct_words(rng, count["firsts"], taken)
     families = words.distinct_words(rng, count["families"], taken)
     cities = words.distinct_words(rng, count["places"], taken, tail="o")
@@ -291,7 +289,5 @@ def _build(world_id: str, size: Size) -> World:
         split = "test" if bucket < 3 else "cal" if bucket == 3 else "train"
         if weight < 1.0 and split == "train":
             split = "test"
-        people.append(
-            Person(name, {a: v for a, v in facts.items() if a not in withheld}, withheld, weight, split)
-        )
+        people.append(Person(name, {a: v for a, v in facts.items() if a not in withheld}, withheld, weight, split))
     return World(world_id, size, tuple(people), tuple(firsts), tuple(families), values, frozenset(names))

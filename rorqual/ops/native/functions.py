@@ -12,7 +12,7 @@ from torch import Tensor
 from rorqual.ops.native.library import call
 
 
-def hc_pre(  # noqa: PLR0913
+def hc_pre(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`hyper_connections.hc_pre_reference`; without gradients no autograd node is made."""
@@ -21,7 +21,7 @@ def hc_pre(  # noqa: PLR0913
     return _hc_pre(streams.contiguous(), fn, base, scale, iters, norm_eps, eps)[:3]
 
 
-def _hc_pre(  # noqa: PLR0913
+def _hc_pre(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *lead, n, d = streams.shape
@@ -87,8 +87,15 @@ class HcPre(torch.autograd.Function):
     """`hyper_connections.hc_pre_reference` in one pass over the streams."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913
-        ctx: Any, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
+    def forward(
+        ctx: Any,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        iters: int,
+        norm_eps: float,
+        eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         streams = streams.contiguous()
         y, post, comb, raw, rs = _hc_pre(streams, fn, base, scale, iters, norm_eps, eps)
@@ -127,7 +134,18 @@ class HcPost(torch.autograd.Function):
         streams, y, post, comb = ctx.saved_tensors
         n, d = streams.shape[-2:]
         out = [torch.empty_like(t) for t in (streams, y, post, comb)]
-        call("hc_post_backward", streams, y, post, comb, grads[0].contiguous(), streams.numel() // (n * d), n, d, *out)
+        call(
+            "hc_post_backward",
+            streams,
+            y,
+            post,
+            comb,
+            grads[0].contiguous(),
+            streams.numel() // (n * d),
+            n,
+            d,
+            *out,
+        )
         return tuple(out)
 
 
@@ -257,7 +275,7 @@ class IndexReduce(torch.autograd.Function):
         return ddots, dweights
 
 
-def attend_small(  # noqa: PLR0913
+def attend_small(
     q: Tensor, kv: Tensor, sink: Tensor, positions: Tensor, window: int, scale: float, entries: Tensor | None,
     start: Tensor | None, end: Tensor | None, picks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -277,24 +295,40 @@ def attend_small(  # noqa: PLR0913
     return out, lse
 
 
-def moe_small(  # noqa: PLR0913
+def moe_small(
     x: Tensor, router: Tensor, bias: Tensor | None, experts: Tensor | None, stacked: tuple[Tensor, Tensor, Tensor],
     shared: tuple[Tensor, Tensor, Tensor], active: int, scale: float, limit: float,
 ) -> Tensor:  # fmt: skip
     """A whole MoE layer for a handful of tokens, without gradients: x [T, D] -> [T, D].
 
-    `stacked` and `shared` are (w1, w3, w2); `experts` [T, A] names them (hash routing), or `bias` [E] takes part in top-k.
+    `stacked` and `shared` are (w1, w3, w2); `experts` [T, A] names them (hash routing), or `bias` [E] joins the top-k.
     """
     x = x.contiguous()
     y = torch.empty_like(x)
     num_experts, width, d = stacked[0].shape
     call(
-        "moe_small", x, router, bias, experts, *stacked, *shared, x.shape[0], d, num_experts, active, width, scale, limit, y
+        "moe_small",
+        x,
+        router,
+        bias,
+        experts,
+        *stacked,
+        *shared,
+        x.shape[0],
+        d,
+        num_experts,
+        active,
+        width,
+        scale,
+        limit,
+        y,
     )
     return y
 
 
-def index_select_small(q: Tensor, weights: Tensor, keys: Tensor, start: Tensor | None, end: Tensor, top_k: int) -> Tensor:
+def index_select_small(
+    q: Tensor, weights: Tensor, keys: Tensor, start: Tensor | None, end: Tensor, top_k: int
+) -> Tensor:
     """Scores and choice of the indexer for a handful of queries, without gradients: -> picks int64 [B, T, top_k]."""
     q, weights = q.contiguous(), weights.contiguous()
     b, t, j, k = q.shape
@@ -302,7 +336,7 @@ def index_select_small(q: Tensor, weights: Tensor, keys: Tensor, start: Tensor |
         keys = keys.contiguous()
     picks = torch.empty(b, t, top_k, dtype=torch.int64)
     call(
-        "index_select_small", q, weights, keys, None if start is None else start.contiguous(), end.contiguous(), b, t, j, k,
-        keys.stride(0), end.shape[0], top_k, picks,
+        "index_select_small", q, weights, keys, None if start is None else start.contiguous(), end.contiguous(),
+        b, t, j, k, keys.stride(0), end.shape[0], top_k, picks,
     )  # fmt: skip
     return picks

@@ -22,7 +22,16 @@ from rorqual import log
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-_FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd -fPIC -std=c11".split()
+_FLAGS = [
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fopenmp-simd",
+    "-fPIC",
+    "-std=c11",
+]
 _logger = log.get(__name__)
 
 
@@ -34,7 +43,10 @@ def cache_folder() -> Path:
 def compiler() -> str | None:
     """The C compiler that would be used: $CC, else cc, gcc or clang from PATH."""
     named = os.environ.get("CC")
-    return next((found for name in ([named] if named else ["cc", "gcc", "clang"]) if (found := shutil.which(name))), None)
+    return next(
+        (found for name in ([named] if named else ["cc", "gcc", "clang"]) if (found := shutil.which(name))),
+        None,
+    )
 
 
 def _processor() -> str:
@@ -60,7 +72,9 @@ def _build(cc: str, target: Path) -> None:
         objects = []
         for source in _SOURCES:
             objects.append(str(Path(folder) / f"{source.stem}.o"))
-            subprocess.run([cc, *_FLAGS, *openmp, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True)
+            subprocess.run(
+                [cc, *_FLAGS, *openmp, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True
+            )
         # linked by hand: -fopenmp here would bring in a second OpenMP runtime beside torch's
         link = [cc, "-shared", *objects, *([str(runtime)] if runtime else []), "-lm", "-o", str(library)]
         subprocess.run(link, check=True, capture_output=True)
@@ -84,8 +98,14 @@ def load() -> ctypes.CDLL | None:
             _build(cc, target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
-        detail = error.stderr.decode(errors="replace")[-500:] if isinstance(error, subprocess.CalledProcessError) else ""
-        _logger.warning("The native operations could not be built or loaded (%s %s); using the reference ones.", error, detail)
+        detail = (
+            error.stderr.decode(errors="replace")[-500:] if isinstance(error, subprocess.CalledProcessError) else ""
+        )
+        _logger.warning(
+            "The native operations could not be built or loaded (%s %s); using the reference ones.",
+            error,
+            detail,
+        )
         return None
 
 
@@ -105,7 +125,7 @@ def kernel(name: str) -> Callable[..., None]:
         else ctypes.c_float
         for argument in text[begin : text.index(")", begin)].split(",")
     ]  # fmt: skip
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def call(name: str, *args: Tensor | int | float | None) -> None:
