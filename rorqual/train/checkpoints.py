@@ -101,8 +101,7 @@ def save(
     except OSError as error:
         raise CheckpointError(
             f"Cannot write the checkpoint {final}: {error.strerror or error}. Training stopped so that no "
-            "work is lost "
-            "unnoticed; earlier checkpoints are intact. Free some disk space and continue with --resume."
+            "work is lost unnoticed; earlier checkpoints are intact. Free some space and continue with --resume."
         ) from error
     for old in complete(run_folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

@@ -239,10 +239,8 @@ class _Run:
                 if not math.isfinite(record["loss"]):
                     raise RorqualError(
                         f"The loss at step {record['step']} is {record['loss']}. Weights are no longer "
-                        "usable, so nothing "
-                        f"was saved after the last checkpoint in {self.folder / 'checkpoints'}. Lower "
-                        "optim.lr, and "
-                        "resume from there with --allow-changes."
+                        f"usable, so nothing was saved after the last checkpoint in {self.folder / 'checkpoints'}. "
+                        "Lower optim.lr, and resume from there with --allow-changes."
                     )
                 if record["step"] % run.log_every == 0:
                     self.metrics.write(record)

@@ -123,18 +123,18 @@ class Pool:
         """
         n = len(self._links) + 1
         for rank, link in enumerate(self._links, start=1):
-            link.send((_pack(batches[rank::n]), list(weights[rank::n]), dense))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed when it does not answer
+                link.send((_pack(batches[rank::n]), list(weights[rank::n]), dense))
         shares = [accumulate(self.model, batches[::n], weights[::n], dense=dense, numerics=self.numerics)]
         for rank, link in enumerate(self._links, start=1):
             try:
                 answer = link.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 answer = f"it ended with exit code {self._processes[rank - 1].exitcode}"
             if isinstance(answer, str):
                 raise RorqualError(
                     f"Training process {rank} of {n} failed: {answer}. The step cannot be completed without "
-                    "its share. "
-                    "Continue with --resume, or with run.processes=1."
+                    "its share. Continue with --resume, or with run.processes=1."
                 )
             shares.append(answer)
         with torch.no_grad():

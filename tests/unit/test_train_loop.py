@@ -19,8 +19,10 @@ VOCAB = 48
 TINY = [
     "model.overrides={vocab_size=48, hidden_size=32, num_hidden_layers=2, compress_ratios=[0, 4, 0], "
     "num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=16, "
-    "n_routed_experts=4, moe_intermediate_size=32, sliding_window=8, index_topk=2, index_n_heads=2, index_head_dim=16}",
-    "schedule={total_tokens=640, tokens_per_step=64, seq_lens=[[0.0, 16], [0.5, 32]], warmup_steps=2, dense_until=0.3}",
+    "n_routed_experts=4, moe_intermediate_size=32, sliding_window=8, index_topk=2, index_n_heads=2, "
+    "index_head_dim=16}",
+    "schedule={total_tokens=640, tokens_per_step=64, seq_lens=[[0.0, 16], [0.5, 32]], warmup_steps=2}",
+    "schedule.dense_until=0.3",
     "run.threads=1",
     "run.micro_batch_tokens=32",
     "run.log_every=1",
