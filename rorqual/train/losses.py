@@ -143,7 +143,7 @@ def compute(
     entry (the first stage of training). Router counts are returned by the router's module path
     ("layers.3.ffn.gate"), hash layers too.
     """
-    from rorqual.model import Trace
+    from rorqual.model import Trace, next_tokens
 
     trace = Trace(dense=dense, index_loss=weights.index > 0, router=True)
     head: nn.Parameter = model.head.weight
@@ -153,8 +153,7 @@ def compute(
     loss = lm
     mtp = torch.zeros(())
     if weights.mtp > 0 and weights.num_mtp_targets > 0:
-        next_tokens = torch.cat([tokens[:, 1:], tokens[:, -1:]], dim=1)
-        mtp_streams = model.mtp_streams(streams, next_tokens, segment_ids=segment_ids, trace=trace)
+        mtp_streams = model.mtp_streams(streams, next_tokens(tokens), segment_ids=segment_ids, trace=trace)
         mtp_hidden = model.mtp_hidden(mtp_streams)
         mtp = cross_entropy_sum(mtp_hidden, head, mtp_labels(labels, segment_ids), chunk=chunk, dtype=dtype)
         mtp = mtp / weights.num_mtp_targets

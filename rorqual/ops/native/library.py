@@ -24,7 +24,6 @@ _SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 _FLAGS = [
     "-O3",
-    "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
@@ -64,6 +63,14 @@ def _torch_openmp() -> Path | None:
 
 
 def _build(cc: str, target: Path) -> None:
+    """Compile for this very processor, or for its family where the compiler does not know `native`."""
+    try:
+        _compile(cc, [*_FLAGS, "-march=native"], target)
+    except subprocess.CalledProcessError:
+        _compile(cc, _FLAGS, target)
+
+
+def _compile(cc: str, flags: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     runtime = _torch_openmp()
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -72,9 +79,7 @@ def _build(cc: str, target: Path) -> None:
         objects = []
         for source in _SOURCES:
             objects.append(str(Path(folder) / f"{source.stem}.o"))
-            subprocess.run(
-                [cc, *_FLAGS, *openmp, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True
-            )
+            subprocess.run([cc, *flags, *openmp, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True)
         # linked by hand: -fopenmp here would bring in a second OpenMP runtime beside torch's
         link = [cc, "-shared", *objects, *([str(runtime)] if runtime else []), "-lm", "-o", str(library)]
         subprocess.run(link, check=True, capture_output=True)
