@@ -113,8 +113,9 @@ class Layout:
         after = [(s + n) // ratio for s, n in zip(self.start, self.lengths, strict=True)]
         counts = [a - b for a, b in zip(after, base, strict=True)]
         count, total = max(counts), max(after)
+        end = (self.positions + 1) // ratio
         visible = Visible(
-            end=(self.positions + 1) // ratio,
+            end=end.clamp(max=total) if self.ragged else end,  # padding sees no more than there is
             everything=self.num_tokens == 1 and min(after) == total,
         )
         if count == 0:
@@ -150,5 +151,5 @@ class Layout:
             first=(last - (ratio - 1)).clamp_min(0),
             ends=ends,
             has_previous=last >= 2 * ratio - 1,
-            visible=Visible(end=end, start=end - (self.positions + 1) // ratio),
+            visible=Visible(end=end, start=(end - (self.positions + 1) // ratio).clamp_min(0)),
         )  # fmt: skip

@@ -15,6 +15,7 @@ B batch rows, R ring slots, K head width, C entries.
 import dataclasses
 import hashlib
 import json
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,13 +31,16 @@ from rorqual.model.layout import EntryPlan, Layout
 if TYPE_CHECKING:
     from rorqual.model.transformer import Transformer
 
+MAX_SNAPSHOTS = 16
+"""How many of its own snapshots a state remembers."""
+
 _MAGIC = b"rorqual-state-1\n"
 _DIGEST = 16
 
 
 def _ring_write(ring: Tensor, values: Tensor, layout: Layout) -> None:
-    """Store the last valid tokens of this call at their position modulo the ring's size."""
-    size = ring.shape[1]
+    """Store the last valid tokens of this call at their position modulo the ring's size; gradients end here."""
+    size, values = ring.shape[1], values.detach()
 
     def slots(start: int, count: int) -> tuple[Tensor, int]:
         keep = min(count, size)
@@ -52,6 +56,16 @@ def _ring_write(ring: Tensor, values: Tensor, layout: Layout) -> None:
     for row, (start, count) in enumerate(zip(layout.start, layout.lengths, strict=True)):
         index, skip = slots(start, count)
         ring[row].index_copy_(0, index, values[row, skip:count].to(ring.dtype))
+
+
+def _put_entries(target: Tensor, new: Tensor, plan: EntryPlan) -> Tensor:
+    """Write each row's completed entries behind its earlier ones, in place."""
+    if len(set(plan.base)) == 1 and min(plan.counts) == plan.count:
+        target[:, plan.base[0] : plan.base[0] + plan.count] = new
+    else:
+        for row, (base, count) in enumerate(zip(plan.base, plan.counts, strict=True)):
+            target[row, base : base + count] = new[row, :count]
+    return target
 
 
 @dataclass
@@ -100,18 +114,18 @@ class LayerState:
         """Store entries completed in this call; returns all of them, [B, plan.total, K], None while there is none."""
         stored: Tensor = getattr(self, part)
         if plan.total > stored.shape[1]:
-            capacity = max(plan.total, 2 * stored.shape[1], 16)
-            grown = stored.new_zeros(stored.shape[0], capacity, stored.shape[2])
+            with torch.inference_mode(False):  # so that a state filled in inference mode works outside it too
+                grown = stored.new_zeros(stored.shape[0], max(plan.total, 2 * stored.shape[1], 16), stored.shape[2])
             grown[:, : stored.shape[1]] = stored
             setattr(self, part, grown)
             stored = grown
         if new is not None:
-            if len(set(plan.base)) == 1 and min(plan.counts) == plan.count:
-                stored[:, plan.base[0] : plan.base[0] + plan.count] = new
-            else:
-                for row, (base, count) in enumerate(zip(plan.base, plan.counts, strict=True)):
-                    stored[row, base : base + count] = new[row, :count]
-        return stored[:, : plan.total] if plan.total else None
+            _put_entries(stored, new.detach(), plan)
+        if not plan.total:
+            return None
+        if new is not None and new.requires_grad and torch.is_grad_enabled():
+            return _put_entries(stored[:, : plan.total].clone(), new, plan)  # this call's own entries keep their graph
+        return stored[:, : plan.total]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a dotted name."""
@@ -156,8 +170,11 @@ def _new_layer(cfg: ModelConfig, spec: LayerSpec, batch: int, rewind: int, like:
 
 @dataclass
 class _Snapshot:
+    """A remembered point; it holds for the rows that have not been cut back below it or replaced since."""
+
     lengths: list[int]
     data: bytes
+    rows: set[int]
 
 
 @dataclass
@@ -176,6 +193,10 @@ class State:
     floor: list[int]
     """Per row, the shortest length the rings can still be cut back to."""
     snapshots: list[_Snapshot] = field(default_factory=list)
+    segments: list[int | None] = field(default_factory=list)
+    """Per row, the id of the packed document the last token belonged to (see `Transformer.forward`)."""
+    interrupted: bool = False
+    """A call stopped half-way, so layers disagree about what they have seen."""
 
     @classmethod
     def empty(cls, model: "Transformer", batch_size: int, rewind: int) -> "State":
@@ -186,22 +207,44 @@ class State:
                 "of 0 or more tokens."
             )
         like = model.embed.weight
-        layers = [_new_layer(model.cfg, spec, batch_size, rewind, like) for spec in model.cfg.layers]
-        tokens = torch.zeros(batch_size, 0, dtype=torch.int32, device=like.device)
-        return cls(model, rewind, layers, [0] * batch_size, tokens, [0] * batch_size)
+        with torch.inference_mode(False):  # usable in and out of inference mode
+            layers = [_new_layer(model.cfg, spec, batch_size, rewind, like) for spec in model.cfg.layers]
+            tokens = torch.zeros(batch_size, 0, dtype=torch.int32, device=like.device)
+        return cls(model, rewind, layers, [0] * batch_size, tokens, [0] * batch_size, segments=[None] * batch_size)
 
     @property
     def batch_size(self) -> int:
         """Rows."""
         return len(self.lengths)
 
-    def advance(self, tokens: Tensor, layout: Layout) -> None:
-        """Account for a call that every layer has stored; called by the model."""
-        need = max(s + n for s, n in zip(layout.start, layout.lengths, strict=True))
-        if need > self.tokens.shape[1]:
-            grown = self.tokens.new_zeros(self.batch_size, max(need, 2 * self.tokens.shape[1], 64))
+    def begin(self) -> None:
+        """Called by the model before the layers store anything. Raises CacheError for a state that cannot go on."""
+        like = self.model.embed.weight
+        window = self.layers[0].window
+        if self.interrupted:
+            raise CacheError(
+                "An earlier call with this state stopped half-way (an error or an interrupt), so its layers disagree "
+                "about what they have seen. Restore a snapshot, or start from a new state."
+            )
+        if window.dtype != like.dtype or window.device != like.device:
+            raise CacheError(
+                f"The state holds {window.dtype} on {window.device}, the model is {like.dtype} on {like.device} now. "
+                "Make the state after moving or casting the model."
+            )
+        self.interrupted = True
+
+    def _make_room(self, length: int) -> None:
+        """Let `tokens` hold `length` ids per row."""
+        if length > self.tokens.shape[1]:
+            with torch.inference_mode(False):
+                grown = self.tokens.new_zeros(self.batch_size, max(length, 2 * self.tokens.shape[1], 64))
             grown[:, : self.tokens.shape[1]] = self.tokens
             self.tokens = grown
+
+    def advance(self, tokens: Tensor, layout: Layout) -> None:
+        """Account for a call that every layer has stored; called by the model."""
+        self._make_room(max(s + n for s, n in zip(layout.start, layout.lengths, strict=True)))
+        self.interrupted = False
         for row, (start, count) in enumerate(zip(layout.start, layout.lengths, strict=True)):
             self.tokens[row, start : start + count] = tokens[row, :count]
             self.lengths[row] = start + count
@@ -214,11 +257,17 @@ class State:
         earlier snapshot of this state is restored and the rest recomputed. Raises CacheError when there is none, or
         when a row is shorter than asked; nothing has changed then.
         """
-        wanted = [length] * self.batch_size if isinstance(length, int) else list(length)
+        try:
+            wanted = [operator.index(length)] * self.batch_size  # type: ignore[arg-type]
+        except TypeError:
+            try:
+                wanted = [operator.index(n) for n in length]  # type: ignore[union-attr]
+            except TypeError:
+                wanted = []
         if len(wanted) != self.batch_size or any(not 0 <= w <= n for w, n in zip(wanted, self.lengths, strict=True)):
             raise CacheError(
                 f"truncate({length}) on a state of lengths {self.lengths}: a row can only be cut to a length from 0 to "
-                "its own. Give one length that every row has, or one per row."
+                "its own. Give one whole number that every row has, or one per row."
             )
         rebuilt: dict[int, State] = {}
         for row, target in enumerate(wanted):
@@ -226,17 +275,21 @@ class State:
                 rebuilt[row] = self._recompute(row, target)
         for row, target in enumerate(wanted):
             if row in rebuilt:
-                self.put_row(row, rebuilt[row])
+                self._take_row(row, rebuilt[row])
             elif target == 0:
-                self.floor[row] = 0
+                self.floor[row], self.segments[row] = 0, None
             self.lengths[row] = target
-        self.snapshots = [
-            s for s in self.snapshots if all(a <= b for a, b in zip(s.lengths, self.lengths, strict=True))
-        ]
+        self._forget_snapshots(dict(enumerate(wanted)))
+
+    def _forget_snapshots(self, longest: dict[int, int]) -> None:
+        """Snapshots no longer hold for the rows named here when they are longer than the length beside the row."""
+        for snapshot in self.snapshots:
+            snapshot.rows -= {row for row, length in longest.items() if snapshot.lengths[row] > length}
+        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.rows]
 
     def _recompute(self, row: int, target: int) -> "State":
         """A one-row state of `target` tokens, from the nearest snapshot of this row at or before it."""
-        usable = [s for s in self.snapshots if s.lengths[row] <= target]
+        usable = [s for s in self.snapshots if row in s.rows and s.lengths[row] <= target]
         if not usable:
             raise CacheError(
                 f"Row {row} holds {self.lengths[row]} tokens and can be cut back exactly to {self.floor[row]}, "
@@ -254,49 +307,75 @@ class State:
 
     def rows(self, rows: Sequence[int]) -> "State":
         """A copy of some rows (in that order, repeats allowed) as a state of its own."""
-        index = torch.tensor(list(rows), device=self.tokens.device)
+        with torch.inference_mode(False):
+            index = torch.tensor(list(rows), device=self.tokens.device)
+            layers = [layer.map(lambda t: t.index_select(0, index)) for layer in self.layers]
+            tokens = self.tokens.index_select(0, index)
         return State(
-            self.model, self.rewind,
-            [layer.map(lambda t: t.index_select(0, index)) for layer in self.layers],
+            self.model,
+            self.rewind,
+            layers,
             [self.lengths[r] for r in rows],
-            self.tokens.index_select(0, index),
+            tokens,
             [self.floor[r] for r in rows],
-        )  # fmt: skip
+            segments=[self.segments[r] for r in rows],
+            interrupted=self.interrupted,
+        )
 
     def put_row(self, row: int, other: "State") -> None:
-        """Replace one row by the only row of `other` (same model and rewind)."""
+        """Replace one row by the only row of `other`; snapshots taken earlier no longer hold for it.
+
+        Raises CacheError unless `other` has one row and the same model and rewind margin.
+        """
+        if other.model is not self.model or other.rewind != self.rewind or other.batch_size != 1:
+            raise CacheError(
+                f"put_row takes a state of one row of the same model with rewind={self.rewind}; this one has "
+                f"{other.batch_size} rows and rewind={other.rewind}. Use other.rows([i]) of a state made alike."
+            )
+        self._take_row(row, other)
+        self._forget_snapshots({row: -1})
+
+    def _take_row(self, row: int, other: "State") -> None:
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             for name, value in theirs.tensors().items():
                 target = mine.tensors()[name]
                 if value.shape[1] > target.shape[1]:  # entries may have other capacities
-                    grown = target.new_zeros(target.shape[0], value.shape[1], target.shape[2])
+                    with torch.inference_mode(False):
+                        grown = target.new_zeros(target.shape[0], value.shape[1], target.shape[2])
                     grown[:, : target.shape[1]] = target
                     setattr(mine, name, grown)
                     target = grown
                 target[row, : value.shape[1]] = value[0]
         count = other.lengths[0]
+        self._make_room(count)
         self.tokens[row, :count] = other.tokens[0, :count]
-        self.lengths[row], self.floor[row] = count, other.floor[0]
+        self.lengths[row], self.floor[row], self.segments[row] = count, other.floor[0], other.segments[0]
 
     def fork(self) -> "State":
         """An independent copy: what happens to one never shows in the other."""
         copy = self.rows(range(self.batch_size))
-        copy.snapshots = list(self.snapshots)
+        copy.snapshots = [dataclasses.replace(s, rows=set(s.rows)) for s in self.snapshots]
         return copy
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held by each part: window, entries, index_keys, pending, and their total."""
+        """Bytes held by each part: window, entries, index_keys, pending, remembered snapshots, and their total."""
         out = {"window": 0, "entries": 0, "index_keys": 0, "pending": 0}
+        out["snapshots"] = sum(len(s.data) for s in self.snapshots)
         for layer in self.layers:
             for name, value in layer.tensors().items():
                 out["pending" if "pending" in name else name] += value.nbytes
         return {**out, "total": sum(out.values())}
 
-    def snapshot(self) -> bytes:
-        """The state as bytes for `Transformer.restore`; this state also remembers it as a point to rewind to.
+    def snapshot(self, remember: bool = True) -> bytes:
+        """The state as bytes for `Transformer.restore`; with `remember`, also a point this state can rewind to.
 
         Holds rings, entries and token ids, a digest against damage and the configuration's fingerprint, no weights.
+        The newest `MAX_SNAPSHOTS` are remembered. Raises CacheError for a state whose last call stopped half-way.
         """
+        if self.interrupted:
+            raise CacheError(
+                "This state's last call stopped half-way; a snapshot of it would be wrong. Start a new state."
+            )
         tensors = {"tokens": self.tokens[:, : max(self.lengths)].contiguous()}
         for i, (layer, spec) in enumerate(zip(self.layers, self.model.cfg.layers, strict=True)):
             for name, value in layer.tensors().items():
@@ -307,12 +386,18 @@ class State:
             "lengths": ",".join(map(str, self.lengths)),
             "floor": ",".join(map(str, self.floor)),
             "rewind": str(self.rewind),
+            "segments": json.dumps(self.segments),
             "model": fingerprint(self.model.cfg),
         }
         payload = safetensors.torch.save(tensors, meta)
         data = _MAGIC + hashlib.blake2b(payload, digest_size=_DIGEST).digest() + payload
-        self.snapshots.append(_Snapshot(list(self.lengths), data))
+        if remember:
+            self._remember(data)
         return data
+
+    def _remember(self, data: bytes) -> None:
+        kept = [s for s in self.snapshots if s.lengths != self.lengths]
+        self.snapshots = [*kept, _Snapshot(list(self.lengths), data, set(range(self.batch_size)))][-MAX_SNAPSHOTS:]
 
 
 def fingerprint(cfg: ModelConfig) -> str:
@@ -341,7 +426,8 @@ def restore(model: "Transformer", data: bytes) -> State:
             "The state snapshot belongs to a model of another configuration, so its entries mean nothing here. "
             "Restore it with the model that took it."
         )
-    tensors = {k: v.to(model.embed.weight.device) for k, v in safetensors.torch.load(payload).items()}
+    with torch.inference_mode(False):
+        tensors = {k: v.to(model.embed.weight.device) for k, v in safetensors.torch.load(payload).items()}
     layers = []
     for i in range(len(model.cfg.layers)):
         part = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
@@ -360,6 +446,19 @@ def restore(model: "Transformer", data: bytes) -> State:
         )
     lengths = [int(n) for n in meta["lengths"].split(",")]
     floor = [int(n) for n in meta["floor"].split(",")]
-    state = State(model, int(meta["rewind"]), layers, lengths, tensors["tokens"], floor)
-    state.snapshots.append(_Snapshot(list(lengths), bytes(data)))
+    state = State(
+        model,
+        int(meta["rewind"]),
+        layers,
+        lengths,
+        tensors["tokens"],
+        floor,
+        segments=json.loads(meta["segments"]),
+    )
+    if layers[0].window.dtype != model.embed.weight.dtype:
+        raise CacheError(
+            f"The state snapshot was taken in {layers[0].window.dtype}, the model runs in {model.embed.weight.dtype}. "
+            "Cast the model as it was, or prefill the prompt again."
+        )
+    state._remember(bytes(data))
     return state

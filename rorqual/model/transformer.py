@@ -5,7 +5,9 @@ Source: V4 report section 2; numerics and order as in the checkpoint's inference
 B batch, S tokens, N streams, D hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+import operator
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,9 @@ from rorqual.model.mtp import MTPModule
 from rorqual.model.state import State, restore
 from rorqual.model.trace import Trace
 from rorqual.ops.rope import rope_table
+
+FP32_NAMES = re.compile(r"(hc_\w+|attn_sink|ape|gate\.bias|frequencies)$")
+"""Tensors that stay fp32 whatever the model's dtype, as in the released checkpoints."""
 
 
 class Embedding(nn.Module):
@@ -83,7 +88,13 @@ class Transformer(nn.Module):
         trace: Trace | None = None,
     ) -> Tensor:
         """The streams after the last layer, [B, S, N, D]; arguments as in `forward`."""
+        if state is not None and segment_ids is not None:
+            return self._packed_with_state(tokens, lengths, segment_ids, state, trace)
         layout = self._layout(tokens, lengths, segment_ids, state)
+        if not layout.num_tokens:
+            return self.embed.weight.new_zeros(layout.batch_size, 0, self.cfg.hc_mult, self.cfg.hidden_size)
+        if state is not None:
+            state.begin()
         streams = F.embedding(tokens, self.embed.weight).unsqueeze(-2).expand(-1, -1, self.cfg.hc_mult, -1)
         streams = streams.contiguous()
         tables: dict[bool, Tensor] = {}
@@ -97,6 +108,40 @@ class Transformer(nn.Module):
         if state is not None:
             state.advance(tokens, layout)
         return streams
+
+    def _packed_with_state(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | Sequence[int] | None,
+        segment_ids: Tensor,
+        state: State,
+        trace: Trace | None,
+    ) -> Tensor:
+        """Packed rows fed through a state: where a document begins, its row starts afresh.
+
+        Afterwards the state holds each row's last document, and the next call may continue it (same id) or not.
+        """
+        layout = self._layout(tokens, lengths, None, state)
+        if segment_ids.shape != tokens.shape:
+            raise RequestError(
+                f"segment_ids has shape {tuple(segment_ids.shape)} for tokens {tuple(tokens.shape)}; they must agree.",
+                param="segment_ids",
+            )
+        out = self.embed.weight.new_zeros(*tokens.shape, self.cfg.hc_mult, self.cfg.hidden_size)
+        for row, count in enumerate(layout.lengths):
+            mine = state.rows([row])
+            begin = 0
+            ids = segment_ids[row, :count].tolist()
+            for end in range(1, count + 1):
+                if end < count and ids[end] == ids[begin]:
+                    continue
+                if mine.segments[0] != ids[begin] and mine.lengths[0]:
+                    mine.truncate(0)
+                part = self.forward_streams(tokens[row : row + 1, begin:end], state=mine, trace=trace)
+                out[row, begin:end] = part[0]
+                mine.segments[0], begin = ids[begin], end
+            state.put_row(row, mine)
+        return out
 
     def final_hidden(self, streams: Tensor) -> Tensor:
         """HC head and final norm: [B, S, N, D] -> [B, S, D]."""
@@ -120,22 +165,43 @@ class Transformer(nn.Module):
 
         `mtp_hidden` and `logits` then give the prediction of token i + 2. Raises RequestError without such a module.
         """
-        if depth >= len(self.mtp):
+        module = self._mtp_module(depth)
+        if streams.shape[:2] != next_tokens.shape:
+            raise RequestError(
+                f"streams {tuple(streams.shape)} and next_tokens {tuple(next_tokens.shape)} disagree; give one next "
+                "token per row and position."
+            )
+        layout = self._layout(next_tokens, lengths, segment_ids, None)
+        table = rope_table(layout.positions, module.attn.frequencies)
+        return module.draft(streams, F.embedding(next_tokens, self.embed.weight), next_tokens, layout, table, trace)
+
+    def _mtp_module(self, depth: int) -> MTPModule:
+        if not 0 <= depth < len(self.mtp):
             raise RequestError(
                 f"MTP module {depth} was asked for, but this model has {len(self.mtp)}. Load a checkpoint with mtp.* "
                 "tensors (num_nextn_predict_layers), or do without."
             )
         module = self.mtp[depth]
         assert isinstance(module, MTPModule)
-        layout = self._layout(next_tokens, lengths, segment_ids, None)
-        table = rope_table(layout.positions, module.attn.frequencies)
-        return module.draft(streams, F.embedding(next_tokens, self.embed.weight), next_tokens, layout, table, trace)
+        return module
 
     def mtp_hidden(self, streams: Tensor, depth: int = 0) -> Tensor:
-        """[B, S, N, D] -> [B, S, D], ready for `logits`."""
-        module = self.mtp[depth]
-        assert isinstance(module, MTPModule)
-        return module.hidden(streams)
+        """[B, S, N, D] -> [B, S, D], ready for `logits`. Raises RequestError without such a module."""
+        return self._mtp_module(depth).hidden(streams)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        """Move and cast as nn.Module does, but never below fp32 what V4 keeps there.
+
+        These are mHC coefficients, sinks, position biases, router biases and the rope frequencies.
+        """
+        named = [*self.named_parameters(), *self.named_buffers()]
+        exact = {id(t) for name, t in named if FP32_NAMES.search(name)}
+
+        def keep(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            return tensor.to(out.device) if id(tensor) in exact and out.dtype.itemsize < 4 else out
+
+        return super()._apply(keep, recurse)
 
     def new_state(self, batch_size: int = 1, rewind: int = 128) -> State:
         """An empty state for `batch_size` sequences that can be cut back `rewind` tokens exactly at any time."""
@@ -167,11 +233,7 @@ class Transformer(nn.Module):
                 f"Token ids lie between {int(tokens.min())} and {int(tokens.max())}, but the vocabulary has "
                 f"{self.cfg.vocab_size} ids from 0. The text was probably tokenised with another model's tokenizer."
             )
-        counts = (
-            None
-            if lengths is None
-            else [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
-        )
+        counts = None if lengths is None else self._counts(lengths)
         return Layout(
             tokens.shape[0],
             tokens.shape[1],
@@ -180,3 +242,11 @@ class Transformer(nn.Module):
             counts,
             segment_ids,
         )
+
+    @staticmethod
+    def _counts(lengths: Tensor | Sequence[int]) -> list[int]:
+        """`lengths` as whole numbers. Raises RequestError for anything else."""
+        try:
+            return [operator.index(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+        except TypeError:
+            raise RequestError(f"lengths is {lengths!r}; give one whole number per row.", param="lengths") from None

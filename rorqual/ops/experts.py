@@ -16,6 +16,9 @@ from rorqual.ops import registry
 from rorqual.ops.native import usable
 from rorqual.ops.swiglu import swiglu
 
+SCORE_FLOOR = 1e-36
+"""Keeps the normalisation of scores that all underflow, and the root's gradient there, from 0/0."""
+
 SMALL_TOKENS, SMALL_WEIGHTS = 4, 1 << 22
 """Up to so many tokens, and weights touched per expert, a whole MoE layer goes through one native call."""
 
@@ -28,7 +31,7 @@ def fits_small(x: Tensor, w1: Tensor) -> bool:
 
 def router_scores(x: Tensor, weight: Tensor) -> Tensor:
     """sqrt(softplus(x W^T)) in fp32: x [T, D], weight [E, D] -> [T, E]."""
-    return F.softplus(x.float() @ weight.float().t()).sqrt()
+    return F.softplus(x.float() @ weight.float().t()).clamp_min(SCORE_FLOOR).sqrt()
 
 
 def select_experts(scores: Tensor, bias: Tensor, active: int) -> Tensor:
@@ -127,4 +130,5 @@ def grouped_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
 ) -> Tensor:
     """`experts_reference` in time proportional to the experts actually used."""
+    w1, w3, w2 = (w if w.dtype == x.dtype else w.to(x.dtype) for w in (w1, w3, w2))
     return _GroupedExperts.apply(x, experts, weights, w1, w3, w2, limit)

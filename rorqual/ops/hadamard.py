@@ -10,7 +10,7 @@ from torch import Tensor
 def hadamard_matrix(size: int) -> Tensor:
     """Sylvester-Hadamard matrix, natural order, entries (-1)^popcount(a & b): fp32 [size, size], a power of two."""
     with torch.inference_mode(False):  # the cached matrix must also serve training
-        matrix = torch.ones(1, 1)
+        matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
         while matrix.shape[0] < size:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
         return matrix

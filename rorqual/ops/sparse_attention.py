@@ -274,7 +274,13 @@ def sparse_attention(
     assert kv.shape[1] == window - 1 + q.shape[1]
     if entries is not None and not entries.shape[1]:
         entries = visible = None
-    if not torch.is_grad_enabled() and q.shape[0] * q.shape[1] <= FEW_QUERIES and usable(q) and usable(kv):
+    if (
+        not torch.is_grad_enabled()
+        and q.shape[0] * q.shape[1] <= FEW_QUERIES
+        and usable(q)
+        and usable(kv)
+        and (entries is None or usable(entries))
+    ):
         start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
         return functions.attend_small(q, kv, sink, positions, window, scale, entries, start, end, picks)
     gather = False

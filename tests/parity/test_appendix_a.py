@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rorqual.config import ModelConfig
 from rorqual.model import Trace, Transformer
-from rorqual.ops import hyper_connections
+from rorqual.ops import hyper_connections, native
 from rorqual.ops.experts import router_scores
 from rorqual.ops.hadamard import hadamard, hadamard_matrix
 from rorqual.ops.rope import rope_frequencies
@@ -152,9 +152,11 @@ def test_sinkhorn() -> None:
     near(comb.sum(1), golden.SINKHORN_ROW_SUMS, 1e-6)
 
 
-@pytest.mark.parametrize("implementation", sorted(hyper_connections.registry.implementations("hc_pre")))
+@pytest.mark.parametrize("implementation", ["reference", "native"])
 def test_sinkhorn_of_every_implementation(implementation: str) -> None:
     """The same six digits out of whatever computes a sublayer's coefficients."""
+    if implementation == "native" and native.load() is None:
+        pytest.skip("no native operations here")
     k = torch.arange(24, dtype=torch.float32)
     streams = torch.zeros(3, 4, 8)
     streams[:, 0, 0] = math.sqrt(32.0)  # unit mean square: the RMS factor is 1 up to eps = 0

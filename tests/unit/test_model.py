@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import build, config, some_tokens
+from small_models import TOLERANCE, build, config, some_tokens
 
 from rorqual.errors import CacheError, RequestError
 from rorqual.model import Trace, Transformer
@@ -88,8 +88,8 @@ def test_v4_rounding_changes_values_and_passes_gradients() -> None:
     rounded = Transformer(cfg.replace(activation_rounding="v4"))
     rounded.load_state_dict(plain.state_dict())
     tokens = some_tokens(plain, 40)[None]
-    gap = (plain(tokens) - rounded(tokens)).abs().max()
-    assert 1e-5 < float(gap) < 2.0
+    gap = (plain(tokens) - rounded(tokens)).abs().max().item()
+    assert 1e-5 < gap < 2.0
     trace = Trace(index_loss=True)
     loss = rounded(tokens, trace=trace).square().mean() + sum(trace.index_losses)
     found = trained_by(rounded, loss)
@@ -151,10 +151,144 @@ def test_a_state_of_another_shape_or_model_is_refused() -> None:
         model.restore(other.new_state().snapshot())
     with pytest.raises(CacheError, match="at least one row"):
         model.new_state(0)
+
+
+def test_packed_documents_through_a_state() -> None:
+    """Documents packed in rows, cut into calls anywhere: each gives the logits it has alone."""
+    model = build(config())
+    rows = torch.stack([some_tokens(model, 60), some_tokens(model, 60).flip(0)])
+    ids = torch.zeros(2, 60, dtype=torch.int64)
+    ids[0, 13:] = 1
+    ids[0, 40:] = 0
+    ids[1, 29:] = 5
+    with torch.no_grad():
+        want = model(rows, segment_ids=ids)
+        state = model.new_state(2)
+        cuts = [7, 6, 20, 1, 1, 25]
+        got = torch.cat(
+            [
+                model(t, segment_ids=i, state=state)
+                for t, i in zip(rows.split(cuts, 1), ids.split(cuts, 1), strict=True)
+            ],
+            1,
+        )
+        torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)
+        assert state.lengths == [20, 31]
+        more = some_tokens(model, 9)[None].expand(2, -1)
+        after = model(more, state=state)  # goes on with each row's last document
+        for row, begin in ((0, 40), (1, 29)):
+            alone = model(torch.cat([rows[row, begin:], more[row]])[None])[0, -9:]
+            torch.testing.assert_close(after[row], alone, rtol=0, atol=TOLERANCE)
+
+
+def test_an_empty_call_changes_nothing() -> None:
+    model = build(config())
+    tokens = some_tokens(model, 9)[None]
+    with torch.no_grad():
+        state = model.new_state()
+        first = model(tokens[:, :4], state=state)
+        assert model(tokens[:, :0], state=state).shape == (1, 0, model.cfg.vocab_size)
+        rest = model(tokens[:, 4:], state=state)
+        torch.testing.assert_close(torch.cat([first, rest], 1), model(tokens), rtol=0, atol=TOLERANCE)
+    assert model(tokens[:, :0]).shape == (1, 0, model.cfg.vocab_size)
+
+
+def test_a_state_crosses_inference_mode_and_gradients() -> None:
+    """Filled in inference mode, used outside; gradients end at the border of a call and nothing is kept alive."""
+    model = build(config())
+    tokens = some_tokens(model, 40)[None]
+    with torch.inference_mode():
+        state = model.new_state()
+        model(tokens[:, :20], state=state)
+        copy = state.fork()
+    out = model(tokens[:, 20:30], state=state)
+    out.square().mean().backward()
+    again = model(tokens[:, 30:], state=state)
+    again.square().mean().backward()
+    assert not any(t.requires_grad for layer in state.layers for t in layer.tensors().values())
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens[:, 20:], state=copy)[:, 10:], again, rtol=0, atol=TOLERANCE)
+
+
+def test_an_interrupted_call_leaves_a_state_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(config())
+    tokens = some_tokens(model, 20)[None]
     state = model.new_state()
-    model(row, state=state)
-    with pytest.raises(RequestError, match="packed documents start at position 0"):
-        model(row, state=state, segment_ids=torch.zeros(1, 5))
+    model(tokens[:, :5], state=state)
+    saved = state.snapshot()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.layers[2].ffn, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        model(tokens[:, 5:], state=state)
+    with pytest.raises(CacheError, match="stopped half-way.*Restore a snapshot"):
+        model(tokens[:, 5:], state=state)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(tokens[:, 5:], state=model.restore(saved)), model(tokens)[:, 5:], rtol=0, atol=TOLERANCE
+        )
+
+
+def test_casting_keeps_exact_tensors_and_refuses_old_states() -> None:
+    model = build(config(num_nextn_predict_layers=1, compress_ratios=[0, 4, 8, 4, 0]))
+    state, saved = model.new_state(), model.new_state().snapshot()
+    frequencies = model.layers[1].attn.frequencies.clone()
+    model.bfloat16()
+    kinds = {n: t.dtype for n, t in model.state_dict().items()}
+    exact = ("_fn", "_base", "_scale", "attn_sink", "ape", "gate.bias")
+    assert {t for n, t in kinds.items() if n.endswith(exact)} == {torch.float32}
+    assert {t for n, t in kinds.items() if n.endswith(".weight")} == {torch.bfloat16}
+    assert torch.equal(model.layers[1].attn.frequencies, frequencies)
+    with pytest.raises(CacheError, match="holds torch.float32.*the model is torch.bfloat16"):
+        model(some_tokens(model, 3)[None], state=state)
+    with pytest.raises(CacheError, match="taken in torch.float32"):
+        model.restore(saved)
+
+
+def test_autocast_takes_the_reference_path() -> None:
+    model = build(config())
+    tokens = some_tokens(model, 30)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(tokens)
+    out.float().square().mean().backward()
+    want = model(tokens).detach()
+    assert float((out.detach() - want).norm() / want.norm()) < 0.2
+
+
+def test_rows_and_snapshots_are_kept_apart() -> None:
+    model = build(config())
+    rows = torch.stack([some_tokens(model, 40), some_tokens(model, 40).flip(0)])
+    with torch.no_grad():
+        state = model.new_state(2, rewind=4)
+        model(rows[:, :10], state=state)
+        state.snapshot()
+        model(rows[:, 10:], state=state)
+        state.truncate([0, 40])  # the snapshot still holds for row 1
+        state.truncate([0, 12])
+        assert state.lengths == [0, 12]
+        other = model.new_state(1, rewind=4)
+        model(rows[:1, :40], state=other)
+        state.put_row(0, other)
+        got = model(rows[:, 12:14], state=state, lengths=[0, 2])[1]
+        torch.testing.assert_close(got, model(rows[1:])[0, 12:14], rtol=0, atol=TOLERANCE)
+        with pytest.raises(CacheError, match="no snapshot"):
+            state.truncate([12, 14])
+        with pytest.raises(CacheError, match="rewind=4.*rewind=128"):
+            state.put_row(0, model.new_state(1))
+    for wrong in (3.0, [1, 2, 3], "1"):
+        with pytest.raises(CacheError, match="whole number"):
+            state.truncate(wrong)  # type: ignore[arg-type]
+
+
+def test_few_snapshots_are_remembered_and_counted() -> None:
+    model = build(config())
+    state = model.new_state()
+    for token in some_tokens(model, 30).split(1):
+        with torch.no_grad():
+            model(token[None], state=state)
+        state.snapshot()
+        state.snapshot()
+    assert len(state.snapshots) == 16
+    assert state.nbytes()["snapshots"] == sum(len(s.data) for s in state.snapshots) > 0
+    assert state.snapshot(remember=False) and len(state.snapshots) == 16
 
 
 def test_initial_loss_is_that_of_guessing() -> None:

@@ -35,8 +35,9 @@ INLINE float exp_(float x) {
 }
 
 INLINE float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
-INLINE float min_(float a, float b) { return a < b ? a : b; }
-INLINE float max_(float a, float b) { return a > b ? a : b; }
+/* `a` is the data: a NaN there must come out, or a diverged model would look healthy */
+INLINE float min_(float a, float b) { return a > b ? b : a; }
+INLINE float max_(float a, float b) { return a < b ? b : a; }
 
 INLINE float dot(const float *restrict a, const float *restrict b, long n) {
     float s = 0.0f;

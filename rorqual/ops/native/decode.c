@@ -4,6 +4,8 @@
 
 #include "common.h"
 
+#define SCORE_FLOOR 1e-36f /* as in experts.py */
+
 /* ---- sparse_attention.py -------------------------------------------------------------------------------------- */
 
 /* Online softmax state of one query: running maximum and sum per head, value accumulated unnormalised. */
@@ -145,7 +147,7 @@ void moe_small(const float *x, const float *router, const float *bias, const int
         long chosen[active];
         for (long e = 0; e < experts; e++) {
             float z = dot(router + e * d, xt, d);
-            score[e] = sqrtf(z > 20.0f ? z : log1pf(expf(z)));
+            score[e] = sqrtf(z > 20.0f ? z : max_(log1pf(expf(z)), SCORE_FLOOR));
         }
         for (long a = 0; a < active; a++) {
             if (table) {

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rorqual import log
+from rorqual.ops import registry
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -35,17 +37,22 @@ _logger = log.get(__name__)
 
 
 def cache_folder() -> Path:
-    """Where built libraries lie: $XDG_CACHE_HOME/rorqual or ~/.cache/rorqual."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rorqual"
+    """Where built libraries lie: $XDG_CACHE_HOME/rorqual, ~/.cache/rorqual, or a folder of the user's in /tmp."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(named) if named else Path.home() / ".cache") / "rorqual"
+    except RuntimeError:  # no home folder, as for an arbitrary user in a container
+        return Path(tempfile.gettempdir()) / f"rorqual-{os.getuid()}"
 
 
-def compiler() -> str | None:
-    """The C compiler that would be used: $CC, else cc, gcc or clang from PATH."""
+def compiler() -> list[str] | None:
+    """The C compiler that would be used, as a command: $CC (arguments allowed), else cc, gcc or clang from PATH."""
     named = os.environ.get("CC")
-    return next(
-        (found for name in ([named] if named else ["cc", "gcc", "clang"]) if (found := shutil.which(name))),
-        None,
-    )
+    for command in [shlex.split(named)] if named else [["cc"], ["gcc"], ["clang"]]:
+        found = shutil.which(command[0]) if command else None
+        if found:
+            return [found, *command[1:]]
+    return None
 
 
 def _processor() -> str:
@@ -62,7 +69,7 @@ def _torch_openmp() -> Path | None:
     return next(iter(sorted(folder.glob("libgomp*.so*"))), None)
 
 
-def _build(cc: str, target: Path) -> None:
+def _build(cc: list[str], target: Path) -> None:
     """Compile for this very processor, or for its family where the compiler does not know `native`."""
     try:
         _compile(cc, [*_FLAGS, "-march=native"], target)
@@ -70,7 +77,7 @@ def _build(cc: str, target: Path) -> None:
         _compile(cc, _FLAGS, target)
 
 
-def _compile(cc: str, flags: list[str], target: Path) -> None:
+def _compile(cc: list[str], flags: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     runtime = _torch_openmp()
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -79,9 +86,11 @@ def _compile(cc: str, flags: list[str], target: Path) -> None:
         objects = []
         for source in _SOURCES:
             objects.append(str(Path(folder) / f"{source.stem}.o"))
-            subprocess.run([cc, *flags, *openmp, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True)
+            subprocess.run(
+                [*cc, *flags, *openmp, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True
+            )
         # linked by hand: -fopenmp here would bring in a second OpenMP runtime beside torch's
-        link = [cc, "-shared", *objects, *([str(runtime)] if runtime else []), "-lm", "-o", str(library)]
+        link = [*cc, "-shared", *objects, *([str(runtime)] if runtime else []), "-lm", "-o", str(library)]
         subprocess.run(link, check=True, capture_output=True)
         os.replace(library, target)
 
@@ -96,7 +105,7 @@ def load() -> ctypes.CDLL | None:
         _logger.info("No C compiler found (cc, gcc, clang): using the slower reference operations.")
         return None
     texts = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
-    key = "\n".join([*texts, cc, *_FLAGS, _processor(), torch.__version__, str(_torch_openmp())])
+    key = "\n".join([*texts, *cc, *_FLAGS, _processor(), torch.__version__, str(_torch_openmp())])
     target = cache_folder() / f"kernels-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
     try:
         if not target.exists():
@@ -135,9 +144,18 @@ def kernel(name: str) -> Callable[..., None]:
 
 def call(name: str, *args: Tensor | int | float | None) -> None:
     """Run kernel `name`: tensors as pointers (contiguous, of the dtype of the C prototype), numbers by value."""
+    for a in args:
+        if isinstance(a, Tensor) and a.dtype not in (torch.float32, torch.int64):
+            raise TypeError(f"{name}: a tensor of dtype {a.dtype} reached C, which reads fp32 and int64 only")
     kernel(name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args])
 
 
 def usable(tensor: Tensor) -> bool:
     """Whether the native twins can work on tensors like this one: fp32 on the CPU, and the library is there."""
-    return tensor.dtype is torch.float32 and tensor.is_cpu and load() is not None
+    return (
+        tensor.dtype is torch.float32
+        and tensor.is_cpu
+        and registry.allows("native")
+        and not torch.is_autocast_enabled("cpu")  # products around the kernels would come out in bf16
+        and load() is not None
+    )
