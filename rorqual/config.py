@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rorqual.config_dialects import FIXED, read
 from rorqual.errors import ConfigError
 
 CSA_RATIO = 4
@@ -48,34 +49,6 @@ class LayerSpec:
     def kind(self) -> str:
         """`sliding`, `csa` or `hca`."""
         return "sliding" if self.compress_ratio == 0 else "csa" if self.has_indexer else "hca"
-
-
-_INFERENCE_NAMES = {  # DeepSeek's inference code names some settings differently from config.json
-    "dim": "hidden_size",
-    "moe_inter_dim": "moe_intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "n_hash_layers": "num_hash_layers",
-    "n_mtp_layers": "num_nextn_predict_layers",
-    "n_heads": "num_attention_heads",
-    "n_activated_experts": "num_experts_per_tok",
-    "score_func": "scoring_func",
-    "route_scale": "routed_scaling_factor",
-    "rope_head_dim": "qk_rope_head_dim",
-    "window_size": "sliding_window",
-    "norm_eps": "rms_norm_eps",
-}
-_ALIASES = {"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"}
-_LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
-_FIXED: dict[str, Any] = {  # settings with one possible value in this architecture
-    "num_key_value_heads": 1,
-    "n_shared_experts": 1,
-    "scoring_func": "sqrtsoftplus",
-    "hidden_act": "silu",
-    "norm_topk_prob": True,
-    "topk_method": "noaux_tc",
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-}
 
 
 @dataclass(frozen=True)
@@ -114,7 +87,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     compress_rope_theta: float = 160000.0
-    rope_scaling: Mapping[str, Any] | None = None
+    rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
     """YaRN of the compressed layers: type, factor, original_max_position_embeddings, beta_fast, beta_slow."""
     max_position_embeddings: int = 1048576
     initializer_range: float = 0.02
@@ -123,7 +96,7 @@ class ModelConfig:
     torch_dtype: str = "bfloat16"
     activation_rounding: str = "none"
     """`v4`: round KV entries to FP8 and index queries and keys to FP4 as the released weights expect; or `none`."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Keys of the file that this class does not use; kept for the round trip."""
 
     def __post_init__(self) -> None:
@@ -186,11 +159,21 @@ class ModelConfig:
 
         Unknown keys are kept in `extra`. Raises ConfigError when a key is missing, of the wrong type or impossible.
         """
-        return cls(**_read(dict(values), {f.name for f in dataclasses.fields(cls)} - {"extra"}))
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        args = read(dict(values), set(fields) - {"extra"})
+        missing = sorted(
+            name
+            for name, f in fields.items()
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in args
+        )
+        if missing:
+            raise ConfigError(f"The config lacks {', '.join(missing)}. Add them; there is no safe default.")
+        return cls(**args)
 
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` of this model in DeepSeek's layout (with `extra` merged back)."""
-        out: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
+        out: dict[str, Any] = dict(self.extra)
+        out |= {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
         for f in dataclasses.fields(self):
             if f.name != "extra":
                 out[f.name] = getattr(self, f.name)
@@ -199,7 +182,7 @@ class ModelConfig:
             out["rope_scaling"] = dict(self.rope_scaling)
         else:
             del out["rope_scaling"]
-        return {**out, **_FIXED, **self.extra}
+        return {**out, **FIXED}
 
     def to_transformers_dict(self) -> dict[str, Any]:
         """A `config.json` that `transformers` (`deepseek_v4`, 5.23) reads as the same network."""
@@ -219,7 +202,7 @@ class ModelConfig:
         }
         out["mlp_layer_types"] = ["hash_moe" if spec.hash_routed else "moe" for spec in self.layers]
         out["partial_rotary_factor"] = self.qk_rope_head_dim / self.head_dim
-        if not set(ratios) <= set(_LAYER_TYPES.values()):
+        if not set(ratios) <= {0, CSA_RATIO, 128}:
             del out["compress_ratios"]  # transformers refuses other ratios there; layer_types says it all
         return out
 
@@ -235,105 +218,6 @@ def preset_names() -> list[str]:
     """Names that `ModelConfig.preset` knows, smallest model first."""
     paths = sorted(PRESET_FOLDER.glob("*.json"))
     return [p.stem for p in sorted(paths, key=lambda p: json.loads(p.read_text())["hidden_size"])]
-
-
-def _read(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    """Translate a config file's keys to constructor arguments (see `ModelConfig.from_dict`)."""
-    model_type = values.pop("model_type", "deepseek_v4")
-    if model_type == "deepseek_v41":
-        raise ConfigError(
-            "This is a DeepSeek-V4.1 config (model_type deepseek_v41): KV shared between layers, no hash routing, "
-            "Engram and a drafter instead of MTP. Rorqual implements V4; use a V4 checkpoint."
-        )
-    if model_type != "deepseek_v4":
-        raise ConfigError(
-            f"model_type is {model_type!r}, but this class describes deepseek_v4. Point it at a V4 config.json."
-        )
-    values.pop("architectures", None)
-    for old, new in {**_INFERENCE_NAMES, **_ALIASES}.items():
-        if old in values:
-            values.setdefault(new, values.pop(old))
-    for key, only in _FIXED.items():
-        if key in values and values.pop(key) != only:
-            raise ConfigError(f"{key} must be {only!r} in a V4 network; nothing else is implemented or released.")
-    _read_transformers_keys(values)
-    _read_rope(values)
-    if "compress_ratios" not in values:
-        raise ConfigError(
-            "compress_ratios is missing, so the kind of each layer is unknown (a guess would build a different model). "
-            "Add one ratio per layer: 0 window only, 4 CSA, 128 HCA."
-        )
-    if not isinstance(values["compress_ratios"], list | tuple):
-        raise ConfigError(f"compress_ratios must be a list of integers, got {values['compress_ratios']!r}.")
-    args = {k: values.pop(k) for k in list(values) if k in known}
-    required = {
-        f.name
-        for f in dataclasses.fields(ModelConfig)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    missing = sorted(required - set(args))
-    if missing:
-        raise ConfigError(f"The config lacks {', '.join(missing)}. Add them; there is no safe default.")
-    args["extra"] = values
-    return args
-
-
-def _read_transformers_keys(values: dict[str, Any]) -> None:
-    layer_types = values.pop("layer_types", None)
-    rates = values.pop("compress_rates", None) or {}
-    mlp_types = values.pop("mlp_layer_types", None)
-    values.pop("partial_rotary_factor", None)
-    if layer_types is not None and "compress_ratios" not in values:
-        try:
-            values["compress_ratios"] = [
-                int(rates.get(t, _LAYER_TYPES[t])) if t in rates else _LAYER_TYPES[t] for t in layer_types
-            ]
-        except KeyError as error:
-            raise ConfigError(
-                f"layer_types names {error.args[0]!r}; V4 layers are {', '.join(_LAYER_TYPES)}. Correct the entry."
-            ) from error
-    if mlp_types is not None and "num_hash_layers" not in values:
-        values["num_hash_layers"] = sum(t == "hash_moe" for t in mlp_types)
-
-
-def _read_rope(values: dict[str, Any]) -> None:
-    """`rope_scaling` (DeepSeek), flat inference keys, or transformers' `rope_parameters`, to one `rope_scaling`."""
-    parameters = values.pop("rope_parameters", None)
-    if parameters:
-        main, compress = parameters.get("main", {}), parameters.get("compress", {})
-        values.setdefault("rope_theta", main.get("rope_theta", 10000.0))
-        values.setdefault("compress_rope_theta", compress.get("rope_theta", 160000.0))
-        if compress.get("rope_type", "default") == "yarn":
-            values.setdefault("rope_scaling", compress)
-    flat = values.pop("original_seq_len", None)
-    if flat is not None:
-        keys = {"rope_factor": "factor", "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
-        yarn = {new: values.pop(old) for old, new in keys.items() if old in values}
-        values.setdefault("rope_scaling", {"type": "yarn", "original_max_position_embeddings": flat, **yarn})
-    scaling = values.get("rope_scaling")
-    if not scaling:
-        values.pop("rope_scaling", None)
-        return
-    if not isinstance(scaling, Mapping):
-        raise ConfigError(f"rope_scaling must be an object, got {scaling!r}.")
-    kind = scaling.get("type", scaling.get("rope_type"))
-    if kind == "default":
-        values.pop("rope_scaling")
-        return
-    if kind != "yarn":
-        raise ConfigError(
-            f"rope_scaling.type is {kind!r}; V4's compressed layers use yarn or nothing. Remove or correct it."
-        )
-    missing = [k for k in ("factor", "original_max_position_embeddings") if k not in scaling]
-    if missing:
-        raise ConfigError(f"rope_scaling lacks {', '.join(missing)}, without which YaRN has no meaning. Add them.")
-    values["rope_scaling"] = {
-        "type": "yarn",
-        "factor": scaling["factor"],
-        "original_max_position_embeddings": scaling["original_max_position_embeddings"],
-        "beta_fast": scaling.get("beta_fast", 32),
-        "beta_slow": scaling.get("beta_slow", 1),
-    }
 
 
 def _check(cfg: ModelConfig) -> None:
@@ -367,7 +251,7 @@ def _check(cfg: ModelConfig) -> None:
         f"num_hidden_layers={cfg.num_hidden_layers}.",
     )
     need(
-        cfg.num_nextn_predict_layers >= 0,
+        0 <= cfg.num_nextn_predict_layers <= 64,
         f"num_nextn_predict_layers is {cfg.num_nextn_predict_layers}; use 0 or more.",
     )
     r = cfg.qk_rope_head_dim
@@ -411,3 +295,30 @@ def _check(cfg: ModelConfig) -> None:
         )
     if cfg.activation_rounding not in ("none", "v4"):
         raise ConfigError(f"activation_rounding is {cfg.activation_rounding!r}; use 'none' or 'v4'.")
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(cfg, name)
+        need(0 <= value < cfg.vocab_size, f"{name} is {value}, outside the vocabulary of {cfg.vocab_size}; correct it.")
+    need(cfg.initializer_range >= 0, f"initializer_range is {cfg.initializer_range}; a spread cannot be negative.")
+    if cfg.torch_dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"torch_dtype is {cfg.torch_dtype!r}; use float32, bfloat16 or float16.")
+    if cfg.rope_scaling is not None:
+        _check_yarn(cfg)
+
+
+def _check_yarn(cfg: ModelConfig) -> None:
+    scaling = cfg.rope_scaling
+    if not isinstance(scaling, Mapping) or scaling.get("type") != "yarn":
+        kind = scaling.get("type") if isinstance(scaling, Mapping) else scaling
+        raise ConfigError(
+            f"rope_scaling.type is {kind!r}; V4's compressed layers use yarn or nothing. Remove or correct it."
+        )
+    keys = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+    missing = [key for key in keys if key not in scaling]
+    if missing:
+        raise ConfigError(f"rope_scaling lacks {', '.join(missing)}, without which YaRN has no meaning. Add them.")
+    for key in keys:
+        value = scaling[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise ConfigError(f"rope_scaling.{key} is {value!r}; it must be a finite number above 0.")
+    if cfg.compress_rope_theta <= 1:
+        raise ConfigError(f"compress_rope_theta is {cfg.compress_rope_theta}; with YaRN it must be above 1.")

@@ -9,6 +9,8 @@ import pytest
 from rorqual.config import ModelConfig, preset_names
 from rorqual.errors import ConfigError
 
+YARN = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+
 
 def small(**changes: Any) -> dict[str, Any]:
     values = {**ModelConfig.preset("minke").to_dict(), **changes}
@@ -85,6 +87,21 @@ def test_a_longer_ratio_list_is_read_as_the_trunk_s() -> None:
         ({"model_type": "llama"}, ["model_type is 'llama'"]),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, ["rope_scaling.type is 'linear'"]),
         ({"rope_scaling": {"type": "yarn"}}, ["rope_scaling lacks factor"]),
+        ({"rope_scaling": 3}, ["rope_scaling must be an object"]),
+        ({"rope_scaling": YARN | {"factor": 0}}, ["factor is 0"]),
+        ({"rope_scaling": YARN | {"factor": "16"}}, ["factor is '16'"]),
+        ({"rope_scaling": YARN | {"beta_slow": -1}}, ["beta_slow is -1"]),
+        ({"compress_rope_theta": 1}, ["compress_rope_theta is 1", "above 1"]),
+        ({"rope_parameters": [1]}, ["rope_parameters must be an object"]),
+        ({"compress_rates": {"compressed_sparse_attention": 8}}, ["compressed_sparse_attention is 4"]),
+        ({"compress_rates": {"heavily_compressed_attention": 4}}, ["compress_rates is"]),
+        ({"compress_rates": {"heavily_compressed_attention": 64}}, ["disagree about HCA"]),
+        ({"layer_types": ["sliding_attention"] * 6}, ["different networks"]),
+        ({"mlp_layer_types": ["moe", "hash_moe", "moe", "moe", "moe", "moe"]}, ["hash_moe layers first"]),
+        ({"mlp_layer_types": ["dense"] * 6}, ["mlp_layer_types is"]),
+        ({"torch_dtype": "float3"}, ["torch_dtype is 'float3'"]),
+        ({"eos_token_id": 4096}, ["eos_token_id is 4096", "vocabulary of 4096"]),
+        ({"num_nextn_predict_layers": 10**30}, ["num_nextn_predict_layers"]),
         ({"vocab_size": ...}, ["lacks vocab_size"]),
         ({"activation_rounding": "v5"}, ["activation_rounding"]),
         ({"layer_types": ["full_attention"] * 6, "compress_ratios": ...}, ["full_attention"]),
@@ -94,6 +111,32 @@ def test_impossible_configs_are_refused(changes: dict[str, Any], words: list[str
     with pytest.raises(ConfigError) as caught:
         ModelConfig.from_dict(small(**changes))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_transformers_spellings() -> None:
+    """Nested rope parameters win, as they do there; flat ones mean the compressed layers; legacy rates too."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 8e4}
+    values = small(rope_scaling=..., rope_theta=..., compress_rope_theta=...)
+    nested = ModelConfig.from_dict(
+        {**values, "rope_theta": 1.0, "rope_parameters": {"main": {"rope_theta": 5e5}, "compress": yarn}}
+    )
+    assert (nested.rope_theta, nested.compress_rope_theta) == (5e5, 8e4)
+    assert nested.rope_scaling is not None and nested.rope_scaling["factor"] == 4.0
+    flat = ModelConfig.from_dict({**values, "rope_parameters": {k: v for k, v in yarn.items() if k != "rope_theta"}})
+    assert flat.rope_scaling == nested.rope_scaling and flat.compress_rope_theta == 160000.0
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+    types = [kinds[r] for r in ModelConfig.preset("minke").compress_ratios[:6]]
+    legacy = ModelConfig.from_dict(small(compress_ratios=..., layer_types=types, compress_rate_hca=64))
+    assert legacy.compress_ratios == (0, 0, 4, 64, 4, 64, 0)
+    assert ModelConfig.from_dict(legacy.to_transformers_dict()) == legacy
+    assert ModelConfig.from_dict(small(torch_dtype=..., dtype="bfloat16")).torch_dtype == "bfloat16"
+    assert ModelConfig.from_dict(small(original_seq_len=0, rope_scaling=...)).rope_scaling is None
+
+
+def test_configs_can_be_keys_and_extra_never_overrides() -> None:
+    cfg = ModelConfig.preset("minke")
+    assert {cfg: 1}[ModelConfig.preset("minke")] == 1
+    assert cfg.replace(extra={"hidden_size": 7}).to_dict()["hidden_size"] == 128
 
 
 def test_files_that_are_no_config(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ LINES = [  # from top to bottom; rooms on one line do not know each other
     {"chat", "data", "tokenizer", "checkpoint", "planner", "journal"},
     {"model"},
     {"ops"},
-    {"config", "errors", "log", "seeds"},
+    {"config", "config_dialects", "errors", "log", "seeds"},
 ]
 SAME_LINE = {
     ("posttrain", "agents"),
@@ -34,7 +34,14 @@ SAME_LINE = {
     ("chat", "tokenizer"),
     ("checkpoint", "tokenizer"),  # `rorqual.load` hands out a model and its tokenizer
 }
-FOUNDATION = {("config", "errors"), ("config", "log"), ("log", "errors"), ("seeds", "errors")}
+FOUNDATION = {
+    ("config", "errors"),
+    ("config", "config_dialects"),
+    ("config_dialects", "errors"),
+    ("config", "log"),
+    ("log", "errors"),
+    ("seeds", "errors"),
+}
 FORBIDDEN = {("server", "train"), ("server", "evals")}
 ORACLES_AND_CLIENTS = {"transformers", "deepseek_recipe", "openai", "anthropic", "pytest", "hypothesis"}
 HEIGHT = {room: len(LINES) - index for index, line in enumerate(LINES) for room in line}
