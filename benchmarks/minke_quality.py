@@ -3,11 +3,14 @@
     python benchmarks/minke_quality.py minke --items 200
     python benchmarks/minke_quality.py runs/minke/model --items 50 --json
 
-* `bits_per_byte`: cross-entropy on held-out Python files (their path hashes into the held-out 5 % and their content
-  is in no training file), in bits per byte of text, each file read from its start in windows of 511 tokens.
-* `functions_that_parse`: functions of those files; the model sees the text before, the `def` line and the docstring
-  and writes greedily until the next line that leaves the function. Counted: the function is finished within the token
-  limit and `ast.parse` accepts it. The second figure counts unfinished ones too, cut at their last whole line.
+* `bits_per_byte`: cross-entropy on held-out Python files in bits per byte of text, in windows of at most 511 tokens
+  that start at line ends, each without the text before it. Held out are the files whose path hashes into the share
+  that the recipe sets aside (`--held-out`); that none of them stands in the training set under another name is
+  checked.
+* `functions_that_parse`: functions of those files; the model sees up to 12 lines before, the `def` line and the
+  docstring, and writes greedily until the next line that leaves the function. Counted: it wrote at least one
+  statement, left the function within 160 tokens, and `ast.parse` accepts the whole. `parse_any` also counts those it
+  did not leave, cut at their last whole line.
 * `accuracy`: share of right answers per task family, on `test` items (entities and documents never trained on), greedy,
   with a 95 % interval, and by class within the family.
 """
@@ -90,11 +93,15 @@ def completed(prompt: str, indent: str, text: str) -> tuple[str, bool]:
 
 
 def parses(source: str) -> bool:
+    """Whether the source is one function with at least one statement besides its docstring."""
     try:
-        ast.parse(source)
+        tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return False
-    return True
+    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):
+        return False
+    function = tree.body[0]
+    return len(function.body) > (ast.get_docstring(function, clean=False) is not None)
 
 
 def functions_that_parse(engine: Engine, tokenizer: Tokenizer, corpus: Corpus, count: int) -> dict[str, Any]:
@@ -151,6 +158,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="test items per task family")
     parser.add_argument("--functions", type=int, default=200, help="held-out functions to complete")
     parser.add_argument("--tokens", type=int, default=200_000, help="most held-out tokens to score")
+    parser.add_argument("--held-out", type=float, default=0.02, help="share that the model's recipe set aside")
     parser.add_argument("--seed", type=int, default=7, help="seed of the test items")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch (0: as it likes)")
     parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="folder of tokenised corpora")
@@ -173,15 +181,18 @@ def main() -> None:
             flush=True,
         )
 
-    for label, tests in (("python", False), ("python with its tests", True)):
+    train, held_out = python_corpus(include_tests=True).split(args.held_out)
+    seen = {document.digest for document in train.documents}
+    assert not any(document.digest in seen for document in held_out.documents)
+    library = {document.digest for document in python_corpus().documents}
+    parts = {
+        "library and tests": held_out,
+        "library": Corpus("library", tuple(d for d in held_out.documents if d.digest in library)),
+    }
+    for label, corpus in parts.items():
         began = time.time()
-        _, held_out = python_corpus(include_tests=tests).split()
-        show(
-            f"bits_per_byte.{label}",
-            bits_per_byte(model, tokenizer, held_out, args.cache, args.tokens),
-            began,
-        )
-    _, held_out = python_corpus().split()
+        values = bits_per_byte(model, tokenizer, corpus, args.cache, args.tokens)
+        show(f"bits_per_byte.{label}", {**values, "files": len(corpus)}, began)
     with Engine(model, tokenizer, max_queued=100_000) as engine:
         began = time.time()
         show("functions_that_parse", functions_that_parse(engine, tokenizer, held_out, args.functions), began)
