@@ -47,7 +47,7 @@ $(LINTABLE): $(INSTALLED)
 	@touch $@
 
 up: $(INSTALLED)
-	@$(BIN)/rorqual up --port $(PORT)
+	@$(BIN)/python -m rorqual up --port $(PORT)
 
 test: $(TESTABLE)
 	$(PYTEST) -m 'not slow'

@@ -44,6 +44,10 @@ fi
 quiet=--quiet
 if [ -t 1 ]; then quiet=; fi # somebody watches: show the download
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
+cpu_index_answers() ( # asked by pip, which knows the proxy and has certificates; other sources must not answer for it
+    export PIP_EXTRA_INDEX_URL="$cpu_index" PIP_FIND_LINKS="$folder"
+    pip index versions torch --index-url "$cpu_index" --retries 0 --timeout 10 >/dev/null 2>&1
+)
 had=$(cat "$folder/.torch" 2>/dev/null || echo "$build")
 if [ "$had" != "$build" ]; then pip uninstall --yes --quiet torch; fi
 
@@ -59,7 +63,7 @@ elif [ "$build" = cuda ]; then
 elif [ "$(uname -s)" != Linux ]; then
     say "Installing torch (on this system the ordinary build is the CPU build)"
     pip install $quiet -r "$here/constraints-cpu.txt"
-elif "$folder/bin/python" -c "import urllib.request as r; r.urlopen('$cpu_index/torch/', timeout=10)" 2>/dev/null; then
+elif cpu_index_answers; then
     say "Installing torch, CPU build (about 200 MB)"
     pip install $quiet --index-url "$cpu_index" -r "$here/constraints-cpu.txt"
 else

@@ -1,7 +1,7 @@
 """Chat messages to prompt text and generated text back to messages, in the format DeepSeek-V4 was trained on.
 
 Writing: `encode_messages` (or `render_messages`, which also tells markers from text), `fim_prompt`.
-Reading: `parse_completion` (strict or tolerant) and `StreamParser`. Imports no torch.
+Reading: `parse_completion` (strict or tolerant) and `StreamParser`. Sampling: `suppressed_ids`. Imports no torch.
 """
 
 from rorqual.chat.calls import make_call_id
@@ -20,6 +20,7 @@ from rorqual.chat.fim import fim_prompt, render_fim
 from rorqual.chat.markers import REVISIONS, ROLES, THINKING_MODES
 from rorqual.chat.parse import parse_completion
 from rorqual.chat.prompt import RenderedPrompt
+from rorqual.chat.reply_ids import suppressed_ids, suppressed_ids_after
 from rorqual.chat.stream import StreamParser
 
 __all__ = [
@@ -42,4 +43,6 @@ __all__ = [
     "render_fim",
     "render_messages",
     "resolve_effort",
+    "suppressed_ids",
+    "suppressed_ids_after",
 ]

@@ -83,12 +83,12 @@ def layout_of(files: CheckpointFiles) -> Literal["official", "transformers"]:
 def packed_tensors(files: CheckpointFiles) -> list[TensorInfo]:
     """The tensors stored as FP8 or FP4 codes or as their scales."""
     return [
-        info
-        for info in files.tensors.values()
-        if info.dtype.startswith(("F8", "F4"))
-        or info.dtype in ("I8", "U8")
-        or to_official(info.name).endswith(".scale")
+        info for info in files.tensors.values() if _is_code(info.dtype) or to_official(info.name).endswith(".scale")
     ]
+
+
+def _is_code(dtype: str) -> bool:
+    return dtype.startswith(("F8", "F4")) or dtype in ("I8", "U8")
 
 
 def refuse_packed(files: CheckpointFiles) -> None:
@@ -144,7 +144,7 @@ def fill(state: Mapping[str, Tensor], files: CheckpointFiles, *, strict: bool) -
     without, it is listed in the report and those tensors keep the values they have.
     """
     found = match(files, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    _check_kinds(state, found)
+    check_kinds(state, found)
     report = LoadReport(
         files.folder,
         missing=[tensor.name for tensor in found.missing],
@@ -179,12 +179,15 @@ def _logical_shape(info: TensorInfo) -> Shape:
     return (*info.shape[:-1], 2 * info.shape[-1]) if is_fp4 else info.shape
 
 
-def _check_kinds(state: Mapping[str, Tensor], found: Match) -> None:
-    """Move pairs whose dtype cannot be cast sensibly (an integer table into a weight, say) to the misfits."""
+def check_kinds(state: Mapping[str, Tensor], found: Match) -> None:
+    """Move pairs whose dtype cannot be cast sensibly (an integer table into a weight, say) to the misfits.
+
+    FP8 and FP4 codes count as weights here; `refuse_packed` is what a load says of them.
+    """
     fitting = []
     for tensor, info in found.fitting:
         is_float = state[tensor.parts[0].ours].is_floating_point()
-        if info.dtype in (_FLOATS if is_float else _INTS):
+        if info.dtype in (_FLOATS if is_float else _INTS) or (is_float and _is_code(info.dtype)):
             fitting.append((tensor, info))
         else:
             kind = "a floating-point weight" if is_float else "an integer table"

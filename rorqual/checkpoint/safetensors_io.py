@@ -176,7 +176,7 @@ def write_checkpoint(folder: str | Path, shards: Sequence[Sequence[str]], make: 
             tensors = {name: make(name).detach().cpu().contiguous() for name in group}
             path = _temporary(folder / file_name)
             temporary.append(path)
-            safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+            save_tensors(tensors, path, metadata={"format": "pt"})
             _sync(path)
             total += sum(t.nbytes for t in tensors.values())
             weight_map |= dict.fromkeys(group, file_name)
@@ -197,6 +197,14 @@ def write_checkpoint(folder: str | Path, shards: Sequence[Sequence[str]], make: 
         for path in temporary:
             path.unlink(missing_ok=True)
     return [folder / name for name in names]
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write one file that whoever the process's umask lets may read; the safetensors library makes it private."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    safetensors.torch.save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -27,7 +27,7 @@ SHARD_BYTES = 5_000_000_000
 """Larger checkpoints are split into several files."""
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "world.json")
-"""Files that travel with a model: copied from the folder it was loaded from, never overwritten or removed."""
+"""Files that travel with a model: copied from the folder it was loaded from. Those it has not are left alone."""
 
 Shards = list[list[FileTensor]]
 
@@ -101,10 +101,10 @@ def _copy_companions(model: Transformer, folder: Path) -> None:
     if not isinstance(report, LoadReport):
         return
     for name in COMPANIONS:
-        source = report.folder / name
-        if source.is_file() and not (folder / name).exists():
+        source, target = report.folder / name, folder / name
+        if source.is_file() and not (target.exists() and target.samefile(source)):
             try:
-                shutil.copyfile(source, folder / name)
+                shutil.copyfile(source, target)
             except OSError as error:
                 raise CheckpointError(
                     f"cannot copy {source} to {folder}: {error}. The weights are saved; copy the file by hand."

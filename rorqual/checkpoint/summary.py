@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from rorqual.checkpoint.build import read_config
-from rorqual.checkpoint.report import Misfit, layout_of, match, packed_tensors
+from rorqual.checkpoint.report import Misfit, check_kinds, layout_of, match, packed_tensors
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
 from rorqual.checkpoint.transformers_layout import without_absent_mtp
 from rorqual.config import ModelConfig
@@ -62,6 +62,7 @@ def summarise(folder: str | Path) -> CheckpointSummary:
         with torch.device("meta"):
             state = Transformer(config).state_dict()
         found = match(files, {name: tuple(tensor.shape) for name, tensor in state.items()})
+        check_kinds(state, found)
         stored = list(files.tensors.values())
         shares: dict[str, DtypeShare] = {}
         for info in stored:

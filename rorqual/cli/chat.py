@@ -1,12 +1,13 @@
 """`rorqual chat`: a conversation in the terminal, streamed, with reasoning shown dim."""
 
+import io
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from rorqual.chat import ContentDelta, Finished, ReasoningDelta, ToolCallArguments, ToolCallStart
+from rorqual.chat import ContentDelta, Finished, ReasoningDelta
 from rorqual.cli.options import (
     MODEL,
     OUTPUT,
@@ -21,6 +22,7 @@ from rorqual.cli.options import (
     TopK,
     TopP,
 )
+from rorqual.cli.terminal import printable
 from rorqual.errors import RequestError
 
 if TYPE_CHECKING:
@@ -74,8 +76,16 @@ def chat(
             return
         if not as_json and sys.stdin.isatty():
             typer.secho(f"{model}. {HELP}", dim=True)
-        while (line := read_line(as_json)) is not None and follow(conversation, line, as_json=as_json):
-            pass
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # one bad byte must not end the chat
+        refused = 0
+        while (line := read_line(as_json)) is not None:
+            outcome = follow(conversation, line, as_json=as_json)
+            refused += outcome == "refused"
+            if outcome == "over":
+                break
+        if refused and not sys.stdin.isatty():
+            raise typer.Exit(2)  # a script must learn that not every line was answered
 
 
 def read_line(as_json: bool) -> str | None:
@@ -86,25 +96,29 @@ def read_line(as_json: bool) -> str | None:
         return None
 
 
-def follow(conversation: "Conversation", line: str, *, as_json: bool) -> bool:
-    """Do what a line says: a command or a question. False when the chat is over."""
+def follow(conversation: "Conversation", line: str, *, as_json: bool) -> Literal["done", "refused", "over"]:
+    """Do what a line says: a command or a question. Only the known words are commands, so `/etc is what?` is asked."""
     command, _, rest = line.partition(" ")
     if command in ("/exit", "/quit", "/bye"):
-        return False
+        return "over"
     if command == "/new":
         conversation.clear()
     elif command == "/effort" and rest in EFFORTS:
         conversation.effort = rest
-    elif command.startswith("/"):
+    elif command in ("/effort", "/help"):
         typer.secho(HELP, dim=True, err=as_json)
     elif line:
         try:
             reply(conversation, line, as_json=as_json)
         except RequestError as error:  # the conversation goes on; /new helps when it has become too long
-            typer.secho(f"RequestError: {error}", fg="red", err=True)
+            if as_json:
+                typer.echo(json.dumps({"error": {"message": error.message, "param": error.param, "code": error.code}}))
+            else:
+                typer.secho(f"RequestError: {error}", fg="red", err=True)
+            return "refused"
         except KeyboardInterrupt:
             typer.secho(" (stopped; the question is taken back)", dim=True)
-    return True
+    return "done"
 
 
 def reply(conversation: "Conversation", question: str, *, as_json: bool) -> None:
@@ -117,17 +131,13 @@ def reply(conversation: "Conversation", question: str, *, as_json: bool) -> None
             continue
         elif isinstance(event, ReasoningDelta):
             was_reasoning = True
-            typer.secho(event.text, nl=False, dim=True)
+            typer.secho(printable(event.text), nl=False, dim=True)
         else:
             if was_reasoning:
                 was_reasoning = False
                 typer.echo("\n")
             if isinstance(event, ContentDelta):
-                typer.echo(event.text, nl=False)
-            elif isinstance(event, ToolCallStart):
-                typer.secho(f"\n[calls {event.name}] ", nl=False, fg="cyan")
-            elif isinstance(event, ToolCallArguments):
-                typer.secho(event.piece, nl=False, fg="cyan")
+                typer.echo(printable(event.text), nl=False)
 
 
 def finish(conversation: "Conversation", event: Finished, *, as_json: bool) -> None:

@@ -20,6 +20,7 @@ from rorqual.cli.options import (
     TopK,
     TopP,
 )
+from rorqual.cli.terminal import printable
 from rorqual.errors import RequestError
 
 TEXT = "Text"
@@ -63,7 +64,7 @@ def complete(
     """
     before, after = gap(file, prefix, suffix, cursor)
 
-    from rorqual.chat import render_fim
+    from rorqual.chat import render_fim, suppressed_ids
     from rorqual.cli.talk import open_engine
     from rorqual.engine import SamplingParams
 
@@ -81,11 +82,11 @@ def complete(
             ids = [tokenizer.bos_token_id, *tokenizer.encode(before, allow_special=False)]
         else:
             ids = tokenizer.encode_guarded(render_fim(before, after, add_default_bos_token=True).pieces())
-        request = engine.submit(ids, params)
+        request = engine.submit(ids, params.replace(suppress_token_ids=suppressed_ids(tokenizer)))
         if not as_json:
             typer.echo(before if whole else "", nl=False)
             for event in request:
-                typer.echo(event.text, nl=False)
+                typer.echo(printable(event.text), nl=False)
             typer.echo((after or "") if whole else "")
             return
         done = request.result()

@@ -52,6 +52,8 @@ def _find(name: str) -> "tuple[str, ModelConfig, CheckpointSummary | None]":
     """What `name` stands for: the kind of source, its config, and its files where it has weights."""
     from rorqual.checkpoint import ASSETS, bundled_names, summarise
 
+    if not name:
+        raise ConfigError("the name is empty, so it is not clear what to inspect. Name a preset, a folder or a file.")
     is_bundled = name in bundled_names()
     folder = ASSETS / name if is_bundled else Path(name).expanduser()
     if is_bundled or folder.is_dir():

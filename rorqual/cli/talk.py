@@ -1,6 +1,6 @@
 """A conversation in the terminal: keeps the messages, asks the engine, parses the reply while it streams.
 
-Left out: tools. A call the model makes is shown, not run.
+Left out: tools. The model is shown none and cannot write a call.
 """
 
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from rorqual.chat import Event, Finished, StreamParser, render_messages, resolve_effort
+from rorqual.chat import Event, Finished, StreamParser, render_messages, resolve_effort, suppressed_ids
 from rorqual.cli.options import use_threads
 from rorqual.engine import Engine, SamplingParams, Timing, Usage
 from rorqual.tokenizer import Tokenizer
@@ -51,7 +51,8 @@ class Conversation:
         opening = [{"role": "system", "content": self.system}] if self.system else []
         mode, effort = resolve_effort(self.effort)
         prompt = render_messages([*opening, *self.messages, asked], thinking_mode=mode, reasoning_effort=effort)
-        request = self.engine.submit(self.tokenizer.encode_guarded(prompt.pieces()), self.params)
+        params = self.params.replace(suppress_token_ids=suppressed_ids(self.tokenizer, thinking=mode == "thinking"))
+        request = self.engine.submit(self.tokenizer.encode_guarded(prompt.pieces()), params)
         parser = StreamParser(thinking_mode=mode)
         reason = None
         try:

@@ -57,18 +57,21 @@ def train(
     rorqual train --recipe recipes/minke.toml --run-dir runs/minke
     rorqual train --preset minke --data my_texts/ --set schedule.total_tokens=5000000
     """
-    from rorqual.train.config import load_config, to_toml
+    from rorqual.train.config import load_config, to_toml, toml_value
 
     settings = list(setting or [])
     recipes = [str(path) for path in recipe or []]
-    if resume and not recipes and run_dir is not None and (run_dir / "config.toml").is_file():
-        recipes = [str(run_dir / "config.toml")]  # the run knows its own recipe
+    if resume and not recipes:
+        folder = run_dir if run_dir is not None else Path(load_config([], settings).run.folder)
+        if (folder / "config.toml").is_file():
+            recipes = [str(folder / "config.toml")]  # the run knows its own recipe
+            settings.insert(0, f"run.folder={toml_value(str(folder))}")  # it may have been moved since
     if preset is not None:
         settings.append(f"model.preset={preset}")
     if run_dir is not None:
-        settings.append(f"run.folder={_quoted(str(run_dir))}")
+        settings.append(f"run.folder={toml_value(str(run_dir))}")
     if data:
-        settings.append(f"data.sources=[{', '.join(map(_source, data))}]")
+        settings.append(f"data.sources=[{', '.join(toml_value(_source(spec)) for spec in data)}]")
     config = load_config(recipes, settings)
     if show_config:
         sys.stdout.write(to_toml(config))
@@ -86,12 +89,7 @@ def train(
         raise typer.Exit(1)  # stopped by a signal
 
 
-def _source(spec: str) -> str:
+def _source(spec: str) -> dict[str, str]:
     if spec == "python":
-        return '{kind = "python"}'
-    kind = "jsonl" if spec.endswith(".jsonl") else "path"
-    return f'{{kind = "{kind}", path = {_quoted(spec)}}}'
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return {"kind": "python"}
+    return {"kind": "jsonl" if spec.endswith(".jsonl") else "path", "path": spec}

@@ -9,7 +9,7 @@ import json
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ _SUFFIXES = (
     ".txt .md .rst .tex .csv .toml .yaml .yml .html .css .sql .sh .py .pyi .c .h .cc .cpp .hpp .js .ts .rs .go .java"
 )
 TEXT_SUFFIXES = frozenset(_SUFFIXES.split())
+_JSONL = frozenset({".jsonl"})
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _SECTION_CHARS = 32_768
@@ -84,19 +85,28 @@ class Corpus:
         return len(self.documents)
 
 
-def open_corpus(spec: str | os.PathLike[str]) -> Corpus:
-    """`"python"`, or a path to a text file, a folder, or a `.jsonl` file. Raises DataError."""
-    if spec == "python":
+def open_corpus(spec: str | os.PathLike[str], *, is_jsonl: bool = False) -> Corpus:
+    """`"python"`, or a path to a text file, a folder, or a `.jsonl` file.
+
+    `is_jsonl`: the file holds a JSON record a line whatever its suffix, and of a folder only `.jsonl` files are read.
+    Raises: DataError when it is absent, unreadable, damaged or empty.
+    """
+    if spec == "python" and not is_jsonl:
         return python_corpus()
     path = Path(spec).expanduser()
-    if not path.exists():
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"The corpus {path} does not exist. There is nothing to train on. "
             'Fix: give a text file, a folder of text files, a .jsonl file, or the word "python".'
-        )
+        ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     if path.is_dir():
-        return folder_corpus(path)
-    documents = _jsonl_documents(path, path.name) if path.suffix == ".jsonl" else _sections(path.name, _read(path))
+        return folder_corpus(path, suffixes=_JSONL if is_jsonl else None)
+    is_jsonl = is_jsonl or path.suffix.lower() in _JSONL
+    documents = _jsonl_documents(path, path.name) if is_jsonl else _sections(path.name, _read(path))
     corpus = Corpus.build(path.stem, documents)
     if not corpus.documents:
         raise DataError(f"{path} is empty. There is nothing to train on. Fix: give a file with text in it.")
@@ -118,7 +128,8 @@ def python_corpus(
     root = Path(folder if folder is not None else sysconfig.get_path("stdlib"))
     documents = []
     skipped = 0
-    for path in _walk(root, _NOT_STDLIB if include_tests else _NOT_STDLIB | _TEST_FOLDERS):
+    unreadable: list[OSError] = []
+    for path in _walk(root, _NOT_STDLIB if include_tests else _NOT_STDLIB | _TEST_FOLDERS, unreadable.append):
         if path.suffix != ".py":
             continue
         try:
@@ -131,6 +142,8 @@ def python_corpus(
             documents.append(CorpusDocument(path.relative_to(root).as_posix(), text))
     if skipped:
         _logger.info("python corpus: %d undecodable files skipped", skipped)
+    for error in unreadable:
+        _logger.warning("python corpus: the folder %s was skipped (%s)", error.filename, error.strerror)
     corpus = Corpus.build("python", documents)
     if not corpus.documents:
         raise DataError(
@@ -140,28 +153,40 @@ def python_corpus(
     return corpus
 
 
-def folder_corpus(folder: str | os.PathLike[str]) -> Corpus:
-    """All text files (by suffix) and `.jsonl` files below `folder`; hidden files and folders are left out."""
+def folder_corpus(folder: str | os.PathLike[str], *, suffixes: frozenset[str] | None = None) -> Corpus:
+    """All text files (by suffix) and `.jsonl` files below `folder`; hidden files and folders are left out.
+
+    Raises: DataError for a file or folder that cannot be read, and when there is no text.
+    """
     root = Path(folder)
     documents: list[CorpusDocument] = []
-    for path in _walk(root):
+    suffixes = TEXT_SUFFIXES | _JSONL if suffixes is None else suffixes
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(Path(error.filename or root), error) from None
+
+    for path in _walk(root, on_error=refuse):
         name = path.relative_to(root).as_posix()
-        if path.suffix == ".jsonl":
-            documents += _jsonl_documents(path, name)
-        elif path.suffix.lower() in TEXT_SUFFIXES:
-            documents += _sections(name, _read(path))
+        suffix = path.suffix.lower()
+        if suffix in suffixes:
+            documents += _jsonl_documents(path, name) if suffix in _JSONL else _sections(name, _read(path))
     corpus = Corpus.build(root.name or "folder", documents)
     if not corpus.documents:
         raise DataError(
             f"The folder {root} holds no text. Only files with these suffixes are read: "
-            f"{' '.join(sorted(TEXT_SUFFIXES | {'.jsonl'}))}. Fix: give another folder, or rename the files."
+            f"{' '.join(sorted(suffixes))}. Fix: give another folder, or rename the files."
         )
     return corpus
 
 
-def _walk(root: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Files below `root` in a stable order, without hidden ones and without folders named in `skipped`."""
-    for folder, folders, files in os.walk(root):
+def _walk(
+    root: Path, skipped: frozenset[str] = frozenset(), on_error: Callable[[OSError], object] | None = None
+) -> Iterator[Path]:
+    """Files below `root` in a stable order, without hidden ones and without folders named in `skipped`.
+
+    `on_error` is told of each folder that cannot be listed.
+    """
+    for folder, folders, files in os.walk(root, onerror=on_error):
         folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
         for name in sorted(files):
             if not name.startswith("."):
@@ -178,9 +203,7 @@ def _read(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}). Its text is part of the corpus. Fix: check its permissions."
-        ) from None
+        raise _unreadable(path, error) from None
     if b"\0" in content:
         raise DataError(
             f"{path} is a binary file (a zero byte at offset {content.index(0)}). Training needs text. "
@@ -194,6 +217,13 @@ def _read(path: Path) -> str:
             "Guessing another "
             "encoding would corrupt the text. Fix: convert it, e.g. `iconv -f latin1 -t utf-8`, or remove it."
         ) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path} cannot be read ({error.strerror or error}). Its text is part of the corpus. Fix: check its "
+        "permissions, or take it out of the corpus."
+    )
 
 
 def _sections(name: str, text: str) -> list[CorpusDocument]:

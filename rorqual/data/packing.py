@@ -32,13 +32,20 @@ class Batch:
     """Packed rows.
 
     `tokens` int64 [B,S]; `labels` int64 [B,S], the next token of the same segment where it is a target,
-    else -100; `segment_ids` int32 [B,S], counting documents from 0 within a row (padding is a last
-    segment of its own).
+    else -100; `segment_ids` int32 [B,S], counting documents from 0 within a row. `lengths`: tokens of each
+    row before its padding. Every padding token is a segment of its own, so it completes no compressed entry
+    and sees none.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     segment_ids: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any row ends in padding."""
+        return any(length < self.tokens.shape[1] for length in self.lengths)
 
     @property
     def num_targets(self) -> int:
@@ -47,7 +54,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return Batch(self.tokens.to(device), self.labels.to(device), self.segment_ids.to(device))
+        return Batch(self.tokens.to(device), self.labels.to(device), self.segment_ids.to(device), self.lengths)
 
 
 class _Rows:
@@ -73,8 +80,9 @@ class _Rows:
     def finish(self) -> Batch:
         for row, free in enumerate(self.free):
             if free:
-                self.segments[row, self._seq_len - free :] = self.counts[row]
-        return Batch(torch.from_numpy(self.tokens), torch.from_numpy(self.labels), torch.from_numpy(self.segments))
+                self.segments[row, self._seq_len - free :] = self.counts[row] + np.arange(free)
+        tokens, labels, segments = map(torch.from_numpy, (self.tokens, self.labels, self.segments))
+        return Batch(tokens, labels, segments, tuple(self._seq_len - free for free in self.free))
 
 
 @dataclass

@@ -48,6 +48,8 @@ class TextTokenizer(Protocol):
     def eos_token_id(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def control_token_ids(self) -> frozenset[int]: ...
     def encode(self, text: str) -> list[int]: ...
     def stream_decoder(self) -> Any: ...
 
@@ -78,7 +80,7 @@ class Engine:
             raise ConfigError(f"chunk is {chunk}, so no prompt could ever be read. Set it to 1 or more.")
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = int(model.cfg.vocab_size)
-        # padding rows of the head's table have no text, so they are never chosen
+        # padding rows of the head's table have no text, so they are never chosen, nor read or scored
         self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
         self.context_limit = context_limit or int(model.cfg.max_position_embeddings)
         self.chunk = chunk
@@ -196,10 +198,10 @@ class Engine:
             ("stop_token_ids", params.stop_token_ids),
             ("suppress_token_ids", params.suppress_token_ids),
         ):
-            bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+            bad = next((i for i in ids if not 0 <= i < self._num_choices), None)
             if bad is not None:
                 raise RequestError(
-                    f"Token id {bad} in {name} is outside the vocabulary of {self.vocab_size} tokens. "
+                    f"Token id {bad} in {name} is outside the vocabulary of {self._num_choices} tokens. "
                     "Encode the text with this model's own tokenizer.",
                     param=name,
                 )
@@ -294,7 +296,8 @@ class Engine:
         prompt, scores = job.request.prompt_ids, job.request.prompt_scores
         if start == 0:
             scores.append(TokenScore(prompt[0], None))
-        logprobs_SV = sampler.log_probabilities(self.model.logits(self.model.final_hidden(streams))[0]).cpu()
+        logits_SV = self.model.logits(self.model.final_hidden(streams))[0, :, : self._num_choices]
+        logprobs_SV = sampler.log_probabilities(logits_SV).cpu()
         for logprobs_V, token in zip(logprobs_SV, prompt[start + 1 :], strict=False):
             best = sampler.best_tokens(logprobs_V, job.request.params.top_logprobs)
             scores.append(TokenScore(token, float(logprobs_V[token]), best))
@@ -322,7 +325,8 @@ class Engine:
             reason = "length" if len(job.ids) == request.max_tokens else None
         if reason is not None:
             text += job.decoder.flush()
-        ready = job.stops.push(replace(event, text=text))
+        is_control = token in self.tokenizer.control_token_ids
+        ready = job.stops.push(replace(event, text=text), is_control=is_control)
         if job.stops.stopped:
             reason = "stop"
         if reason is not None:

@@ -10,7 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from rorqual.errors import RequestError
 
@@ -29,7 +33,8 @@ class SamplingParams:
     min_p: keep tokens at least this fraction as likely as the best one; 0 keeps all.
     seed: the same seed, prompt and weights give the same output; `None` draws a fresh seed.
     max_tokens: most tokens to generate, the end token included; `None` means up to the context limit.
-    stop: strings (or one string) that end the output where they begin; they are not part of it.
+    stop: strings (or one string) that end the output where they begin; they are not part of it. The names of
+        control tokens are no text and never match; use `stop_token_ids` for those.
     stop_token_ids: ids that end the output besides the tokenizer's end token; recorded, not part of its text.
     suppress_token_ids: ids that are never chosen.
     logprobs: report each chosen token's log probability under the model itself (no temperature, no filters).
@@ -98,6 +103,11 @@ class SamplingParams:
                     param=name,
                 )
             object.__setattr__(self, name, tuple(ids))
+
+    @cached_property
+    def suppress_index(self) -> Tensor:
+        """`suppress_token_ids` as an index [N], made once for all steps of a request."""
+        return torch.tensor(self.suppress_token_ids, dtype=torch.int64)
 
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, checked again (`Any`: fields differ in type)."""

@@ -33,8 +33,9 @@ def filtered_probabilities(logits_V: Tensor, params: SamplingParams) -> Tensor:
 
     Ties at the edge of top-k and top-p are kept lowest id first. Temperature must be above zero.
     """
-    logits_V = logits_V.double() / params.temperature
-    probs_V = torch.softmax(logits_V, dim=-1)
+    # Relative to the best, which stays exactly 0: at a minute temperature 1 / T overflows, and 0 * inf is NaN.
+    below_V = logits_V.double() - logits_V.max()
+    probs_V = torch.softmax(torch.where(below_V == 0, 0.0, below_V / params.temperature), dim=-1)
     if params.top_k is not None or params.top_p < 1:
         sorted_V, order_V = torch.sort(probs_V, descending=True, stable=True)
         if params.top_k is not None and params.top_k < len(sorted_V):
@@ -66,7 +67,7 @@ def sample(logits_V: Tensor, params: SamplingParams, seed: int, position: int) -
     logits_V = logits_V.float()
     if params.suppress_token_ids:
         logits_V = logits_V.clone()
-        logits_V[list(params.suppress_token_ids)] = float("-inf")
+        logits_V.index_fill_(0, params.suppress_index, float("-inf"))
     best = float(logits_V.max())  # max() passes NaN on, so one look finds it
     if best != best or best in (float("inf"), float("-inf")):
         raise RequestError(

@@ -2,7 +2,7 @@
 
 An event waits until all of its text is safe: until no stop string can begin inside it any more. The first
 place where a stop string is complete ends the output, whatever tokens it came in; of several complete there
-the longest counts.
+the longest counts. A control token is no text: its name neither matches nor joins what stands around it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ class StopFilter:
         self._held = ""
         self.stopped = False
 
-    def push(self, event: TokenEvent) -> list[TokenEvent]:
+    def push(self, event: TokenEvent, *, is_control: bool = False) -> list[TokenEvent]:
         """Add one event; return the events that are now final, in order."""
+        if is_control:
+            return [*self.flush(), event]
         self._events.append(event)
         self._held += event.text
         start = self._find_stop()

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         if index is not None and trace is not None and trace.index_loss and self.indexer and entries is not None:
             assert visible is not None
             every = layout.entries(self.spec.compress_ratio).visible
-            loss, recall = self.indexer.loss(*index, visible, every, q, lse, entries, self.scale)
+            loss, recall = self.indexer.loss(*index, visible, every, q, lse, entries, self.scale, layout.valid)
             trace.index_losses.append(loss)
             trace.index_recall.append(recall)
         if state is not None:

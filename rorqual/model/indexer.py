@@ -78,13 +78,14 @@ class Indexer(nn.Module):
 
     def loss(
         self, index_q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, all_visible: Visible,
-        q: Tensor, lse: Tensor, entries: Tensor, scale: float,
+        q: Tensor, lse: Tensor, entries: Tensor, scale: float, valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """KL(attention mass on the used entries ‖ softmax of their index scores), mean over queries that see any.
 
         `visible` is what attention used (all entries in the dense stage, the picks afterwards); q [B, S, H, K], lse
-        [B, S, H] and entries are the layer's attention, taken as constants. Also returns the recall of the top k among
-        `all_visible`: the share of mass they catch, over queries that see more than k entries (nan when none does).
+        [B, S, H] and entries are the layer's attention, taken as constants; `valid` bool [B, S] is False on padding.
+        Also returns the recall of the top k among `all_visible`: the share of mass they catch, over queries that see
+        more than k entries (nan when none does).
         """
         q, lse, entries = q.detach(), lse.detach(), entries.detach()
         blocks = list(self._blocks(q.shape[0], q.shape[1], keys.shape[1]))
@@ -95,6 +96,8 @@ class Indexer(nn.Module):
             scores = index_scores(index_q[:, lo:hi], weights[:, lo:hi], keys)
             with torch.no_grad():
                 mass = entry_mass(q[:, lo:hi], lse[:, lo:hi], entries, every, scale)
+                if valid is not None:
+                    mass = mass.masked_fill(~valid[:, lo:hi, None], 0)
                 recall = self._recall(scores, mass, every)
                 mass = mass if mask is None else mass.masked_fill(~mask, 0)
                 target = mass / mass.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -123,5 +126,5 @@ class Indexer(nn.Module):
         caught = mass.gather(-1, picks.clamp_min(0)).masked_fill(picks < 0, 0).sum(-1) / mass.sum(-1).clamp_min(1e-20)
         if every is None:
             return caught.sum(), torch.tensor(float(caught.numel()), device=caught.device)
-        choice = (every.sum(-1) > self.top_k).expand(caught.shape)
+        choice = (every.sum(-1) > self.top_k) & (mass.sum(-1) > 0)
         return caught.masked_fill(~choice, 0).sum(), choice.sum().float()

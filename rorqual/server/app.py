@@ -16,7 +16,7 @@ from rorqual.errors import ConfigError
 from rorqual.server import chat, completions, errors
 from rorqual.server.guard import Guard
 from rorqual.server.schema import ChatRequest, CompletionRequest
-from rorqual.server.served import ServedModel
+from rorqual.server.served import ServedModel, find_model
 
 STATIC = Path(__file__).parent / "static"
 
@@ -62,14 +62,23 @@ def create_app(
     async def text_completions(body: CompletionRequest, http: HttpRequest) -> Response:
         return await completions.answer(body, http, models, keep_alive_s)
 
+    def describe(model: ServedModel) -> dict[str, object]:
+        return {"id": model.name, "object": "model", "owned_by": "rorqual"}
+
     @app.get("/v1/models")
     @app.get("/models", include_in_schema=False)
     @app.get("/beta/models", include_in_schema=False)
     async def list_models() -> dict[str, object]:
-        data = [{"id": name, "object": "model", "owned_by": "rorqual"} for name in models]
-        return {"object": "list", "data": data}
+        return {"object": "list", "data": [describe(model) for model in served]}
+
+    @app.get("/v1/models/{name:path}")
+    @app.get("/models/{name:path}", include_in_schema=False)
+    @app.get("/beta/models/{name:path}", include_in_schema=False)
+    async def one_model(name: str) -> dict[str, object]:
+        return describe(find_model(models, name, status=404))
 
     @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
         """200 while every engine can run requests, else 503."""
         alive = all(model.engine.is_alive for model in models.values())
@@ -80,6 +89,7 @@ def create_app(
         return JSONResponse({"status": "ok" if alive else "failed", "models": state}, 200 if alive else 503)
 
     @app.get("/", include_in_schema=False)
+    @app.head("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
 

@@ -13,13 +13,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from rorqual.chat import suppressed_ids
 from rorqual.errors import RequestError
+from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import build_prompt
 from rorqual.server.replies import Piece, ReplyReader
 from rorqual.server.schema import ChatRequest
 from rorqual.server.served import Envelope, ServedModel, find_model
 from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
-from rorqual.tokenizer.special import DSML
 
 DEFAULT_MAX_TOKENS = 8192
 
@@ -32,18 +33,19 @@ async def answer(
     body.max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     # Rendering and encoding a long history takes a while; other requests stream on meanwhile.
     prompt = await run_in_threadpool(build_prompt, body, served.tokenizer, served.revision)
-    params = served.params(
-        body,
-        len(prompt.tokens),
-        limit=served.max_output,
-        default=DEFAULT_MAX_TOKENS,
-        logprobs=bool(body.logprobs),
-        top_logprobs=body.top_logprobs or 0,
-        # A model shown no tools must not write markup for them.
-        suppress_token_ids=() if prompt.tools else (served.tokenizer.token_id(DSML),),
-    )
+    sent = {} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+    with named_as_sent(**sent):
+        params = served.params(
+            body,
+            len(prompt.tokens),
+            limit=served.max_output,
+            default=DEFAULT_MAX_TOKENS,
+            logprobs=bool(body.logprobs),
+            top_logprobs=body.top_logprobs or 0,
+            suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
+        )
+        stream = TokenStream(served.engine, prompt.tokens, params)
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
-    stream = TokenStream(served.engine, prompt.tokens, params)
     if body.stream:
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         lines = _lines(stream, reader, served.name, wants_usage, keep_alive_s)

@@ -17,11 +17,12 @@ from starlette.responses import JSONResponse, Response
 from rorqual import chat
 from rorqual.engine import TokenEvent, TokenScore
 from rorqual.errors import RequestError
+from rorqual.server.errors import named_as_sent
 from rorqual.server.replies import token_logprob, usage_body
 from rorqual.server.schema import CompletionRequest
 from rorqual.server.served import Envelope, ServedModel, find_model
 from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
-from rorqual.tokenizer import Tokenizer
+from rorqual.tokenizer import BOS, Tokenizer
 from rorqual.tokenizer.tokenizer import clean_text
 
 MAX_TOKENS = 4096
@@ -49,9 +50,11 @@ async def answer(
         default=limit,
         logprobs=body.logprobs is not None,
         top_logprobs=body.logprobs or 0,
+        suppress_token_ids=chat.suppressed_ids_after(served.tokenizer, tokens),
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
-    stream = TokenStream(served.engine, tokens, params)
+    with named_as_sent(messages="prompt"):
+        stream = TokenStream(served.engine, tokens, params)
     writer = _Writer(served.tokenizer, body)
     if body.stream:
         return EventStream(_lines(stream, writer, body, served.name, keep_alive_s), stream.request)
@@ -97,6 +100,13 @@ async def _lines(
 
 def _encode(body: CompletionRequest, tokenizer: Tokenizer) -> list[int]:
     if body.suffix is not None:
+        for param, text in (("prompt", body.prompt), ("suffix", body.suffix)):
+            if clean_text(text) != text:
+                raise RequestError(
+                    f"{param} holds half of a surrogate pair, which is no character and has no UTF-8 form. "
+                    "Send the whole character, or remove the half.",
+                    param=param,
+                )
         rendered = chat.render_fim(body.prompt, body.suffix, add_default_bos_token=True)
         return tokenizer.encode_guarded(rendered.pieces())
     tokens = tokenizer.encode(body.prompt)
@@ -115,7 +125,7 @@ class _Writer:
     def opening(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
         """The echoed prompt."""
         shown = list(scores)
-        if shown and not self._echo.startswith(self._text(shown[0].id)):
+        if not self._echo.startswith(BOS):
             shown = shown[1:]  # the begin-of-sentence token, which was not in the text
         logprobs = None
         if self._top is not None:
@@ -138,8 +148,19 @@ class _Writer:
         return {"text": text, "logprobs": logprobs}
 
     def _text(self, token: int) -> str:
-        text: str = token_logprob(self._tokenizer, token, None)["token"]
-        return text
+        """The token by name: its text, or `bytes:\\xf0\\x9f` for a piece of a character, as OpenAI has it."""
+        entry = token_logprob(self._tokenizer, token, None)
+        text: str = entry["token"]
+        raw = self._tokenizer.token_bytes(token)
+        return text if entry["bytes"] is None or text.encode() == raw else _bytes_name(raw)
+
+    def _by_text(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Log probabilities by name; two tokens that read alike both keep their entry."""
+        named: dict[str, float] = {}
+        for token, logprob in top:
+            text = self._text(token)
+            named[_bytes_name(self._tokenizer.token_bytes(token)) if text in named else text] = logprob
+        return named
 
     def _logprobs(
         self, scored: Sequence[tuple[int, float | None, Sequence[tuple[int, float]]]], offsets: list[int]
@@ -147,12 +168,13 @@ class _Writer:
         return {
             "tokens": [self._text(token) for token, _, _ in scored],
             "token_logprobs": [logprob for _, logprob, _ in scored],
-            "top_logprobs": [
-                {self._text(token): logprob for token, logprob in top} if logprob_ is not None else None
-                for _, logprob_, top in scored
-            ],
+            "top_logprobs": [self._by_text(top) if logprob is not None else None for _, logprob, top in scored],
             "text_offset": offsets,
         }
+
+
+def _bytes_name(raw: bytes) -> str:
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

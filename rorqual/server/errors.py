@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
@@ -13,6 +14,10 @@ from starlette.exceptions import HTTPException
 
 from rorqual.errors import RequestError, RorqualError
 from rorqual.server.schema import unknown_field
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its whole answer was there."""
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
@@ -41,6 +46,13 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     if kind == "literal_error":
         expected = error["ctx"]["expected"].replace("'", "`").replace(" or ", ", ")
         return RequestError(f"{path}: unknown variant `{given}`, expected one of {expected}", param=path)
+    if kind == "string_unicode":
+        shown = str(given).encode("utf-8", "replace").decode()
+        return RequestError(
+            f"{path or 'The request body'} holds the name or text `{shown}` with half of a surrogate pair, which is no "
+            "character. Send the whole character, or remove the half.",
+            param=path or shown,
+        )
     if not path:
         return RequestError(
             "The request body is not a JSON object. Send one, with the header `Content-Type: application/json`."
@@ -55,6 +67,19 @@ def _path(parts: Sequence[str | int]) -> str:
     for part in parts:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path
+
+
+@contextmanager
+def named_as_sent(**names: str) -> Iterator[None]:
+    """Refusals of `key` name the field `value` instead, which is what the caller sent."""
+    try:
+        yield
+    except RequestError as error:
+        name = names.get(error.param or "")
+        if name is None:
+            raise
+        message = error.message.replace(str(error.param), name)
+        raise RequestError(message, status=error.status, type=error.type, param=name, code=error.code) from None
 
 
 def install(app: FastAPI) -> None:
@@ -79,8 +104,18 @@ def install(app: FastAPI) -> None:
             message = f"There is nothing at {request.url.path}. The API is at /v1/chat/completions, the page at /."
         elif error.status_code == 405:
             message = f"{request.url.path} does not take {request.method}."
+        elif isinstance(error.__cause__, RecursionError):
+            message = "The request body is JSON nested too deeply to be read. Send a flatter object."
+        elif isinstance(error.__cause__, UnicodeDecodeError):
+            message = f"The request body is not UTF-8 text ({error.__cause__}). Send JSON encoded as UTF-8."
+        elif isinstance(error.__cause__, ValueError):  # Python's bound on the digits of an integer
+            message = "The request body holds an integer of too many digits to be read. Send one that fits 64 bits."
         refusal = RequestError(message, status=error.status_code)
         return JSONResponse(error_body(refusal), error.status_code, headers=error.headers)
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)  # nobody reads it; the number is the custom for this
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:

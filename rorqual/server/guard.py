@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -56,7 +57,8 @@ class Guard:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max:
-                raise self._too_large()
+                refusal = self._too_large()  # FastAPI would make 400 of any other kind of exception
+                raise HTTPException(refusal.status, refusal.message)
             return message
 
         async def with_headers(message: Message) -> None:

@@ -69,6 +69,11 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(128)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(
+            f"cannot listen on {host!r}: no address belongs to that name ({error}). Use an address of this machine: "
+            "127.0.0.1 for itself alone, 0.0.0.0 for every network it is in."
+        ) from error
     except OSError as error:
         busy = error.errno == errno.EADDRINUSE
         reason = "another program listens there already" if busy else str(error)

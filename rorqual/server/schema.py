@@ -1,4 +1,4 @@
-"""Request bodies, as DeepSeek documents them. Anything else is refused by name; nothing is just ignored.
+"""Request bodies, as DeepSeek documents them. Anything else is refused by name; what has no effect says so.
 
 `null` means absent, for unknown fields too, because SDKs send back whole messages full of nulls. Ranges
 that the engine checks (temperature, stop, ...) are left to it. Source: DeepSeek's API documentation;
@@ -61,7 +61,7 @@ class PastCall(Body):
 class Message(Body):
     role: Literal["system", "user", "assistant", "tool", "latest_reminder", "developer"]
     content: Any = Field(None, description="A string, or a list of text parts.")
-    name: str | None = None
+    name: str | None = Field(None, description="No effect: the prompt format has no place for it.")
     reasoning_content: str | None = None
     tool_calls: list[PastCall] | None = None
     tool_call_id: str | None = None

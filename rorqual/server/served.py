@@ -55,7 +55,7 @@ class ServedModel:
         return SamplingParams(max_tokens=max_tokens, **given, **more)
 
 
-def find_model(models: Mapping[str, ServedModel], name: str) -> ServedModel:
+def find_model(models: Mapping[str, ServedModel], name: str, status: int = 400) -> ServedModel:
     """Raises: RequestError naming the models there are."""
     if name in models:
         return models[name]
@@ -66,7 +66,7 @@ def find_model(models: Mapping[str, ServedModel], name: str) -> ServedModel:
         known = f"The supported API model names are {names[0]} or {names[1]}"
     else:
         known = f"The supported API model names are {', '.join(names[:-1])}, and {names[-1]}"
-    raise RequestError(f"{known}, but you passed {name}.", param="model", code="model_not_found")
+    raise RequestError(f"{known}, but you passed {name}.", status=status, param="model", code="model_not_found")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from rorqual.engine import Engine, Request, SamplingParams, TokenEvent
 from rorqual.errors import RequestError
-from rorqual.server.errors import error_body
+from rorqual.server.errors import ClientGone, error_body
 
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
@@ -57,13 +57,13 @@ class TokenStream:
                 return
 
     async def collect(self, http: HttpRequest) -> list[TokenEvent]:
-        """All events; when the client goes away first, the request is cancelled and CancelledError raised."""
+        """All events; when the client goes away first, the request is cancelled and ClientGone raised."""
         task = asyncio.ensure_future(self._all())
         watcher = asyncio.ensure_future(_gone(http))
         try:
             await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise asyncio.CancelledError("the client went away")
+                raise ClientGone
             return task.result()
         finally:
             task.cancel()

@@ -206,6 +206,11 @@ class Tokenizer:
             )
 
     @cached_property
+    def control_token_ids(self) -> frozenset[int]:
+        """Ids of every added token: BOS, EOS, pad and the markers, which are no text."""
+        return frozenset(self._added)
+
+    @cached_property
     def _bytes(self) -> list[bytes]:
         symbols = _byte_of_symbol()
         table = [b""] * self.vocab_size

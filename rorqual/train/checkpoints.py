@@ -4,11 +4,12 @@ half a file.
 A checkpoint is a folder `checkpoints/step-00001234` with `weights.safetensors` (parameters, router biases,
 hash tables), `optimizer.safetensors` (momenta, random-generator state) and `state.json` (counters, data
 position, config, file sizes). It is written under another name, flushed to the disk and then renamed, so a
-folder of that name is always complete.
+folder of that name is always complete. `step-00001234-old` is one that was being replaced when the run was killed.
 """
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rorqual import log
+from rorqual.checkpoint.safetensors_io import save_tensors
 from rorqual.errors import CheckpointError
 
 logger = log.get(__name__)
 
 FORMAT = 1
 _FILES = ("weights.safetensors", "optimizer.safetensors")
+_FOLDER = re.compile(r"step-(\d+)(-old)?")
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,22 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint and drop all but the `keep` newest. Returns its folder.
+    """Write a checkpoint and drop the earlier ones but for the `keep` - 1 newest. Returns its folder.
 
+    Later ones (which could not be read, or this run would have begun there) are left alone.
     Raises: CheckpointError when the disk refuses; the earlier checkpoints are then untouched.
     """
     parent = run_folder / "checkpoints"
     final = parent / f"step-{progress.step:08d}"
     draft = parent / f".draft-{progress.step:08d}"
+    aside = parent / f"{final.name}-old"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for stale in parent.glob(".draft-*"):
             shutil.rmtree(stale)
         draft.mkdir()
-        save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, draft / _FILES[0])
-        save_file({**optimizer, "#rng": torch.get_rng_state()}, draft / _FILES[1])
+        save_tensors({k: v.detach().contiguous() for k, v in model.state_dict().items()}, draft / _FILES[0])
+        save_tensors({**optimizer, "#rng": torch.get_rng_state()}, draft / _FILES[1])
         state = {
             "format": FORMAT,
             "step": progress.step,
@@ -94,35 +99,59 @@ def save(
         for name in (*_FILES, "state.json"):
             _flush(draft / name)
         _flush(draft)
-        if final.exists():  # saved twice at one step: the contents are the same
-            shutil.rmtree(final)
+        if final.exists():  # saved twice at one step: one of the two is whole at any moment
+            if aside.exists():
+                shutil.rmtree(aside)
+            final.rename(aside)
         draft.rename(final)
         _flush(parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
         raise CheckpointError(
-            f"Cannot write the checkpoint {final}: {error.strerror or error}. Training stopped so that no "
-            "work is lost unnoticed; earlier checkpoints are intact. Free some space and continue with --resume."
+            f"Cannot write the checkpoint {final}: {getattr(error, 'strerror', None) or error}. Training stopped so "
+            "that no work is lost unnoticed; earlier checkpoints are intact. Free some space and continue with "
+            "--resume."
         ) from error
-    for old in complete(run_folder)[:-keep]:
+    shutil.rmtree(aside, ignore_errors=True)
+    earlier = [path for path in complete(run_folder) if _order(path) < _order(final)]
+    for old in earlier[: max(len(earlier) - (keep - 1), 0)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def folders(run_folder: Path) -> list[Path]:
+    """Folders of a run's checkpoints by step, damaged ones too."""
+    parent = run_folder / "checkpoints"
+    found = [path for path in parent.iterdir() if _FOLDER.fullmatch(path.name)] if parent.is_dir() else []
+    return sorted(found, key=_order)
+
+
 def complete(run_folder: Path) -> list[Path]:
     """Folders of the complete checkpoints of a run, oldest first."""
-    return sorted(p for p in (run_folder / "checkpoints").glob("step-*") if (p / "state.json").is_file())
+    return [path for path in folders(run_folder) if (path / "state.json").is_file()]
 
 
 def newest(run_folder: Path) -> Saved | None:
-    """Open the newest usable checkpoint, or None where there is none.
+    """Open the newest usable checkpoint, or None where there never was one.
 
     A damaged one (its files have another size than when written) is passed over with a warning.
+    Raises: CheckpointError when every one is damaged: starting over would be no continuation.
     """
-    for folder in reversed(complete(run_folder)):
+    found = folders(run_folder)
+    reasons = []
+    for folder in reversed(found):
         try:
             return read(folder)
         except CheckpointError as error:
-            logger.warning("%s Trying the one before it.", error)
+            reasons.append(str(error))
+            if folder != found[0]:
+                logger.warning("%s Trying the one before it.", error)
+    if reasons:
+        raise CheckpointError(
+            f"None of the {len(reasons)} checkpoints in {run_folder / 'checkpoints'} can be read, so there is no "
+            "point to continue from:\n  " + "\n  ".join(reasons) + "\nRestore one of them from a copy; or, to begin "
+            "again and lose that training, choose another --run-dir or remove that folder, and leave out --resume."
+        )
     return None
 
 
@@ -140,11 +169,17 @@ def read(folder: Path) -> Saved:
             if found != size:
                 raise CheckpointError(f"{folder / name} has {found:,} bytes, but {size:,} were written: it is damaged.")
         weights, optimizer = (load_file(folder / name) for name in _FILES)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        progress = Progress(state["step"], state["tokens"], state["train_seconds"])
+        rng = optimizer.pop("#rng")
+        return Saved(folder, progress, state["feed"], state["config"], weights, optimizer, rng)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read as a checkpoint ({error}): it is damaged.") from error
-    progress = Progress(state["step"], state["tokens"], state["train_seconds"])
-    rng = optimizer.pop("#rng")
-    return Saved(folder, progress, state["feed"], state["config"], weights, optimizer, rng)
+
+
+def _order(folder: Path) -> tuple[int, bool]:
+    match = _FOLDER.fullmatch(folder.name)
+    assert match is not None, folder
+    return int(match.group(1)), match.group(2) is None
 
 
 def _flush(path: Path) -> None:

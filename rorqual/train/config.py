@@ -7,7 +7,7 @@ misspelt setting never passes silently.
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,7 +16,7 @@ from rorqual.errors import ConfigError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -27,7 +27,10 @@ class ModelSection(_Section):
     )
     config: str | None = Field(default=None, description="Path of a config.json to use instead of the preset.")
     overrides: dict[str, Any] = Field(default={}, description="Settings of the architecture to change.")
-    init_from: str | None = Field(default=None, description="Folder of weights to start from instead of random ones.")
+    init_from: str | None = Field(
+        default=None,
+        description="Folder of weights to start from instead of random ones; its tokenizer.json comes along.",
+    )
 
     def build(self) -> ModelConfig:
         """The architecture. Raises ConfigError when it cannot be read or is impossible."""
@@ -77,7 +80,7 @@ class DataSection(_Section):
     tasks: TasksSection = Field(default=TasksSection(), description="Synthetic task families.")
     tokenizer: str | None = Field(
         default=None,
-        description="Folder or file of a tokenizer.json; without one a BPE is trained on the corpora.",
+        description="Folder or file of a tokenizer.json; without one, that of model.init_from, or a new BPE.",
     )
     tokenizer_sample_bytes: int = Field(
         default=20_000_000,
@@ -97,6 +100,9 @@ class DataSection(_Section):
     )
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimSection(_Section):
     """How weights move."""
 
@@ -113,7 +119,7 @@ class OptimSection(_Section):
         default="hybrid",
         description="Newton-Schulz schedule: hybrid 8+2 (V4), or five plain steps (ablation).",
     )
-    adam_betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Decay of AdamW's two moments.")
+    adam_betas: tuple[_Decay, _Decay] = Field(default=(0.9, 0.95), description="Decay of AdamW's two moments.")
     adam_eps: float = Field(default=1e-20, gt=0, description="AdamW's epsilon for embedding, head and norms.")
     adam_bias_eps: float = Field(
         default=1e-8,
@@ -185,7 +191,7 @@ class RunSection(_Section):
         default=0, ge=0, description="Threads per process; 0 means the machine's cores over the processes."
     )
     processes: int = Field(default=1, ge=1, description="Processes that share each step's micro-batches (CPU only).")
-    device: str = Field(default="cpu", description="Where to train: cpu or cuda.")
+    device: str = Field(default="cpu", description="Where to train: cpu, or the accelerator by torch's name.")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="Precision of matrix products (weights stay fp32); on a CPU bf16 is the head only.",
@@ -198,7 +204,7 @@ class RunSection(_Section):
     eval_every: int = Field(default=500, ge=0, description="Steps between held-out evaluations; 0 for the end only.")
     eval_tokens: int = Field(default=65_536, gt=0, description="Held-out tokens per evaluation.")
     max_steps: int | None = Field(
-        default=None, ge=1, description="Stop (and save) after this step although tokens remain."
+        default=None, ge=1, description="Stop (and save) after this step although tokens remain; --resume forgets it."
     )
     sample_prompts: list[str] = Field(
         default=[], description="Texts continued greedily at every evaluation, into samples.txt."
@@ -300,6 +306,11 @@ def breaking_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
     ]
 
 
+def run_recipe(config: TrainConfig) -> str:
+    """The recipe a run folder keeps: all settings but `run.max_steps`, which is for one sitting only."""
+    return to_toml(config.model_copy(update={"run": config.run.model_copy(update={"max_steps": None})}))
+
+
 def to_toml(config: TrainConfig) -> str:
     """The config as a TOML recipe, every field under its description. Fields that are unset are left out."""
     lines: list[str] = []
@@ -314,7 +325,7 @@ def _write_table(section: BaseModel, prefix: str, lines: list[str]) -> None:
         if isinstance(value, BaseModel):
             nested.append((f"{prefix}{name}", value))
         elif value is not None:
-            lines += [f"# {field.description}", f"{name} = {_toml(_plain(value))}"]
+            lines += [f"# {field.description}", f"{name} = {toml_value(_plain(value))}"]
     for path, value in nested:
         lines += ["", f"[{path}]"]
         _write_table(value, f"{path}.", lines)
@@ -328,20 +339,26 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-        return f'"{escaped}"'
+        return '"' + "".join(_escaped(character) for character in value) + '"'
     if isinstance(value, float):
         text = repr(value)
         return text if any(c in text for c in ".en") else text + ".0"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{toml_value(str(k))} = {toml_value(v)}" for k, v in value.items()) + "}"
     return str(value)
+
+
+def _escaped(character: str) -> str:
+    short = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t"}.get(character)
+    is_control = character < " " or character == "\x7f"
+    return short or (f"\\u{ord(character):04x}" if is_control else character)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from rorqual import log
 from rorqual.config import ModelConfig
 from rorqual.data import (
+    Batch,
     Corpus,
     Document,
     PackedLoader,
@@ -32,16 +33,17 @@ from rorqual.errors import ConfigError, DataError
 from rorqual.seeds import derive
 from rorqual.tokenizer import EOS, MARKER_TOKENS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from rorqual.train.config import SourceSection, TrainConfig
-from rorqual.train.feed import Rows
+from rorqual.train.feed import Continuation, Rows
 
 logger = log.get(__name__)
 
 _EVAL_ROWS = 8
 
 
-def build_corpus_feed(config: TrainConfig, cfg: ModelConfig, folder: Path) -> "CorpusFeed":
+def build_corpus_feed(config: TrainConfig, cfg: ModelConfig, folder: Path, *, is_new: bool = False) -> "CorpusFeed":
     """Read the corpora, train or load the tokenizer, tokenize, and set up the mixture.
 
+    With `is_new` a tokenizer.json that lies in `folder` is another run's and is not used.
     Raises: DataError for a corpus that cannot be read or leaves nothing to train on; ConfigError for an
     unknown task family or a tokenizer larger than the model's vocabulary.
     """
@@ -55,7 +57,7 @@ def build_corpus_feed(config: TrainConfig, cfg: ModelConfig, folder: Path) -> "C
             "to train on. "
             'Add a [[data.sources]] entry such as kind = "python", or give the tasks a weight.'
         )
-    tokenizer = _tokenizer(config, cfg, folder, [train for train, _ in corpora], families)
+    tokenizer = _tokenizer(config, cfg, folder, [train for train, _ in corpora], families, is_new)
     tokenizer.check_fits(cfg.vocab_size)
     longest = max(length for _, length in config.schedule.seq_lens)
     sources: list[Source] = []
@@ -114,8 +116,7 @@ class CorpusFeed:
         """See `Feed`."""
         self.loader.set_batch_size(num_rows)
         self.loader.set_seq_len(seq_len)
-        batch = next(self.loader)
-        return Rows(batch.tokens, batch.labels, batch.segment_ids)
+        return _rows(next(self.loader))
 
     def state_dict(self) -> dict[str, Any]:
         """See `Feed`."""
@@ -134,7 +135,10 @@ class CorpusFeed:
         counts = torch.zeros(self.tokenizer.vocab_size, dtype=torch.int64)
         sample = min(1_000_000, self._config.schedule.total_tokens)
         for _ in range(max(1, sample // (64 * seq_len))):
-            counts += torch.bincount(self.next_rows(64, seq_len).tokens.flatten(), minlength=counts.shape[0])
+            rows = self.next_rows(64, seq_len)
+            lengths = torch.tensor(rows.lengths or [seq_len] * 64)
+            tokens = rows.tokens[torch.arange(seq_len) < lengths.unsqueeze(1)]  # padding is no text
+            counts += torch.bincount(tokens, minlength=counts.shape[0])
         self.loader.load_state_dict(before)
         return counts
 
@@ -153,7 +157,7 @@ class CorpusFeed:
         num_batches = max(1, num_tokens // (_EVAL_ROWS * seq_len))
         for name, source in self._held_out.items():
             for batch in itertools.islice(heldout_batches(source, _EVAL_ROWS, seq_len), num_batches):
-                yield name, Rows(batch.tokens, batch.labels, batch.segment_ids)
+                yield name, _rows(batch)
         if not self._families:
             return
         items = [_ItemSource(name, family, self.tokenizer) for name, family in self._families.items()]
@@ -161,11 +165,12 @@ class CorpusFeed:
             items, seq_len=seq_len, batch_size=_EVAL_ROWS, seed=0, pad_token_id=self.tokenizer.pad_token_id
         ) as loader:
             for batch in itertools.islice(loader, num_batches):
-                yield "tasks", Rows(batch.tokens, batch.labels, batch.segment_ids)
+                yield "tasks", _rows(batch)
 
-    def continuation(self, text: str) -> tuple[list[int], Any] | None:
+    def continuation(self, text: str) -> Continuation:
         """See `Feed`."""
-        return [self.tokenizer.bos_token_id, *self.tokenizer.encode(text)], self.tokenizer.decode
+        ids = [self.tokenizer.bos_token_id, *self.tokenizer.encode(text)]
+        return Continuation(ids, self.tokenizer.decode, self.tokenizer.vocab_size)
 
     def save_artifacts(self, folder: str) -> None:
         """Write tokenizer.json and, when tasks were trained on, world.json."""
@@ -194,11 +199,15 @@ class _ItemSource:
         return [Document(*encode_pieces(self._tokenizer, [(item.prompt_text(bos=False), False), (gold, True)]))]
 
 
+def _rows(batch: Batch) -> Rows:
+    return Rows(batch.tokens, batch.labels, batch.segment_ids, batch.lengths if batch.is_padded else None)
+
+
 def _open(section: SourceSection) -> Corpus:
     if section.kind == "python":
         return python_corpus(include_tests=section.include_tests)
     assert section.path is not None
-    return open_corpus(section.path)
+    return open_corpus(Path(section.path), is_jsonl=section.kind == "jsonl")
 
 
 def _families(config: TrainConfig) -> dict[str, TaskFamily]:
@@ -232,20 +241,40 @@ def _tokenizer(
     folder: Path,
     corpora: list[Corpus],
     families: dict[str, TaskFamily],
+    is_new: bool,
 ) -> Tokenizer:
-    """The given tokenizer, the one this run trained before, or a new one from a sample of the mixture."""
+    """The given tokenizer, the one this run began with, that of the weights it starts from, or a new one from a
+    sample of the mixture.
+    """
     data = config.data
     if data.tokenizer:
         path = Path(data.tokenizer)
         return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
     own = folder / "tokenizer.json"
-    if own.is_file():
+    if own.is_file() and not is_new:
         return Tokenizer.from_file(own)
-    logger.info("Training a tokenizer of %d tokens.", cfg.vocab_size)
-    tokenizer = train_tokenizer(_sample_texts(config, corpora, families), cfg.vocab_size, digits=data.tokenizer_digits)
+    if config.model.init_from:
+        tokenizer = _tokenizer_of(Path(config.model.init_from))
+    else:
+        logger.info("Training a tokenizer of %d tokens.", cfg.vocab_size)
+        texts = _sample_texts(config, corpora, families)
+        tokenizer = train_tokenizer(texts, cfg.vocab_size, digits=data.tokenizer_digits)
     folder.mkdir(parents=True, exist_ok=True)
+    if own.is_file() and own.read_text(encoding="utf-8") != tokenizer.to_json():
+        own.replace(aside := own.with_suffix(".json.old"))
+        logger.warning("%s was there before this run and is not its tokenizer; it is now %s.", own, aside.name)
     tokenizer.save(folder)
     return tokenizer
+
+
+def _tokenizer_of(weights: Path) -> Tokenizer:
+    """The tokenizer beside the weights a run starts from: with another one their embeddings mean other words."""
+    if not (weights / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"model.init_from names {weights}, which has no tokenizer.json, so it is unknown which text its token ids "
+            "stand for. Put the model's tokenizer.json there, or name one in data.tokenizer."
+        )
+    return Tokenizer.from_folder(weights)
 
 
 def _sample_texts(config: TrainConfig, corpora: list[Corpus], families: dict[str, TaskFamily]) -> Iterator[str]:

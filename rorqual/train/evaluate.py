@@ -64,13 +64,14 @@ def _score(
     from rorqual.model import Trace
 
     device = model.embed.weight.device
-    segments = None if rows.segment_ids is None else rows.segment_ids.to(device)
+    there = rows.to(device)
+    trace = Trace(dense=dense)
     with autocast(device.type, numerics.dtype):
-        streams = model.forward_streams(rows.tokens.to(device), segment_ids=segments, trace=Trace(dense=dense))
+        streams = model.forward_streams(there.tokens, segment_ids=there.segment_ids, lengths=there.lengths, trace=trace)
         nats = losses.cross_entropy_sum(
             model.final_hidden(streams),
             model.head.weight,
-            rows.labels.to(device),
+            there.labels,
             chunk=numerics.loss_chunk,  # and in float32, whatever training uses: these figures are published
         )
     learned = rows.labels[rows.labels != losses.IGNORE]
@@ -81,8 +82,8 @@ def _score(
 
 
 @torch.no_grad()
-def continue_greedily(model: Any, prompt: Sequence[int], num_tokens: int, eos: int) -> list[int]:
-    """The `num_tokens` likeliest next tokens, one after the other, up to `eos`."""
+def continue_greedily(model: Any, prompt: Sequence[int], num_tokens: int, eos: int, vocab_size: int) -> list[int]:
+    """The `num_tokens` likeliest next tokens below `vocab_size`, one after the other, up to `eos`."""
     model.eval()
     try:
         state = model.new_state(batch_size=1)
@@ -90,7 +91,7 @@ def continue_greedily(model: Any, prompt: Sequence[int], num_tokens: int, eos: i
         tokens = torch.tensor([list(prompt)], dtype=torch.int64, device=device)
         out: list[int] = []
         while len(out) < num_tokens:
-            token = int(model(tokens, state=state)[0, -1].argmax())
+            token = int(model(tokens, state=state)[0, -1, :vocab_size].argmax())
             out.append(token)
             if token == eos:
                 break

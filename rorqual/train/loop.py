@@ -9,11 +9,14 @@ setup.
 import dataclasses
 import json
 import math
+import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ from rorqual.seeds import derive
 from rorqual.train import checkpoints, groups, losses, routing
 from rorqual.train.adamw import AdamW
 from rorqual.train.checkpoints import Progress, Saved
-from rorqual.train.config import TrainConfig, breaking_changes, to_toml, validate
+from rorqual.train.config import TrainConfig, breaking_changes, load_config, run_recipe, validate
+from rorqual.train.device import check_device
 from rorqual.train.evaluate import HeldOut, continue_greedily, evaluate
 from rorqual.train.feed import Feed, Rows
 from rorqual.train.muon import Muon
@@ -67,13 +71,16 @@ def train(
     `progress` is `rich`, `json` or `quiet`. `build_feed` replaces the data of the config (for tests). With
     `allow_changes` a resumed run takes over settings that differ from the checkpoint's, giving up
     bit-equality. Raises: ConfigError when the folder already holds a run (without `resume`), holds none (with
-    it), or settings changed; DataError for a corpus that cannot be read; CheckpointError when nothing in the
-    folder can be resumed.
+    it), cannot be written, settings changed, or there is no such device; DataError for a corpus that cannot be
+    read; CheckpointError when nothing in the folder can be resumed.
     """
+    check_device(config.run.device, config.run.processes)
     folder = Path(config.run.folder)
-    saved = _open_folder(folder, config, resume=resume, allow_changes=allow_changes)
+    saved, is_changed = _open_folder(folder, config, resume=resume, allow_changes=allow_changes)
     with ExitStack() as stack:
-        run = _Run(config, folder, saved, build_feed or _corpus_feed, stack)
+        run = _Run(config, folder, saved, build_feed or partial(_corpus_feed, is_new=saved is None), stack)
+        if is_changed:  # only now: settings that could not be built must not take the place of those that were
+            _write_recipe(folder, config)
         line = stack.enter_context(ProgressLine(progress, run.schedule.total_tokens))
         return run.go(line)
 
@@ -99,42 +106,74 @@ def build_schedule(config: TrainConfig) -> Schedule:
     )
 
 
-def _corpus_feed(config: TrainConfig, cfg: ModelConfig, folder: Path) -> Feed:
+def _corpus_feed(config: TrainConfig, cfg: ModelConfig, folder: Path, *, is_new: bool) -> Feed:
     from rorqual.train.corpus_feed import build_corpus_feed
 
-    return build_corpus_feed(config, cfg, folder)
+    return build_corpus_feed(config, cfg, folder, is_new=is_new)
 
 
-def _open_folder(folder: Path, config: TrainConfig, *, resume: bool, allow_changes: bool) -> Saved | None:
-    """Find the checkpoint to continue from, or make the folder of a new run."""
+def _open_folder(folder: Path, config: TrainConfig, *, resume: bool, allow_changes: bool) -> tuple[Saved | None, bool]:
+    """Find the checkpoint to continue from, or make the folder of a new run.
+
+    Also returns whether `config` is not what the folder's config.toml says.
+    """
+    try:
+        return _find_or_make(folder, config, resume=resume, allow_changes=allow_changes)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{folder} cannot hold a run: {error.strerror or error}. A run writes its checkpoints and figures there. "
+        "Choose another --run-dir, or correct the permissions."
+    )
+
+
+def _write_recipe(folder: Path, config: TrainConfig) -> None:
+    draft = folder / "config.draft"
+    try:
+        draft.write_text(run_recipe(config), encoding="utf-8")
+        draft.replace(folder / "config.toml")
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _find_or_make(folder: Path, config: TrainConfig, *, resume: bool, allow_changes: bool) -> tuple[Saved | None, bool]:
     if not resume:
-        if checkpoints.complete(folder):
+        if checkpoints.folders(folder):
             raise ConfigError(
                 f"{folder} already holds a run with checkpoints. Starting again there would mix two runs. "
                 "Add --resume to continue it, or choose another --run-dir."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        return None
+        _check_writable(folder)
+        return None, True
     saved = checkpoints.newest(folder)
+    recipe = folder / "config.toml"
     if saved is None:
-        if not (folder / "config.toml").is_file():
+        if not recipe.is_file():
             raise CheckpointError(
                 f"{folder} holds no run to resume. Check --run-dir, or leave out --resume to start a new run."
             )
         logger.warning("%s has no checkpoint yet; starting from the beginning.", folder)
-        return None
-    changes = breaking_changes(validate(saved.config), config)
+    _check_writable(folder)
+    changes = breaking_changes(load_config([recipe]) if saved is None else validate(saved.config), config)
     if changes and not allow_changes:
+        where = f"of {recipe}" if saved is None else f"of the checkpoint {saved.folder.name}"
         raise ConfigError(
-            f"These settings differ from those of the checkpoint {saved.folder.name}:\n  " + "\n  ".join(changes) + "\n"
+            f"These settings differ from those {where}:\n  " + "\n  ".join(changes) + "\n"
             "The continued run would not equal the uninterrupted one. Put them back, or add --allow-changes "
             "to go on from these weights anyway."
         )
     if changes:
         logger.warning("Continuing with changed settings: %s.", "; ".join(changes))
-        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    return saved
+    return saved, bool(changes)
+
+
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(13, "it is not writable")
 
 
 class _Run:
@@ -170,7 +209,7 @@ class _Run:
             self._load(saved.weights)
         self.model.to(config.run.device)
         self.model.train()
-        # A pool moves the weights into shared memory, so the optimizers (which hold views) come after it.
+        # A pool with workers moves the weights into shared memory, so the optimizers (which hold views) come after it.
         self.pool = Pool(self.model, self.cfg, config.run.processes - 1, self.numerics)
         stack.callback(self.pool.close)
         self.biases = routing.router_biases(self.model)
@@ -219,7 +258,7 @@ class _Run:
         from rorqual.checkpoint import load_official
 
         source = load_official(folder, dtype=torch.float32)
-        if source.cfg != self.cfg:
+        if source.cfg.replace(torch_dtype=self.cfg.torch_dtype, extra=self.cfg.extra) != self.cfg:
             logger.warning("%s has another config than this run; its weights must still fit.", folder)
         self._load(source.state_dict())
 
@@ -270,6 +309,7 @@ class _Run:
         lr, dense = schedule.lr(step, tokens), schedule.is_dense(tokens)
         mtp_weight = schedule.mtp(tokens) if self.cfg.num_nextn_predict_layers else 0.0
         batches, num_targets, num_mtp_targets = self._micro_batches(num_rows, seq_len)
+        index_queries = [losses.num_index_queries(batch) for batch in batches]
         loss_weights = [
             losses.LossWeights(
                 mtp=mtp_weight,
@@ -278,8 +318,9 @@ class _Run:
                 num_targets=num_targets,
                 num_mtp_targets=num_mtp_targets,
                 row_share=batch.tokens.shape[0] / num_rows,
+                index_share=queries / max(sum(index_queries), 1),
             )
-            for batch in batches
+            for batch, queries in zip(batches, index_queries, strict=True)
         ]
         self.model.zero_grad(set_to_none=True)
         parts = self.pool.accumulate(batches, loss_weights, dense=dense)
@@ -364,6 +405,7 @@ class _Run:
             dense=self.schedule.is_dense(tokens) and tokens < self.schedule.total_tokens,
             numerics=self.numerics,
         )
+        self._sample()
         if not self.held_out:
             return
         first = next(iter(self.held_out.values()))
@@ -376,7 +418,6 @@ class _Run:
         }
         self.metrics.write(record)
         line.say({"event": "eval", **record}, f"step {self.progress.step}: {_describe(self.held_out)}")
-        self._sample()
 
     def _sample(self) -> None:
         prompts = self.config.run.sample_prompts
@@ -385,12 +426,12 @@ class _Run:
         with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
             file.write(f"===== step {self.progress.step}\n")
             for prompt in prompts:
-                encoded = self.feed.continuation(prompt)
-                if encoded is None:
+                start = self.feed.continuation(prompt)
+                if start is None:
                     return
-                ids, decode = encoded
-                out = continue_greedily(self.model, ids, self.config.run.sample_tokens, self.cfg.eos_token_id)
-                file.write(f"--- {prompt}\n{decode(out)}\n")
+                length, eos = self.config.run.sample_tokens, self.cfg.eos_token_id
+                out = continue_greedily(self.model, start.ids, length, eos, start.vocab_size)
+                file.write(f"--- {prompt}\n{start.decode(out)}\n")
 
     def _save(self) -> Path:
         optimizer = {
@@ -428,7 +469,7 @@ class _Run:
         spent = duration(self.progress.train_seconds)
         if not result.finished:
             why = "Stopped" if interrupted else "Reached run.max_steps"
-            again = f"rorqual train --resume --run-dir {self.folder}"
+            again = f"rorqual train --resume --run-dir {shlex.quote(str(self.folder))}"
             return f"{why} at step {result.step}; saved {saved}. Continue: {again}"
         best = _describe(self.held_out) if self.held_out else "no held-out text"
         return (

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rorqual.config import CSA_RATIO
+from rorqual.train.feed import Rows
+
 IGNORE = -100
 """Label of a position that is not predicted (padding, masked prompts, the end of a document)."""
 
@@ -97,6 +100,19 @@ def mtp_labels(labels: Tensor, segment_ids: Tensor | None) -> Tensor:
     return shifted
 
 
+def num_index_queries(rows: Rows) -> int:
+    """Queries over which an indexer's loss is a mean: those whose document has completed an entry before or with
+    them.
+    """
+    if rows.segment_ids is None:
+        lengths = rows.lengths or (rows.tokens.shape[1],) * rows.tokens.shape[0]
+        return sum(max(length - (CSA_RATIO - 1), 0) for length in lengths)
+    # Position m - 1 or later in a document: the m - 1 tokens before it have the same segment. Padding has one a token.
+    same = rows.segment_ids[:, 1:] == rows.segment_ids[:, :-1]
+    windows = same.unfold(1, CSA_RATIO - 1, 1) if same.shape[1] >= CSA_RATIO - 1 else same[:, :0].unsqueeze(-1)
+    return int(windows.all(-1).sum())
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """Weights of the parts at one moment of training, and the denominators of the whole step."""
@@ -109,6 +125,8 @@ class LossWeights:
     num_mtp_targets: int
     row_share: float
     """Rows of this micro-batch over rows of the step: weight of per-sequence losses."""
+    index_share: float
+    """Share of this micro-batch in the step's queries that see a compressed entry: weight of the index losses."""
 
 
 @dataclass
@@ -128,9 +146,7 @@ class LossParts:
 
 def compute(
     model: Any,  # rorqual.model.Transformer, or anything with its training methods
-    tokens: Tensor,
-    labels: Tensor,
-    segment_ids: Tensor | None,
+    rows: Rows,
     weights: LossWeights,
     *,
     dense: bool,
@@ -139,27 +155,28 @@ def compute(
 ) -> tuple[Tensor, LossParts]:
     """Forward one micro-batch and return its share of the step's loss, ready for `backward()`.
 
-    Shapes: tokens, labels, segment_ids [B, S]. `dense` lets compressed sparse attention read every visible
+    `rows` lie on the model's device. `dense` lets compressed sparse attention read every visible
     entry (the first stage of training). Router counts are returned by the router's module path
     ("layers.3.ffn.gate"), hash layers too.
     """
     from rorqual.model import Trace, next_tokens
 
+    labels, where = rows.labels, {"segment_ids": rows.segment_ids, "lengths": rows.lengths}
     trace = Trace(dense=dense, index_loss=weights.index > 0, router=True)
     head: nn.Parameter = model.head.weight
-    streams = model.forward_streams(tokens, segment_ids=segment_ids, trace=trace)
+    streams = model.forward_streams(rows.tokens, **where, trace=trace)
     lm = cross_entropy_sum(model.final_hidden(streams), head, labels, chunk=chunk, dtype=dtype)
     lm = lm / max(weights.num_targets, 1)
     loss = lm
     mtp = torch.zeros(())
     if weights.mtp > 0 and weights.num_mtp_targets > 0:
-        mtp_streams = model.mtp_streams(streams, next_tokens(tokens), segment_ids=segment_ids, trace=trace)
+        mtp_streams = model.mtp_streams(streams, next_tokens(rows.tokens), **where, trace=trace)
         mtp_hidden = model.mtp_hidden(mtp_streams)
-        mtp = cross_entropy_sum(mtp_hidden, head, mtp_labels(labels, segment_ids), chunk=chunk, dtype=dtype)
+        mtp = cross_entropy_sum(mtp_hidden, head, mtp_labels(labels, rows.segment_ids), chunk=chunk, dtype=dtype)
         mtp = mtp / weights.num_mtp_targets
         loss = loss + weights.mtp * mtp
     balance = _total([r.balance_loss for r in trace.routers if r.balance_loss is not None]) * weights.row_share
-    index = _total(trace.index_losses) * weights.row_share
+    index = _total(trace.index_losses) * weights.index_share
     loss = loss + weights.balance * balance + weights.index * index
     return loss, LossParts(
         lm=lm.item(),

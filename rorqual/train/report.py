@@ -135,7 +135,7 @@ def environment(seed: int, device: str, threads: int, processes: int) -> dict[st
         "system": platform.system(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "device": _device_name(torch.device(device)),
         "threads": threads,
         "processes": processes,
         "seed": seed,
@@ -151,6 +151,13 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return str(device)
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(name(device)) if name is not None else str(device)
 
 
 def _processor() -> str | None:

@@ -8,6 +8,8 @@ silent the fractions follow V3 (decay from about 70%, bias speed to zero at the 
 import math
 from dataclasses import dataclass
 
+from rorqual.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -32,6 +34,12 @@ class Schedule:
     ramp_until: float = 0.0
     """Fraction over which the batch grows linearly from `ramp_from` of its full size; 0 for none."""
     ramp_from: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not self.seq_lens or self.seq_lens[0][0] != 0.0:
+            raise ConfigError(
+                f"seq_lens is {self.seq_lens}, which leaves the first tokens without a row length. Begin at 0.0."
+            )
 
     def lr(self, step: int, tokens: int) -> float:
         """Learning rate of step `step` (0-based): linear warm-up, constant, cosine down to `end_lr`."""

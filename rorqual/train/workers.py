@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,7 @@ def accumulate(
         with autocast(device.type, numerics.dtype):
             loss, part = losses.compute(
                 model,
-                batch.tokens.to(device),
-                batch.labels.to(device),
-                None if batch.segment_ids is None else batch.segment_ids.to(device),
+                batch.to(device),
                 weight,
                 dense=dense,
                 chunk=numerics.loss_chunk,
@@ -78,13 +77,27 @@ def autocast(device_type: str, dtype: torch.dtype) -> contextlib.AbstractContext
 class Pool:
     """Worker processes around one shared copy of a model's weights. Use as a context manager.
 
-    Making a Pool moves the parameters and float buffers of `model` into shared memory, so build optimizers
-    after it.
+    Making a Pool with workers moves the parameters and float buffers of `model` into shared memory, so build
+    optimizers after it. Without workers it leaves the model as it is, on any device.
+    Raises: RorqualError when a worker does not start.
     """
 
     def __init__(self, model: nn.Module, cfg: ModelConfig, num_workers: int, numerics: Numerics) -> None:
         self.model = model
         self.numerics = numerics
+        self._links: list[Connection] = []
+        self._processes: list[SpawnProcess] = []
+        self._gradients: list[list[Tensor]] = []
+        self._folder: Path | None = None
+        if num_workers:
+            try:
+                self._start(cfg, num_workers)
+            except BaseException:
+                self.close()
+                raise
+
+    def _start(self, cfg: ModelConfig, num_workers: int) -> None:
+        model = self.model
         shared_memory = Path("/dev/shm")
         size = sum(p.numel() * 4 for p in model.parameters()) * (num_workers + 1) + (1 << 20)
         roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > size
@@ -92,22 +105,40 @@ class Pool:
         share_weights(model, self._folder / "weights", is_new=True)
         static = {k: v.numpy() for k, v in model.named_buffers() if not v.dtype.is_floating_point}
         context = multiprocessing.get_context("spawn")
-        self._links: list[Connection] = []
-        self._processes = []
-        self._gradients: list[list[Tensor]] = []
         for rank in range(1, num_workers + 1):
             here, there = context.Pipe()
             path = self._folder / f"gradients-{rank}"
             self._gradients.append(_map_gradients(model, path, is_new=True))
             process = context.Process(
                 target=_serve,
-                args=(there, cfg, static, self._folder / "weights", path, numerics),
+                args=(there, cfg, static, self._folder / "weights", path, self.numerics),
                 daemon=True,
             )
             process.start()
             there.close()
             self._links.append(here)
             self._processes.append(process)
+        for rank in range(1, num_workers + 1):
+            answer = self._receive(rank)
+            if answer is not None:
+                raise RorqualError(
+                    f"Training process {rank + 1} of {num_workers + 1} did not start: {answer}. The steps cannot be "
+                    "shared out. Train with run.processes=1."
+                )
+        # Everybody has mapped the files. Without a name they last as long as the mappings, however the run ends.
+        self._remove_folder()
+
+    def _receive(self, rank: int) -> Any:
+        """The next answer of worker `rank` (from 1), or the reason why there is none."""
+        try:
+            return self._links[rank - 1].recv()
+        except (EOFError, ConnectionResetError):
+            self._processes[rank - 1].join(timeout=10)
+            return f"it ended with exit code {self._processes[rank - 1].exitcode}"
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> "Pool":
         return self
@@ -126,11 +157,8 @@ class Pool:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed when it does not answer
                 link.send((_pack(batches[rank::n]), list(weights[rank::n]), dense))
         shares = [accumulate(self.model, batches[::n], weights[::n], dense=dense, numerics=self.numerics)]
-        for rank, link in enumerate(self._links, start=1):
-            try:
-                answer = link.recv()
-            except (EOFError, ConnectionResetError):
-                answer = f"it ended with exit code {self._processes[rank - 1].exitcode}"
+        for rank in range(1, n):
+            answer = self._receive(rank)
             if isinstance(answer, str):
                 raise RorqualError(
                     f"Training process {rank} of {n} failed: {answer}. The step cannot be completed without "
@@ -158,7 +186,7 @@ class Pool:
                 process.kill()
                 process.join()
         self._links, self._processes = [], []
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
 
 
 def share_weights(model: nn.Module, path: Path, *, is_new: bool) -> None:
@@ -195,16 +223,18 @@ def _map_gradients(model: nn.Module, path: Path, *, is_new: bool) -> list[Tensor
     return views
 
 
-def _pack(batches: Sequence[Rows]) -> list[tuple[Any, Any, Any]]:
+def _pack(batches: Sequence[Rows]) -> list[tuple[Any, ...]]:
     """Tensors as arrays: torch would pass them through file descriptors."""
     return [
-        (b.tokens.numpy(), b.labels.numpy(), None if b.segment_ids is None else b.segment_ids.numpy()) for b in batches
+        (b.tokens.numpy(), b.labels.numpy(), None if b.segment_ids is None else b.segment_ids.numpy(), b.lengths)
+        for b in batches
     ]
 
 
-def _unpack(packed: list[tuple[Any, Any, Any]]) -> list[Rows]:
+def _unpack(packed: list[tuple[Any, ...]]) -> list[Rows]:
     return [
-        Rows(torch.from_numpy(t), torch.from_numpy(y), None if s is None else torch.from_numpy(s)) for t, y, s in packed
+        Rows(torch.from_numpy(t), torch.from_numpy(y), None if s is None else torch.from_numpy(s), lengths)
+        for t, y, s, lengths in packed
     ]
 
 
@@ -230,6 +260,8 @@ def _serve(
     views = _map_gradients(model, gradients, is_new=False)
     for parameter, view in zip(model.parameters(), views, strict=True):
         parameter.grad = view
+    with contextlib.suppress(BrokenPipeError, OSError):
+        link.send(None)  # everything is mapped
     while True:
         try:
             request = link.recv()

@@ -175,7 +175,8 @@ def test_a_real_network_behind_the_same_api() -> None:
 
 
 def _params(tokenizer: Any, seed: int) -> Any:
+    from rorqual.chat import suppressed_ids
     from rorqual.engine import SamplingParams
 
-    hidden = (tokenizer.token_id("｜DSML｜"),)
+    hidden = suppressed_ids(tokenizer, thinking=True)
     return SamplingParams(seed=seed, max_tokens=24, logprobs=True, suppress_token_ids=hidden)

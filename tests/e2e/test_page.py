@@ -136,6 +136,7 @@ def test_a_refusal_is_shown_and_the_question_kept(page: Browser) -> None:
     page.wait_for("document.querySelector('.error')")
     assert "minke, but you passed gone" in page.text(".error")
     assert page.value("document.querySelector('#prompt').value") == "Hello?"
+    assert page.value("document.querySelectorAll('.message').length") == 0  # it was not said, so it is not shown
     page.value("document.querySelector('#model').value = 'minke'")
     page.click("#send")
     page.wait_for(f"{IDLE} && document.querySelector('.answer')")

@@ -140,16 +140,20 @@ def test_only_fp32_and_bf16_are_written(model: Transformer, tmp_path: Path):
         checkpoint.save_official(model, tmp_path, dtype=torch.float16)
 
 
-def test_companion_files_travel_and_are_kept(model: Transformer, folder: Path, tmp_path: Path):
+def test_companion_files_travel_and_replace_those_of_another_model(model: Transformer, folder: Path, tmp_path: Path):
     (folder / "world.json").write_text('{"world": 7}')
     (folder / "tokenizer.json").write_text("{}")
     loaded = checkpoint.load_official(folder)
     target = tmp_path / "copy"
     checkpoint.save_transformers(loaded, target)
     assert (target / "world.json").read_text() == '{"world": 7}' and (target / "tokenizer.json").exists()
-    (target / "world.json").write_text('{"world": 8}')
+    (target / "world.json").write_text('{"world": 8}')  # another model's
+    (target / "generation_config.json").write_text("{}")
     checkpoint.save_transformers(loaded, target)
-    assert (target / "world.json").read_text() == '{"world": 8}'
+    assert (target / "world.json").read_text() == '{"world": 7}'
+    assert (target / "generation_config.json").exists()  # this model has none: left alone
+    checkpoint.save_official(loaded, folder)  # over itself
+    assert (folder / "world.json").read_text() == '{"world": 7}'
 
 
 def test_quantisation_settings_do_not_survive_in_plain_files(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Corpora: what is read, how it is split, and what every unreadable thing says about itself."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,35 @@ def test_unreadable_places_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken/gone.txt").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"gone.txt cannot be read \(No such file"):
         open_corpus(tmp_path / "broken")
+
+
+def test_folders_and_files_without_permission_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", "one")
+    write(tmp_path / "locked/b.txt", "two")
+    real_scandir, real_stat = os.scandir, Path.stat
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for folder in (tmp_path, tmp_path / "locked"):
+        with pytest.raises(DataError, match=r"locked cannot be read \(Permission denied\).*Fix: check its permissions"):
+            open_corpus(folder)
+
+    def stat(self: Path, **options: bool) -> os.stat_result:
+        if self.name == "b.txt":
+            raise PermissionError(13, "Permission denied")
+        return real_stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(DataError, match=r"b.txt cannot be read \(Permission denied\)"):
+        open_corpus(tmp_path / "locked/b.txt")
+
+
+def test_records_are_read_whatever_the_suffix_when_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", '{"text": "one"}\n{"text": "two"}\n')
+    write(tmp_path / "b.jsonl", '{"text": "three"}\n')
+    assert list(open_corpus(path, is_jsonl=True).texts()) == ["one", "two"]
+    assert list(open_corpus(tmp_path, is_jsonl=True).texts()) == ["three"]

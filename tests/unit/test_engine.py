@@ -98,6 +98,30 @@ def test_stop_strings_end_the_output_where_they_begin() -> None:
         assert len(out.ids) == len("one two") == len(out.logprobs or ())
 
 
+def test_stop_strings_do_not_match_inside_control_tokens() -> None:
+    with Engine(ScriptModel(lambda prompt: "one</think>two"), TOKENIZER) as engine:
+        [out] = engine.generate(
+            "<｜Assistant｜><think>", SamplingParams(temperature=0, stop=("<", ">", "think", "eth"))
+        )
+    assert (out.text, out.finish_reason) == ("one</think>two", "stop")
+    assert out.ids[-1] == TOKENIZER.eos_token_id
+
+
+def test_rows_beyond_the_tokenizer_are_neither_read_nor_scored() -> None:
+    model = HashModel()
+    model.cfg.vocab_size += 5
+    params = SamplingParams(max_tokens=2, logprobs=True, prompt_logprobs=True, top_logprobs=20)
+    with Engine(model, TOKENIZER) as engine:
+        [out] = engine.generate([5, 6, 7], params)
+        with pytest.raises(RequestError, match=f"outside the vocabulary of {TOKENIZER.vocab_size} tokens"):
+            engine.submit([5, TOKENIZER.vocab_size])
+    assert out.prompt_scores is not None and out.top_logprobs is not None
+    tops = [score.top_logprobs for score in out.prompt_scores] + list(out.top_logprobs)
+    assert max(token for top in tops for token, _ in top) < TOKENIZER.vocab_size
+    truth = torch.log_softmax(model.logits_after([5])[: TOKENIZER.vocab_size], dim=-1)
+    assert out.prompt_scores[1].logprob == pytest.approx(float(truth[6]), abs=1e-5)
+
+
 def test_stop_token_ids_end_the_output() -> None:
     letter = TOKENIZER.encode("w")[0]
     with Engine(ScriptModel(lambda prompt: "one two"), TOKENIZER) as engine:

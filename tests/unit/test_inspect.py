@@ -88,6 +88,8 @@ def test_a_truncated_file_ends_with_one(folder: Path, capsys: pytest.CaptureFixt
 def test_bad_input_ends_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     code, _, err = inspect(capsys, "nonesuch")
     assert code == 2 and "nothing called 'nonesuch'" in err and "v4-flash" in err
+    code, _, err = inspect(capsys, "")
+    assert code == 2 and "the name is empty" in err
     path = tmp_path / "config.json"
     path.write_text(json.dumps(ModelConfig.preset("minke").to_dict() | {"num_experts_per_tok": 99}))
     code, _, err = inspect(capsys, str(path))
@@ -109,3 +111,13 @@ def test_short_numbers():
         "13.27 B",
         "1.57 T",
     ]
+
+
+def test_a_dtype_that_no_load_takes_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"] = tensors["norm.weight"].long()
+    save_file(tensors, folder / "model.safetensors")
+    code, out, _ = inspect(capsys, str(folder), "--json")
+    found = json.loads(out)["checkpoint"]
+    assert code == 1 and not found["fits"]
+    assert found["misshapen"] == ["norm.weight is stored as I64 but must be a floating-point weight"]

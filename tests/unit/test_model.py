@@ -1,6 +1,7 @@
 """Facts about the network that parity alone does not show: gradient routes, hyper-connections at identity, rounding,
 refusals of bad input."""
 
+import math
 from typing import Any
 
 import pytest
@@ -59,6 +60,22 @@ def test_index_loss_is_zero_where_scores_already_match() -> None:
         trace = Trace(index_loss=True)
         model(some_tokens(model, count)[None], trace=trace)
         assert (abs(trace.index_losses[0].item()) < 1e-6) == is_zero
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_padding_teaches_nothing(dense: bool) -> None:
+    """Router counts, balance and index losses of padded rows are those of the rows without their padding."""
+    model = build(config(index_topk=3))
+    rows = torch.stack([some_tokens(model, 50), some_tokens(model, 50).flip(0)])
+    padded = torch.cat([rows, rows[:, :30]], 1)
+    found = []
+    for tokens, lengths in ((rows, None), (padded, [50, 50])):
+        trace = Trace(index_loss=True, router=True, dense=dense)
+        model(tokens, lengths=lengths, trace=trace)
+        balance = [r.balance_loss for r in trace.routers if r.balance_loss is not None]
+        found.append([*trace.index_losses, *trace.index_recall, *balance, *(r.counts for r in trace.routers)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_hyper_connections_at_identity_are_a_residual_network() -> None:
@@ -296,7 +313,7 @@ def test_initial_loss_is_that_of_guessing() -> None:
     fresh = Transformer(model.cfg, seed=5)
     tokens = some_tokens(model, 200)
     loss = torch.nn.functional.cross_entropy(fresh(tokens[None])[0], tokens.roll(-1))
-    assert float(loss) == pytest.approx(torch.tensor(float(model.cfg.vocab_size)).log().item(), rel=0.01)
+    assert loss.item() == pytest.approx(math.log(model.cfg.vocab_size), rel=0.01)
 
 
 def test_seeds_decide_the_weights() -> None:

@@ -1,6 +1,7 @@
 """Damaged, missing and contradictory weight files: each is refused with its name, the cause and the fix."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,12 @@ def test_text_files_are_replaced_whole(tmp_path: Path):
     write_text(path, "one")
     write_text(path, "two")
     assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_readable_by_whom_the_umask_lets(tmp_path: Path):
+    before = os.umask(0o022)
+    try:
+        written = write_checkpoint(tmp_path, [["a"], ["b", "c"]], make)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o644}

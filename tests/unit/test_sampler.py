@@ -147,3 +147,11 @@ def test_bad_parameters_name_the_field(field: str, value: object, text: str) -> 
 
 def test_one_stop_string_may_be_given_alone() -> None:
     assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-310, 5e-324])
+def test_a_minute_temperature_takes_the_best_that_is_allowed(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, suppress_token_ids=(0,))
+    for draw in range(20):
+        assert sampler.sample(LOGITS, params, seed=draw, position=0) in (1, 5)  # equal, and the best but for 0
+    assert sampler.sample(LOGITS, params.replace(suppress_token_ids=()), seed=1, position=0) == 0

@@ -1,13 +1,16 @@
 """The HTTP API over a scripted model: shapes, order of chunks, refusals."""
 
+import asyncio
 import json
 import re
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from mock_model import ScriptModel, byte_tokenizer
+from mock_model import HashModel, ScriptModel, byte_tokenizer
 from starlette.testclient import TestClient
+from torch import Tensor
 
 from rorqual.engine import Engine
 from rorqual.errors import ConfigError
@@ -302,6 +305,9 @@ def refused(response: Any, status: int = 400) -> Any:
         ({"max_tokens": 0}, "max_tokens", "the valid range of max_tokens is [1, 16384]"),
         ({"max_tokens": 16384}, "max_tokens", "maximum context length is 16384 tokens"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_completion_tokens", "two names of one field"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "range of max_completion_tokens is [1, 16384]"),
+        ({"max_completion_tokens": 16384}, "max_completion_tokens", "maximum context length is 16384 tokens"),
+        ({"\ud800": 1}, "?", "half of a surrogate pair"),
         ({"presence_penalty": 3}, "presence_penalty", "[-2, 2]"),
         ({"n": 2}, "n", "one choice"),
         ({"stop": ["x"] * 17}, "stop", "Stop string array too long: 17"),
@@ -385,6 +391,8 @@ def test_nulls_and_documented_no_ops_are_accepted(client: TestClient) -> None:
         ("", "application/json", "not a JSON object"),
         ('{"model": "minke"}', "text/plain", "Content-Type: application/json"),
         ("{}", "application/json", "missing field `model`"),
+        ("[" * 100_000, "application/json", "nested too deeply"),
+        ('{"seed": ' + "1" * 5000 + "}", "application/json", "integer of too many digits"),
     ],
 )
 def test_bodies_that_are_no_request(client: TestClient, content: str, kind: str, text: str) -> None:
@@ -408,6 +416,83 @@ def test_fill_in_the_middle(client: TestClient) -> None:
     assert chunks[-1]["usage"] == answer["usage"]
     stopped = client.post("/v1/completions", json={**body, "stop": " + "}).json()
     assert stopped["choices"][0]["text"] == "    return a"
+
+
+def test_half_a_surrogate_pair_is_refused_by_the_field_it_is_in(client: TestClient) -> None:
+    for prompt, suffix, param in (("\ud800", "", "prompt"), ("", "\ud800", "suffix")):
+        content = json.dumps({"model": "minke", "prompt": prompt, "suffix": suffix})
+        response = client.post("/beta/completions", content=content, headers={"content-type": "application/json"})
+        assert refused(response)["param"] == param
+
+
+MARKERS = sorted(set(map(byte_tokenizer().decode, ([i] for i in byte_tokenizer().control_token_ids))))
+
+
+class EagerModel(HashModel):
+    """Wants nothing so much as control tokens; the end token least."""
+
+    def logits_after(self, ids: list[int]) -> Tensor:
+        logits = super().logits_after(ids)
+        logits[sorted(byte_tokenizer().control_token_ids)] += 5.0
+        logits[byte_tokenizer().eos_token_id] = -100.0
+        return logits
+
+
+def test_control_tokens_never_reach_an_answer() -> None:
+    sampling = {"model": "minke", "max_tokens": 200, "seed": 1}
+    with Engine(EagerModel(), byte_tokenizer()) as engine:
+        client = TestClient(create_app(engine))
+        for more in ({}, {"thinking": {"type": "disabled"}}):
+            message = ask(client, **sampling, **more).json()["choices"][0]["message"]
+            said = message["content"] + message.get("reasoning_content", "")
+            assert len(said) > 50 and not [marker for marker in MARKERS if marker in said]
+            assert bool(message["content"]) is True  # `</think>` may end the reasoning, nothing else
+        for fields in ({"suffix": "b"}, {}, {"prompt": "<｜User｜>Hi<｜Assistant｜></think>"}):
+            text = client.post("/beta/completions", json={"prompt": "a", **sampling, **fields}).json()["choices"][0][
+                "text"
+            ]
+            assert len(text) > 50 and not [marker for marker in MARKERS if marker in text]
+        raw = {"prompt": "<｜User｜>Hi<｜Assistant｜><think>", **sampling}
+        text = client.post("/beta/completions", json=raw).json()["choices"][0]["text"]
+        assert [marker for marker in MARKERS if marker in text] == ["</think>"]
+
+
+def test_pieces_of_characters_keep_their_own_log_probability(client: TestClient) -> None:
+    body = {"model": "minke", "prompt": "<｜Assistant｜></think>Hello ", "logprobs": 20, "max_tokens": 2}
+    [choice] = client.post("/beta/completions", json=body).json()["choices"]
+    assert choice["logprobs"]["tokens"] == ["bytes:\\xf0", "bytes:\\x9f"]
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [20, 20]
+
+
+def test_echo_of_a_prompt_that_brings_its_own_begin_token(client: TestClient) -> None:
+    begin = "<｜begin▁of▁sentence｜>"
+    body = {"model": "minke", "prompt": f"{begin}ab", "echo": True, "logprobs": 1, "max_tokens": 1}
+    logprobs = client.post("/beta/completions", json=body).json()["choices"][0]["logprobs"]
+    assert logprobs["tokens"][1:3] == ["a", "b"]
+    assert logprobs["text_offset"] == [0, len(begin), len(begin) + 1, len(begin) + 2]
+
+
+def test_a_client_that_leaves_gets_no_trace_in_the_log() -> None:
+    model = ScriptModel(lambda prompt: "late")
+    model.step_s = 0.05
+    sent: list[dict[str, Any]] = []
+    incoming = [{"type": "http.request", "body": json.dumps({"model": "minke", "prompt": "a"}).encode()}]
+
+    async def receive() -> dict[str, Any]:
+        return incoming.pop() if incoming else {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "http_version": "1.1"}
+    scope |= {"headers": [(b"content-type", b"application/json")], "scheme": "http", "server": ("127.0.0.1", 80)}
+    with Engine(model, byte_tokenizer()) as engine:
+        asyncio.run(create_app(engine)(scope, receive, send))
+        assert sent[0]["status"] == 499
+        deadline = time.monotonic() + 5
+        while engine.occupancy() != (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert engine.occupancy() == (0, 0)
 
 
 def test_markers_around_the_gap_stay_text(client: TestClient) -> None:
@@ -442,6 +527,7 @@ def test_completion_logprobs_with_echo_line_up(client: TestClient) -> None:
         ({"best_of": 2}, "best_of"),
         ({"suffix": "x", "echo": True, "logprobs": 1}, "echo"),
         ({"n": 3}, "n"),
+        ({"prompt": "a" * 17000}, "prompt"),
     ],
 )
 def test_completion_refusals(client: TestClient, fields: dict[str, Any], param: str) -> None:
@@ -464,6 +550,10 @@ def test_models_health_page_and_paths(client: TestClient) -> None:
     assert "does not take GET" in refused(client.get("/v1/chat/completions"), 405)["message"]
     assert refused(client.get("/static/../app.py"), 404)
     assert client.get("/openapi.json").status_code == 200
+    for path in ("/", "/health"):
+        assert client.head(path).status_code == 200
+    assert client.get("/v1/models/minke").json() == listed["data"][0]
+    assert refused(client.get("/v1/models/nope"), 404)["code"] == "model_not_found"
 
 
 def test_two_models_are_told_apart(engine: Engine) -> None:
@@ -511,6 +601,10 @@ def test_foreign_hosts_and_large_bodies_are_refused(engine: Engine) -> None:
         assert refused(client.get("/health", headers={"host": host}), 403)
     small = TestClient(Guard(create_app(engine), max_body_bytes=1000))
     assert "larger than 1000 bytes" in refused(ask(small, "x" * 2000), 413)["message"]
+    response = small.post(
+        "/v1/completions", content=iter([b" " * 600] * 3), headers={"content-type": "application/json"}
+    )
+    assert "larger than 1000 bytes" in refused(response, 413)["message"]
 
 
 def test_an_address_in_use_is_explained() -> None:
@@ -521,5 +615,8 @@ def test_an_address_in_use_is_explained() -> None:
             bind("127.0.0.1", port)
     finally:
         taken.close()
+    with pytest.raises(ConfigError, match="no address belongs to that name") as unknown:
+        bind("nosuch.invalid", 8000)
+    assert "port" not in str(unknown.value)
     with pytest.raises(ConfigError, match="ports go from 0"):
         bind("127.0.0.1", 99999)

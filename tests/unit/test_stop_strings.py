@@ -43,6 +43,14 @@ def test_text_that_turns_out_harmless_goes_out() -> None:
     assert run(["a", "<", "/", "b"], ("</x>",)) == (["a", "<", "/", "b"], False, 4)
 
 
+def test_a_control_token_is_no_text() -> None:
+    stops = StopFilter(("<", "nk>a", "STOP"))
+    assert stops.push(TokenEvent(1, "ST")) == []
+    assert [e.text for e in stops.push(TokenEvent(2, "</think>"), is_control=True)] == ["ST", "</think>"]
+    assert [e.text for e in stops.push(TokenEvent(3, "a"))] == ["a"]
+    assert stops.push(TokenEvent(4, "OP"))[0].text == "OP" and not stops.stopped
+
+
 def test_text_at_the_end_is_not_lost() -> None:
     assert run(["abc", "STO"], ("STOP",)) == (["abc", "STO"], False, 2)
 

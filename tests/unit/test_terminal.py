@@ -1,10 +1,12 @@
 """`rorqual chat` and `rorqual complete` on a mock model: what is asked, what is printed, what is refused."""
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mock_model import ScriptModel, byte_tokenizer
@@ -13,6 +15,7 @@ from rorqual.chat import Finished
 from rorqual.cli import main
 from rorqual.cli.complete import gap
 from rorqual.cli.talk import Conversation
+from rorqual.cli.terminal import printable
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import RequestError
 from rorqual.tokenizer import Tokenizer
@@ -77,7 +80,7 @@ def test_json(prompts: list[str], run: Callable[..., tuple[int, str, str]]) -> N
 def test_several_turns(
     prompts: list[str], run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = iter(["a", "/effort none", "b", "/new", "c", "/what", "", "/exit", "never"])
+    lines = iter(["a", "/effort none", "b", "/new", "c", "/help", "", "/exit", "never"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     code, out, _ = run("chat", "-t", "0")
     assert code == 0
@@ -89,6 +92,36 @@ def test_several_turns(
         start + "a<｜Assistant｜></think>Hello!<｜end▁of▁sentence｜><｜User｜>b<｜Assistant｜></think>",
         start + "c<｜Assistant｜></think>",
     ]
+
+
+def pipe_in(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
+def test_piped_lines_with_bad_bytes_and_slashes_are_questions(
+    prompts: list[str], run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe_in(monkeypatch, b"a\xffb\n/new\n/etc/hosts is what?\n")
+    assert run("chat", "-t", "0", "--effort", "none")[0] == 0
+    assert [re.findall("<｜User｜>(.*?)<", prompt) for prompt in prompts] == [["a\ufffdb"], ["/etc/hosts is what?"]]
+
+
+def test_a_refused_line_is_reported_and_the_chat_goes_on(
+    prompts: list[str], run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe_in(monkeypatch, b"x" * 20000 + b"\nHi\n")
+    code, out, _ = run("chat", "-t", "0", "--json")
+    first, second = map(json.loads, out.splitlines())
+    assert code == 2
+    assert first["error"]["code"] == "context_length_exceeded"
+    assert second["message"]["content"] == "Hello!"
+
+
+def test_a_terminal_is_not_steered_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\x1b]0;title\x07\tb\r\nc\x9b2J é"
+    assert printable(text) == text
+    monkeypatch.setattr("sys.stdout", SimpleNamespace(isatty=lambda: True))
+    assert printable(text) == "a\ufffd]0;title\ufffd\tb\ufffd\nc\ufffd2J é"
 
 
 def test_an_endless_input_ends_with_the_file(

@@ -1,10 +1,12 @@
 """Checkpoints on disk: complete or absent, the newest sound one wins, damage is named; metrics."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rorqual.errors import CheckpointError
@@ -95,3 +97,69 @@ def test_plot_is_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (65, "1m 05s"), (3700, "1h 01m"), (-1, "0s")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def damage(checkpoint: Path) -> None:
+    weights = checkpoint / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def test_when_all_are_damaged_nothing_is_started_over(tmp_path: Path) -> None:
+    damage(save(tmp_path, 1))
+    (save(tmp_path, 2) / "state.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"(?s)None of the 2 checkpoints .*it is damaged.*Restore one"):
+        checkpoints.newest(tmp_path)
+
+
+def test_pruning_spares_the_one_just_written_and_what_could_not_be_read(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    damage(save(tmp_path, 9))
+    save(tmp_path, 2, keep=1)
+    assert [path.name for path in checkpoints.complete(tmp_path)] == ["step-00000002", "step-00000009"]
+    for step in (3, 4):
+        save(tmp_path, step, keep=4)
+    assert len(checkpoints.complete(tmp_path)) == 4
+
+
+def test_a_kill_while_a_step_is_saved_again_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    save(tmp_path, 5)
+    real, renames = Path.rename, []
+
+    def rename(self: Path, target: Path) -> Path:
+        renames.append(target.name)
+        if len(renames) == 2:
+            raise Killed
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Killed):
+        save(tmp_path, 5)
+    monkeypatch.undo()
+    saved = checkpoints.newest(tmp_path)
+    assert saved is not None and saved.folder.name == "step-00000005-old" and saved.progress.step == 5
+    save(tmp_path, 5)
+    assert [path.name for path in checkpoints.folders(tmp_path)] == ["step-00000005"]
+
+
+def test_the_librarys_own_errors_are_reported_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr("rorqual.train.checkpoints.save_tensors", full)
+    with pytest.raises(CheckpointError, match="No space left.*earlier checkpoints are intact"):
+        save(tmp_path, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_checkpoints_are_readable_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {(folder / name).stat().st_mode & 0o777 for name in ("weights.safetensors", "state.json")} == {0o640}

@@ -50,3 +50,14 @@ def test_wrong_requests_exit_with_2(
     monkeypatch.chdir(tmp_path)
     assert call(*arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_resuming_reads_the_recipe_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a \\ b"
+    folder.mkdir()
+    (folder / "config.toml").write_text('[optim]\nlr = 0.5\n[run]\nfolder = "where it was"\n')
+    for where in (("--run-dir", str(folder)), ("--set", f"run.folder='{folder}'")):
+        assert call("--resume", *where, "--show-config") == 0
+        (tmp_path / "shown.toml").write_text(capsys.readouterr().out)
+        shown = load_config([tmp_path / "shown.toml"])
+        assert shown.optim.lr == 0.5 and shown.run.folder == str(folder)

@@ -49,6 +49,9 @@ def test_settings_take_toml_values() -> None:
         (["optim.lr=-1"], r"optim.lr: Input should be greater than 0 \(got -1\)"),
         (["run.dtype=fp16"], r"run.dtype: Input should be 'fp32' or 'bf16' \(got 'fp16'\)"),
         (["optim.lr"], r"has no '='.*Write --set optim.lr=1e-3"),
+        (["optim.lr=inf"], r"optim.lr: Input should be a finite number \(got inf\)"),
+        (["optim.adam_betas=[0.9, 1.0]"], r"optim.adam_betas.1: Input should be less than 1"),
+        (["schedule.seq_lens=[[nan, 64]]"], r"schedule.seq_lens.0.0: Input should be a finite number"),
         (["schedule.seq_lens=[[0.5, 64]]"], "seq_lens must begin at 0.0 and rise"),
         (['data.sources=[{kind="path"}]'], "a source of kind 'path' needs a path"),
         (["optim.lr=fast", "run.seed=x"], r"(?s)optim.lr: .*run.seed: "),
@@ -72,7 +75,9 @@ def test_impossible_architecture_is_refused() -> None:
         load_config(settings=["model.overrides.o_groups=3"]).model.build()
 
 
-@pytest.mark.parametrize("settings", [[], ['run.folder="a\\"b\\\\c"', "run.max_steps=3"]])
+@pytest.mark.parametrize(
+    "settings", [[], ['run.folder="a\\"b\\\\c"', "run.max_steps=3"], ['run.folder="a\\r\\u0001\\u007f\\nb"']]
+)
 def test_resolved_config_round_trips_through_toml(tmp_path: Path, settings: list[str]) -> None:
     config = load_config(RECIPES[:1], settings)
     (tmp_path / "config.toml").write_text(to_toml(config))

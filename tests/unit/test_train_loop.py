@@ -12,8 +12,11 @@ from torch import Tensor
 
 from rorqual.config import ModelConfig
 from rorqual.errors import CheckpointError, ConfigError, DataError, RorqualError
+from rorqual.tokenizer import Tokenizer, train_tokenizer
 from rorqual.train import Result, TrainConfig, load_config, train
-from rorqual.train.feed import Rows
+from rorqual.train.corpus_feed import build_corpus_feed
+from rorqual.train.device import check_device
+from rorqual.train.feed import Continuation, Rows
 
 VOCAB = 48
 TINY = [
@@ -63,8 +66,8 @@ class CountingFeed:
     def held_out(self, num_tokens: int, seq_len: int) -> Iterator[tuple[str, Rows]]:
         yield "invented", CountingFeed().next_rows(num_tokens // seq_len, seq_len)
 
-    def continuation(self, text: str) -> tuple[list[int], Any] | None:
-        return [1, 2], str
+    def continuation(self, text: str) -> Continuation | None:
+        return Continuation([1, 2], str, 6)
 
     def save_artifacts(self, folder: str) -> None:
         (Path(folder) / "tokenizer.json").write_text("{}")
@@ -199,3 +202,142 @@ def test_unknown_task_family_is_named(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match="'juggling', which is not a task family.*Choose from arith"):
         train(config(tmp_path / "run", *settings))
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    class Untouchable(CountingFeed):
+        def __init__(self) -> None:
+            raise AssertionError("the data was built")
+
+    absent = "xpu" if not torch.accelerator.is_available() else "meta"
+    for name, message in (("cpux", "'cpux', which torch does not know"), (absent, "of accelerators this torch finds")):
+        with pytest.raises(ConfigError, match=f"{message}.*Set run.device=cpu"):
+            train(config(tmp_path / "run", f"run.device={name}"), build_feed=lambda *_: Untouchable())
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_cannot_share_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert check_device("cuda", 1) == torch.device("cuda")
+    with pytest.raises(ConfigError, match=r"run.processes is 2 with run.device 'cuda'.*Set run.processes=1"):
+        check_device("cuda", 2)
+    with pytest.raises(ConfigError, match=r"'cuda:1', but .* finds 1 of type cuda"):
+        check_device("cuda:1", 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_training_on_an_accelerator_can_be_stopped_and_continued(tmp_path: Path) -> None:
+    here = torch.accelerator.current_accelerator()
+    assert here is not None
+    run(tmp_path, f"run.device={here.type}", "run.max_steps=3")
+    assert run(tmp_path, f"run.device={here.type}", resume=True).finished
+    losses = losses_of(tmp_path)
+    assert [step for step, _ in losses] == list(range(1, 11)) and losses[-1][1] < losses[0][1] - 0.3
+
+
+def test_only_damaged_checkpoints_are_no_reason_to_start_over(tmp_path: Path) -> None:
+    run(tmp_path, "run.max_steps=2")
+    (tmp_path / "checkpoints/step-00000002/state.json").unlink()
+    with pytest.raises(CheckpointError, match="None of the 1 checkpoints.*can be read"):
+        run(tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(tmp_path)
+
+
+def test_the_printed_command_continues_after_max_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my run"
+    run(folder, "run.max_steps=2", progress="rich")
+    assert f"--run-dir '{folder}'" in capsys.readouterr().out.replace("\n", "")
+    kept = load_config([folder / "config.toml"])
+    assert kept.run.max_steps is None
+    assert train(kept, resume=True, build_feed=lambda *_: CountingFeed()).finished
+
+
+def test_settings_that_cannot_be_built_do_not_replace_the_recipe(tmp_path: Path) -> None:
+    run(tmp_path, "run.max_steps=2")
+    before = (tmp_path / "config.toml").read_text()
+
+    def fail(*_: Any) -> CountingFeed:
+        raise DataError("the data changed")
+
+    with pytest.raises(DataError):
+        train(config(tmp_path, "optim.lr=0.01"), resume=True, allow_changes=True, build_feed=fail)
+    assert (tmp_path / "config.toml").read_text() == before
+
+
+def test_resuming_before_the_first_checkpoint_keeps_to_the_recipe(tmp_path: Path) -> None:
+    run(tmp_path, "run.max_steps=1")
+    (tmp_path / "checkpoints/step-00000001").rename(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"(?s)differ from those of .*config.toml:.*optim.lr: 0.002 -> 0.01"):
+        run(tmp_path, "optim.lr=0.01", resume=True)
+    assert run(tmp_path, resume=True).finished
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"file.* cannot hold a run: .*Choose another --run-dir"):
+            run(folder)
+    monkeypatch.setattr("rorqual.train.loop.os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="cannot hold a run: it is not writable"):
+        run(tmp_path / "locked")
+
+
+def test_samples_need_no_held_out_text_and_no_unknown_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountingFeed, "held_out", lambda *_: iter(()))
+    run(tmp_path, 'run.sample_prompts=["a"]', "run.sample_tokens=3")
+    text = (tmp_path / "samples.txt").read_text()
+    assert text.count("--- a") == 2
+    ids = [int(i) for line in text.splitlines() if line.startswith("[") for i in line.strip("[]").split(",")]
+    assert ids and max(ids) < 6
+
+
+def corpus_config(folder: Path, corpus: Path, *settings: str) -> TrainConfig:
+    source = f'data.sources=[{{kind="path", path="{corpus}"}}]'
+    more = ["model.overrides.vocab_size=1024", "data.held_out=0.2", "run.max_steps=1"]
+    return config(folder, source, *more, *settings)
+
+
+def test_tokenizers_of_other_runs_and_of_first_weights(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(12):
+        (corpus / f"{number}.txt").write_text(f"the whale number {number} sings\n" * 20)
+    train(corpus_config(tmp_path / "first", corpus, "run.max_steps=20"))
+    own = (tmp_path / "first/tokenizer.json").read_text()
+    other = Tokenizer.from_file(tmp_path / "first/tokenizer.json")
+
+    # a stale one in the folder of a new run is put aside
+    (tmp_path / "second").mkdir()
+    stale = train_tokenizer(["other words altogether"] * 9, 1024)
+    stale.save(tmp_path / "second")
+    train(corpus_config(tmp_path / "second", corpus))
+    assert (tmp_path / "second/tokenizer.json").read_text() == own
+    assert (tmp_path / "second/tokenizer.json.old").read_text() == stale.to_json()
+
+    # weights bring theirs along, and the exported dtype is no other architecture
+    first = tmp_path / "first/model"
+    train(corpus_config(tmp_path / "third", corpus, f'model.init_from="{first}"', "data.tokenizer_digits=3"))
+    assert Tokenizer.from_folder(tmp_path / "third").fingerprint == other.fingerprint
+    (first / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"model.init_from names .* no tokenizer.json"):
+        train(corpus_config(tmp_path / "fourth", corpus, f'model.init_from="{first}"'))
+
+
+def test_token_counts_leave_padding_out(tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": "ab " * n}, {"role": "assistant", "content": "c"}]})
+        for n in range(1, 30)
+    ]
+    (tmp_path / "chat.records").write_text("\n".join(lines))  # kind decides, not the suffix
+    source = f'data.sources=[{{kind="jsonl", path="{tmp_path / "chat.records"}"}}]'
+    settings = config(tmp_path / "run", source, "model.overrides.vocab_size=1024", "schedule.total_tokens=2048")
+    feed = build_corpus_feed(settings, settings.model.build(), tmp_path / "run", is_new=True)
+    counted, rows = feed.token_counts(), feed.next_rows(64, 32)
+    assert rows.lengths is not None and min(rows.lengths) < 32
+    assert counted.sum() == sum(rows.lengths)
+    full = rows.lengths.index(32)
+    assert rows.part(full, full + 1).lengths is None

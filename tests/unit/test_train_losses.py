@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from rorqual.config import ModelConfig
 from rorqual.train import losses
+from rorqual.train.feed import Rows
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
@@ -92,28 +93,28 @@ def tiny() -> torch.nn.Module:
     return Transformer(cfg, seed=0)
 
 
-def rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rows() -> Rows:
     tokens = torch.randint(0, 64, (2, 160), generator=torch.Generator().manual_seed(1))
     segments = torch.zeros(2, 160, dtype=torch.int32)
     segments[1, 70:] = 1
     labels = torch.full_like(tokens, losses.IGNORE)
     labels[:, :-1] = tokens[:, 1:]
     labels[1, 69] = losses.IGNORE
-    return tokens, labels, segments
+    return Rows(tokens, labels, segments)
 
 
 def weights(**changes: float) -> losses.LossWeights:
-    base: dict[str, float] = {"mtp": 0.3, "balance": 1e-2, "index": 1.0, "row_share": 1.0}
+    base: dict[str, float] = {"mtp": 0.3, "balance": 1e-2, "index": 1.0, "row_share": 1.0, "index_share": 1.0}
     return losses.LossWeights(num_targets=317, num_mtp_targets=314, **{**base, **changes})
 
 
 @pytest.mark.parametrize("dense", [True, False])
 def test_parts_add_up_and_every_parameter_learns(tiny: torch.nn.Module, dense: bool) -> None:
-    tokens, labels, segments = rows()
-    assert int((labels != losses.IGNORE).sum()) == 317
-    assert int((losses.mtp_labels(labels, segments) != losses.IGNORE).sum()) == 314
+    batch = rows()
+    assert int((batch.labels != losses.IGNORE).sum()) == 317
+    assert int((losses.mtp_labels(batch.labels, batch.segment_ids) != losses.IGNORE).sum()) == 314
     tiny.zero_grad()
-    loss, parts = losses.compute(tiny, tokens, labels, segments, weights(), dense=dense)
+    loss, parts = losses.compute(tiny, batch, weights(), dense=dense)
     loss.backward()
     total = parts.lm + 0.3 * parts.mtp + 1e-2 * parts.balance + parts.index
     assert loss.item() == pytest.approx(total, rel=1e-5)
@@ -125,29 +126,60 @@ def test_parts_add_up_and_every_parameter_learns(tiny: torch.nn.Module, dense: b
 
 
 def test_only_the_index_loss_trains_indexers_and_nothing_else(tiny: torch.nn.Module) -> None:
-    tokens, labels, segments = rows()
+    batch = rows()
     tiny.zero_grad()
-    losses.compute(tiny, tokens, labels, segments, weights(index=0.0), dense=False)[0].backward()
+    losses.compute(tiny, batch, weights(index=0.0), dense=False)[0].backward()
     indexer = [p for n, p in tiny.named_parameters() if ".indexer." in n]
     assert indexer and all(p.grad is None or not p.grad.any() for p in indexer)
     lm_only = {n: p.grad.clone() for n, p in tiny.named_parameters() if p.grad is not None and ".indexer." not in n}
     tiny.zero_grad()
-    losses.compute(tiny, tokens, labels, segments, weights(index=1.0), dense=False)[0].backward()
+    losses.compute(tiny, batch, weights(index=1.0), dense=False)[0].backward()
     for name, parameter in tiny.named_parameters():
         if name in lm_only:
             assert torch.equal(parameter.grad, lm_only[name]), name
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tiny: torch.nn.Module) -> None:
-    tokens, labels, segments = rows()
+    batch = rows()
+    assert losses.num_index_queries(batch) == 157 + 67 + 87
     tiny.zero_grad()
-    losses.compute(tiny, tokens, labels, segments, weights(), dense=False)[0].backward()
+    losses.compute(tiny, batch, weights(), dense=False)[0].backward()
     whole = {n: p.grad.clone() for n, p in tiny.named_parameters()}
     tiny.zero_grad()
-    for i in (slice(0, 1), slice(1, 2)):
-        half = weights(row_share=0.5)
-        losses.compute(tiny, tokens[i], labels[i], segments[i], half, dense=False)[0].backward()
-    # Index losses are means over queries, whose number differs between the halves: only they may differ.
+    for row in (0, 1):
+        part = batch.part(row, row + 1)
+        half = weights(row_share=0.5, index_share=losses.num_index_queries(part) / losses.num_index_queries(batch))
+        losses.compute(tiny, part, half, dense=False)[0].backward()
     for name, parameter in tiny.named_parameters():
-        if ".indexer." not in name:
-            torch.testing.assert_close(parameter.grad, whole[name], atol=2e-5, rtol=2e-3, msg=name)
+        torch.testing.assert_close(parameter.grad, whole[name], atol=2e-5, rtol=2e-3, msg=name)
+
+
+def padded() -> Rows:
+    """The rows of `rows`, each with 20 tokens of padding behind it."""
+    batch = rows()
+    width = batch.tokens.shape[1]
+    # MTP reads a token ahead: without padding the last position reads its own token once more.
+    tokens = torch.cat([batch.tokens, batch.tokens[:, -1:].expand(-1, 20)], 1)
+    labels = torch.nn.functional.pad(batch.labels, (0, 20), value=losses.IGNORE)
+    assert batch.segment_ids is not None
+    segments = torch.cat([batch.segment_ids, torch.arange(2, 22, dtype=torch.int32).expand(2, -1)], 1)
+    return Rows(tokens, labels, segments, (width, width))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_padding_counts_nowhere(tiny: torch.nn.Module, dense: bool) -> None:
+    assert losses.num_index_queries(padded()) == losses.num_index_queries(rows())
+    _, without = losses.compute(tiny, rows(), weights(), dense=dense)
+    _, with_padding = losses.compute(tiny, padded(), weights(), dense=dense)
+    assert with_padding.router_counts == without.router_counts
+    for name in ("lm", "mtp", "balance", "index"):
+        assert getattr(with_padding, name) == pytest.approx(getattr(without, name), rel=1e-5), name
+
+
+def test_index_queries_are_those_that_see_an_entry() -> None:
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
+    segments = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 2, 3, 4]])
+    assert losses.num_index_queries(Rows(tokens, tokens, segments)) == 2 + 1 + 2
+    assert losses.num_index_queries(Rows(tokens, tokens)) == 6 + 6
+    assert losses.num_index_queries(Rows(tokens, tokens, None, (9, 2))) == 6
+    assert losses.num_index_queries(Rows(tokens[:, :2], tokens[:, :2], segments[:, :2])) == 0

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from rorqual.errors import ConfigError
 from rorqual.train.schedules import Schedule
 
 SCHEDULE = Schedule(
@@ -53,3 +54,8 @@ def test_number_of_steps_is_what_a_run_takes(ramp_until: float) -> None:
         tokens += schedule.rows(tokens) * schedule.seq_len(tokens)
         steps += 1
     assert schedule.total_steps() == steps
+
+
+def test_row_lengths_must_hold_from_the_start() -> None:
+    with pytest.raises(ConfigError, match=r"seq_lens is \(\(0.5, 64\),\).*Begin at 0.0"):
+        dataclasses.replace(SCHEDULE, seq_lens=((0.5, 64),))

@@ -29,7 +29,7 @@ def step() -> tuple[list[Rows], list[LossWeights]]:
     labels = torch.full_like(tokens, -100)
     labels[..., :-1] = tokens[..., 1:]
     rows = [Rows(t, y, torch.zeros_like(t)) for t, y in zip(tokens, labels, strict=True)]
-    return rows, [LossWeights(0.3, 1e-3, 1.0, 69, 66, 1 / 3)] * 3
+    return rows, [LossWeights(0.3, 1e-3, 1.0, 69, 66, 1 / 3, 1 / 3)] * 3
 
 
 def gradients(model: Transformer) -> dict[str, torch.Tensor]:
@@ -75,7 +75,20 @@ def test_a_failing_worker_ends_the_step_with_its_reason() -> None:
 def test_a_dead_worker_is_noticed() -> None:
     rows, weights = step()
     with Pool(Transformer(CFG), CFG, 1, NUMERICS) as pool:
+        assert pool._folder is not None and not pool._folder.exists()  # nothing to leak, however this ends
         pool._processes[0].kill()
         pool._processes[0].join()
         with pytest.raises(RorqualError, match="it ended with exit code -9"):
             pool.accumulate(rows, weights, dense=False)
+
+
+def test_one_process_shares_nothing() -> None:
+    model = Transformer(CFG).to("meta")  # a device whose memory cannot be shared
+    with Pool(model, CFG, 0, NUMERICS) as pool:
+        assert pool._folder is None
+
+
+def test_a_worker_that_does_not_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = CFG.replace(vocab_size=1 << 20)  # its weights are not those in the shared file
+    with pytest.raises(RorqualError, match=r"process 2 of 2 did not start: it ended with exit code 1"):
+        Pool(Transformer(CFG), broken, 1, NUMERICS)

@@ -89,7 +89,7 @@ function showUser(text) {
   const message = make("article", "message user");
   message.setAttribute("aria-label", "You");
   message.append(make("div", "text", text));
-  addToLog(message);
+  return addToLog(message);
 }
 
 function showError(text) {
@@ -174,7 +174,7 @@ function describe(times, tokens, reason) {
 
 async function send(text) {
   conversation.push({ role: "user", content: text });
-  showUser(text);
+  const question = showUser(text);
   scrollDown();
   const view = showAssistant();
   const reply = { role: "assistant", content: "" };
@@ -219,16 +219,17 @@ async function send(text) {
   view.draw(reply, "done");
   running = null;
   setBusy(false);
-  if (failure !== null) {
-    showError(failure);
-    if (!reply.content && !reply.reasoning_content) view.message.remove();
-  }
+  if (failure !== null) showError(failure);
   if (reply.content || reply.reasoning_content) {
     conversation.push(reply);
     $("status").textContent = reason === "stopped" ? "Stopped." : "Answer complete.";
   } else {
     conversation.pop();                                   // nothing came: the question can be asked again
-    if (!promptBox.value) promptBox.value = text;
+    view.message.remove();
+    if (!promptBox.value) {
+      promptBox.value = text;
+      question.remove();
+    }
   }
   store();
   resize();

@@ -1,0 +1,44 @@
+"""Where a run computes: checked before anything is read, so that a wrong word costs no waiting."""
+
+import torch
+
+from rorqual.errors import ConfigError
+
+
+def check_device(name: str, processes: int) -> torch.device:
+    """The device called `name` (`cpu`, or an accelerator by torch's name, with or without an index).
+
+    Raises: ConfigError when there is no such device here, or several processes are to share one that is not the CPU.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"run.device is {name!r}, which torch does not know as a device ({reason}). {_choice()}"
+        ) from None
+    if device.type == "cpu":
+        return device
+    here = _accelerator()
+    count = torch.accelerator.device_count() if here is not None else 0
+    if here is None or here.type != device.type or (device.index or 0) >= count:
+        found = "none" if here is None else f"{count} of type {here.type}"
+        raise ConfigError(
+            f"run.device is {name!r}, but of accelerators this torch finds {found}, so nothing could be computed "
+            f"there. {_choice()}"
+        )
+    if processes > 1:
+        raise ConfigError(
+            f"run.processes is {processes} with run.device {name!r}. Processes share one copy of the weights in the "
+            "machine's memory, which an accelerator does not use. Set run.processes=1, or run.device=cpu."
+        )
+    return device
+
+
+def _accelerator() -> torch.device | None:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def _choice() -> str:
+    here = _accelerator()
+    return "Set run.device=cpu" + (f" or run.device={here.type}." if here is not None else ".")
