@@ -139,7 +139,7 @@ def accuracy(engine: Engine, tokenizer: Tokenizer, family: TaskFamily, count: in
         right += passed
         classes[f"mode={item.thinking_mode}"].append(passed)
         for key, value in item.stratum.items():
-            if isinstance(value, str | bool) or (isinstance(value, int) and value <= 8):
+            if key != "mode" and (isinstance(value, str | bool) or (isinstance(value, int) and value <= 8)):
                 classes[f"{key}={value}"].append(passed)
     low, high = interval(right, len(items))
     by_class = {k: [sum(v) / len(v), len(v)] for k, v in sorted(classes.items()) if len(v) < len(items)}

@@ -61,7 +61,7 @@ def chat(
 
     \b
     rorqual chat
-    rorqual chat minke --effort none -m "What is 17 + 25?"
+    rorqual chat minke --effort none -m "What is 8 + 5?"
     """
     from rorqual.cli.talk import Conversation, open_engine
     from rorqual.engine import SamplingParams
