@@ -144,10 +144,17 @@ def kernel(name: str) -> Callable[..., None]:
 
 def call(name: str, *args: Tensor | int | float | None) -> None:
     """Run kernel `name`: tensors as pointers (contiguous, of the dtype of the C prototype), numbers by value."""
-    for a in args:
-        if isinstance(a, Tensor) and a.dtype not in (torch.float32, torch.int64):
-            raise TypeError(f"{name}: a tensor of dtype {a.dtype} reached C, which reads fp32 and int64 only")
-    kernel(name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args])
+    plain = [a if a.__class__ in _NUMBERS else _pointer(name, a) for a in args]  # type: ignore[arg-type]
+    kernel(name)(*plain)
+
+
+_NUMBERS = frozenset((int, float, type(None)))
+
+
+def _pointer(name: str, tensor: Tensor) -> int:
+    if tensor.dtype is not torch.float32 and tensor.dtype is not torch.int64:
+        raise TypeError(f"{name}: a tensor of dtype {tensor.dtype} reached C, which reads fp32 and int64 only")
+    return tensor.data_ptr()
 
 
 def usable(tensor: Tensor) -> bool:
@@ -155,7 +162,7 @@ def usable(tensor: Tensor) -> bool:
     return (
         tensor.dtype is torch.float32
         and tensor.is_cpu
-        and registry.allows("native")
         and not torch.is_autocast_enabled("cpu")  # products around the kernels would come out in bf16
+        and registry.allows("native")
         and load() is not None
     )
