@@ -9,12 +9,10 @@ setup.
 import dataclasses
 import json
 import math
-import os
 import shlex
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,18 +22,20 @@ import torch
 
 from rorqual import log
 from rorqual.config import ModelConfig
-from rorqual.errors import CheckpointError, ConfigError, RorqualError
+from rorqual.errors import CheckpointError, RorqualError
 from rorqual.ops.newton_schulz import FIVE_STEP, HYBRID
 from rorqual.seeds import derive
 from rorqual.train import checkpoints, groups, losses, routing
 from rorqual.train.adamw import AdamW
 from rorqual.train.checkpoints import Progress, Saved
-from rorqual.train.config import TrainConfig, breaking_changes, load_config, run_recipe, validate
+from rorqual.train.config import TrainConfig
 from rorqual.train.device import check_device
 from rorqual.train.evaluate import HeldOut, continue_greedily, evaluate
 from rorqual.train.feed import Feed, Rows
 from rorqual.train.muon import Muon
+from rorqual.train.process import restored_globals, stop_signals
 from rorqual.train.report import Metrics, ProgressLine, duration, environment, peak_memory_bytes, save_plot
+from rorqual.train.run_folder import open_folder, write_recipe
 from rorqual.train.schedules import Schedule
 from rorqual.train.workers import Numerics, Pool, prepare_process
 
@@ -76,11 +76,11 @@ def train(
     """
     check_device(config.run.device, config.run.processes)
     folder = Path(config.run.folder)
-    saved, is_changed = _open_folder(folder, config, resume=resume, allow_changes=allow_changes)
+    saved, is_changed = open_folder(folder, config, resume=resume, allow_changes=allow_changes)
     with ExitStack() as stack:
         run = _Run(config, folder, saved, build_feed or partial(_corpus_feed, is_new=saved is None), stack)
         if is_changed:  # only now: settings that could not be built must not take the place of those that were
-            _write_recipe(folder, config)
+            write_recipe(folder, config)
         line = stack.enter_context(ProgressLine(progress, run.schedule.total_tokens))
         return run.go(line)
 
@@ -112,70 +112,6 @@ def _corpus_feed(config: TrainConfig, cfg: ModelConfig, folder: Path, *, is_new:
     return build_corpus_feed(config, cfg, folder, is_new=is_new)
 
 
-def _open_folder(folder: Path, config: TrainConfig, *, resume: bool, allow_changes: bool) -> tuple[Saved | None, bool]:
-    """Find the checkpoint to continue from, or make the folder of a new run.
-
-    Also returns whether `config` is not what the folder's config.toml says.
-    """
-    try:
-        return _find_or_make(folder, config, resume=resume, allow_changes=allow_changes)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def _unwritable(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"{folder} cannot hold a run: {error.strerror or error}. A run writes its checkpoints and figures there. "
-        "Choose another --run-dir, or correct the permissions."
-    )
-
-
-def _write_recipe(folder: Path, config: TrainConfig) -> None:
-    draft = folder / "config.draft"
-    try:
-        draft.write_text(run_recipe(config), encoding="utf-8")
-        draft.replace(folder / "config.toml")
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def _find_or_make(folder: Path, config: TrainConfig, *, resume: bool, allow_changes: bool) -> tuple[Saved | None, bool]:
-    if not resume:
-        if checkpoints.folders(folder):
-            raise ConfigError(
-                f"{folder} already holds a run with checkpoints. Starting again there would mix two runs. "
-                "Add --resume to continue it, or choose another --run-dir."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_writable(folder)
-        return None, True
-    saved = checkpoints.newest(folder)
-    recipe = folder / "config.toml"
-    if saved is None:
-        if not recipe.is_file():
-            raise CheckpointError(
-                f"{folder} holds no run to resume. Check --run-dir, or leave out --resume to start a new run."
-            )
-        logger.warning("%s has no checkpoint yet; starting from the beginning.", folder)
-    _check_writable(folder)
-    changes = breaking_changes(load_config([recipe]) if saved is None else validate(saved.config), config)
-    if changes and not allow_changes:
-        where = f"of {recipe}" if saved is None else f"of the checkpoint {saved.folder.name}"
-        raise ConfigError(
-            f"These settings differ from those {where}:\n  " + "\n  ".join(changes) + "\n"
-            "The continued run would not equal the uninterrupted one. Put them back, or add --allow-changes "
-            "to go on from these weights anyway."
-        )
-    if changes:
-        logger.warning("Continuing with changed settings: %s.", "; ".join(changes))
-    return saved, bool(changes)
-
-
-def _check_writable(folder: Path) -> None:
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(13, "it is not writable")
-
-
 class _Run:
     """One sitting of a run: everything built, then `go`."""
 
@@ -195,7 +131,7 @@ class _Run:
         threads = config.run.threads or max(1, (torch.get_num_threads()) // config.run.processes)
         dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
         self.numerics = Numerics(dtype, config.run.loss_chunk, threads)
-        stack.enter_context(_restored_globals())
+        stack.enter_context(restored_globals())
         prepare_process(threads)
         torch.manual_seed(derive(config.run.seed, "torch"))
         self.feed = build_feed(config, self.cfg, folder)
@@ -269,7 +205,7 @@ class _Run:
         began = time.perf_counter()
         before = self.progress.train_seconds
         line.say({"event": "start", "step": self.progress.step, "folder": str(self.folder)}, self._greeting())
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             while self.progress.tokens < self.schedule.total_tokens and not stop:
                 if run.max_steps is not None and self.progress.step >= run.max_steps:
                     break
@@ -511,44 +447,3 @@ def _describe(results: dict[str, HeldOut]) -> str:
         bits = "" if r.bits_per_byte is None else f", {r.bits_per_byte:.3f} bits/byte"
         texts.append(f"held-out {name} {r.nats_per_token:.4f} nats/token{bits}")
     return "; ".join(texts)
-
-
-@contextmanager
-def _restored_globals() -> Iterator[None]:
-    """Put torch's process-wide settings back after the run."""
-    threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM so that the step in progress ends and is saved; a second one interrupts at
-    once.
-    """
-    received: list[int] = []
-
-    def on_signal(number: int, _frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        logger.warning("Stopping after this step; the run will be saved.")
-
-    previous = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, on_signal)
-    except ValueError:  # not in the main thread: the caller keeps the signals
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -281,7 +281,7 @@ def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatc
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match=r"file.* cannot hold a run: .*Choose another --run-dir"):
             run(folder)
-    monkeypatch.setattr("rorqual.train.loop.os.access", lambda *_: False)
+    monkeypatch.setattr("rorqual.train.run_folder.os.access", lambda *_: False)
     with pytest.raises(ConfigError, match="cannot hold a run: it is not writable"):
         run(tmp_path / "locked")
 

@@ -1,0 +1,52 @@
+"""What a run changes in the process it runs in, and puts back: torch's global settings and the stop signals."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rorqual import log
+
+logger = log.get(__name__)
+
+
+@contextmanager
+def restored_globals() -> Iterator[None]:
+    """Put torch's process-wide settings back after the run."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM so that the step in progress ends and is saved; a second one interrupts at
+    once.
+    """
+    received: list[int] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        logger.warning("Stopping after this step; the run will be saved.")
+
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, on_signal)
+    except ValueError:  # not in the main thread: the caller keeps the signals
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
