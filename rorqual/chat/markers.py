@@ -8,18 +8,12 @@ text. The wording is what released checkpoints were trained on, so a changed spa
 import re
 from typing import Final
 
-BOS: Final = "<｜begin▁of▁sentence｜>"
-EOS: Final = "<｜end▁of▁sentence｜>"
-USER: Final = "<｜User｜>"
-ASSISTANT: Final = "<｜Assistant｜>"
-LATEST_REMINDER: Final = "<｜latest_reminder｜>"
-THINK_START: Final = "<think>"
-THINK_END: Final = "</think>"
-DSML: Final = "｜DSML｜"
+from rorqual.tokenizer.special import ASSISTANT as ASSISTANT
+from rorqual.tokenizer.special import BOS, DSML, EOS, FIM_BEGIN, FIM_END, FIM_HOLE, LATEST_REMINDER, USER
+from rorqual.tokenizer.special import END_THINK as THINK_END
+from rorqual.tokenizer.special import THINK as THINK_START
+
 IMAGE: Final = "<｜deepseek_image｜>"
-FIM_BEGIN: Final = "<｜fim▁begin｜>"
-FIM_HOLE: Final = "<｜fim▁hole｜>"
-FIM_END: Final = "<｜fim▁end｜>"
 
 TASK_MARKERS: Final[dict[str, str]] = {
     "action": "<｜action｜>",

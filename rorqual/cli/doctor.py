@@ -71,9 +71,10 @@ def _kernels() -> Finding:
         from rorqual.ops import native
     except ImportError as error:
         return Finding("native kernels", "missing", f"cannot be looked for: {error}")
-    cc = native.compiler()
-    if cc is None:
+    command = native.compiler()
+    if command is None:
         return Finding("native kernels", "optional", "no C compiler, so the slower torch code runs; apt install gcc")
+    cc = " ".join(command)
     if native.load() is None:
         return Finding("native kernels", "optional", f"off, or {cc} could not build them; slower torch code runs")
     return Finding("native kernels", "ok", f"built by {cc} in {native.cache_folder()}")

@@ -19,6 +19,7 @@ ASSISTANT = "<｜Assistant｜>"
 THINK = "<think>"
 END_THINK = "</think>"
 DSML = "｜DSML｜"
+LATEST_REMINDER = "<｜latest_reminder｜>"
 
 # Not flagged special; they stand at the end of the vocabulary.
 MARKER_TOKENS = (
@@ -30,7 +31,7 @@ MARKER_TOKENS = (
     THINK,
     END_THINK,
     DSML,
-    "<｜latest_reminder｜>",
+    LATEST_REMINDER,
     "<｜action｜>",
     "<｜query｜>",
     "<｜authority｜>",
