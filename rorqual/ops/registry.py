@@ -39,12 +39,6 @@ def allows(name: str) -> bool:
     return not _only or _only == name
 
 
-def use_only(name: str) -> None:
-    """Restrict to one family of implementations (`reference`, `native`); an empty string lifts the restriction."""
-    global _only
-    _only = name
-
-
 def operations() -> list[str]:
     """Names of all registered operations."""
     return list(_implementations)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import tokenizers
 
 from rorqual.errors import CheckpointError, DataError
-from rorqual.tokenizer.special import BOS, END_THINK, EOS, PAD, THINK
+from rorqual.tokenizer.special import BOS, EOS, PAD, THINK
 from rorqual.tokenizer.stream import StreamDecoder
 
 FILE_NAME = "tokenizer.json"
@@ -183,11 +183,6 @@ class Tokenizer:
     def has_token(self, token: str) -> bool:
         """Whether `token` is one entry of the vocabulary."""
         return token in self._ids
-
-    @property
-    def think_token_ids(self) -> tuple[int, int]:
-        """Ids of `<think>` and `</think>`. Raises CheckpointError when the vocabulary has no such tokens."""
-        return self.token_id(THINK), self.token_id(END_THINK)
 
     def check_fits(self, model_vocab_size: int) -> None:
         """Raise CheckpointError when a model with this many embeddings cannot work with this tokenizer."""

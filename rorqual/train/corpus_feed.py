@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from rorqual.data import tasks as task_room
 from rorqual.data.tasks import TaskFamily
 from rorqual.errors import ConfigError, DataError
 from rorqual.seeds import derive
-from rorqual.tokenizer import EOS, MARKER_TOKENS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from rorqual.tokenizer import EOS, Tokenizer, train_tokenizer
 from rorqual.train.config import SourceSection, TrainConfig
 from rorqual.train.feed import Continuation, Rows
 
@@ -144,11 +143,7 @@ class CorpusFeed:
 
     def token_byte_lengths(self) -> Tensor | None:
         """Bytes of text per token; markers such as end of sentence stand for none."""
-        lengths = torch.from_numpy(np.array(self.tokenizer.byte_lengths))
-        for name in (*SPECIAL_TOKENS, *MARKER_TOKENS):
-            if self.tokenizer.has_token(name):
-                lengths[self.tokenizer.token_id(name)] = 0
-        return lengths
+        return torch.from_numpy(self.tokenizer.text_byte_lengths)
 
     def held_out(self, num_tokens: int, seq_len: int) -> Iterator[tuple[str, Rows]]:
         """Held-out files of every corpus, then calibration items of the task families (the answers' tokens

@@ -150,7 +150,7 @@ class HcPost(torch.autograd.Function):
 
 
 class RmsNorm(torch.autograd.Function):
-    """`norms.rms_norm` with one pass forward and one backward."""
+    """`norms.rms_norm_reference` with one pass forward and one backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -238,7 +238,7 @@ def _norm_rope(x: Tensor, weight: Tensor | None, eps: float, table: Tensor) -> t
 
 
 def swiglu_forward(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
-    """`swiglu.weighted_reference` without a graph: [rows, I] -> [rows, I]."""
+    """`swiglu.forward_reference` without a graph: [rows, I] -> [rows, I]."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     call("swiglu_forward", gate, up, weight, gate.numel() // gate.shape[-1], gate.shape[-1], limit, out)

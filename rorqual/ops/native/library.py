@@ -98,7 +98,7 @@ def _compile(cc: list[str], flags: list[str], target: Path) -> None:
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
     """The kernels, built if need be; None (said once in the log) when they cannot be had."""
-    if os.environ.get("RORQUAL_OPS") == "reference":
+    if not registry.allows("native"):
         return None
     cc = compiler()
     if cc is None:
