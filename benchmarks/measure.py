@@ -92,9 +92,9 @@ def spread(ours: list[float], peer: list[float]) -> dict[str, list[float]]:
     }
 
 
-def matmul_flops_per_s(size: int = 768, seconds: float = 1.0) -> float:
-    """Best rate of an fp32 matrix product on the threads torch may use."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matmul_flops_per_s(size: int = 768, seconds: float = 1.0, dtype: torch.dtype = torch.float32) -> float:
+    """Best rate of a matrix product on the threads torch may use."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()

@@ -7,11 +7,8 @@ loss is V3.2's.
 B batch, S tokens, D hidden, Q query rank, J index heads, K index width, C entries.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.compressor import Compressor
@@ -19,11 +16,12 @@ from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
 from rorqual.model.state import LayerState
 from rorqual.ops.hadamard import hadamard
+from rorqual.ops.index_loss import index_loss, query_blocks
 from rorqual.ops.index_topk import index_scores, select_entries
-from rorqual.ops.native import functions, usable
+from rorqual.ops.native import functions, usable, usable_typed
 from rorqual.ops.rope import apply_rope
 from rorqual.ops.rounding import round_index_fp4
-from rorqual.ops.sparse_attention import BLOCK_BUDGET, FEW_QUERIES, Visible, entry_mass
+from rorqual.ops.sparse_attention import FEW_QUERIES, Visible
 
 
 class Indexer(nn.Module):
@@ -32,7 +30,7 @@ class Indexer(nn.Module):
     def __init__(self, cfg: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.heads, self.width, self.top_k = cfg.index_n_heads, cfg.index_head_dim, cfg.index_topk
-        self.rounding = cfg.activation_rounding == "v4"
+        self.rounding = cfg.activation_rounding != "none"
         self.scale = self.width**-0.5 * self.heads**-0.5
         self.wq_b = Linear(cfg.q_lora_rank, self.heads * self.width)
         self.weights_proj = Linear(cfg.hidden_size, self.heads)
@@ -44,7 +42,7 @@ class Indexer(nn.Module):
         if new is not None:
             new = self._rotate(new)
         if state is None:
-            return new
+            return layout.gather(new, self.compressor.ratio)
         return state.append("index_keys", new, layout.entries(self.compressor.ratio))
 
     def queries(self, x: Tensor, latent: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,19 +54,17 @@ class Indexer(nn.Module):
         x = hadamard(x)
         return round_index_fp4(x) if self.rounding else x
 
-    def _blocks(self, batch_size: int, num_tokens: int, num_entries: int) -> Iterator[tuple[int, int]]:
-        step = max(1, BLOCK_BUDGET // (batch_size * self.heads * max(1, num_entries)))
-        for lo in range(0, num_tokens, step):
-            yield lo, min(num_tokens, lo + step)
-
     @torch.no_grad()
     def select(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible) -> Visible:
         """Narrow `visible` to the top k entries per query; scores are computed in blocks of queries."""
         if q.shape[0] * q.shape[1] <= FEW_QUERIES and usable(q) and usable(keys):
             picks = functions.index_select_small(q, weights.float(), keys, visible.start, visible.end, self.top_k)
             return Visible(visible.end, visible.start, picks)
+        if usable_typed(q) and q.dtype is keys.dtype and self.width % 2 == 0:
+            picks = functions.index_select(q, weights, keys, visible.start, visible.end, self.top_k)
+            return Visible(visible.end, visible.start, picks)
         parts = []
-        for lo, hi in self._blocks(q.shape[0], q.shape[1], keys.shape[1]):
+        for lo, hi in query_blocks(q.shape[0], q.shape[1], self.heads * max(1, keys.shape[1])):
             scores = index_scores(q[:, lo:hi], weights[:, lo:hi], keys)
             mask = visible.mask(lo, hi, keys.shape[1])
             if mask is not None:
@@ -78,53 +74,18 @@ class Indexer(nn.Module):
 
     def loss(
         self, index_q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, all_visible: Visible,
-        q: Tensor, lse: Tensor, entries: Tensor, scale: float, valid: Tensor | None = None,
+        q: Tensor, lse: Tensor, entries: Tensor, scale: float, layout: Layout,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """KL(attention mass on the used entries ‖ softmax of their index scores), mean over queries that see any.
 
         `visible` is what attention used (all entries in the dense stage, the picks afterwards); q [B, S, H, K], lse
-        [B, S, H] and entries are the layer's attention, taken as constants; `valid` bool [B, S] is False on padding.
+        [B, S, H] and entries are the layer's attention, taken as constants; the padding that `layout` marks does not
+        count. Where rows are cut into parts, the mean is over the whole rows and this is one part's share in it.
         Also returns the recall of the top k among `all_visible`: the share of mass they catch, over queries that see
         more than k entries (nan when none does).
         """
-        q, lse, entries = q.detach(), lse.detach(), entries.detach()
-        blocks = list(self._blocks(q.shape[0], q.shape[1], keys.shape[1]))
-
-        def block(index_q: Tensor, weights: Tensor, keys: Tensor, lo: int, hi: int) -> Tensor:
-            mask = visible.mask(lo, hi, keys.shape[1])
-            every = all_visible.mask(lo, hi, keys.shape[1])
-            scores = index_scores(index_q[:, lo:hi], weights[:, lo:hi], keys)
-            with torch.no_grad():
-                mass = entry_mass(q[:, lo:hi], lse[:, lo:hi], entries, every, scale)
-                if valid is not None:
-                    mass = mass.masked_fill(~valid[:, lo:hi, None], 0)
-                recall = self._recall(scores, mass, every)
-                mass = mass if mask is None else mass.masked_fill(~mask, 0)
-                target = mass / mass.sum(-1, keepdim=True).clamp_min(1e-20)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -1e30)
-            log_ratio = target.clamp_min(1e-20).log() - scores.log_softmax(-1)
-            seen = mass.sum(-1) > 0
-            return torch.stack([(target * log_ratio).sum(), seen.sum().float(), *recall])
-
-        parts = []
-        for lo, hi in blocks:
-            if len(blocks) > 1 and torch.is_grad_enabled():
-                parts.append(checkpoint(block, index_q, weights, keys, lo, hi, use_reentrant=False))
-            else:
-                parts.append(block(index_q, weights, keys, lo, hi))
-        total = torch.stack(parts).sum(0)
-        return total[0] / total[1].clamp_min(1), (total[2] / total[3]).detach()
-
-    def _recall(self, scores: Tensor, mass: Tensor, every: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Summed recall of the top k and the number of queries it was taken over."""
-        if scores.shape[-1] <= self.top_k:
-            return scores.new_zeros(()), scores.new_zeros(())
-        if every is not None:
-            scores = scores.masked_fill(~every, float("-inf"))
-        picks = select_entries(scores, self.top_k)
-        caught = mass.gather(-1, picks.clamp_min(0)).masked_fill(picks < 0, 0).sum(-1) / mass.sum(-1).clamp_min(1e-20)
-        if every is None:
-            return caught.sum(), torch.tensor(float(caught.numel()), device=caught.device)
-        choice = (every.sum(-1) > self.top_k) & (mass.sum(-1) > 0)
-        return caught.masked_fill(~choice, 0).sum(), choice.sum().float()
+        total = index_loss(
+            index_q, weights, keys, visible, all_visible, q, lse, entries, scale, layout.valid, self.top_k
+        )
+        seen, caught, choices = layout.total(total[1:])
+        return total[0] / seen.clamp_min(1), caught / choices

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.ops import registry
-from rorqual.ops.native import usable
+from rorqual.ops.native import functions, usable, usable_typed
 from rorqual.ops.swiglu import swiglu
 
 SCORE_FLOOR = 1e-36
@@ -129,6 +129,8 @@ class _GroupedExperts(torch.autograd.Function):
 def grouped_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
 ) -> Tensor:
-    """`experts_reference` in time proportional to the experts actually used."""
+    """`experts_reference` in time proportional to the experts actually used. Weights are cast to x's dtype."""
+    if usable_typed(x) and w1.shape[1] % 16 == 0 and w1.shape[2] % 16 == 0 and experts.numel():
+        return functions.Experts.apply(x, experts, weights, w1, w3, w2, limit)
     w1, w3, w2 = (w if w.dtype == x.dtype else w.to(x.dtype) for w in (w1, w3, w2))
     return _GroupedExperts.apply(x, experts, weights, w1, w3, w2, limit)

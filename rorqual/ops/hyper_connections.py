@@ -4,6 +4,9 @@ Per token and sublayer, 2n + n^2 coefficients are read from the n residual strea
 sublayer's input, `post` spreads its output, `comb` mixes the streams. Sinkhorn makes `comb` (nearly) doubly stochastic.
 Source: V4 report section 2.2; order of operations as in the checkpoint's inference code.
 
+Below them, for comparison, the unconstrained hyper-connections (HC) that mHC grew out of: the same three roles, no
+bounds on the coefficients. Source: "Hyper-Connections" (Zhu et al., 2024), with RMS norm as in the mHC paper.
+
 N streams, D hidden, M = 2N + N^2 coefficients.
 """
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rorqual.ops import registry
-from rorqual.ops.native import functions, usable
+from rorqual.ops.native import functions, usable_typed
 
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
@@ -79,6 +82,44 @@ def hc_post_reference(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) ->
     return (mixed + post.unsqueeze(-1) * y.float().unsqueeze(-2)).to(streams.dtype)
 
 
+def free_coefficients(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unconstrained coefficients: static value plus a gated tanh, read from each stream by itself.
+
+    Shapes: streams [..., N, D], fn [N + 2, D] (rows: pre, post, then the targets of comb), base [M], scale [3] -> pre
+    [..., N], post [..., N], comb [..., N, N], all fp32. Stream j gives pre_j, post_j and the row comb[j]; nothing keeps
+    them positive or their sums at 1.
+    """
+    n = streams.shape[-2]
+    x = streams.float()
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+    dynamic = torch.tanh(x @ fn.float().t())
+    base, scale = base.float(), scale.float()
+    pre = dynamic[..., 0] * scale[0] + base[:n]
+    post = dynamic[..., 1] * scale[1] + base[n : 2 * n]
+    return pre, post, dynamic[..., 2:] * scale[2] + base[2 * n :].view(n, n)
+
+
+def free_pre(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `hc_pre_reference`, with unconstrained coefficients; `hc_post` follows it just the same."""
+    pre, post, comb = free_coefficients(streams, fn, base, scale, norm_eps)
+    return collapse(streams, pre), post, comb
+
+
+def hc_head_reference(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float
+) -> Tensor:
+    """Collapse of the streams before the final norm, without Sinkhorn: weights need not sum to 1.
+
+    Shapes: streams [..., N, D], fn [N, N*D], base [N], scale [1] -> [..., D].
+    """
+    pre = torch.sigmoid(mix_logits(streams, fn, norm_eps) * scale.float() + base.float()) + eps
+    return collapse(streams, pre)
+
+
 def hc_pre(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,8 +132,14 @@ def hc_post(streams: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return registry.pick("hc_post", streams)(streams, y, post, comb)
 
 
+def hc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
+    """`hc_head_reference`, by the fastest implementation at hand."""
+    return registry.pick("hc_head", streams)(streams, fn, base, scale, norm_eps, eps)
+
+
 def _fits(streams: Tensor) -> bool:
-    return usable(streams) and streams.shape[-2] <= 8  # MAX_STREAMS of the C code
+    n, d = streams.shape[-2:]
+    return usable_typed(streams) and n <= 8 and n * d % 2 == 0  # MAX_STREAMS of the C code; bf16 goes in pairs
 
 
 def _native_pre(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float):  # type: ignore[no-untyped-def]
@@ -105,3 +152,5 @@ registry.register("hc_pre", "reference", hc_pre_reference)
 registry.register("hc_pre", "native", _native_pre, _fits)
 registry.register("hc_post", "reference", hc_post_reference)
 registry.register("hc_post", "native", functions.hc_post, _fits)
+registry.register("hc_head", "reference", hc_head_reference)
+registry.register("hc_head", "native", functions.HcHead.apply, _fits)

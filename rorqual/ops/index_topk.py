@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from rorqual.ops import registry
-from rorqual.ops.native import functions, usable
+from rorqual.ops.native import functions, usable_typed
 
 
 def reduce_heads_reference(dots: Tensor, weights: Tensor) -> Tensor:
     """sum_j w_j relu(dots_j): dots fp32 [B, T, J, C], weights fp32 [B, T, J] -> [B, T, C]."""
-    return (weights.unsqueeze(-2) @ dots.relu()).squeeze(-2)
+    return (weights.unsqueeze(-2) @ dots.float().relu()).squeeze(-2)
 
 
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
@@ -22,12 +22,12 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     The scale constants are already in `weights`.
     """
     b, t, j, k = q.shape
-    dots = (q.reshape(b, t * j, k) @ keys.transpose(-1, -2)).view(b, t, j, -1).float()
+    dots = (q.reshape(b, t * j, k) @ keys.transpose(-1, -2)).view(b, t, j, -1)
     return registry.pick("index_reduce", dots)(dots, weights.float())
 
 
 registry.register("index_reduce", "reference", reduce_heads_reference)
-registry.register("index_reduce", "native", functions.index_reduce, usable)
+registry.register("index_reduce", "native", functions.index_reduce, usable_typed)
 
 
 def select_entries(scores: Tensor, top_k: int) -> Tensor:

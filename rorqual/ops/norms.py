@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.ops import registry
-from rorqual.ops.native import functions, usable
+from rorqual.ops.native import functions, usable_typed
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -25,4 +25,4 @@ def _native(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 registry.register("rms_norm", "reference", rms_norm_reference)
-registry.register("rms_norm", "native", _native, usable)
+registry.register("rms_norm", "native", _native, usable_typed)

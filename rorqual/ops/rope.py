@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rorqual.ops import registry
-from rorqual.ops.native import functions, usable
+from rorqual.ops.native import functions, usable_typed
 from rorqual.ops.norms import rms_norm_reference
 
 
@@ -72,6 +72,6 @@ def norm_rope(x: Tensor, weight: Tensor | None, eps: float, table: Tensor) -> Te
 
 
 registry.register("norm_rope", "reference", norm_rope_reference)
-registry.register("norm_rope", "native", functions.norm_rope, usable)
+registry.register("norm_rope", "native", functions.norm_rope, usable_typed)
 registry.register("rope", "reference", apply_rope_reference)
-registry.register("rope", "native", functions.rope, usable)
+registry.register("rope", "native", functions.rope, usable_typed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rorqual.ops import registry
-from rorqual.ops.native import functions, usable
+from rorqual.ops.native import functions, usable_typed
 
 
 def forward_reference(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float) -> Tensor:
@@ -63,6 +63,6 @@ def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 registry.register("swiglu", "reference", forward_reference)
-registry.register("swiglu", "native", functions.swiglu_forward, usable)
+registry.register("swiglu", "native", functions.swiglu_forward, usable_typed)
 registry.register("swiglu_backward", "reference", backward_reference)
-registry.register("swiglu_backward", "native", functions.swiglu_backward, usable)
+registry.register("swiglu_backward", "native", functions.swiglu_backward, usable_typed)

@@ -1,12 +1,16 @@
 """Each native operation against its reference: values and every gradient, over shapes that do not divide evenly."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from rorqual.ops import (
     experts,
+    cross_entropy,
     hyper_connections,
+    index_loss,
     index_topk,
     norms,
     registry,
@@ -27,11 +31,23 @@ OPERATIONS = [
     "swiglu",
     "swiglu_backward",
     "index_reduce",
+    "hc_head",
+    "index_loss",
+    "cross_entropy",
 ]
 
 
-def both(operation: str, *args: object) -> None:
-    """Outputs and gradients of native and reference agree within fp32 rounding."""
+def both(operation: str, *args: object, data: tuple[int, ...] = (0,)) -> None:
+    """Outputs and gradients of native and reference agree within fp32 rounding, and, with the arguments `data` given as
+    bf16, within bf16 rounding.
+    """
+    compare(operation, args, 2e-5)
+    halves = [a.bfloat16() if i in data and isinstance(a, Tensor) else a for i, a in enumerate(args)]
+    if not (operation.startswith("hc_") and halves[0].shape[-1] * halves[0].shape[-2] % 2):  # type: ignore[attr-defined]
+        compare(operation, halves, 2e-2)
+
+
+def compare(operation: str, args: Sequence[object], tolerance: float) -> None:
     results = []
     implementations = registry.implementations(operation)
     assert set(implementations) == {"reference", "native"}
@@ -40,15 +56,16 @@ def both(operation: str, *args: object) -> None:
         out = implementations[name](*leaves)
         outputs = [o for o in (out if isinstance(out, tuple) else (out,)) if o is not None]
         generator = torch.Generator().manual_seed(1)
-        loss = sum((o * torch.randn(o.shape, generator=generator)).sum() for o in outputs)
+        loss = sum((o.float() * torch.randn(o.shape, generator=generator)).sum() for o in outputs)
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.backward()
         grads = [a.grad for a in leaves if isinstance(a, Tensor) and a.requires_grad]
         results.append([o.detach() for o in outputs] + [g for g in grads if g is not None])
     assert len(results[0]) >= len(results[1]) > 0
     for a, b in zip(results[0], results[1], strict=False):
+        assert a.dtype == b.dtype
         scale = a.abs().max().clamp_min(1e-3)
-        assert ((a - b).abs().max() / scale) < 2e-5
+        assert ((a.float() - b.float()).abs().max() / scale) < tolerance
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -60,7 +77,8 @@ def test_hyper_connections(n: int, d: int, iters: int) -> None:
     rows = 2 * n + n * n
     both("hc_pre", randn(2, 5, n, d), randn(rows, n * d) * 0.3, randn(rows), 1 + randn(3), iters, 1e-6, 1e-6)
     comb = hyper_connections.sinkhorn(randn(2, 5, n, n), iters, 1e-6)
-    both("hc_post", randn(2, 5, n, d), randn(2, 5, d), randn(2, 5, n), comb)
+    both("hc_post", randn(2, 5, n, d), randn(2, 5, d), randn(2, 5, n), comb, data=(0, 1))
+    both("hc_head", randn(2, 5, n, d), randn(n, n * d) * 0.3, randn(n), 1 + randn(1), 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize("d", [3, 16, 33, 128])
@@ -177,6 +195,145 @@ def test_index_reduce() -> None:
     q, w, keys = randn(2, 3, 5, 8), randn(2, 3, 5), randn(2, 11, 8)
     want = torch.einsum("btj,btjc->btc", w, torch.einsum("btjk,bck->btjc", q, keys).relu())
     torch.testing.assert_close(index_topk.index_scores(q, w, keys), want)
+
+
+BOTH_TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def close(got: Tensor, want: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    """Equal up to rounding, as a share of the whole tensor's norm."""
+    distance = (got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-6)
+    assert distance < factor * (1e-5 if dtype == torch.float32 else 1e-2), float(distance)
+
+
+@BOTH_TYPES
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("heads", "width", "window", "entries", "picks"), [
+    (4, 32, 8, 0, 0), (4, 32, 8, 19, 0), (4, 32, 8, 19, 5), (3, 16, 16, 7, 0), (64, 16, 1, 12, 4), (1, 48, 5, 200, 9),
+])  # fmt: skip
+def test_attention(
+    heads: int, width: int, window: int, entries: int, picks: int, packed: bool, dtype: torch.dtype
+) -> None:
+    """Values and gradients of the fused kernel are those of the equation, at sizes that fill no tile."""
+    b, t = 2, 77
+    q, kv = randn(b, t, heads, width).to(dtype), randn(b, window - 1 + t, width).to(dtype)
+    sink, upstream = randn(heads), randn(b, t, heads, width, seed=3)
+    positions = (torch.arange(t) % 37)[None] if packed else torch.arange(t)[None]
+    given, visible = None, None
+    if entries:
+        given, end = randn(b, entries, width).to(dtype), (torch.arange(1, t + 1) * entries // t)[None]
+        start = (end - 3).clamp_min(0) if packed else None
+        chosen = None
+        if picks:
+            scores = torch.rand(b, t, entries, generator=torch.Generator().manual_seed(0))
+            chosen = scores.topk(min(picks, entries), -1).indices.sort(-1).values
+            chosen = torch.where(chosen < end.unsqueeze(-1), chosen, -1)
+        visible = sparse_attention.Visible(end, start, chosen)
+    results = []
+    for run in (sparse_attention.attention_reference, sparse_attention.sparse_attention):
+        leaves = [x.clone().requires_grad_() for x in (q, kv, sink, given) if x is not None]
+        out = run(*leaves[:3], positions, window, 0.3, leaves[3] if entries else None, visible)
+        out = out if isinstance(out, Tensor) else out[0]
+        (out.float() * upstream).sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    for want, got in zip(*results, strict=True):
+        close(got, want, dtype)
+
+
+@BOTH_TYPES
+@pytest.mark.parametrize(
+    ("tokens", "inner", "num", "active"), [(1, 16, 3, 2), (50, 48, 5, 2), (300, 32, 2, 1), (7, 16, 9, 9)]
+)
+def test_experts(tokens: int, inner: int, num: int, active: int, dtype: torch.dtype) -> None:
+    d = 32
+    x, weights = randn(tokens, d).to(dtype), torch.rand(tokens, active, generator=torch.Generator().manual_seed(1))
+    matrices = [randn(num, inner, d) * 0.2, randn(num, inner, d, seed=5) * 0.2, randn(num, d, inner) * 0.2]
+    scores = torch.rand(tokens, num, generator=torch.Generator().manual_seed(2))
+    chosen = scores.topk(active, -1).indices
+    upstream = randn(tokens, d, seed=9)
+    results = []
+    for run in (experts.experts_reference, functions.Experts.apply):
+        leaves = [
+            t.clone().requires_grad_()
+            for t in (x.float() if run is experts.experts_reference else x, weights, *matrices)
+        ]
+        y = run(leaves[0], chosen, leaves[1], *leaves[2:], 0.0)
+        (y * upstream).sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    for want, got in zip(*results, strict=True):
+        close(got, want, dtype, 2.0)
+
+
+def test_an_experts_row_does_not_depend_on_its_neighbours() -> None:
+    x, weights = randn(200, 32), torch.rand(200, 2, generator=torch.Generator().manual_seed(1))
+    matrices = [randn(4, 16, 32), randn(4, 16, 32, seed=5), randn(4, 32, 16)]
+    chosen = torch.rand(200, 4, generator=torch.Generator().manual_seed(2)).topk(2, -1).indices
+    whole = functions.Experts.apply(x, chosen, weights, *matrices, 1.0)
+    part = functions.Experts.apply(x[37:41], chosen[37:41], weights[37:41], *matrices, 1.0)
+    assert torch.equal(whole[37:41], part)
+
+
+@BOTH_TYPES
+@pytest.mark.parametrize("use_picks", [False, True])
+@pytest.mark.parametrize(("entries", "top_k", "packed"), [(15, 4, False), (37, 40, False), (40, 6, True)])
+def test_index_loss(entries: int, top_k: int, packed: bool, use_picks: bool, dtype: torch.dtype) -> None:
+    b, t, heads, width = 2, 60, 3, 16
+    index_q, weights, keys = randn(b, t, heads, width).to(dtype), randn(b, t, heads), randn(b, entries, width).to(dtype)
+    q, lse, attended = randn(b, t, 4, 32).to(dtype), randn(b, t, 4) + 4, randn(b, entries, 32).to(dtype)
+    end = (torch.arange(1, t + 1) * entries // t)[None].expand(b, -1)
+    start, valid = ((end - 9).clamp_min(0), randn(b, t) > -1) if packed else (None, None)
+    every = sparse_attention.Visible(end, start)
+    scores = index_topk.index_scores(index_q, weights, keys).masked_fill(~every.mask(0, t, entries), float("-inf"))  # type: ignore[operator]
+    picks = index_topk.select_entries(scores, top_k)
+    if dtype == torch.float32:  # in bf16 two scores may round to one
+        assert torch.equal(functions.index_select(index_q, weights, keys, start, end, top_k), picks)
+    visible = sparse_attention.Visible(end, start, picks) if use_picks else every
+    results = []
+    for run in registry.implementations("index_loss").values():
+        leaves = [x.clone().requires_grad_() for x in (index_q, weights, keys)]
+        sums = run(*leaves, visible, every, q, lse, attended, 0.2, valid, top_k)
+        sums[0].backward()
+        results.append([sums, *(leaf.grad for leaf in leaves)])
+    for want, got in zip(*results, strict=True):
+        close(got, want, dtype)
+    assert results[0][0][3] > 0 or top_k >= entries
+    assert index_loss.index_loss(index_q, weights, keys, visible, every, q, lse, attended, 0.2, valid, top_k).shape == (
+        4,
+    )
+
+
+@BOTH_TYPES
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "z_weight"), [(0, 48, 0.0), (1, 48, 0.0), (77, 48, 0.1), (130, 512, 0.0)]
+)
+def test_cross_entropy(rows: int, vocabulary: int, z_weight: float, dtype: torch.dtype) -> None:
+    hidden, weight = randn(rows, 32).to(dtype), randn(vocabulary, 32).to(dtype)
+    labels = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(4))
+    found = registry.implementations("cross_entropy")
+    for want, got in zip(
+        *(found[n](hidden, weight, labels, 50, z_weight) for n in ("reference", "native")), strict=True
+    ):
+        assert want.shape == got.shape
+        if rows:
+            close(got, want, dtype)
+    leaf = hidden.float().requires_grad_()
+    if rows and not z_weight:
+        torch.nn.functional.cross_entropy(leaf @ weight.float().T, labels, reduction="sum").backward()
+        close(cross_entropy.cross_entropy(hidden, weight, labels, 50)[2], leaf.grad, dtype, 2.0)  # type: ignore[arg-type]
+
+
+@BOTH_TYPES
+def test_swiglu_in_both_types(dtype: torch.dtype) -> None:
+    gate, up, weight, dout = (
+        x.to(dtype) for x in (randn(9, 33) * 3, randn(9, 33, seed=1) * 3, randn(9), randn(9, 33, seed=2))
+    )
+    for operation, args in (
+        ("swiglu", (gate, up, weight.float(), 4.0)),
+        ("swiglu_backward", (gate, up, weight.float(), dout, 4.0)),
+    ):
+        found = [registry.implementations(operation)[name](*args) for name in ("reference", "native")]
+        for want, got in zip(*(f if isinstance(f, tuple) else (f,) for f in found), strict=True):
+            close(got, want, dtype)
 
 
 def test_every_twin_is_tested_here() -> None:

@@ -39,6 +39,23 @@ INLINE float sigmoid_(float x) { return 1.0f / (1.0f + exp_(-x)); }
 INLINE float min_(float a, float b) { return a > b ? b : a; }
 INLINE float max_(float a, float b) { return a < b ? b : a; }
 
+/* bf16 is the upper half of a float; rounding is to the nearest, ties to even, and a NaN stays one. */
+INLINE float from_bf16(uint16_t x) {
+    union {
+        uint32_t i;
+        float f;
+    } u = {.i = (uint32_t)x << 16};
+    return u.f;
+}
+INLINE uint16_t to_bf16(float x) {
+    union {
+        float f;
+        uint32_t i;
+    } u = {.f = x};
+    uint32_t rounded = (u.i + 0x7fffu + (u.i >> 16 & 1u)) >> 16;
+    return (uint16_t)(x == x ? rounded : (u.i >> 16 | 0x40u));
+}
+
 INLINE float dot(const float *restrict a, const float *restrict b, long n) {
     float s = 0.0f;
 #pragma omp simd reduction(+ : s)

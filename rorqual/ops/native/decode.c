@@ -2,7 +2,7 @@
 
 #include <stdlib.h>
 
-#include "common.h"
+#include "select.h"
 
 #define SCORE_FLOOR 1e-36f /* as in experts.py */
 
@@ -67,28 +67,6 @@ void attend_small(const float *q, const float *kv, const float *sink, const int6
 }
 
 /* ---- index_topk.py ---------------------------------------------------------------------------------------------- */
-
-/* The k-th largest of n values (1-based); reorders `v`. */
-static float kth_largest(float *v, long n, long k) {
-    long lo = 0, hi = n - 1, want = k - 1;
-    while (lo < hi) {
-        float pivot = v[lo + (hi - lo) / 2];
-        long i = lo, j = hi;
-        while (i <= j) {
-            while (v[i] > pivot) i++;
-            while (v[j] < pivot) j--;
-            if (i <= j) {
-                float swap = v[i];
-                v[i++] = v[j];
-                v[j--] = swap;
-            }
-        }
-        if (want <= j) hi = j;
-        else if (want >= i) lo = i;
-        else break;
-    }
-    return v[want];
-}
 
 /* Scores of q [B, T, J, K] with head weights [B, T, J] against keys (rows K apart, batches key_stride apart), then the
  * best k of the visible range [start, end) per query, ascending, lowest index first among equals; -1 fills up.

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -123,45 +124,82 @@ def load() -> ctypes.CDLL | None:
         return None
 
 
-@lru_cache(maxsize=64)
-def kernel(name: str) -> Callable[..., None]:
-    """C function `name`, its argument types read from its prototype so that they stand in one place."""
+@lru_cache(maxsize=128)
+def kernel(name: str, bf16: bool) -> tuple[Callable[..., None], tuple[torch.dtype | None, ...]]:
+    """C function `name`, its argument types read from its prototype so that they stand in one place.
+
+    Functions written for both element types (`types.h`) exist twice, and `bf16` chooses. Also returns the dtype that each
+    argument must have, None for a number.
+    """
     library = load()
     assert library is not None
-    text = next(text for path in _SOURCES if f"void {name}(" in (text := path.read_text()))
-    begin = text.index(f"void {name}(") + len(f"void {name}(")
-    function = getattr(library, name)
+    begin, text = _prototype(name)
+    function = getattr(library, f"{name}_bf16" if bf16 and text is not None and f"NAME({name})" in text else name)
     function.restype = None
+    arguments = text[begin : text.index(")", begin)].split(",")
     function.argtypes = [
         ctypes.c_void_p if "*" in argument
         else ctypes.c_long if "long" in argument
         else ctypes.c_int if "int" in argument
         else ctypes.c_float
-        for argument in text[begin : text.index(")", begin)].split(",")
+        for argument in arguments
     ]  # fmt: skip
-    return function
+    element = torch.bfloat16 if bf16 else torch.float32
+    return function, tuple(
+        None if "*" not in argument
+        else torch.int64 if "int64_t" in argument
+        else element if re.search(r"\bT\b", argument)
+        else torch.float32
+        for argument in arguments
+    )  # fmt: skip
+
+
+def _prototype(name: str) -> tuple[int, str]:
+    """Where the arguments of C function `name` begin, and in which source."""
+    for path in (*_SOURCES, *_HEADERS):
+        text = path.read_text()
+        for head in (f"void {name}(", f"void NAME({name})("):
+            if head in text:
+                return text.index(head) + len(head), text
+    raise KeyError(name)  # our own mistake
 
 
 def call(name: str, *args: Tensor | int | float | None) -> None:
-    """Run kernel `name`: tensors as pointers (contiguous, of the dtype of the C prototype), numbers by value."""
-    plain = [a if a.__class__ in _NUMBERS else _pointer(name, a) for a in args]  # type: ignore[arg-type]
-    kernel(name)(*plain)
+    """Run kernel `name`: tensors as pointers (contiguous, of the dtype of the C prototype), numbers by value.
+
+    The first tensor says which element type is meant.
+    """
+    bf16 = False
+    for a in args:
+        if isinstance(a, Tensor):
+            bf16 = a.dtype is torch.bfloat16
+            break
+    function, dtypes = kernel(name, bf16)
+    function(*[a if a.__class__ in _NUMBERS else _pointer(name, a, d) for a, d in zip(args, dtypes, strict=True)])  # type: ignore[arg-type]
 
 
 _NUMBERS = frozenset((int, float, type(None)))
 
 
-def _pointer(name: str, tensor: Tensor) -> int:
-    if tensor.dtype is not torch.float32 and tensor.dtype is not torch.int64:
-        raise TypeError(f"{name}: a tensor of dtype {tensor.dtype} reached C, which reads fp32 and int64 only")
+def _pointer(name: str, tensor: Tensor, dtype: torch.dtype | None) -> int:
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name}: a tensor of dtype {tensor.dtype} reached C, which reads {dtype} there")
     return tensor.data_ptr()
 
 
 def usable(tensor: Tensor) -> bool:
     """Whether the native twins can work on tensors like this one: fp32 on the CPU, and the library is there."""
+    return tensor.dtype is torch.float32 and _reachable(tensor)
+
+
+def usable_typed(tensor: Tensor) -> bool:
+    """As `usable`, for kernels written for both element types: fp32 or bf16."""
+    return (tensor.dtype is torch.float32 or tensor.dtype is torch.bfloat16) and _reachable(tensor)
+
+
+def _reachable(tensor: Tensor) -> bool:
     return (
-        tensor.dtype is torch.float32
-        and tensor.is_cpu
+        tensor.is_cpu
         and not torch.is_autocast_enabled("cpu")  # products around the kernels would come out in bf16
         and registry.allows("native")
         and load() is not None
