@@ -19,6 +19,9 @@ from rorqual.ops.swiglu import swiglu
 SCORE_FLOOR = 1e-36
 """Keeps the normalisation of scores that all underflow, and the root's gradient there, from 0/0."""
 
+LANES = 16
+"""The native kernel's rows are whole vectors of this many floats."""
+
 SMALL_TOKENS, SMALL_WEIGHTS = 4, 1 << 22
 """Up to so many tokens, and weights touched per expert, a whole MoE layer goes through one native call."""
 
@@ -130,7 +133,9 @@ def grouped_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
 ) -> Tensor:
     """`experts_reference` in time proportional to the experts actually used. Weights are cast to x's dtype."""
-    if usable_typed(x) and w1.shape[1] % 16 == 0 and w1.shape[2] % 16 == 0 and experts.numel():
+    if usable_typed(x) and w1.shape[2] % LANES == 0 and experts.numel():
+        if odd := -w1.shape[1] % LANES:  # zeros give zeros, and the kernel works in whole vectors
+            w1, w3, w2 = F.pad(w1, (0, 0, 0, odd)), F.pad(w3, (0, 0, 0, odd)), F.pad(w2, (0, odd))
         return functions.Experts.apply(x, experts, weights, w1, w3, w2, limit)
     w1, w3, w2 = (w if w.dtype == x.dtype else w.to(x.dtype) for w in (w1, w3, w2))
     return _GroupedExperts.apply(x, experts, weights, w1, w3, w2, limit)

@@ -264,6 +264,21 @@ def test_experts(tokens: int, inner: int, num: int, active: int, dtype: torch.dt
         close(got, want, dtype, 2.0)
 
 
+def test_experts_of_an_odd_width() -> None:
+    x, weights = randn(20, 32), torch.rand(20, 2, generator=torch.Generator().manual_seed(1))
+    matrices = [randn(4, 21, 32), randn(4, 21, 32, seed=5), randn(4, 32, 21)]
+    chosen = torch.rand(20, 4, generator=torch.Generator().manual_seed(2)).topk(2, -1).indices
+    results = []
+    for run in (experts.experts_reference, experts.grouped_experts):
+        leaves = [t.clone().requires_grad_() for t in (x, weights, *matrices)]
+        y = run(leaves[0], chosen, leaves[1], *leaves[2:], 1.0)
+        y.square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    for want, got in zip(*results, strict=True):
+        assert want.shape == got.shape
+        close(got, want, torch.float32)
+
+
 def test_an_experts_row_does_not_depend_on_its_neighbours() -> None:
     x, weights = randn(200, 32), torch.rand(200, 2, generator=torch.Generator().manual_seed(1))
     matrices = [randn(4, 16, 32), randn(4, 16, 32, seed=5), randn(4, 32, 16)]
