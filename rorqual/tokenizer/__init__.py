@@ -1,5 +1,6 @@
 """Text to token ids and back: loading and training byte-level BPE vocabularies with V4's markers."""
 
+from rorqual.tokenizer.compression import compress_vocabulary
 from rorqual.tokenizer.special import (
     ASSISTANT,
     BOS,
@@ -36,5 +37,6 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "build_pre_tokenizer",
+    "compress_vocabulary",
     "train_tokenizer",
 ]
