@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 
 from rorqual import log
-from rorqual.checkpoint.report import LoadReport, cast_model, fill, refuse_packed
+from rorqual.checkpoint.report import LoadReport, cast_model, fill
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
 from rorqual.config import ModelConfig
 from rorqual.errors import CheckpointError
 from rorqual.model import Transformer
+from rorqual.model.ngram_hash import NgramHash
 
 logger = log.get(__name__)
 
@@ -41,7 +42,6 @@ def build_and_fill(
         named = getattr(torch, config.torch_dtype, torch.float32)
         dtype = torch.float32 if device.type == "cpu" or named not in STORABLE else named
     with CheckpointFiles(folder) as files:
-        refuse_packed(files)  # before memory is taken for the model
         model = Transformer(config, seed=None if strict else 0)  # strict: every tensor comes from the files
         cast_model(model, dtype)
         report = fill(model.state_dict(), files, strict=strict)
@@ -53,7 +53,9 @@ def build_and_fill(
 
 
 def _check_tables(model: Transformer, config: ModelConfig, folder: Path) -> None:
-    """Expert tables must name experts that exist, or some token would crash far from the cause."""
+    """Expert tables must name experts that exist, and hashes lead to rows that do, or some token would crash far from
+    the cause.
+    """
     for name, tensor in model.state_dict().items():
         if name.endswith("tid2eid") and not tensor.is_meta and tensor.numel():
             low, high = int(tensor.min()), int(tensor.max())
@@ -64,3 +66,6 @@ def _check_tables(model: Transformer, config: ModelConfig, folder: Path) -> None
                     "not be routed. The table is damaged or belongs to another model: copy the checkpoint "
                     "again."
                 )
+    for name, module in model.named_modules():
+        if isinstance(module, NgramHash) and not module.sizes.is_meta:
+            module.check(f"{name} in {folder}")

@@ -1,7 +1,6 @@
-"""Models in DeepSeek's own layout: official tensor names, one tensor per expert, `config.json` beside the
-weights.
+"""Models in DeepSeek's own layout: official tensor names, one tensor per expert, `config.json` beside the weights.
 
-Left out: FP8 and FP4 files, which are recognised and refused.
+Weights may be fp32, bf16, or packed in FP8 and FP4 as the released checkpoints are (`packed.py`).
 """
 
 from pathlib import Path
@@ -13,6 +12,7 @@ from rorqual.checkpoint.layout import official_shards
 from rorqual.checkpoint.store import SHARD_BYTES, Layout, write_model
 from rorqual.config import ModelConfig
 from rorqual.model import Transformer
+from rorqual.model.quantised import ExpertFormat
 
 LAYOUT = Layout(
     is_fused=lambda _stack: False,
@@ -32,10 +32,10 @@ def load_official(
     """Build the model that `folder` describes and load its weights.
 
     `dtype` is that of the parameters in memory (those that V4 keeps in fp32 stay so); None means fp32 on a
-    CPU and the config's `torch_dtype` elsewhere. The model carries a `LoadReport` as `model.load_report`.
-    Raises: ConfigError for an impossible config.json; CheckpointError for damaged files, FP8/FP4 weights and,
-    when `strict`, for any tensor that is missing, misshapen or unexpected (otherwise those are reported, and
-    what the files lack keeps its initial values).
+    CPU and the config's `torch_dtype` elsewhere. FP8 and FP4 weights become their exact values in it. The model carries
+    a `LoadReport` as `model.load_report`. Raises: ConfigError for an impossible config.json; CheckpointError for
+    damaged files and, when `strict`, for any tensor that is missing, misshapen or unexpected (otherwise those are
+    reported, and what the files lack keeps its initial values).
     """
     config = read_config(folder)
     return build_and_fill(Path(folder), config, dtype=dtype, device=device, strict=strict)[0]
@@ -46,12 +46,15 @@ def save_official(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    experts: ExpertFormat | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
     """Write weights and config.json in the official layout; returns the weight files.
 
-    `dtype` is fp32 or bf16, None for the parameters' own. Above `shard_bytes` the weights are split as
-    DeepSeek does: embedding, one shard a layer, norm and heads, MTP. Raises: CheckpointError
-    when the disk refuses.
+    `dtype` is fp32 or bf16, None for the parameters' own. `experts` "fp4" or "fp8" instead writes what the released
+    (or the base) checkpoints hold: packed experts, FP8 projections, the rest in bf16 and fp32. A model under
+    `model.quantised.quantise` is written as it computes: the files' model gives the same logits. Above `shard_bytes`
+    the weights are split as DeepSeek does: embedding, one shard a layer, norm and heads, MTP. Raises: ConfigError for
+    another dtype, or for `dtype` and `experts` at once; CheckpointError when the disk refuses.
     """
-    return write_model(model, folder, LAYOUT, dtype=dtype, shard_bytes=shard_bytes)
+    return write_model(model, folder, LAYOUT, dtype=dtype, experts=experts, shard_bytes=shard_bytes)

@@ -14,6 +14,16 @@ from torch import Tensor
 
 from rorqual.checkpoint.layout import FileTensor, Shape, file_tensors, scatter
 from rorqual.checkpoint.names import DOWN, GATE_UP, split_expert, stays_fp32, to_official
+from rorqual.checkpoint.packed import (
+    FP4_DTYPES,
+    FP8_DTYPES,
+    SCALE_DTYPES,
+    StoredFormat,
+    exponents,
+    scale_name,
+    scale_shape,
+    unpack,
+)
 from rorqual.checkpoint.safetensors_io import CheckpointFiles, TensorInfo
 from rorqual.errors import CheckpointError
 
@@ -50,6 +60,8 @@ class LoadReport:
     cast: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     nbytes: int = 0
+    scales: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """e8m0 scales of the FP8 and FP4 weights read, by official name of the weight; `save_official` can keep them."""
 
     def summary(self) -> str:
         """A few lines for people: counts, the first names of each problem, casts by kind, notes."""
@@ -73,6 +85,8 @@ class Match:
     missing: list[FileTensor]
     unexpected: list[TensorInfo]
     misshapen: list[Misfit]
+    scales: dict[str, TensorInfo]
+    """Scales of packed weights, by the weight's name."""
 
 
 def layout_of(files: CheckpointFiles) -> Literal["official", "transformers"]:
@@ -89,18 +103,6 @@ def packed_tensors(files: CheckpointFiles) -> list[TensorInfo]:
 
 def _is_code(dtype: str) -> bool:
     return dtype.startswith(("F8", "F4")) or dtype in ("I8", "U8")
-
-
-def refuse_packed(files: CheckpointFiles) -> None:
-    """Raise CheckpointError when the weights are FP8 or FP4 codes, which `load_*` cannot read yet."""
-    packed = packed_tensors(files)
-    if packed:
-        kinds = sorted({info.dtype for info in packed})
-        raise CheckpointError(
-            f"{files.folder} holds {len(packed)} FP8/FP4-packed tensors ({', '.join(kinds)}; first: "
-            f"{packed[0].name}). This loader reads fp32, fp16 and bf16 only; packed weights come with the "
-            "real-weights loader. Use a bf16 or fp32 copy of this checkpoint."
-        )
 
 
 def match(files: CheckpointFiles, shapes: Mapping[str, Shape]) -> Match:
@@ -122,7 +124,7 @@ def match(files: CheckpointFiles, shapes: Mapping[str, Shape]) -> Match:
     def is_fused(stack: str) -> bool:
         return f"{stack}.{GATE_UP}" in stored or f"{stack}.{DOWN}" in stored
 
-    result = Match([], [], [], [])
+    result = Match([], [], [], [], {})
     for tensor in file_tensors(shapes, is_fused):
         found = stored.pop(tensor.name, None)
         if found is None:
@@ -130,7 +132,9 @@ def match(files: CheckpointFiles, shapes: Mapping[str, Shape]) -> Match:
             continue
         if _logical_shape(found) == tensor.shape:
             result.fitting.append((tensor, found))
-            stored.pop(tensor.name.removesuffix("weight") + "scale", None)
+            scale = stored.pop(scale_name(tensor.name), None) if _is_code(found.dtype) else None
+            if scale is not None:
+                result.scales[tensor.name] = scale
         else:
             result.misshapen.append(Misfit(tensor.name, found.shape, tensor.shape))
     result.unexpected = list(stored.values())
@@ -155,12 +159,20 @@ def fill(state: Mapping[str, Tensor], files: CheckpointFiles, *, strict: bool) -
         _refuse(files.folder, found)
     with torch.no_grad():
         for tensor, info in sorted(found.fitting, key=lambda pair: str(pair[1].path)):
-            target = state[tensor.parts[0].ours]
-            scatter(state, tensor, files.read(info.name))
+            target, value = state[tensor.parts[0].ours], files.read(info.name)
             report.loaded.append(tensor.name)
             report.nbytes += info.nbytes
-            if target.dtype != _TORCH[info.dtype]:
+            if tensor.name in found.scales:
+                scale = files.read(found.scales[tensor.name].name)
+                value = unpack(value, scale)
+                report.nbytes += found.scales[tensor.name].nbytes
+                kept = exponents(scale)
+                if kept is not None:
+                    report.scales[tensor.name] = kept
+                report.cast[tensor.name] = f"{_packed_format(info.dtype)} -> {_word(target.dtype)}"
+            elif target.dtype != _TORCH[info.dtype]:
                 report.cast[tensor.name] = f"{_word(_TORCH[info.dtype])} -> {_word(target.dtype)}"
+            scatter(state, tensor, value)
     return report
 
 
@@ -180,20 +192,40 @@ def _logical_shape(info: TensorInfo) -> Shape:
 
 
 def check_kinds(state: Mapping[str, Tensor], found: Match) -> None:
-    """Move pairs whose dtype cannot be cast sensibly (an integer table into a weight, say) to the misfits.
-
-    FP8 and FP4 codes count as weights here; `refuse_packed` is what a load says of them.
-    """
+    """Move pairs whose dtype cannot be cast sensibly (an integer table into a weight, say) to the misfits."""
     fitting = []
     for tensor, info in found.fitting:
         is_float = state[tensor.parts[0].ours].is_floating_point()
-        if info.dtype in (_FLOATS if is_float else _INTS) or (is_float and _is_code(info.dtype)):
-            fitting.append((tensor, info))
+        if is_float and _is_code(info.dtype):
+            why = _fault_of_codes(tensor, info, found.scales.get(tensor.name))
+        elif info.dtype in (_FLOATS if is_float else _INTS):
+            why = ""
         else:
             kind = "a floating-point weight" if is_float else "an integer table"
             why = f"is stored as {info.dtype} but must be {kind}"
+        if why:
             found.misshapen.append(Misfit(tensor.name, info.shape, tensor.shape, why))
+        else:
+            fitting.append((tensor, info))
     found.fitting = fitting
+
+
+def _packed_format(dtype: str) -> StoredFormat | None:
+    """fp4 or fp8 for the dtypes those are stored in."""
+    return "fp4" if dtype in FP4_DTYPES else "fp8" if dtype in FP8_DTYPES else None
+
+
+def _fault_of_codes(tensor: FileTensor, info: TensorInfo, scale: TensorInfo | None) -> str:
+    """Why a weight stored as FP8 or FP4 codes cannot be read; empty when it can."""
+    kind = _packed_format(info.dtype)
+    if kind is None or len(tensor.shape) < 2:
+        return f"is stored as {info.dtype}, but packed weights are matrices in F8_E4M3 or I8 (two FP4 values a byte)"
+    if scale is None:
+        return f"is stored as {info.dtype} codes, but the file has no {scale_name(tensor.name)} to multiply them by"
+    wanted = scale_shape(tensor.shape, kind)
+    if scale.dtype not in SCALE_DTYPES or scale.shape != wanted:
+        return f"has scales {scale.dtype} {scale.shape}, but its {kind} codes need F8_E8M0 (or U8, F32) {wanted}"
+    return ""
 
 
 def _refuse(folder: Path, found: Match) -> None:

@@ -36,7 +36,7 @@ class CheckpointSummary:
     by_dtype: dict[str, DtypeShare]
     """In safetensors' words: F32, BF16, I64, F8_E4M3, ..."""
     is_packed: bool
-    """Weights are FP8 or FP4 codes, which loading does not support yet."""
+    """Weights are FP8 or FP4 codes; a load turns them into numbers of the dtype asked for."""
     matching: int
     missing: list[str]
     unexpected: list[str]

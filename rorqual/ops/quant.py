@@ -9,8 +9,7 @@ Formats:
     e2m1   four bits: sign, then a code 0..7 for the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6
 
 All functions are plain torch on any device and are the reference for faster versions. They round to nearest,
-ties to the even code. Left out: gradients (a straight-through estimator belongs to training), the files
-themselves (`checkpoint/`), and the recast of FP4 experts to FP8 blocks.
+ties to the even code. Left out: gradients (`ops/fake_quant.py`) and the files themselves (`checkpoint/`).
 """
 
 from __future__ import annotations
@@ -27,6 +26,11 @@ FP8_AMAX_FLOOR = 1e-4
 FP4_AMAX_FLOOR = FP4_MAX * 2.0**-126
 FP8_BLOCK = (128, 128)
 FP4_GROUP = 32
+FP4_SCALE_RATIO = 2.0**11
+"""Largest over smallest FP4 scale within an FP8 block of a weight that is quantised here (the released kernels assert
+it); with it every value recast to FP8 is a normal number or zero."""
+FP8_SCALE_RATIO = 2.0**14
+"""The same ratio up to which the recast loses nothing, e4m3 subnormals included."""
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
@@ -84,10 +88,10 @@ def round_e2m1(x: Tensor) -> Tensor:
     The codes are evenly spaced inside [0, 2], [2, 4] and [4, 6], and even codes fall on even multiples of the
     spacing, so `torch.round` (half to even) decides ties as the format wants.
     """
-    magnitude = x.float().abs().clamp(max=FP4_MAX)
-    coarse = torch.where(magnitude < 4, 1.0, 2.0)
-    step = torch.where(magnitude < 2, 0.5, coarse)
-    return torch.copysign(torch.round(magnitude / step) * step, x.float())
+    value = x.float().clamp(-FP4_MAX, FP4_MAX)
+    binade = value.abs().clamp_(min=1.0).view(torch.int32).bitwise_and_(0x7F800000)  # exponent bits alone: 1, 2 or 4
+    step = binade.view(torch.float32).mul_(0.5)
+    return value.div_(step).round_().mul_(step)
 
 
 # ---------------------------------------------------------------- activations
@@ -110,16 +114,16 @@ def quantize_act_fp8(x: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
     A last group shorter than `group` has a scale of its own. `group` is 128 before a matrix product and 64
     for cached keys.
     """
-    grouped = _split_groups(x, group)
+    grouped = split_groups(x, group)
     scale = fp8_scale(grouped.abs().amax(-1))
     codes = (grouped / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return _join_groups(codes, x.shape[-1]), scale
+    return join_groups(codes, x.shape[-1]), scale
 
 
 def dequantize_groups(codes: Tensor, scale: Tensor, group: int = 128) -> Tensor:
     """Codes [..., C] (e4m3, or e2m1 unpacked) times scales [..., ceil(C / group)] -> fp32 [..., C]."""
-    grouped = _split_groups(codes.float(), group) * scale[..., None]
-    return _join_groups(grouped, codes.shape[-1])
+    grouped = split_groups(codes.float(), group) * scale[..., None]
+    return join_groups(grouped, codes.shape[-1])
 
 
 def round_act_fp8(x: Tensor, group: int = 128) -> Tensor:
@@ -134,9 +138,9 @@ def quantize_act_fp4(x: Tensor, group: int = FP4_GROUP) -> tuple[Tensor, Tensor]
     Shapes: x [..., C] -> values [..., C] fp32 (each one of the sixteen e2m1 values; `pack_fp4` makes bytes of
     them), scales [..., ceil(C / group)] fp32 powers of two. Used for the indexer's queries and keys.
     """
-    grouped = _split_groups(x, group)
+    grouped = split_groups(x, group)
     scale = fp4_scale(grouped.abs().amax(-1))
-    return _join_groups(round_e2m1(grouped / scale[..., None]), x.shape[-1]), scale
+    return join_groups(round_e2m1(grouped / scale[..., None]), x.shape[-1]), scale
 
 
 def round_act_fp4(x: Tensor, group: int = FP4_GROUP) -> Tensor:
@@ -148,34 +152,33 @@ def round_act_fp4(x: Tensor, group: int = FP4_GROUP) -> Tensor:
 # ---------------------------------------------------------------- FP8 weights
 
 
-def quantize_weight_fp8(weight: Tensor, block: tuple[int, int] = FP8_BLOCK) -> tuple[Tensor, Tensor]:
-    """Matrix -> e4m3 codes with one e8m0 scale per block; edge blocks may be smaller than `block`.
+def quantize_weight_fp8(
+    weight: Tensor, block: tuple[int, int] = FP8_BLOCK, *, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Matrix (or a stack of them) -> e4m3 codes with one e8m0 scale per block; edge blocks may be smaller than `block`.
 
-    Shapes: weight [out, in] -> codes [out, in] float8_e4m3fn, scale [ceil(out/128), ceil(in/128)]
-    float8_e8m0fnu. Scale rule: as for activations, over the block.
+    Shapes: weight [..., out, in] -> codes [..., out, in] float8_e4m3fn, scale [..., ceil(out/128), ceil(in/128)]
+    float8_e8m0fnu. Scale rule: as for activations, over the block; `scale` gives other ones (fp32 or e8m0).
     """
-    rows, columns = block
-    out, width = weight.shape
-    padded = functional.pad(weight.float(), (0, -width % columns, 0, -out % rows))
-    blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
-    scale = fp8_scale(blocks.abs().amax(dim=(1, 3)))
-    codes = (blocks / scale[:, None, :, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return codes.reshape(padded.shape)[:out, :width].contiguous(), encode_e8m0(scale)
+    blocks = split_blocks(weight, block)
+    factors = fp8_scale(blocks.abs().amax(dim=(-3, -1))) if scale is None else _scale_values(scale)
+    codes = (blocks / factors[..., :, None, :, None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return join_blocks(codes, weight.shape[-2:]).contiguous(), encode_e8m0(factors)
 
 
 def dequantize_weight_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int] = FP8_BLOCK) -> Tensor:
-    """codes [out, in] e4m3 times its block's scale -> fp32 [out, in].
+    """codes [..., out, in] e4m3 times its block's scale -> fp32 [..., out, in].
 
-    `scale` [ceil(out/128), ceil(in/128)] is e8m0 (bytes or float8_e8m0fnu) or fp32, as in base checkpoints.
+    `scale` [..., ceil(out/128), ceil(in/128)] is e8m0 (bytes or float8_e8m0fnu) or fp32, as in base checkpoints.
     Although some files call it `weight_scale_inv` it is multiplied.
     Raises: CheckpointError when the scale's shape does not fit.
     """
     rows, columns = block
-    out, width = codes.shape
-    _expect_scale_shape(scale, (-(-out // rows), -(-width // columns)), codes, f"one per {rows} x {columns} block")
-    factors = _scale_values(scale)
-    by_row = factors.repeat_interleave(rows, dim=0)[:out]
-    return codes.float() * by_row.repeat_interleave(columns, dim=1)[:, :width]
+    *stack, out, width = codes.shape
+    _expect_scale_shape(
+        scale, (*stack, -(-out // rows), -(-width // columns)), codes, f"one per {rows} x {columns} block"
+    )
+    return codes.float() * _spread(_scale_values(scale), block)[..., :out, :width]
 
 
 # ---------------------------------------------------------------- FP4 weights
@@ -212,14 +215,29 @@ def unpack_fp4(packed: Tensor) -> Tensor:
     return table[both.long()]
 
 
-def quantize_weight_fp4(weight: Tensor, group: int = FP4_GROUP) -> tuple[Tensor, Tensor]:
+def fp4_weight_scale(weight: Tensor, group: int = FP4_GROUP) -> Tensor:
+    """Scales of FP4 weights [..., out, in]: fp32 powers of two [..., out, ceil(in/group)].
+
+    The rule is that of activations, then scales smaller than 1/2^11 of the largest in their 128 x 128 block are
+    raised to that (those groups lose resolution), so that `recast_fp4_to_fp8` is lossless.
+    """
+    scale = fp4_scale(split_groups(weight, group).abs().amax(-1))
+    block = (FP8_BLOCK[0], FP8_BLOCK[1] // group)
+    floor = split_blocks(scale, block).amax(dim=(-3, -1)) / FP4_SCALE_RATIO
+    return torch.maximum(scale, _spread(floor, block)[..., : scale.shape[-2], : scale.shape[-1]])
+
+
+def quantize_weight_fp4(
+    weight: Tensor, group: int = FP4_GROUP, *, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Matrix (or a stack of them) -> packed e2m1 with one e8m0 scale per row and `group` input channels.
 
     Shapes: weight [..., out, in] -> packed [..., out, in/2] int8, scale [..., out, ceil(in/group)]
-    float8_e8m0fnu.
+    float8_e8m0fnu. Scale rule: `fp4_weight_scale`; `scale` gives other ones (fp32 or e8m0).
     """
-    values, scale = quantize_act_fp4(weight, group)
-    return pack_fp4(values), encode_e8m0(scale)
+    factors = fp4_weight_scale(weight, group) if scale is None else _scale_values(scale)
+    values = round_e2m1(split_groups(weight, group) / factors[..., None])
+    return pack_fp4(join_groups(values, weight.shape[-1])), encode_e8m0(factors)
 
 
 def dequantize_weight_fp4(packed: Tensor, scale: Tensor, group: int = FP4_GROUP) -> Tensor:
@@ -234,19 +252,60 @@ def dequantize_weight_fp4(packed: Tensor, scale: Tensor, group: int = FP4_GROUP)
     return dequantize_groups(values, _scale_values(scale), group)
 
 
+def recast_fp4_to_fp8(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """FP4 weights with 1 x 32 scales -> the same values as FP8 with 128 x 128 scales, nothing lost.
+
+    Shapes: packed [..., out, in/2], scale [..., out, ceil(in/32)] -> codes [..., out, in] float8_e4m3fn, scale
+    [..., ceil(out/128), ceil(in/128)] float8_e8m0fnu. The block's scale is the largest FP4 scale in it over 2^6, so
+    the largest code is 6 * 2^6 = 384 and the differences between FP4 scales move into e4m3's exponent.
+    Raises: CheckpointError when scales within a block differ by more than 2^14 where values are not zero.
+    """
+    block = (FP8_BLOCK[0], FP8_BLOCK[1] // FP4_GROUP)
+    values, fine = unpack_fp4(packed), _scale_values(scale)
+    used = split_groups(values, FP4_GROUP).any(-1)
+    coarse = (split_blocks(fine, block).amax(dim=(-3, -1)) / 2.0**6).clamp_(min=2.0**-126)
+    relative = fine / _spread(coarse, block)[..., : fine.shape[-2], : fine.shape[-1]]
+    if bool((used & (relative < 2.0**6 / FP8_SCALE_RATIO)).any()):
+        raise CheckpointError(
+            "FP4 scales within one 128 x 128 block differ by more than 2^14, so FP8 cannot hold all of its values "
+            "under one scale. Keep this weight in FP4 or bf16, or quantise it again with quantize_weight_fp4."
+        )
+    codes = dequantize_groups(values, relative, FP4_GROUP).to(torch.float8_e4m3fn)
+    return codes, encode_e8m0(coarse)
+
+
 # ---------------------------------------------------------------- shared pieces
 
 
-def _split_groups(x: Tensor, group: int) -> Tensor:
+def split_groups(x: Tensor, group: int) -> Tensor:
     """[..., C] -> fp32 [..., ceil(C/group), group]; zeros fill the last group (they never raise its amax)."""
     if group < 1:
         raise ConfigError(f"group size {group} is not positive; channels cannot be grouped. Use 128, 64 or 32.")
-    padded = functional.pad(x.float(), (0, -x.shape[-1] % group))
+    short = -x.shape[-1] % group
+    padded = functional.pad(x.float(), (0, short)) if short else x.float()
     return padded.unflatten(-1, (-1, group))
 
 
-def _join_groups(grouped: Tensor, width: int) -> Tensor:
+def join_groups(grouped: Tensor, width: int) -> Tensor:
+    """Inverse of `split_groups`; `width` is C."""
     return grouped.flatten(-2)[..., :width].contiguous()
+
+
+def split_blocks(x: Tensor, block: tuple[int, int] = FP8_BLOCK) -> Tensor:
+    """[..., R, C] -> fp32 [..., ceil(R/rows), rows, ceil(C/columns), columns]; zeros fill the edge blocks."""
+    short = (0, -x.shape[-1] % block[1], 0, -x.shape[-2] % block[0])
+    padded = functional.pad(x.float(), short) if any(short) else x.float()
+    return padded.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+
+
+def join_blocks(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Inverse of `split_blocks`; `shape` is (R, C)."""
+    return blocks.flatten(-4, -3).flatten(-2)[..., : shape[0], : shape[1]]
+
+
+def _spread(per_block: Tensor, block: tuple[int, int]) -> Tensor:
+    """One value per block [..., r, c] -> one per element [..., r * rows, c * columns]."""
+    return per_block.repeat_interleave(block[0], dim=-2).repeat_interleave(block[1], dim=-1)
 
 
 def _scale_values(scale: Tensor) -> Tensor:
