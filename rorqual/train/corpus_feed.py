@@ -30,7 +30,7 @@ from rorqual.data import tasks as task_room
 from rorqual.data.tasks import TaskFamily
 from rorqual.errors import ConfigError, DataError
 from rorqual.seeds import derive
-from rorqual.tokenizer import EOS, Tokenizer, train_tokenizer
+from rorqual.tokenizer import EOS, Tokenizer, compress_vocabulary, train_tokenizer
 from rorqual.train.config import SourceSection, TrainConfig
 from rorqual.train.feed import Continuation, Rows
 
@@ -91,7 +91,7 @@ def build_corpus_feed(config: TrainConfig, cfg: ModelConfig, folder: Path, *, is
         seed=derive(config.run.seed, "data"),
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CorpusFeed(loader, tokenizer, held_out, families, config)
+    return CorpusFeed(loader, tokenizer, held_out, families, config, cfg.vocab_size)
 
 
 class CorpusFeed:
@@ -104,12 +104,14 @@ class CorpusFeed:
         held_out: dict[str, ShardSource],
         families: dict[str, TaskFamily],
         config: TrainConfig,
+        vocab_size: int,
     ) -> None:
         self.loader = loader
         self.tokenizer = tokenizer
         self._held_out = held_out
         self._families = families
         self._config = config
+        self._vocab_size = vocab_size
 
     def next_rows(self, num_rows: int, seq_len: int) -> Rows:
         """See `Feed`."""
@@ -144,6 +146,10 @@ class CorpusFeed:
     def token_byte_lengths(self) -> Tensor | None:
         """Bytes of text per token; markers such as end of sentence stand for none."""
         return torch.from_numpy(self.tokenizer.text_byte_lengths)
+
+    def token_compression(self) -> Tensor:
+        """See `Feed`."""
+        return torch.from_numpy(compress_vocabulary(self.tokenizer, self._vocab_size))
 
     def held_out(self, num_tokens: int, seq_len: int) -> Iterator[tuple[str, Rows]]:
         """Held-out files of every corpus, then calibration items of the task families (the answers' tokens

@@ -3,12 +3,13 @@
 import torch
 
 from rorqual.errors import ConfigError
+from rorqual.parallel.launch import is_joined_from_outside, local_world
 
 
 def check_device(name: str, processes: int) -> torch.device:
     """The device called `name` (`cpu`, or an accelerator by torch's name, with or without an index).
 
-    Raises: ConfigError when there is no such device here, or several processes are to share one that is not the CPU.
+    Raises: ConfigError when there is no such device here, or fewer accelerators than processes on this machine.
     """
     try:
         device = torch.device(name)
@@ -27,10 +28,16 @@ def check_device(name: str, processes: int) -> torch.device:
             f"run.device is {name!r}, but of accelerators this torch finds {found}, so nothing could be computed "
             f"there. {_choice()}"
         )
-    if processes > 1:
+    here_processes = local_world() if is_joined_from_outside() else processes
+    if here_processes > count:
         raise ConfigError(
-            f"run.processes is {processes} with run.device {name!r}. Processes share one copy of the weights in the "
-            "machine's memory, which an accelerator does not use. Set run.processes=1, or run.device=cpu."
+            f"{here_processes} processes are to share {count} of {device.type!r} on this machine; each needs its own. "
+            f"Use at most {count} processes (--nproc), or run.device=cpu."
+        )
+    if here_processes > 1 and device.index is not None:
+        raise ConfigError(
+            f"run.device is {name!r} for {here_processes} processes, which cannot all have that one. "
+            f"Set run.device={device.type}; each process takes the one of its own number."
         )
     return device
 

@@ -5,7 +5,7 @@ its settings and its position, and its position is a few plain values, so a resu
 would have read.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,19 +27,40 @@ class Rows:
     labels: Tensor
     segment_ids: Tensor | None = None
     lengths: tuple[int, ...] | None = None
+    experts: Mapping[str, Tensor] | None = None
+    """Experts that learned routers must use, [B, S, A] by the router's module path; None where they select."""
 
     def part(self, start: int, stop: int) -> "Rows":
         """Rows `start` to `stop`."""
         segments = None if self.segment_ids is None else self.segment_ids[start:stop]
         lengths = None if self.lengths is None else self.lengths[start:stop]
-        if lengths is not None and min(lengths) == self.tokens.shape[1]:
+        if lengths is not None and all(length == self.tokens.shape[1] for length in lengths):
             lengths = None
-        return Rows(self.tokens[start:stop], self.labels[start:stop], segments, lengths)
+        experts = None if self.experts is None else {name: ids[start:stop] for name, ids in self.experts.items()}
+        return Rows(self.tokens[start:stop], self.labels[start:stop], segments, lengths, experts)
+
+    def filled(self, count: int) -> "Rows":
+        """`count` rows: these, and behind them rows of padding, which add to no loss and no count."""
+        missing, seq_len = count - self.tokens.shape[0], self.tokens.shape[1]
+        if not missing:
+            return self
+
+        def more(x: Tensor, value: Tensor | int) -> Tensor:
+            blank = torch.zeros(missing, *x.shape[1:], dtype=x.dtype, device=x.device)
+            return torch.cat([x, blank + value])
+
+        own = torch.arange(seq_len, device=self.tokens.device)  # a segment of its own a token
+        return Rows(
+            more(self.tokens, 0),
+            more(self.labels, -100),
+            None if self.segment_ids is None else more(self.segment_ids, own.to(self.segment_ids.dtype)),
+            (*(self.lengths or [seq_len] * self.tokens.shape[0]), *[0] * missing),
+        )
 
     def to(self, device: torch.device) -> "Rows":
         """The same rows on another device."""
         segments = None if self.segment_ids is None else self.segment_ids.to(device)
-        return Rows(self.tokens.to(device), self.labels.to(device), segments, self.lengths)
+        return Rows(self.tokens.to(device), self.labels.to(device), segments, self.lengths, self.experts)
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,9 @@ class Feed(Protocol):
 
     def token_byte_lengths(self) -> Tensor | None:
         """Bytes of text per token id, [V], or None where tokens are not text."""
+
+    def token_compression(self) -> Tensor:
+        """Compressed id of each token id, int64 [V]: spellings that Engram's hashes shall not tell apart share one."""
 
     def held_out(self, num_tokens: int, seq_len: int) -> Iterator[tuple[str, Rows]]:
         """Named groups of held-out rows (about `num_tokens` tokens a group), the same at every call."""

@@ -7,7 +7,7 @@ from rorqual import log
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.train import checkpoints
 from rorqual.train.checkpoints import Saved
-from rorqual.train.config import TrainConfig, breaking_changes, load_config, run_recipe, validate
+from rorqual.train.config import TrainConfig, breaking_changes, layout_changes, load_config, run_recipe, validate
 
 logger = log.get(__name__)
 
@@ -59,7 +59,8 @@ def _find_or_make(folder: Path, config: TrainConfig, *, resume: bool, allow_chan
             )
         logger.warning("%s has no checkpoint yet; starting from the beginning.", folder)
     _check_writable(folder)
-    changes = breaking_changes(load_config([recipe]) if saved is None else validate(saved.config), config)
+    before = load_config([recipe]) if saved is None else validate(saved.config)
+    changes, moved = breaking_changes(before, config), layout_changes(before, config)
     if changes and not allow_changes:
         where = f"of {recipe}" if saved is None else f"of the checkpoint {saved.folder.name}"
         raise ConfigError(
@@ -69,7 +70,11 @@ def _find_or_make(folder: Path, config: TrainConfig, *, resume: bool, allow_chan
         )
     if changes:
         logger.warning("Continuing with changed settings: %s.", "; ".join(changes))
-    return saved, bool(changes)
+    if moved:
+        logger.warning(
+            "Work is shared out otherwise than before (%s): the curve goes on, but not bit for bit.", "; ".join(moved)
+        )
+    return saved, bool(changes or moved)
 
 
 def _check_writable(folder: Path) -> None:
