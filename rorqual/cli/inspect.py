@@ -103,7 +103,8 @@ def _as_json(
 
 def _layer(spec: LayerSpec) -> dict[str, Any]:
     routing = "hash" if spec.hash_routed else "learned"
-    return {"index": spec.index, "kind": spec.kind, "compress_ratio": spec.compress_ratio, "routing": routing}
+    out = {"index": spec.index, "kind": spec.kind, "compress_ratio": spec.compress_ratio, "routing": routing}
+    return {**out, "engram": True} if spec.engram else out
 
 
 # ---------------------------------------------------------------- for people
@@ -121,7 +122,7 @@ def _print_tables(
     shape = table(f"{name} ({source})")
     for label, value in (
         ("layers", f"{config.num_hidden_layers}, and {config.num_nextn_predict_layers} MTP"),
-        ("hidden size", f"{config.hidden_size} in {config.hc_mult} residual streams"),
+        ("hidden size", f"{config.hidden_size} in {config.hc_mult} residual streams ({config.residual})"),
         ("vocabulary", f"{config.vocab_size}"),
         (
             "attention",
@@ -137,11 +138,21 @@ def _print_tables(
     ):
         shape.add_row(label, value)
 
+    if config.engram is not None:
+        e = config.engram
+        runs = " and ".join(", ".join(map(str, e.orders)).rsplit(", ", 1))
+        where = "beside the weights" if e.placement == "device" else "in main memory"
+        words = f"runs of {runs} tokens, {e.heads} heads x {e.head_dim}, {e.rows} rows or more each, {where}"
+        shape.add_row("engram", f"{words} ({e.flavour})")
+
     schedule = table("Layer schedule")
     for kind, words in KINDS.items():
         indices = [spec.index for spec in config.layers if spec.kind == kind]
         if indices:
             schedule.add_row(f"{len(indices)}", words, spans(indices))
+    remembering = [spec.index for spec in config.layers if spec.engram]
+    if remembering:
+        schedule.add_row(f"{len(remembering)}", "with an Engram memory before the attention", spans(remembering))
     hashed = [spec.index for spec in config.layers if spec.hash_routed]
     if hashed:
         schedule.add_row(f"{len(hashed)}", "of them with hash-routed experts", spans(hashed))

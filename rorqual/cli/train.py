@@ -31,6 +31,10 @@ def train(
         ),
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run (run.folder).", rich_help_panel=WHERE)] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to share the work among (run.processes).", rich_help_panel=WHERE),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint.", rich_help_panel=WHERE)
     ] = False,
@@ -46,6 +50,17 @@ def train(
         bool,
         typer.Option("--show-config", help="Print every setting with its meaning, and leave.", rich_help_panel=OUTPUT),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Only write report.html of the run in this folder anew.", rich_help_panel=OUTPUT),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Only lay runs over each other: name two or more folders; compare.html comes into the first.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="JSON lines instead of a progress line.", rich_help_panel=OUTPUT)
     ] = False,
@@ -57,6 +72,12 @@ def train(
     rorqual train --recipe recipes/minke.toml --run-dir runs/minke
     rorqual train --preset minke --data my_texts/ --set schedule.total_tokens=5000000
     """
+    if report is not None or compare:
+        from rorqual.train.run_report import write_comparison, write_report
+
+        page = write_report(report) if report is not None else write_comparison(compare or [])
+        sys.stdout.write(f"{page}\n")
+        return
     from rorqual.train.config import load_config, to_toml, toml_value
 
     settings = list(setting or [])
@@ -70,6 +91,8 @@ def train(
         settings.append(f"model.preset={preset}")
     if run_dir is not None:
         settings.append(f"run.folder={toml_value(str(run_dir))}")
+    if nproc is not None:
+        settings.append(f"run.processes={nproc}")
     if data:
         settings.append(f"data.sources=[{', '.join(toml_value(_source(spec)) for spec in data)}]")
     config = load_config(recipes, settings)

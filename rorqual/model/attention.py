@@ -66,7 +66,7 @@ class Attention(nn.Module):
         kv = self._round(norm_rope(self.wkv(x), self.kv_norm.weight, self.kv_norm.eps, table))
         window = self.cfg.sliding_window
         if state is None:
-            keys = torch.cat([kv.new_zeros(kv.shape[0], window - 1, kv.shape[2]), kv], 1)
+            keys = torch.cat([layout.halo(kv, window - 1), kv], 1)
         else:
             keys = torch.cat([state.past_window(layout, window - 1), kv], 1)
         entries = self._entries(x, layout, state)
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         if index is not None and trace is not None and trace.index_loss and self.indexer and entries is not None:
             assert visible is not None
             every = layout.entries(self.spec.compress_ratio).visible
-            loss, recall = self.indexer.loss(*index, visible, every, q, lse, entries, self.scale, layout.valid)
+            loss, recall = self.indexer.loss(*index, visible, every, q, lse, entries, self.scale, layout)
             trace.index_losses.append(loss)
             trace.index_recall.append(recall)
         if state is not None:
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         return self._output(apply_rope(o, table.unsqueeze(-2), inverse=True))
 
     def _round(self, kv: Tensor) -> Tensor:
-        if self.cfg.activation_rounding == "v4":
+        if self.cfg.activation_rounding != "none":
             return round_kv_fp8(kv, self.cfg.nope_head_dim)
         return kv
 
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         if new is not None:
             new = self._round(new)
         if state is None:
-            return new
+            return layout.gather(new, self.compressor.ratio)
         return state.append("entries", new, layout.entries(self.compressor.ratio))
 
     def _index(
@@ -133,13 +133,24 @@ class Attention(nn.Module):
             return None, visible
         q, weights = self.indexer.queries(x, latent, table)
         if choice or captures:
-            picked = self.indexer.select(q, weights, keys, visible)
+            picked = self._picked(q, weights, keys, visible, trace)
             visible = picked if choice else visible
             if trace is not None and picked.picks is not None:
                 trace.keep(f"{self.name}.index_topk", picked.picks)
         if trace is not None:
             trace.keep(f"{self.name}.index_entries", keys)
         return (q, weights, keys), visible
+
+    def _picked(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, trace: Trace | None) -> Visible:
+        """The indexer's choice, or the one that `trace` remembers."""
+        assert self.indexer is not None
+        memory = None if trace is None else trace.picks
+        if memory is not None and self.name in memory:
+            return Visible(visible.end, visible.start, memory[self.name])
+        picked = self.indexer.select(q, weights, keys, visible)
+        if memory is not None and picked.picks is not None:
+            memory[self.name] = picked.picks
+        return picked
 
     def _output(self, o: Tensor) -> Tensor:
         """Grouped low-rank output: z_g = A_g o_g for each group of heads, then wo_b: [B, S, H, K] -> [B, S, D]."""

@@ -38,16 +38,15 @@ class Compressor(nn.Module):
         plan = layout.entries(self.ratio)
         if plan.count == 0 and pending is None:
             return None
-        kv = self.wkv(x.float())
+        kv = self.wkv.exact(x)
         one = layout.num_tokens == 1 and layout.same_start
-        score = self.wgate(x.float()) + self.ape[layout.start[0] % self.ratio if one else layout.positions % self.ratio]
+        at = layout.start[0] % self.ratio if one else layout.positions % self.ratio
+        score = self.wgate.exact(x) + self.ape[at]
         entries = None
         if plan.count:
-            index = self._slots(plan, layout, 0 if pending is None else pending.size)
-            pooled = pool(
-                self._gather(kv, index, None if pending is None else pending.kv),
-                self._scores(score, index, plan, pending),
-            )
+            past = self._past(kv, score, layout, pending)
+            index = self._slots(plan, layout, past, pending is not None)
+            pooled = pool(self._gather(kv, index, past and past[0]), self._scores(score, index, plan, past and past[1]))
             entries = norm_rope(
                 pooled.to(x.dtype), self.norm.weight, self.norm.eps, rope_table(plan.first, frequencies)
             )
@@ -55,32 +54,43 @@ class Compressor(nn.Module):
             pending.write(kv, score, layout)
         return entries
 
-    def _slots(self, plan: EntryPlan, layout: Layout, ring: int) -> Tensor:
-        """Where each entry's slots lie, as rows of [ring ; this call] (halves apart for CSA): int64 [B, E, slots]."""
+    def _past(self, kv: Tensor, score: Tensor, layout: Layout, pending: Pending | None) -> tuple[Tensor, Tensor] | None:
+        """Projections from before this call: the ring of earlier calls, or what other parts of the row hold."""
+        if pending is not None:
+            return pending.kv, pending.score
+        if layout.is_part:
+            count = self.ratio * (2 if self.overlap else 1) - 1
+            before = layout.halo(torch.cat([kv, score], -1), count)
+            return before[..., : kv.shape[-1]], before[..., kv.shape[-1] :]
+        return None
+
+    def _slots(self, plan: EntryPlan, layout: Layout, past: tuple[Tensor, Tensor] | None, ring: bool) -> Tensor:
+        """Where each entry's slots lie, as rows of [past ; this call] (halves apart for CSA): int64 [B, E, slots]."""
         offset = torch.arange(self.ratio, device=layout.device) - (self.ratio - 1)
-        token = plan.ends.unsqueeze(-1) + offset  # index within this call; negative: in the ring
+        token = plan.ends.unsqueeze(-1) + offset  # index within this call; negative: before it
         if self.overlap:
             token = torch.cat([token - self.ratio, token], -1)
+        size = 0 if past is None else past[0].shape[1]
         if ring:
             start = torch.tensor(layout.start, device=layout.device)[:, None, None]
-            index = torch.where(token >= 0, token + ring, (token + start) % ring)
+            index = torch.where(token >= 0, token + size, (token + start) % size)
         else:
-            index = token.clamp_min(0)
+            index = (token + size).clamp_min(0)
         rows = torch.arange(layout.batch_size, device=layout.device)[:, None, None]
-        index = index + rows * (ring + layout.num_tokens)
+        index = index + rows * (size + layout.num_tokens)
         if self.overlap:  # view a token's two halves as rows 2i and 2i + 1
             half = torch.arange(2 * self.ratio, device=layout.device) // self.ratio
             index = index * 2 + half
         return index
 
-    def _gather(self, values: Tensor, index: Tensor, ring: Tensor | None) -> Tensor:
-        """[B, S, channels] (and the ring before it) -> fp32 [B, E, slots, K]."""
-        source = values if ring is None else torch.cat([ring, values], 1)
+    def _gather(self, values: Tensor, index: Tensor, past: Tensor | None) -> Tensor:
+        """[B, S, channels] (and what was before) -> fp32 [B, E, slots, K]."""
+        source = values if past is None else torch.cat([past, values], 1)
         return F.embedding(index, source.reshape(-1, self.width))
 
-    def _scores(self, score: Tensor, index: Tensor, plan: EntryPlan, pending: Pending | None) -> Tensor:
+    def _scores(self, score: Tensor, index: Tensor, plan: EntryPlan, past: Tensor | None) -> Tensor:
         """Slot scores, -inf for the previous block where there is none."""
-        scores = self._gather(score, index, None if pending is None else pending.score)
+        scores = self._gather(score, index, past)
         if not self.overlap:
             return scores
         absent = (~plan.has_previous).unsqueeze(-1) & (torch.arange(2 * self.ratio, device=score.device) < self.ratio)

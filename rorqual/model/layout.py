@@ -48,6 +48,9 @@ class Layout:
     Raises RequestError when the three do not fit together.
     """
 
+    is_part = False
+    """Whether these are parts of rows whose other parts are elsewhere (see `context.py`)."""
+
     def __init__(
         self,
         batch_size: int,
@@ -93,6 +96,27 @@ class Layout:
             self.positions = torch.tensor(self.start, device=device).unsqueeze(-1) + step
         self._plans: dict[int, EntryPlan] = {}
         self._valid: Tensor | None = None
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Valid tokens of each whole row; `lengths` unless the rows are cut into parts (see `context.py`)."""
+        return self.lengths
+
+    def own(self, x: Tensor) -> Tensor:
+        """The tokens of whole rows [B, S, ...] that this layout describes; all, unless the rows are cut into parts."""
+        return x
+
+    def halo(self, x: Tensor, count: int) -> Tensor:
+        """The `count` tokens before these in the rows: [B, S, ...] -> [B, count, ...], zero before the first."""
+        return x.new_zeros(x.shape[0], count, *x.shape[2:])
+
+    def gather(self, entries: Tensor | None, ratio: int) -> Tensor | None:
+        """The entries of whole rows in order, from those that these tokens complete: [B, E, K] -> [B, C, K]."""
+        return entries
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of a statistic over whole rows, from its share here; constant, no gradient."""
+        return x.detach()
 
     @property
     def valid(self) -> Tensor | None:

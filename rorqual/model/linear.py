@@ -1,5 +1,7 @@
 """The model's only dense layer and its norm: no biases anywhere, weights [out, in]."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,28 @@ class Linear(nn.Module):
         """[..., in] -> [..., out]."""
         weight = self.weight
         return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype))
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The product in fp32 whatever x is: [..., in] -> fp32 [..., out]. Gradients take x's precision."""
+        if x.dtype == torch.float32 or not torch.is_grad_enabled():
+            return self(x.float())
+        return _Exact.apply(x, self.weight)
+
+
+class _Exact(torch.autograd.Function):
+    """fp32 forward for low-precision x; the two products of the backward pass are done in x's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        dy = grads[0].to(x.dtype)
+        dweight = dy.flatten(0, -2).T @ x.flatten(0, -2)
+        return dy @ weight.to(x.dtype), dweight.to(weight.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -6,15 +6,19 @@ checkpoint behaviour.
 B batch, S tokens, D hidden, E experts, A active experts, I expert width, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from rorqual.config import LayerSpec, ModelConfig
+from rorqual.model.health import watch_clamp, watch_router
 from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
 from rorqual.model.trace import RouterRecord, Trace
 from rorqual.ops.experts import fits_small, grouped_experts, router_scores, routing_weights, select_experts
 from rorqual.ops.native import functions
+from rorqual.ops.rounded_experts import rounded_experts
 from rorqual.ops.swiglu import swiglu
 
 
@@ -35,10 +39,18 @@ class Gate(nn.Module):
         else:
             self.register_buffer("bias", torch.zeros(cfg.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D], token ids [T] -> experts int64 [T, A], weights fp32 [T, A], scores fp32 [T, E]."""
+    def forward(self, x: Tensor, tokens: Tensor, forced: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D], token ids [T] -> experts int64 [T, A], weights fp32 [T, A], scores fp32 [T, E].
+
+        `forced` int64 [T, A] takes the place of selection; the weights are still the scores of now at those experts.
+        """
         scores = router_scores(x, self.weight)
-        chosen = self.tid2eid[tokens] if self.hash_routed else select_experts(scores.detach(), self.bias, self.active)
+        if forced is not None:
+            chosen = forced
+        elif self.hash_routed:
+            chosen = self.tid2eid[tokens]
+        else:
+            chosen = select_experts(scores.detach(), self.bias, self.active)
         return chosen, routing_weights(scores, chosen, self.scale), scores
 
 
@@ -71,6 +83,14 @@ class SharedExpert(nn.Module):
 class MoE(nn.Module):
     """Routed experts plus the shared one: y = sum_a g_a expert_a(x) + shared(x)."""
 
+    round_inputs = False
+    """Whether the experts' products read FP8 (see `model/quantised.py`)."""
+
+    exchange: Callable[..., Tensor] | None = None
+    """Runs the routed experts in place of `grouped_experts`, when they lie on several ranks: the same arguments and
+    the shared expert's part, to run while tokens travel; returns the sum of both, fp32 [T, D].
+    """
+
     def __init__(self, cfg: ModelConfig, spec: LayerSpec, name: str) -> None:
         super().__init__()
         self.spec, self.name, self.limit = spec, name, cfg.swiglu_limit
@@ -81,14 +101,22 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, layout: Layout, trace: Trace | None = None) -> Tensor:
         """x [B, S, D] (after ffn_norm), input token ids [B, S] -> [B, S, D]."""
         flat = x.flatten(0, 1)
-        recorded = trace is not None and trace.router
-        if not recorded and fits_small(flat, self.experts.w1):
+        recorded = trace is not None and (trace.router or trace.health or trace.forced is not None)
+        if not (recorded or self.round_inputs or self.exchange is not None) and fits_small(flat, self.experts.w1):
             return self._small(flat, tokens).view_as(x)
-        experts, weights, scores = self.gate(flat, tokens.flatten())
-        if recorded and trace is not None:
-            trace.routers.append(self._record(experts, scores, layout))
+        experts, weights, scores = self.gate(flat, tokens.flatten(), self._forced(x, trace))
+        if trace is not None and trace.router:
+            trace.routers.append(self._record(experts, scores, layout, trace.router_ids))
+        if trace is not None and trace.health:
+            self._watch(trace, flat, experts, scores, layout)
         e = self.experts
-        routed = grouped_experts(flat, experts, weights, e.w1, e.w3, e.w2, self.limit)
+        if self.exchange is not None:
+            y = self.exchange(
+                flat, experts, weights, e.w1, e.w3, e.w2, self.limit, lambda: self.shared_experts(flat).float()
+            )
+            return y.to(x.dtype).view_as(x)
+        run = rounded_experts if self.round_inputs else grouped_experts
+        routed = run(flat, experts, weights, e.w1, e.w3, e.w2, self.limit)
         return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
 
     def _small(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -100,10 +128,25 @@ class MoE(nn.Module):
             (e.w1, e.w3, e.w2), (s.w1.weight, s.w3.weight, s.w2.weight), gate.active, gate.scale, self.limit,
         )  # fmt: skip
 
-    def _record(self, experts: Tensor, scores: Tensor, layout: Layout) -> RouterRecord:
+    def _forced(self, x: Tensor, trace: Trace | None) -> Tensor | None:
+        """The experts [T, A] that this call must use (see `Trace.forced`), or None."""
+        if trace is None or trace.forced is None or self.spec.hash_routed:
+            return None
+        gate = self.gate
+        ids = trace.forced_experts(f"{self.name}.gate", (x.shape[0], x.shape[1], gate.active), gate.weight.shape[0])
+        return None if ids is None else ids.to(x.device)
+
+    def _watch(self, trace: Trace, x: Tensor, experts: Tensor, scores: Tensor, layout: Layout) -> None:
+        """Health figures of the router and of the routed experts' clamp."""
+        probe, e = trace.probe(layout), self.experts
+        watch_router(trace, self.name, scores, probe)
+        if e.w1.shape[0] == self.gate.weight.shape[0]:  # all experts are here
+            watch_clamp(trace, self.name, x, experts, e.w1, e.w3, self.limit, probe)
+
+    def _record(self, experts: Tensor, scores: Tensor, layout: Layout, with_ids: bool) -> RouterRecord:
         """Counts and the sequence-wise balance loss: mean over rows of E/(A T) sum_e count_e mean_t share_e.
 
-        A packed row counts as one sequence.
+        A packed row counts as one sequence. Where rows are cut into parts, counts and loss are this part's share.
         """
         b, num_experts = layout.batch_size, scores.shape[-1]
         valid = layout.valid
@@ -117,8 +160,10 @@ class MoE(nn.Module):
         counts = used.view(b, -1, num_experts).sum(1)
         loss = None
         if not self.spec.hash_routed:
-            tokens = torch.tensor(layout.lengths, device=scores.device, dtype=torch.float32).clamp_min(1).unsqueeze(-1)
-            frequency = counts * num_experts / (experts.shape[-1] * tokens)
+            tokens = torch.tensor(layout.row_lengths, device=scores.device, dtype=torch.float32)
+            tokens = tokens.clamp_min(1).unsqueeze(-1)
+            frequency = layout.total(counts) * num_experts / (experts.shape[-1] * tokens)
             mean_share = share.view(b, -1, num_experts).sum(1) / tokens
             loss = (frequency * mean_share).sum(-1).mean()
-        return RouterRecord(self.spec.index, f"{self.name}.gate", counts.sum(0), loss, self.spec.hash_routed)
+        ids = experts.view(b, -1, experts.shape[-1]) if with_ids else None
+        return RouterRecord(self.spec.index, f"{self.name}.gate", counts.sum(0), loss, self.spec.hash_routed, ids)

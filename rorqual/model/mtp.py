@@ -10,9 +10,7 @@ from torch import Tensor
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.block import Block
 from rorqual.model.hyper_connections import hc_head, hc_head_parameters
-from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear, RMSNorm
-from rorqual.model.trace import Trace
 
 
 class MTPModule(Block):
@@ -28,18 +26,9 @@ class MTPModule(Block):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.hc_head_fn, self.hc_head_base, self.hc_head_scale = hc_head_parameters(cfg)
 
-    def draft(
-        self,
-        streams: Tensor,
-        embedding: Tensor,
-        tokens: Tensor,
-        layout: Layout,
-        table: Tensor,
-        trace: Trace | None = None,
-    ) -> Tensor:
-        """Trunk streams [B, S, N, D], the next tokens' embeddings [B, S, D] and ids [B, S] -> [B, S, N, D]."""
-        z = self.e_proj(self.enorm(embedding)).unsqueeze(-2) + self.h_proj(self.hnorm(streams))
-        return self(z, tokens, layout, table, None, trace)
+    def join(self, streams: Tensor, embedding: Tensor) -> Tensor:
+        """What the layer reads, from trunk streams [B, S, N, D] and next tokens' embeddings [B, S, D]: [B, S, N, D]."""
+        return self.e_proj(self.enorm(embedding)).unsqueeze(-2) + self.h_proj(self.hnorm(streams))
 
     def hidden(self, streams: Tensor) -> Tensor:
         """Collapse and norm, ready for the shared head: [B, S, N, D] -> [B, S, D]."""

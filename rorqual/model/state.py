@@ -5,6 +5,8 @@
 * index keys: the indexer's compressed keys of CSA layers;
 * pending: projections of tokens whose block is not complete (and, for CSA, of the previous block), a ring.
 
+Blocks with an Engram memory (V4 has none) keep a fifth, `engram`: what its hashes and its convolution look back at.
+
 The rings are longer than the network needs by `rewind` tokens, so that a state can be cut back exactly: entries of
 dropped tokens are hidden by the visibility rule until rewritten. Source: V4 report, the
 heterogeneous cache; update rules from the checkpoint's inference code.
@@ -27,6 +29,7 @@ from torch import Tensor
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.errors import CacheError
 from rorqual.model.layout import EntryPlan, Layout
+from rorqual.model.ring import ring_read, ring_write
 
 if TYPE_CHECKING:
     from rorqual.model.transformer import Transformer
@@ -36,26 +39,6 @@ MAX_SNAPSHOTS = 16
 
 _MAGIC = b"rorqual-state-1\n"
 _DIGEST = 16
-
-
-def _ring_write(ring: Tensor, values: Tensor, layout: Layout) -> None:
-    """Store the last valid tokens of this call at their position modulo the ring's size; gradients end here."""
-    size, values = ring.shape[1], values.detach()
-
-    def slots(start: int, count: int) -> tuple[Tensor, int]:
-        keep = min(count, size)
-        return torch.arange(start + count - keep, start + count, device=ring.device) % size, count - keep
-
-    if layout.same_start and layout.num_tokens == 1 and not layout.ragged:
-        ring[:, layout.start[0] % size] = values[:, 0]
-        return
-    if layout.same_start and not layout.ragged:
-        index, skip = slots(layout.start[0], layout.num_tokens)
-        ring.index_copy_(1, index, values[:, skip:].to(ring.dtype))
-        return
-    for row, (start, count) in enumerate(zip(layout.start, layout.lengths, strict=True)):
-        index, skip = slots(start, count)
-        ring[row].index_copy_(0, index, values[row, skip:count].to(ring.dtype))
 
 
 def _put_entries(target: Tensor, new: Tensor, plan: EntryPlan) -> Tensor:
@@ -82,8 +65,19 @@ class Pending:
 
     def write(self, kv: Tensor, score: Tensor, layout: Layout) -> None:
         """Remember this call's tokens."""
-        _ring_write(self.kv, kv, layout)
-        _ring_write(self.score, score, layout)
+        ring_write(self.kv, kv, layout)
+        ring_write(self.score, score, layout)
+
+
+@dataclass
+class Recall:
+    """What an Engram block looks back at: compressed token ids int64 [B, R] and, where it has a convolution, the values
+    [B, R', D] that were read and their gates fp32 [B, R', N] (together a fourth of the gated streams they stand for).
+    """
+
+    ids: Tensor
+    value: Tensor | None = None
+    gate: Tensor | None = None
 
 
 @dataclass
@@ -95,20 +89,15 @@ class LayerState:
     index_keys: Tensor | None = None
     pending: Pending | None = None
     index_pending: Pending | None = None
+    engram: Recall | None = None
 
     def past_window(self, layout: Layout, count: int) -> Tensor:
         """The `count` keys before this call, oldest first: [B, count, K]; places before position 0 hold anything."""
-        size = self.window.shape[1]
-        back = torch.arange(-count, 0, device=self.window.device)
-        if layout.same_start:
-            return self.window.index_select(1, (back + layout.start[0]) % size)
-        start = torch.tensor(layout.start, device=self.window.device).unsqueeze(-1)
-        rows = torch.arange(layout.batch_size, device=self.window.device).unsqueeze(-1)
-        return self.window[rows, (back + start) % size]
+        return ring_read(self.window, layout, count)
 
     def write_window(self, kv: Tensor, layout: Layout) -> None:
         """Put this call's keys into the ring."""
-        _ring_write(self.window, kv, layout)
+        ring_write(self.window, kv, layout)
 
     def append(self, part: str, new: Tensor | None, plan: EntryPlan) -> Tensor | None:
         """Store entries completed in this call; returns all of them, [B, plan.total, K], None while there is none."""
@@ -137,18 +126,27 @@ class LayerState:
             part = getattr(self, name)
             if part is not None:
                 out[f"{name}.kv"], out[f"{name}.score"] = part.kv, part.score
+        if self.engram is not None:
+            parts = {f"engram.{f.name}": getattr(self.engram, f.name) for f in dataclasses.fields(Recall)}
+            out |= {name: value for name, value in parts.items() if value is not None}
         return out
 
-    def map(self, function: Any) -> "LayerState":
-        """A copy with `function` applied to every tensor."""
-        t = {name: function(value) for name, value in self.tensors().items()}
+    @classmethod
+    def of(cls, t: dict[str, Tensor]) -> "LayerState":
+        """The inverse of `tensors`."""
 
         def pending(name: str) -> Pending | None:
             return Pending(t[f"{name}.kv"], t[f"{name}.score"]) if f"{name}.kv" in t else None
 
-        return LayerState(
-            t["window"], t.get("entries"), t.get("index_keys"), pending("pending"), pending("index_pending")
+        ids = t.get("engram.ids")
+        recall = None if ids is None else Recall(ids, t.get("engram.value"), t.get("engram.gate"))
+        return cls(
+            t["window"], t.get("entries"), t.get("index_keys"), pending("pending"), pending("index_pending"), recall
         )
+
+    def map(self, function: Any) -> "LayerState":
+        """A copy with `function` applied to every tensor."""
+        return LayerState.of({name: function(value) for name, value in self.tensors().items()})
 
 
 def _new_layer(cfg: ModelConfig, spec: LayerSpec, batch: int, rewind: int, like: Tensor) -> LayerState:
@@ -165,6 +163,11 @@ def _new_layer(cfg: ModelConfig, spec: LayerSpec, batch: int, rewind: int, like:
         state.entries, state.pending = zeros(0, cfg.head_dim), pending(cfg.head_dim)
     if spec.has_indexer:
         state.index_keys, state.index_pending = zeros(0, cfg.index_head_dim), pending(cfg.index_head_dim)
+    if spec.engram and cfg.engram is not None:
+        state.engram = Recall(zeros(max(1, cfg.engram.max_order - 1) + rewind, dtype=torch.int64))
+        if cfg.engram.reach:
+            state.engram.value = zeros(cfg.engram.reach + rewind, cfg.hidden_size)
+            state.engram.gate = zeros(cfg.engram.reach + rewind, cfg.hc_mult, dtype=torch.float32)
     return state
 
 
@@ -206,7 +209,7 @@ class State:
                 f"new_state(batch_size={batch_size}, rewind={rewind}): a state needs at least one row and a margin "
                 "of 0 or more tokens."
             )
-        like = model.embed.weight
+        like = model.reference
         with torch.inference_mode(False):  # usable in and out of inference mode
             layers = [_new_layer(model.cfg, spec, batch_size, rewind, like) for spec in model.cfg.layers]
             tokens = torch.zeros(batch_size, 0, dtype=torch.int32, device=like.device)
@@ -219,7 +222,7 @@ class State:
 
     def begin(self) -> None:
         """Called by the model before the layers store anything. Raises CacheError for a state that cannot go on."""
-        like = self.model.embed.weight
+        like = self.model.reference
         window = self.layers[0].window
         if self.interrupted:
             raise CacheError(
@@ -358,12 +361,15 @@ class State:
         return copy
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held by each part: window, entries, index_keys, pending, remembered snapshots, and their total."""
+        """Bytes held by each part: window, entries, index_keys, pending, (where there is one) engram, remembered
+        snapshots, and their total.
+        """
         out = {"window": 0, "entries": 0, "index_keys": 0, "pending": 0}
         out["snapshots"] = sum(len(s.data) for s in self.snapshots)
         for layer in self.layers:
             for name, value in layer.tensors().items():
-                out["pending" if "pending" in name else name] += value.nbytes
+                part = "pending" if "pending" in name else name.split(".")[0]
+                out[part] = out.get(part, 0) + value.nbytes
         return {**out, "total": sum(out.values())}
 
     def snapshot(self, remember: bool = True) -> bytes:
@@ -401,8 +407,11 @@ class State:
 
 
 def fingerprint(cfg: ModelConfig) -> str:
-    """Identifies what a state depends on: the configuration without `extra`."""
-    settings = sorted((f.name, repr(getattr(cfg, f.name))) for f in dataclasses.fields(cfg) if f.name != "extra")
+    """Identifies what a state depends on: the configuration without `extra`, and without parts that V4 has not."""
+    known = (
+        f.name for f in dataclasses.fields(cfg) if f.name != "extra" and not (f.name == "engram" and not cfg.engram)
+    )
+    settings = sorted((name, repr(getattr(cfg, name))) for name in known)
     return hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
 
 
@@ -430,19 +439,8 @@ def restore(model: "Transformer", data: bytes) -> State:
         tensors = {k: v.to(model.embed.weight.device) for k, v in safetensors.torch.load(payload).items()}
     layers = []
     for i in range(len(model.cfg.layers)):
-        part = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)}
-
-        def pending(name: str, part: dict[str, Tensor] = part) -> Pending | None:
-            return Pending(part[f"{name}.kv"], part[f"{name}.score"]) if f"{name}.kv" in part else None
-
         layers.append(
-            LayerState(
-                part["window"],
-                part.get("entries"),
-                part.get("index_keys"),
-                pending("pending"),
-                pending("index_pending"),
-            )
+            LayerState.of({k.split(".", 1)[1]: v for k, v in tensors.items() if k.split(".", 1)[0] == str(i)})
         )
     lengths = [int(n) for n in meta["lengths"].split(",")]
     floor = [int(n) for n in meta["floor"].split(",")]

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from rorqual.config import ModelConfig
 from rorqual.errors import CacheError, RequestError
-from rorqual.model.block import Block
+from rorqual.model.block import Block, RunBlock, Runner
+from rorqual.model.context import Context, LayoutPart, part_bounds
+from rorqual.model.engram import Engram
 from rorqual.model.hyper_connections import hc_head, hc_head_parameters
 from rorqual.model.init import init_weights
 from rorqual.model.layout import Layout
 from rorqual.model.linear import RMSNorm
 from rorqual.model.mtp import MTPModule
+from rorqual.model.quantised import round_inputs
 from rorqual.model.state import State, restore
 from rorqual.model.trace import Trace
 from rorqual.ops.rope import rope_table
@@ -44,6 +47,22 @@ class Transformer(nn.Module):
     drawn (None: a loader fills them).
     """
 
+    context: Context | None = None
+    """Where rows are cut into parts: the processes that hold them. Without a state, calls then take whole rows and
+    compute this process's part of each (`own`)."""
+    runner: Runner | None = None
+    """What runs the layers when gradients are wanted (activation checkpointing); None: one after the other."""
+    is_first: bool = True
+    """Whether this holds the first layers: False on later pipeline stages, which take `streams` instead of tokens."""
+    is_last: bool = True
+    """Whether this holds the last layers, HC head, norm, output head and MTP: False on earlier pipeline stages."""
+    elsewhere: frozenset[str] = frozenset()
+    """Parameters and buffers of the network that other pipeline stages hold."""
+
+    compute_dtype: torch.dtype | None = None
+    """Precision of activations and matrix products where it differs from the weights': bf16 over fp32 weights in
+    training. What V4 keeps in fp32 (mHC coefficients, compressors, router scores, softmaxes, sums) stays fp32."""
+
     def __init__(self, cfg: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.cfg = cfg
@@ -55,6 +74,8 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(MTPModule(cfg, spec, f"mtp.{j}") for j, spec in enumerate(cfg.mtp_layers))
         if seed is not None and self.embed.weight.device.type != "meta":
             init_weights(self, seed)
+        if cfg.activation_rounding == "v4-inputs":
+            round_inputs(self)
 
     def forward(
         self,
@@ -86,28 +107,61 @@ class Transformer(nn.Module):
         segment_ids: Tensor | None = None,
         state: State | None = None,
         trace: Trace | None = None,
+        streams: Tensor | None = None,
     ) -> Tensor:
-        """The streams after the last layer, [B, S, N, D]; arguments as in `forward`."""
+        """The streams after the last layer, [B, S, N, D]; arguments as in `forward`.
+
+        `streams` takes the place of the embedding where this model holds only later layers (a pipeline stage).
+        """
         if state is not None and segment_ids is not None:
             return self._packed_with_state(tokens, lengths, segment_ids, state, trace)
         layout = self._layout(tokens, lengths, segment_ids, state)
         if not layout.num_tokens:
-            return self.embed.weight.new_zeros(layout.batch_size, 0, self.cfg.hc_mult, self.cfg.hidden_size)
+            return self.reference.new_zeros(layout.batch_size, 0, self.cfg.hc_mult, self.cfg.hidden_size)
         if state is not None:
             state.begin()
-        streams = F.embedding(tokens, self.embed.weight).unsqueeze(-2).expand(-1, -1, self.cfg.hc_mult, -1)
-        streams = streams.contiguous()
+        tokens = layout.own(tokens)
+        for i, memory in self._memories():
+            memory.prefetch(tokens, layout, None if state is None else state.layers[i].engram)
+        if streams is None:
+            streams = self._embed(tokens).unsqueeze(-2).expand(-1, -1, self.cfg.hc_mult, -1)
+            streams = streams.contiguous()
         tables: dict[bool, Tensor] = {}
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, Block)
+
+        def run(layer: Block, streams: Tensor, trace: Trace | None) -> Tensor:
             compressed = layer.spec.compress_ratio > 0
             if compressed not in tables:
                 tables[compressed] = rope_table(layout.positions, layer.attn.frequencies)
-            memory = None if state is None else state.layers[i]
-            streams = layer(streams, tokens, layout, tables[compressed], memory, trace)
+            layer_state = None if state is None else state.layers[layer.spec.index]
+            return layer(streams, tokens, layout, tables[compressed], layer_state, trace)
+
+        layers = [layer for layer in self.layers if isinstance(layer, Block)]
+        streams = self._run(layers, streams, run, None if state is not None else self.runner, trace)
         if state is not None:
             state.advance(tokens, layout)
         return streams
+
+    def _memories(self) -> list[tuple[int, Engram]]:
+        """The blocks with an Engram memory: index and memory."""
+        blocks = [block for block in self.layers if isinstance(block, Block)]
+        return [(block.spec.index, block.engram) for block in blocks if block.engram is not None]
+
+    def announce(self, calls: Sequence[tuple[Tensor, Sequence[int] | None, Tensor | None]]) -> None:
+        """Start fetching what the Engram memories will read in a training step: (tokens, lengths, segment_ids) of every
+        call it will make. After the backward passes `collect` brings the gradients to the tables.
+        """
+        memories = [memory for _, memory in self._memories() if memory.is_announced]
+        if memories:
+            layouts = [self._layout(tokens, lengths, segments, None) for tokens, lengths, segments in calls]
+            own = [(layout.own(tokens), layout) for (tokens, _, _), layout in zip(calls, layouts, strict=True)]
+            for memory in memories:
+                memory.announce(own)
+
+    def collect(self) -> None:
+        """End what `announce` began."""
+        for _, memory in self._memories():
+            if memory.is_announced:
+                memory.collect()
 
     def _packed_with_state(
         self,
@@ -143,6 +197,11 @@ class Transformer(nn.Module):
             state.put_row(row, mine)
         return out
 
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [..., D] of ids [...], in the precision of the activations."""
+        x = F.embedding(tokens, self.embed.weight)
+        return x if self.compute_dtype is None else x.to(self.compute_dtype)
+
     def final_hidden(self, streams: Tensor) -> Tensor:
         """HC head and final norm: [B, S, N, D] -> [B, S, D]."""
         return self.norm(hc_head(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.cfg))
@@ -166,14 +225,30 @@ class Transformer(nn.Module):
         `mtp_hidden` and `logits` then give the prediction of token i + 2. Raises RequestError without such a module.
         """
         module = self._mtp_module(depth)
+        layout = self._layout(next_tokens, lengths, segment_ids, None)
+        next_tokens = layout.own(next_tokens)
         if streams.shape[:2] != next_tokens.shape:
             raise RequestError(
                 f"streams {tuple(streams.shape)} and next_tokens {tuple(next_tokens.shape)} disagree; give one next "
                 "token per row and position."
             )
-        layout = self._layout(next_tokens, lengths, segment_ids, None)
         table = rope_table(layout.positions, module.attn.frequencies)
-        return module.draft(streams, F.embedding(next_tokens, self.embed.weight), next_tokens, layout, table, trace)
+
+        def run(layer: Block, streams: Tensor, trace: Trace | None) -> Tensor:
+            return layer(streams, next_tokens, layout, table, None, trace)
+
+        joined = module.join(streams, self._embed(next_tokens))
+        return self._run([module], joined, run, self.runner, trace)
+
+    @staticmethod
+    def _run(
+        layers: Sequence[Block], streams: Tensor, run: RunBlock, runner: Runner | None, trace: Trace | None
+    ) -> Tensor:
+        if runner is not None and torch.is_grad_enabled():
+            return runner(layers, streams, run, trace)
+        for layer in layers:
+            streams = run(layer, streams, trace)
+        return streams
 
     def _mtp_module(self, depth: int) -> MTPModule:
         if not 0 <= depth < len(self.mtp):
@@ -202,6 +277,12 @@ class Transformer(nn.Module):
             return tensor.to(out.device) if id(tensor) in exact and out.dtype.itemsize < 4 else out
 
         return super()._apply(keep, recurse)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter called `target`: under `quantised.quantise` too the one that is trained."""
+        module, _, name = target.rpartition(".")
+        owner = self.get_submodule(module)
+        return super().get_parameter(target) if owner is self else owner.get_parameter(name)
 
     def new_state(self, batch_size: int = 1, rewind: int = 128) -> State:
         """An empty state for `batch_size` sequences that can be cut back `rewind` tokens exactly at any time."""
@@ -234,7 +315,7 @@ class Transformer(nn.Module):
                 f"{self.cfg.vocab_size} ids from 0. The text was probably tokenised with another model's tokenizer."
             )
         counts = None if lengths is None else self._counts(lengths)
-        return Layout(
+        layout = Layout(
             tokens.shape[0],
             tokens.shape[1],
             tokens.device,
@@ -242,6 +323,28 @@ class Transformer(nn.Module):
             counts,
             segment_ids,
         )
+        return layout if self.context is None or state is not None else LayoutPart(layout, self.context)
+
+    @property
+    def reference(self) -> Tensor:
+        """A weight in the model's dtype, on its device, that every pipeline stage has."""
+        embed = self._modules.get("embed")
+        if isinstance(embed, Embedding):
+            return embed.weight
+        block = next(layer for layer in self.layers if isinstance(layer, Block))
+        return block.attn_norm.weight
+
+    @property
+    def streams_dtype(self) -> torch.dtype:
+        """The precision of the residual streams."""
+        return self.reference.dtype if self.compute_dtype is None else self.compute_dtype
+
+    def own(self, x: Tensor) -> Tensor:
+        """This process's part of something that belongs to whole rows, [B, S, ...]; all of it without a context."""
+        if self.context is None:
+            return x
+        bounds, rank = part_bounds(x.shape[1], self.context.size), self.context.rank
+        return x[:, bounds[rank] : bounds[rank + 1]]
 
     @staticmethod
     def _counts(lengths: Tensor | Sequence[int]) -> list[int]:

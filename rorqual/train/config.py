@@ -23,7 +23,8 @@ class ModelSection(_Section):
     """Which network."""
 
     preset: str = Field(
-        default="minke", description="Named architecture: minke, bryde, sei, fin, blue, v4-flash, v4-pro."
+        default="minke",
+        description="Named architecture: minke, minke-engram, bryde, sei, fin, blue, v4-flash, v4-pro.",
     )
     config: str | None = Field(default=None, description="Path of a config.json to use instead of the preset.")
     overrides: dict[str, Any] = Field(default={}, description="Settings of the architecture to change.")
@@ -108,6 +109,9 @@ class OptimSection(_Section):
 
     lr: float = Field(default=2e-3, gt=0, description="Peak learning rate of Muon and AdamW alike.")
     end_lr: float = Field(default=2e-4, ge=0, description="Learning rate at the end of the cosine.")
+    matrix_optimizer: Literal["muon", "adamw"] = Field(
+        default="muon", description="What trains the matrices: muon (V4), or adamw like all the rest (ablation)."
+    )
     weight_decay: float = Field(
         default=0.1, ge=0, description="Decoupled decay of matrices, embedding, head and norms."
     )
@@ -119,6 +123,10 @@ class OptimSection(_Section):
         default="hybrid",
         description="Newton-Schulz schedule: hybrid 8+2 (V4), or five plain steps (ablation).",
     )
+    muon_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="Precision of Newton-Schulz: bf16 as in V4, fp32, or auto (fp32 on a CPU, bf16 elsewhere).",
+    )
     adam_betas: tuple[_Decay, _Decay] = Field(default=(0.9, 0.95), description="Decay of AdamW's two moments.")
     adam_eps: float = Field(default=1e-20, gt=0, description="AdamW's epsilon for embedding, head and norms.")
     adam_bias_eps: float = Field(
@@ -128,6 +136,12 @@ class OptimSection(_Section):
     )
     adam_lr_scale: float = Field(
         default=1.0, gt=0, description="Factor on the learning rate of everything AdamW trains."
+    )
+    engram_lr_scale: float = Field(
+        default=5.0, gt=0, description="Factor on AdamW's learning rate for Engram tables, which are not decayed."
+    )
+    engram_sparse_above: int = Field(
+        default=10_000_000, ge=0, description="Rows of an Engram table above which only those read are updated."
     )
     grad_clip: float = Field(
         default=1.0, gt=0, description="Global gradient norm above which gradients are scaled down."
@@ -154,6 +168,12 @@ class ScheduleSection(_Section):
         le=1,
         description="Fraction during which sparse attention reads every visible entry.",
     )
+    index_warmup: float = Field(
+        default=0.0,
+        ge=0,
+        description="Stage after dense_until in which only indexers learn: a fraction, or from 1 on a number of steps.",
+    )
+    index_warmup_lr: float = Field(default=1e-3, gt=0, description="Learning rate of that stage.")
     bias_off_from: float = Field(
         default=0.95, ge=0, le=1, description="Fraction after which router biases stand still."
     )
@@ -180,6 +200,67 @@ class LossSection(_Section):
     bias_speed: float = Field(
         default=0.001, ge=0, description="Step of the router biases (0.003 to 0.01 for short runs)."
     )
+    z: float = Field(
+        default=0.0, ge=0, description="Weight of the output head's squared log-normaliser (z-loss; V4 has none)."
+    )
+
+
+class StabilitySection(_Section):
+    """Loss spikes: noticing them, going back, and anticipatory routing afterwards."""
+
+    detect: bool = Field(
+        default=True, description="Go back to a good state by itself after a loss spike or a loss that is no number."
+    )
+    trigger: float = Field(
+        default=6.0, gt=0, description="Standard deviations above the predicted loss from which a step is a spike."
+    )
+    onset: float = Field(
+        default=2.0, gt=0, description="Standard deviations above which steps before a spike belong to it."
+    )
+    min_rise: float = Field(default=0.2, ge=0, description="Nats that a spike rises at least.")
+    level_decay: _Decay = Field(default=0.97, description="Memory per step of the loss's level and variance.")
+    trend_decay: _Decay = Field(default=0.9, description="Memory per step of the loss's trend.")
+    warmup_steps: int = Field(default=100, ge=2, description="Steps that only feed the statistics.")
+    lookback: int = Field(default=64, ge=1, description="Most steps that the begin of a spike is searched back.")
+    cooldown_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="Steps after a roll-back without another; unset: 500, at most a tenth of the run.",
+    )
+    max_rollbacks: int = Field(default=3, ge=0, description="Most roll-backs of a run.")
+    lag: int | None = Field(
+        default=None,
+        ge=0,
+        description="Steps that anticipatory routing chooses experts ahead; unset: 16, at most a hundredth of the run.",
+    )
+    active_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="Steps of anticipatory routing after a roll-back; unset: 500, at most a tenth of the run; 0: none.",
+    )
+    active_from: int | None = Field(
+        default=None, ge=0, description="Step at which anticipatory routing begins without any spike."
+    )
+    snapshot_every: int = Field(
+        default=100, ge=0, description="Steps between good states kept in memory; 0 for checkpoints on disk only."
+    )
+    snapshot_gib: float = Field(
+        default=4.0, ge=0, description="Memory per process for such states; a larger model uses checkpoints on disk."
+    )
+
+
+class QatSection(_Section):
+    """Quantisation-aware training: computing with the weights that the exported model will have."""
+
+    mode: Literal["none", "fp8", "fp4"] = Field(
+        default="none",
+        description="Format of the routed experts; with fp8 or fp4 other weights are rounded as in V4's files too.",
+    )
+    start: float = Field(default=0.0, ge=0, lt=1, description="Fraction of the tokens after which rounding begins.")
+    activations: bool = Field(
+        default=False,
+        description="Round the inputs of FP8 and FP4 matrices too, not only KV entries, index queries and keys.",
+    )
 
 
 class RunSection(_Section):
@@ -190,11 +271,13 @@ class RunSection(_Section):
     threads: int = Field(
         default=0, ge=0, description="Threads per process; 0 means the machine's cores over the processes."
     )
-    processes: int = Field(default=1, ge=1, description="Processes that share each step's micro-batches (CPU only).")
+    processes: int = Field(
+        default=1, ge=1, description="Processes that `rorqual train` starts and shares the work among (--nproc)."
+    )
     device: str = Field(default="cpu", description="Where to train: cpu, or the accelerator by torch's name.")
     dtype: Literal["fp32", "bf16"] = Field(
         default="fp32",
-        description="Precision of matrix products (weights stay fp32); on a CPU bf16 is the head only.",
+        description="Precision of activations and matrix products (weights, sums and mHC's coefficients stay fp32).",
     )
     micro_batch_tokens: int = Field(default=4096, gt=0, description="Tokens forwarded at once; a step adds up several.")
     loss_chunk: int = Field(default=1024, gt=0, description="Tokens whose logits exist at once in the cross-entropy.")
@@ -210,7 +293,31 @@ class RunSection(_Section):
         default=[], description="Texts continued greedily at every evaluation, into samples.txt."
     )
     sample_tokens: int = Field(default=64, ge=1, description="Length of each continuation.")
-    export_dtype: Literal["fp32", "bf16"] = Field(default="bf16", description="Precision of the exported model folder.")
+    report: bool = Field(default=True, description="Write report.html at evaluations and at the end.")
+    export_dtype: Literal["fp32", "bf16", "fp8", "fp4"] = Field(
+        default="bf16",
+        description="Precision of the exported model folder; fp8 and fp4 as V4's base and released files.",
+    )
+
+
+class ParallelSection(_Section):
+    """How the processes share the work; dp x cp x pp is their number."""
+
+    dp: int = Field(default=0, ge=0, description="Replicas, each with its own rows; 0 is what cp and pp leave.")
+    cp: int = Field(default=1, ge=1, description="Processes that one sequence is cut among (context parallelism).")
+    pp: int = Field(default=1, ge=1, description="Stages that the layers are cut into (pipeline parallelism).")
+    ep: int = Field(
+        default=1, ge=1, description="Processes that the experts are spread over; divides dp x cp (expert parallelism)."
+    )
+    zero: bool = Field(
+        default=True, description="Each replica keeps and updates its share of the optimizer state (ZeRO)."
+    )
+    waves: int = Field(
+        default=1, ge=1, description="Groups of experts whose exchange overlaps their computation; 1 does not overlap."
+    )
+    recompute: Literal["none", "mhc", "block"] = Field(
+        default="none", description="What the backward pass computes again to save memory: none, mhc, block."
+    )
 
 
 class TrainConfig(_Section):
@@ -221,7 +328,19 @@ class TrainConfig(_Section):
     optim: OptimSection = Field(default=OptimSection(), description="How weights move.")
     schedule: ScheduleSection = Field(default=ScheduleSection(), description="What changes on the way.")
     loss: LossSection = Field(default=LossSection(), description="Parts of the loss, routing.")
+    stability: StabilitySection = Field(default=StabilitySection(), description="What happens when the loss spikes.")
+    qat: QatSection = Field(default=QatSection(), description="Quantisation-aware training.")
     run: RunSection = Field(default=RunSection(), description="The run itself.")
+    parallel: ParallelSection = Field(default=ParallelSection(), description="How processes share the work.")
+
+    @model_validator(mode="after")
+    def _export_is_what_was_trained(self) -> "TrainConfig":
+        if self.qat.mode != "none" and self.run.export_dtype not in ("fp32", "bf16", self.qat.mode):
+            raise ValueError(
+                f"run.export_dtype {self.run.export_dtype} is not what qat.mode {self.qat.mode} trains for; "
+                f"use {self.qat.mode}, bf16 or fp32"
+            )
+        return self
 
 
 HARMLESS = frozenset(
@@ -236,10 +355,14 @@ HARMLESS = frozenset(
         "run.max_steps",
         "run.sample_prompts",
         "run.sample_tokens",
+        "run.report",
         "run.export_dtype",
     ]
 )
 """Settings that may differ on resume: they change what is written, not a single weight."""
+
+LAYOUT = frozenset(["run.processes", "run.threads", *(f"parallel.{name}" for name in ParallelSection.model_fields)])
+"""Settings that may differ on resume too: they say who computes what, so results differ by the order of additions."""
 
 
 def load_config(recipes: Sequence[str | Path] = (), settings: Iterable[str] = ()) -> TrainConfig:
@@ -302,8 +425,14 @@ def breaking_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
     return [
         f"{name}: {before[name]!r} -> {after[name]!r}"
         for name in before
-        if name not in HARMLESS and before[name] != after[name]
+        if name not in HARMLESS | LAYOUT and before[name] != after[name]
     ]
+
+
+def layout_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Settings of who computes what that are others now, as `name: old -> new`."""
+    before, after = flatten(old), flatten(new)
+    return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in sorted(LAYOUT) if before[name] != after[name]]
 
 
 def run_recipe(config: TrainConfig) -> str:

@@ -9,6 +9,7 @@ setup.
 import dataclasses
 import json
 import math
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -22,22 +23,28 @@ import torch
 
 from rorqual import log
 from rorqual.config import ModelConfig
-from rorqual.errors import CheckpointError, RorqualError
-from rorqual.ops.newton_schulz import FIVE_STEP, HYBRID
+from rorqual.errors import RorqualError
+from rorqual.parallel.launch import is_joined_from_outside, launch, local_device, local_world
+from rorqual.parallel.mesh import Mesh
 from rorqual.seeds import derive
-from rorqual.train import checkpoints, groups, losses, routing
-from rorqual.train.adamw import AdamW
+from rorqual.train import build, checkpoints, losses, monitors, routing
 from rorqual.train.checkpoints import Progress, Saved
 from rorqual.train.config import TrainConfig
 from rorqual.train.device import check_device
 from rorqual.train.evaluate import HeldOut, continue_greedily, evaluate
-from rorqual.train.feed import Feed, Rows
-from rorqual.train.muon import Muon
-from rorqual.train.process import restored_globals, stop_signals
-from rorqual.train.report import Metrics, ProgressLine, duration, environment, peak_memory_bytes, save_plot
-from rorqual.train.run_folder import open_folder, write_recipe
-from rorqual.train.schedules import Schedule
-from rorqual.train.workers import Numerics, Pool, prepare_process
+from rorqual.train.executor import Executor
+from rorqual.train.feed import Feed
+from rorqual.train.microbatch import Numerics
+from rorqual.train.process import prepare_process, restored_globals, stop_signals
+from rorqual.train.qat import Qat
+from rorqual.train.report import Metrics, ProgressLine, Unwritten, duration, environment, peak_memory_bytes
+from rorqual.train.run_folder import write_recipe
+from rorqual.train.run_plots import save_plot
+from rorqual.train.run_report import Reporter
+from rorqual.train.schedules import Schedule, Stage
+from rorqual.train.stability import Event
+from rorqual.train.stages import freeze_all_but_indexers, is_indexer
+from rorqual.train.steering import Steering
 
 logger = log.get(__name__)
 
@@ -74,14 +81,32 @@ def train(
     it), cannot be written, settings changed, or there is no such device; DataError for a corpus that cannot be
     read; CheckpointError when nothing in the folder can be resumed.
     """
+    config = build.as_launched(config)
     check_device(config.run.device, config.run.processes)
+    build.check_layout(config)
+    arguments = (config, resume, allow_changes, progress, build_feed)
+    if config.run.processes > 1 and not is_joined_from_outside():
+        result: Result = launch(_train_here, arguments, config.run.processes)
+        return result
+    return _train_here(*arguments)
+
+
+def _train_here(
+    config: TrainConfig, resume: bool, allow_changes: bool, progress: str, build_feed: FeedBuilder | None
+) -> Result:
+    """This process's part in the run: all of it, or one rank's."""
     folder = Path(config.run.folder)
-    saved, is_changed = open_folder(folder, config, resume=resume, allow_changes=allow_changes)
+    device = local_device(config.run.device)
     with ExitStack() as stack:
-        run = _Run(config, folder, saved, build_feed or partial(_corpus_feed, is_new=saved is None), stack)
-        if is_changed:  # only now: settings that could not be built must not take the place of those that were
+        stack.enter_context(restored_globals())
+        mesh = stack.enter_context(build.joined_mesh(config, device))
+        saved, is_changed = build.open_together(folder, config, mesh, resume=resume, allow_changes=allow_changes)
+        run = _Run(config, folder, saved, build_feed, stack, mesh, device)
+        if is_changed and mesh.is_main:
+            # only now: settings that could not be built must not take the place of those that were
             write_recipe(folder, config)
-        line = stack.enter_context(ProgressLine(progress, run.schedule.total_tokens))
+        mode = progress if mesh.is_main else "quiet"
+        line = stack.enter_context(ProgressLine(mode, run.schedule.total_tokens))
         return run.go(line)
 
 
@@ -103,6 +128,8 @@ def build_schedule(config: TrainConfig) -> Schedule:
         tokens_per_step=s.tokens_per_step,
         ramp_until=s.ramp_until,
         ramp_from=s.ramp_from,
+        index_warmup=s.index_warmup,
+        index_warmup_lr=s.index_warmup_lr,
     )
 
 
@@ -120,83 +147,47 @@ class _Run:
         config: TrainConfig,
         folder: Path,
         saved: Saved | None,
-        build_feed: FeedBuilder,
+        build_feed: FeedBuilder | None,
         stack: ExitStack,
+        mesh: Mesh,
+        device: torch.device,
     ) -> None:
-        from rorqual.model import Transformer
-
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.mesh = config, folder, mesh
         self.cfg = config.model.build()
         self.schedule = build_schedule(config)
-        threads = config.run.threads or max(1, (torch.get_num_threads()) // config.run.processes)
+        threads = config.run.threads or max(1, torch.get_num_threads() // local_world())
         dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
         self.numerics = Numerics(dtype, config.run.loss_chunk, threads)
-        stack.enter_context(restored_globals())
         prepare_process(threads)
         torch.manual_seed(derive(config.run.seed, "torch"))
-        self.feed = build_feed(config, self.cfg, folder)
-        self.model = Transformer(self.cfg, derive(config.run.seed, "init"))
-        if saved is None:
-            if config.model.init_from:
-                self._take_weights(config.model.init_from)
-            else:
-                routing.install_hash_tables(self.model, self.feed.token_counts(), config.run.seed)
-        else:
-            self._load(saved.weights)
-        self.model.to(config.run.device)
+        make_feed = build_feed or partial(_corpus_feed, is_new=saved is None and mesh.is_main)
+        self.feed = build.feed_in_turn(lambda: make_feed(config, self.cfg, folder), mesh)
+        is_drawn = saved is None and not config.model.init_from
+        self.model, shards = build.build_model(config, self.cfg, mesh, is_drawn=is_drawn)
+        build.fill_model(self.model, shards, config, self.cfg, self.feed, saved)
+        self.model.to(device)
         self.model.train()
-        # A pool with workers moves the weights into shared memory, so the optimizers (which hold views) come after it.
-        self.pool = Pool(self.model, self.cfg, config.run.processes - 1, self.numerics)
-        stack.callback(self.pool.close)
         self.biases = routing.router_biases(self.model)
-        self._build_optimizers()
+        self.executor = Executor(self.model, self.cfg, config, mesh, self.numerics, shards)
         self.progress = Progress()
         if saved is not None:
             self.progress = saved.progress
-            self.muon.load_state_dict(_under("muon/", saved.optimizer))
-            self.adamw.load_state_dict(_under("adamw/", saved.optimizer))
+            self.executor.load_optimizer(saved.optimizer)
             self.feed.load_state_dict(saved.feed)
             torch.set_rng_state(saved.torch_rng)
-        environment_record = environment(config.run.seed, config.run.device, threads, config.run.processes)
-        with (folder / "env.json").open("a" if saved else "w", encoding="utf-8") as file:
-            file.write(json.dumps(environment_record) + "\n")
-        self.metrics = Metrics(folder / "metrics.jsonl", self.progress.step)
+        self.qat = Qat(self.model, config.qat, self.schedule.total_tokens)
+        self.qat.follow(self.progress.tokens)
+        self.steering = Steering(self, shards)
+        if saved is not None:
+            self.steering.load(saved)
+        if mesh.is_main:
+            here = environment(config.run.seed, config.run.device, threads, config.run.processes)
+            with (folder / "env.json").open("a" if saved else "w", encoding="utf-8") as file:
+                file.write(json.dumps({**here, "mesh": mesh.describe()}) + "\n")
+        self.metrics = Metrics(folder / "metrics.jsonl", self.progress.step) if mesh.is_main else Unwritten()
         stack.callback(self.metrics.close)
+        self.reporter = Reporter(folder, config.run.report and mesh.is_main)
         self.held_out: dict[str, HeldOut] = {}
-
-    def _build_optimizers(self) -> None:
-        o = self.config.optim
-        assigned = groups.assign(self.model, self.cfg)
-        self.muon = Muon(
-            [a for a in assigned if a.role.kind == "muon"],
-            momentum=o.muon_momentum,
-            weight_decay=o.weight_decay,
-            update_rms=o.muon_update_rms,
-            steps=HYBRID if o.muon_steps == "hybrid" else FIVE_STEP,
-        )
-        self.adamw = AdamW(
-            [a for a in assigned if a.role.kind != "muon"],
-            betas=o.adam_betas,
-            eps=o.adam_eps,
-            bias_eps=o.adam_bias_eps,
-            weight_decay=o.weight_decay,
-        )
-
-    def _load(self, weights: dict[str, torch.Tensor]) -> None:
-        try:
-            self.model.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"The checkpoint does not fit this architecture: {error}. Resume with the config that wrote it."
-            ) from error
-
-    def _take_weights(self, folder: str) -> None:
-        from rorqual.checkpoint import load_official
-
-        source = load_official(folder, dtype=torch.float32)
-        if source.cfg.replace(torch_dtype=self.cfg.torch_dtype, extra=self.cfg.extra) != self.cfg:
-            logger.warning("%s has another config than this run; its weights must still fit.", folder)
-        self._load(source.state_dict())
 
     def go(self, line: ProgressLine) -> Result:
         """Train until the tokens are spent, `max_steps` is reached or a signal asks to stop."""
@@ -205,31 +196,49 @@ class _Run:
         began = time.perf_counter()
         before = self.progress.train_seconds
         line.say({"event": "start", "step": self.progress.step, "folder": str(self.folder)}, self._greeting())
+        is_stopping = False
         with stop_signals() as stop:
-            while self.progress.tokens < self.schedule.total_tokens and not stop:
+            while self.progress.tokens < self.schedule.total_tokens and not is_stopping:
                 if run.max_steps is not None and self.progress.step >= run.max_steps:
                     break
                 record = self._step()
                 self.progress = dataclasses.replace(self.progress, train_seconds=before + time.perf_counter() - began)
-                if not math.isfinite(record["loss"]):
-                    raise RorqualError(
-                        f"The loss at step {record['step']} is {record['loss']}. Weights are no longer "
-                        f"usable, so nothing was saved after the last checkpoint in {self.folder / 'checkpoints'}. "
-                        "Lower optim.lr, and resume from there with --allow-changes."
-                    )
-                if record["step"] % run.log_every == 0:
-                    self.metrics.write(record)
+                events = self.steering.after_step(record)
+                if record["step"] % run.log_every == 0 or events:
+                    self.metrics.write({**record, **self.qat.record()})
                 line.update(record, self._seconds_left(record))
+                self._tell(events, record, line)
+                if self.steering.rolled_back:
+                    self._save()  # a restart must begin here
+                    continue
                 is_over = self.progress.tokens >= self.schedule.total_tokens
                 if is_over or (run.eval_every and self.progress.step % run.eval_every == 0):
                     self._evaluate(line)
-                if time.monotonic() - last_save > run.checkpoint_every_s:
+                is_due = self.mesh.is_main and time.monotonic() - last_save > run.checkpoint_every_s
+                is_stopping, is_saving = self.executor.agree([bool(stop), is_due])
+                if is_saving:
                     self._save()
                     last_save = time.monotonic()
-            return self._finish(line, interrupted=bool(stop))
+            return self._finish(line, interrupted=is_stopping)
+
+    def _tell(self, events: list[Event], record: dict[str, Any], line: ProgressLine) -> None:
+        """Write and print what happened to the loss. Raises: RorqualError when the run cannot go on."""
+        for event in events:
+            self.metrics.write(event.record)
+            line.say(event.record, event.text)
+        if any(event.record["event"] == "lost" for event in events):
+            raise RorqualError(
+                f"The loss at step {record['step']} is {record['loss']}. Weights are no longer "
+                f"usable, so nothing was saved after the last checkpoint in {self.folder / 'checkpoints'}. "
+                "Lower optim.lr, and resume from there with --allow-changes."
+            )
+
+    def weights_replaced(self) -> None:
+        """Forget what was derived from the weights before they were put back."""
+        self.qat.weights_moved()
 
     def _greeting(self) -> str:
-        total = sum(p.numel() for p in self.model.parameters())
+        total = self.executor.num_parameters
         done = f"continuing at step {self.progress.step}" if self.progress.step else "starting"
         return (
             f"{total / 1e6:.2f}M parameters, {self.schedule.total_tokens / 1e6:.1f}M tokens, "
@@ -239,48 +248,51 @@ class _Run:
     def _step(self) -> dict[str, Any]:
         """One optimizer step; returns its metrics."""
         start = time.perf_counter()
+        self.qat.follow(self.progress.tokens)
+        rows, experts, age = self.steering.next_rows()
         step, tokens = self.progress.step, self.progress.tokens
         schedule, weights = self.schedule, self.config.loss
-        seq_len, num_rows = schedule.seq_len(tokens), schedule.rows(tokens)
-        lr, dense = schedule.lr(step, tokens), schedule.is_dense(tokens)
-        mtp_weight = schedule.mtp(tokens) if self.cfg.num_nextn_predict_layers else 0.0
-        batches, num_targets, num_mtp_targets = self._micro_batches(num_rows, seq_len)
-        index_queries = [losses.num_index_queries(batch) for batch in batches]
-        loss_weights = [
-            losses.LossWeights(
-                mtp=mtp_weight,
-                balance=weights.balance,
-                index=weights.index,
-                num_targets=num_targets,
-                num_mtp_targets=num_mtp_targets,
-                row_share=batch.tokens.shape[0] / num_rows,
-                index_share=queries / max(sum(index_queries), 1),
-            )
-            for batch, queries in zip(batches, index_queries, strict=True)
-        ]
-        self.model.zero_grad(set_to_none=True)
-        parts = self.pool.accumulate(batches, loss_weights, dense=dense)
+        num_rows, seq_len = rows.tokens.shape
+        stage = schedule.stage(tokens)
+        is_frozen = stage is Stage.INDEX_WARMUP
+        lr = schedule.index_warmup_lr if is_frozen else schedule.lr(step, tokens)
+        num_modules = self.cfg.num_nextn_predict_layers
+        mtp_weight = schedule.mtp(tokens) if num_modules and not is_frozen else 0.0
+        num_mtp_targets = [int((t != losses.IGNORE).sum()) for t in losses.mtp_targets(rows, num_modules)] or [0]
+        is_logged = (step + 1) % self.config.run.log_every == 0
+        whole_step = losses.LossWeights(
+            mtp=mtp_weight,
+            balance=weights.balance,
+            index=weights.index,
+            num_targets=int((rows.labels != losses.IGNORE).sum()),
+            num_mtp_targets=num_mtp_targets[0],
+            row_share=1.0,
+            index_share=1.0,
+            num_deeper_targets=tuple(num_mtp_targets[1:]),
+            z=weights.z,
+            watch=is_logged,
+        )
+        freeze_all_but_indexers(self.model, is_frozen)
+        parts = self.executor.forward_backward(
+            rows, self.rows_at_once(seq_len), whole_step, dense=stage is not Stage.SPARSE, experts=experts
+        )
         forward_backward = time.perf_counter()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.grad_clip, foreach=True)
-        if math.isfinite(norm.item()):  # otherwise the loop stops with an error; weights stay as they are
-            self.muon.step(lr)
-            self.adamw.step(lr * self.config.optim.adam_lr_scale)
+        norm = self.executor.update(lr, only=is_indexer if is_frozen else None, measure=is_logged)
+        self.qat.weights_moved()
         counts = _sum_counts(parts)
-        speed = schedule.bias(tokens)
+        speed = 0.0 if is_frozen else schedule.bias(tokens)
         for name, bias in self.biases.items():
             if name in counts and speed > 0:
                 routing.update_bias(bias, counts[name], speed)
         self.progress = dataclasses.replace(self.progress, step=step + 1, tokens=tokens + num_rows * seq_len)
         end = time.perf_counter()
-        return self._record(parts, counts, norm.item(), lr, mtp_weight, dense, start, forward_backward, end, tokens)
+        record = self._record(parts, counts, norm, lr, mtp_weight, stage, start, forward_backward, end, tokens)
+        if age is not None:
+            record["routing_age"] = age
+        return record
 
-    def _micro_batches(self, num_rows: int, seq_len: int) -> tuple[list[Rows], int, int]:
-        rows = self.feed.next_rows(num_rows, seq_len)
-        num_targets = int((rows.labels != losses.IGNORE).sum())
-        num_mtp_targets = int((losses.mtp_labels(rows.labels, rows.segment_ids) != losses.IGNORE).sum())
-        at_once = max(1, self.config.run.micro_batch_tokens // seq_len)
-        batches = [rows.part(i, i + at_once) for i in range(0, num_rows, at_once)]
-        return batches, num_targets, num_mtp_targets
+    def rows_at_once(self, seq_len: int) -> int:
+        return max(1, self.config.run.micro_batch_tokens // seq_len)
 
     def _record(
         self,
@@ -289,7 +301,7 @@ class _Run:
         norm: float,
         lr: float,
         mtp_weight: float,
-        dense: bool,
+        stage: Stage,
         start: float,
         forward_backward: float,
         end: float,
@@ -298,7 +310,10 @@ class _Run:
         lm, mtp = sum(p.lm for p in parts), sum(p.mtp for p in parts)
         balance, index = sum(p.balance for p in parts), sum(p.index for p in parts)
         weights = self.config.loss
-        loss = lm + mtp_weight * mtp + weights.balance * balance + weights.index * index
+        z_loss = sum(p.z_loss for p in parts)
+        loss = lm + mtp_weight * mtp + weights.balance * balance + weights.index * index + weights.z * z_loss
+        figures = monitors.merged(parts)
+        health = monitors.health_record(figures)
         recalls = [value for p in parts for value in p.index_recall if math.isfinite(value)]
         load = {name: round(routing.max_violation(c), 4) for name, c in counts.items()}
         return {
@@ -313,8 +328,12 @@ class _Run:
             "grad_norm": norm,
             "lr": lr,
             "mtp_weight": mtp_weight,
-            "is_dense": dense,
+            "is_dense": stage is not Stage.SPARSE,
+            "stage": str(stage),
             "max_violation": load,
+            **monitors.head_record(figures),
+            **({"health": health} if health else {}),
+            **self.executor.measured,
             "tokens_per_s": (self.progress.tokens - tokens_before) / (end - start),
             "step_s": end - start,
             "optimizer_s": end - forward_backward,
@@ -337,9 +356,11 @@ class _Run:
             self.feed,
             num_tokens=run.eval_tokens,
             seq_len=seq_len,
-            rows_at_once=max(1, run.micro_batch_tokens // seq_len),
+            rows_at_once=self.rows_at_once(seq_len),
             dense=self.schedule.is_dense(tokens) and tokens < self.schedule.total_tokens,
             numerics=self.numerics,
+            mesh=self.mesh,
+            pipeline=self.executor.pipeline,
         )
         self._sample()
         if not self.held_out:
@@ -354,41 +375,46 @@ class _Run:
         }
         self.metrics.write(record)
         line.say({"event": "eval", **record}, f"step {self.progress.step}: {_describe(self.held_out)}")
+        self.reporter.write()
 
     def _sample(self) -> None:
+        """Continue the prompts; every rank takes part where one alone cannot forward, and rank 0 writes."""
         prompts = self.config.run.sample_prompts
-        if not prompts:
+        if not prompts or not (self.mesh.is_main or self.executor.is_lockstep):
             return
-        with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+        path = self.folder / "samples.txt" if self.mesh.is_main else Path(os.devnull)
+        with path.open("a", encoding="utf-8") as file:
             file.write(f"===== step {self.progress.step}\n")
             for prompt in prompts:
                 start = self.feed.continuation(prompt)
                 if start is None:
                     return
                 length, eos = self.config.run.sample_tokens, self.cfg.eos_token_id
-                out = continue_greedily(self.model, start.ids, length, eos, start.vocab_size)
+                pipeline = self.executor.pipeline
+                out = continue_greedily(self.model, start.ids, length, eos, start.vocab_size, pipeline)
                 file.write(f"--- {prompt}\n{start.decode(out)}\n")
 
     def _save(self) -> Path:
-        optimizer = {
-            **{f"muon/{k}": v for k, v in self.muon.state_dict().items()},
-            **{f"adamw/{k}": v for k, v in self.adamw.state_dict().items()},
-        }
-        return checkpoints.save(
+        return checkpoints.save_pieces(
             self.folder,
-            self.model,
-            optimizer,
-            self.feed.state_dict(),
+            self.executor.weight_pieces(),
+            [*self.executor.optimizer_pieces(), *self.steering.pieces()],
+            self.steering.feed_state(),
             self.progress,
             self.config.model_dump(mode="json"),
             keep=self.config.run.keep_checkpoints,
+            mesh=self.mesh,
+            stability=self.steering.state_dict(),
         )
 
     def _finish(self, line: ProgressLine, *, interrupted: bool) -> Result:
         saved = self._save()
         finished = self.progress.tokens >= self.schedule.total_tokens
-        save_plot(self.folder / "metrics.jsonl", self.folder / "plots" / "loss.png")
-        model_folder = self._export() if finished else None
+        model_folder = None
+        if self.mesh.is_main:
+            save_plot(self.folder)
+            model_folder = self._export(saved) if finished else None
+        self.reporter.write(is_last=True)
         result = Result(
             self.folder,
             model_folder,
@@ -413,18 +439,19 @@ class _Run:
             f"Model: {result.model_folder}. Try: rorqual chat {result.model_folder}"
         )
 
-    def _export(self) -> Path:
+    def _export(self, saved: Path) -> Path:
         from rorqual.checkpoint import save_official
 
+        model = self.model if self.mesh.is_alone else build.whole_model(self.cfg, checkpoints.read(saved))
+        self.qat.of(model).follow(self.progress.tokens)
         folder = self.folder / "model"
-        dtype = torch.bfloat16 if self.config.run.export_dtype == "bf16" else torch.float32
-        save_official(self.model, folder, dtype=dtype)
+        precision = self.config.run.export_dtype
+        if precision == "fp4" or precision == "fp8":
+            save_official(model, folder, experts=precision)
+        else:
+            save_official(model, folder, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         self.feed.save_artifacts(str(folder))
         return folder
-
-
-def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _sum_counts(parts: list[losses.LossParts]) -> dict[str, torch.Tensor]:

@@ -1,22 +1,29 @@
 """The training loss: next-token cross-entropy, MTP cross-entropy, router balance and the indexers' own loss.
 
-    loss = CE + w_mtp * CE_mtp + w_balance * sum of balance losses + w_index * sum of index losses
+    loss = CE + w_mtp * mean of CE_mtp + w_balance * sum of balance losses + w_index * sum of index losses + w_z * z^2
 
-Source: V4 report (MTP and balance unchanged from V3); the index loss is V3.2's. Left out: FP4 (later).
+z is the log of the softmax's denominator; its loss is off unless asked for, its figures are always kept.
+Source: V4 report (MTP and balance unchanged from V3); the index loss is V3.2's, the z loss PaLM's.
 
 Logits are the largest tensor of a training step: tokens x vocabulary. The cross-entropy here makes them a
 chunk of tokens at a time and computes the gradient in the same pass, so no more than one chunk of logits ever
 exists.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rorqual.config import CSA_RATIO
+from rorqual.ops.cross_entropy import cross_entropy
 from rorqual.train.feed import Rows
+
+Figure = tuple[float, float, float]
+"""Sum, count and largest of something measured; those of several micro-batches merge."""
 
 IGNORE = -100
 """Label of a position that is not predicted (padding, masked prompts, the end of a document)."""
@@ -26,64 +33,80 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies; the gradients are formed in the forward pass and scaled in the backward one."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        weight_c = weight.detach().to(dtype)
-        hidden_grad = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        for start in range(0, hidden.shape[0], chunk):
-            stop = min(start + chunk, hidden.shape[0])
-            label = labels[start:stop]
-            is_valid = label != IGNORE
-            hidden_c = hidden[start:stop].detach().to(dtype)
-            logits = (hidden_c @ weight_c.T).float()
-            index = label.clamp(min=0).unsqueeze(1)
-            log_norm = torch.logsumexp(logits, dim=1, keepdim=True)
-            losses = (log_norm - logits.gather(1, index)).squeeze(1)
-            total += torch.where(is_valid, losses, 0.0).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            # Gradient of the logits: softmax minus one-hot, zero where the label is ignored.
-            logits.sub_(log_norm).exp_()
-            logits.scatter_add_(1, index, torch.full_like(log_norm, -1.0))
-            logits.mul_(is_valid.unsqueeze(1))
-            gradient = logits.to(dtype)
-            if hidden_grad is not None:
-                hidden_grad[start:stop] = gradient @ weight_c
-            if weight_grad is not None:
-                weight_grad += gradient.T @ hidden_c
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, dtype: torch.dtype, z_weight: float
+    ) -> tuple[Tensor, Tensor]:
+        counted = labels != IGNORE
+        rows = counted.nonzero().squeeze(1)
+        loss, z, gradient, weight_grad = cross_entropy(
+            hidden.detach()[rows].to(dtype), weight.detach().to(dtype), labels[rows], chunk, z_weight
+        )
+        total, squares = loss.sum(), z.square().sum()
+        largest = z.max() if len(rows) else torch.tensor(-math.inf, device=hidden.device)
+        z_figures = torch.stack([z.sum(), counted.sum().float(), largest, squares])
+        hidden_grad = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        hidden_grad[rows] = gradient
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtypes = (hidden.dtype, weight.dtype)
-        return total
+        ctx.mark_non_differentiable(z_figures)
+        return total + z_weight * squares if z_weight else total, z_figures
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        (upstream,) = grads
+        upstream = grads[0]
         hidden_dtype, weight_dtype = ctx.dtypes
         return (
-            None if hidden_grad is None else (hidden_grad * upstream).to(hidden_dtype),
-            None if weight_grad is None else (weight_grad * upstream).to(weight_dtype),
+            (hidden_grad * upstream).to(hidden_dtype),
+            (weight_grad * upstream).to(weight_dtype),
+            None,
             None,
             None,
             None,
         )
 
 
+class _Carry(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, loss: Tensor) -> Tensor:
+        return streams.view_as(streams)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], torch.ones((), device=grads[0].device)
+
+
+def carry(streams: Tensor, loss: Tensor) -> Tensor:
+    """`streams` unchanged; when their gradient arrives, from whatever loss, that of the scalar `loss` sets off too."""
+    result: Tensor = _Carry.apply(streams, loss.float())
+    return result
+
+
 def cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = 1024, dtype: torch.dtype = torch.float32
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    chunk: int = 1024,
+    dtype: torch.dtype = torch.float32,
+    z_weight: float = 0.0,
+    z_figures: list[Tensor] | None = None,
 ) -> Tensor:
     """Sum over positions of -log softmax(hidden @ weight.T)[label], in nats, never holding more than a chunk
     of logits.
 
     Shapes: hidden [..., D], weight [V, D], labels [...] int64 (`IGNORE` = not counted) -> scalar float32.
-    `dtype` is the precision of the three matrix products; sums and softmax are float32 throughout.
+    `dtype` is the precision of the three matrix products; sums and softmax are float32 throughout. `z_weight` times the
+    sum of squared log-normalisers z is added. `z_figures` receives [sum z, count, largest z, sum z^2] over the
+    counted positions, without gradient.
     """
-    result: Tensor = _ChunkedCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), chunk, dtype
+    result, figures = _ChunkedCrossEntropy.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), chunk, dtype, z_weight
     )
-    return result
+    if z_figures is not None:
+        z_figures.append(figures)
+    total: Tensor = result
+    return total
 
 
 def mtp_labels(labels: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -113,6 +136,30 @@ def num_index_queries(rows: Rows) -> int:
     return int(windows.all(-1).sum())
 
 
+def mtp_targets(rows: Rows, depth: int) -> list[Tensor]:
+    """Labels of each of `depth` chained MTP modules: token i+2, i+3, ... of the same document, [B, S] each."""
+    targets, labels = [], rows.labels
+    for _ in range(depth):
+        labels = mtp_labels(labels, rows.segment_ids)
+        targets.append(labels)
+    return targets
+
+
+def forward_mtp(model: Any, streams: Tensor, rows: Rows, trace: Any) -> Iterator[Tensor]:
+    """Streams [B, S, N, D] of each MTP module in turn: module k reads those of module k - 1 (the first the trunk's) and
+    the embedding of token i + 1 + k.
+    """
+    from rorqual.model import next_tokens
+
+    tokens = rows.tokens
+    for depth in range(len(model.mtp)):
+        tokens = next_tokens(tokens)
+        streams = model.mtp_streams(
+            streams, tokens, segment_ids=rows.segment_ids, lengths=rows.lengths, trace=trace, depth=depth
+        )
+        yield streams
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """Weights of the parts at one moment of training, and the denominators of the whole step."""
@@ -127,6 +174,12 @@ class LossWeights:
     """Rows of this micro-batch over rows of the step: weight of per-sequence losses."""
     index_share: float
     """Share of this micro-batch in the step's queries that see a compressed entry: weight of the index losses."""
+    num_deeper_targets: tuple[int, ...] = ()
+    """As `num_mtp_targets`, for the second MTP module on."""
+    z: float = 0.0
+    """Weight of the squared log-normaliser of the output head's softmax."""
+    watch: bool = False
+    """Whether this micro-batch also keeps the figures of `model/health.py`."""
 
 
 @dataclass
@@ -142,6 +195,10 @@ class LossParts:
     index_recall: list[float]
     router_counts: dict[str, list[float]]
     """Tokens each expert received, by the router's module path."""
+    z_loss: float = 0.0
+    """Share in the step's mean squared log-normaliser."""
+    figures: dict[str, Figure] = field(default_factory=dict)
+    """`z` (log-normalisers of the head), and with `LossWeights.watch` what `model/health.py` measures."""
 
 
 def compute(
@@ -152,40 +209,70 @@ def compute(
     dense: bool,
     chunk: int = 1024,
     dtype: torch.dtype = torch.float32,
+    streams: Tensor | None = None,
 ) -> tuple[Tensor, LossParts]:
     """Forward one micro-batch and return its share of the step's loss, ready for `backward()`.
 
     `rows` lie on the model's device. `dense` lets compressed sparse attention read every visible
     entry (the first stage of training). Router counts are returned by the router's module path
     ("layers.3.ffn.gate"), hash layers too.
+
+    A pipeline stage takes the `streams` of the stage before (the first one None); one that is not the last returns
+    streams instead of a loss, whose gradient sets off that of the losses within the stage.
     """
-    from rorqual.model import Trace, next_tokens
+    from rorqual.model import Trace
+    from rorqual.model.health import watch_composite
 
     labels, where = rows.labels, {"segment_ids": rows.segment_ids, "lengths": rows.lengths}
-    trace = Trace(dense=dense, index_loss=weights.index > 0, router=True)
-    head: nn.Parameter = model.head.weight
-    streams = model.forward_streams(rows.tokens, **where, trace=trace)
-    lm = cross_entropy_sum(model.final_hidden(streams), head, labels, chunk=chunk, dtype=dtype)
-    lm = lm / max(weights.num_targets, 1)
-    loss = lm
-    mtp = torch.zeros(())
-    if weights.mtp > 0 and weights.num_mtp_targets > 0:
-        mtp_streams = model.mtp_streams(streams, next_tokens(rows.tokens), **where, trace=trace)
-        mtp_hidden = model.mtp_hidden(mtp_streams)
-        mtp = cross_entropy_sum(mtp_hidden, head, mtp_labels(labels, rows.segment_ids), chunk=chunk, dtype=dtype)
-        mtp = mtp / weights.num_mtp_targets
+    trace = Trace(dense=dense, index_loss=weights.index > 0, router=True, forced=rows.experts, health=weights.watch)
+    if streams is not None and not model.reference.requires_grad:  # only indexers learn, each from its own loss
+        streams = streams.detach()
+    streams = model.forward_streams(rows.tokens, **where, trace=trace, streams=streams)
+    watch_composite(trace)
+    z_figures: list[Tensor] = []
+    loss = lm = mtp = torch.zeros((), device=streams.device)
+    if model.is_last:
+        head: nn.Parameter = model.head.weight
+        lm = cross_entropy_sum(
+            model.final_hidden(streams), head, model.own(labels), chunk=chunk, dtype=dtype,
+            z_weight=weights.z, z_figures=z_figures,
+        ) / max(weights.num_targets, 1)  # fmt: skip
+        loss = lm
+    if model.is_last and weights.mtp > 0 and weights.num_mtp_targets > 0:
+        counts = (weights.num_mtp_targets, *weights.num_deeper_targets)
+        targets = mtp_targets(rows, len(counts))
+        parts = [
+            cross_entropy_sum(model.mtp_hidden(s, depth), head, model.own(target), chunk=chunk, dtype=dtype)
+            / max(count, 1)
+            for depth, (count, target, s) in enumerate(
+                zip(counts, targets, forward_mtp(model, streams, rows, trace), strict=False)
+            )
+        ]
+        mtp = torch.stack(parts).sum() / len(parts)
         loss = loss + weights.mtp * mtp
     balance = _total([r.balance_loss for r in trace.routers if r.balance_loss is not None]) * weights.row_share
     index = _total(trace.index_losses) * weights.index_share
     loss = loss + weights.balance * balance + weights.index * index
+    z = z_figures[0].tolist() if z_figures else [0.0, 0.0, 0.0, 0.0]
+    z_loss = z[3] / max(weights.num_targets, 1)
+    if not model.is_last:
+        loss = carry(streams, loss)
     return loss, LossParts(
-        lm=lm.item(),
+        lm=lm.item() - weights.z * z_loss,
         mtp=mtp.item(),
         balance=balance.item(),
         index=index.item(),
         index_recall=[float(value) for value in trace.index_recall],
         router_counts={record.name: record.counts.tolist() for record in trace.routers},
+        z_loss=z_loss,
+        figures={**({"z": (z[0], z[1], z[2])} if z_figures else {}), **_plain(trace.figures)},
     )
+
+
+def _plain(figures: dict[str, Tensor]) -> dict[str, Figure]:
+    """All figures in one transfer from the device."""
+    rows = torch.stack(list(figures.values())).tolist() if figures else []
+    return {name: (row[0], row[1], row[2]) for name, row in zip(figures, rows, strict=True)}
 
 
 def _total(losses: list[Tensor]) -> Tensor:

@@ -1,10 +1,11 @@
-"""What a run tells: `metrics.jsonl`, one progress line, `env.json`, and the loss plot.
+"""What a run tells while it goes on: `metrics.jsonl`, one progress line, `env.json`. The report is `run_report.py`'s.
 
 People get one `rich` line; when the output is not a terminal, JSON lines. Trackers can be fed from
 `metrics.jsonl`.
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -41,13 +42,31 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record and hand it to the operating system."""
-        self._file.write(json.dumps(record) + "\n")
+        """Append one record and hand it to the operating system. Numbers that are none become null, as JSON wants."""
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Unwritten:
+    """In place of `Metrics` on ranks that write nothing."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class ProgressLine:
@@ -168,48 +187,3 @@ def _processor() -> str | None:
     except OSError:
         pass
     return platform.processor() or None
-
-
-def save_plot(metrics: Path, image: Path) -> bool:
-    """Draw the loss curve of a run; False (and a log line) where matplotlib is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        logger.warning('No plot was saved, because matplotlib is not installed: pip install "rorqual[plots]".')
-        return False
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [r for r in records if "lm" in r]
-    evaluations = [r for r in records if "held_out_loss" in r]
-    if not steps:
-        return False
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    tokens = [r["tokens"] / 1e6 for r in steps]
-    axes.plot(tokens, [r["lm"] for r in steps], linewidth=0.6, alpha=0.35, color="tab:blue", label="one step")
-    axes.plot(tokens, _smooth([r["lm"] for r in steps]), linewidth=1.5, color="tab:blue", label="running mean")
-    if evaluations:
-        at = [r["tokens"] / 1e6 for r in evaluations]
-        axes.plot(at, [r["held_out_loss"] for r in evaluations], "o-", color="tab:red", ms=3, lw=1, label="held out")
-    axes.set_xlabel("training tokens (millions)")
-    axes.set_ylabel("cross-entropy (nats per token)")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    image.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(image, dpi=120)
-    pyplot.close(figure)
-    return True
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """Exponential running mean over about a fiftieth of the points, corrected at the start."""
-    keep = 1.0 - 1.0 / max(len(values) / 50, 1.0)
-    total = weight = 0.0
-    out = []
-    for value in values:
-        total = keep * total + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        out.append(total / weight)
-    return out

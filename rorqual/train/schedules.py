@@ -7,8 +7,22 @@ silent the fractions follow V3 (decay from about 70%, bias speed to zero at the 
 
 import math
 from dataclasses import dataclass
+from enum import StrEnum
 
 from rorqual.errors import ConfigError
+
+
+class Stage(StrEnum):
+    """How compressed sparse attention reads, and what learns. Source: V4 report (dense first, a short indexer warm-up,
+    then sparse to the end); the warm-up's rules are V3.2's.
+    """
+
+    DENSE = "dense"
+    """It reads every visible entry; everything learns, indexers from their own loss."""
+    INDEX_WARMUP = "index_warmup"
+    """It reads every visible entry; only the indexers learn."""
+    SPARSE = "sparse"
+    """It reads the indexers' picks; everything learns."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,9 @@ class Schedule:
     ramp_until: float = 0.0
     """Fraction over which the batch grows linearly from `ramp_from` of its full size; 0 for none."""
     ramp_from: float = 0.2
+    index_warmup: float = 0.0
+    """Length of the indexers' warm-up after `dense_until`: a fraction, or from 1 on a number of full steps; 0: none."""
+    index_warmup_lr: float = 1e-3
 
     def __post_init__(self) -> None:
         if not self.seq_lens or self.seq_lens[0][0] != 0.0:
@@ -59,9 +76,17 @@ class Schedule:
         """How far a router bias moves per step."""
         return self.bias_speed if tokens < self.bias_off_from * self.total_tokens else 0.0
 
+    def stage(self, tokens: int) -> Stage:
+        """Which stage of the introduction of sparse attention this is."""
+        dense = self.dense_until * self.total_tokens
+        if tokens < dense:
+            return Stage.DENSE
+        warmup = self.index_warmup * (self.total_tokens if self.index_warmup < 1 else self.tokens_per_step)
+        return Stage.INDEX_WARMUP if tokens < dense + warmup else Stage.SPARSE
+
     def is_dense(self, tokens: int) -> bool:
         """Whether compressed sparse attention still reads every visible entry."""
-        return tokens < self.dense_until * self.total_tokens
+        return self.stage(tokens) is not Stage.SPARSE
 
     def seq_len(self, tokens: int) -> int:
         """Tokens per row."""

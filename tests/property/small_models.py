@@ -76,6 +76,8 @@ def build(cfg: ModelConfig, weights_seed: int = 0) -> Transformer:
                 order = torch.rand((tensor.shape[0], cfg.n_routed_experts), generator=draw).argsort(dim=1)
                 tensor.copy_(order[:, : tensor.shape[1]])
                 continue
+            if not tensor.is_floating_point():  # constants of hashes
+                continue
             noise = torch.randn(tensor.shape, generator=draw)
             if "norm" in name.split(".")[-2:][0]:
                 tensor.copy_(1 + 0.2 * noise)

@@ -248,19 +248,32 @@ def test_two_spellings_of_one_tensor(folder: Path):
 
 
 @pytest.mark.parametrize(
-    "packed",
+    ("packed", "why"),
     [
-        {"layers/1/ffn/experts/0/w1/weight": torch.zeros(16, 16, dtype=torch.int8)},
-        {"layers/1/attn/wq_a/weight": torch.zeros(16, 32).to(torch.float8_e4m3fn)},
-        {"layers/1/attn/wq_a/scale": torch.ones(1, 1)},
+        (
+            {"layers/1/ffn/experts/0/w1/weight": torch.zeros(16, 16, dtype=torch.int8)},
+            "is stored as I8 codes, but the file has no layers.1.ffn.experts.0.w1.scale",
+        ),
+        (
+            {
+                "layers/1/attn/wq_a/weight": torch.zeros(16, 32).to(torch.float8_e4m3fn),
+                "layers/1/attn/wq_a/scale": torch.ones(2, 1),
+            },
+            r"layers.1.attn.wq_a.weight has scales F32 \(2, 1\), but its fp8 codes need F8_E8M0 .* \(1, 1\)",
+        ),
+        ({"layers/1/attn/wq_a/scale": torch.ones(1, 1)}, r"1 are unexpected: layers.1.attn.wq_a.scale"),
+        (
+            {"layers/1/attn/wq_a/weight": torch.zeros(16, 32).to(torch.float8_e5m2)},
+            "is stored as F8_E5M2, but packed weights are matrices in F8_E4M3 or I8",
+        ),
     ],
 )
-def test_packed_weights_are_recognised(folder: Path, packed: dict[str, torch.Tensor]):
+def test_packed_weights_without_sense_are_refused(folder: Path, packed: dict[str, torch.Tensor], why: str):
     edit(folder, **packed)
-    with pytest.raises(CheckpointError, match="packed weights come with the real-weights loader"):
+    with pytest.raises(CheckpointError, match=why):
         checkpoint.load_official(folder)
     summary = checkpoint.summarise(folder)
-    assert summary.is_packed
+    assert summary.is_packed and not summary.fits
 
 
 def test_v41_is_refused_with_a_sentence(folder: Path):

@@ -24,7 +24,8 @@ def test_presets_survive_the_round_trip(name: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(cfg.to_dict()))
     assert ModelConfig.from_file(path) == cfg
-    assert ModelConfig.from_dict(cfg.to_transformers_dict()).layers == cfg.layers
+    if cfg.engram is None:  # transformers has none; that it is refused is tested elsewhere
+        assert ModelConfig.from_dict(cfg.to_transformers_dict()).layers == cfg.layers
 
 
 def test_schedules_of_the_released_models() -> None:

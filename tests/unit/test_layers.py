@@ -25,7 +25,7 @@ LINES = [  # from top to bottom; rooms on one line do not know each other
     {"chat", "data", "tokenizer", "checkpoint", "planner", "journal"},
     {"model"},
     {"ops"},
-    {"config", "config_dialects", "errors", "log", "seeds"},
+    {"config", "config_dialects", "config_engram", "errors", "log", "seeds"},
 ]
 SAME_LINE = {
     ("posttrain", "agents"),
@@ -38,6 +38,8 @@ FOUNDATION = {
     ("config", "errors"),
     ("config", "config_dialects"),
     ("config_dialects", "errors"),
+    ("config", "config_engram"),
+    ("config_engram", "errors"),
     ("config", "log"),
     ("log", "errors"),
     ("seeds", "errors"),

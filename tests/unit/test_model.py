@@ -126,7 +126,7 @@ def test_rounding_of_cache_vectors() -> None:
 @pytest.mark.parametrize("rounding", ["none", "v4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_equals_one_pass_in_every_precision(dtype: torch.dtype, rounding: str) -> None:
-    """bf16 takes the reference path throughout; the state must still carry everything."""
+    """Whatever path a precision takes, the state must carry everything."""
     model = build(config(num_hidden_layers=3, compress_ratios=[0, 4, 8], index_topk=64, activation_rounding=rounding))
     model = model.to(dtype)
     tokens = some_tokens(model, 30)[None]

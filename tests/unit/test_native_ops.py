@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rorqual.ops import (
-    experts,
     cross_entropy,
+    experts,
     hyper_connections,
     index_loss,
     index_topk,

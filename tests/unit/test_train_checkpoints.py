@@ -12,7 +12,8 @@ from torch import nn
 from rorqual.errors import CheckpointError
 from rorqual.train import checkpoints
 from rorqual.train.checkpoints import Progress
-from rorqual.train.report import Metrics, duration, save_plot
+from rorqual.train.report import Metrics, duration
+from rorqual.train.run_plots import save_plot
 
 
 def save(folder: Path, step: int, keep: int = 10) -> Path:
@@ -90,7 +91,7 @@ def test_plot_is_saved(tmp_path: Path) -> None:
     records = [{"step": i, "tokens": i * 100, "lm": 5.0 - i / 10} for i in range(1, 20)]
     records.append({"step": 19, "tokens": 1900, "held_out_loss": 3.2})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert save_plot(tmp_path / "metrics.jsonl", tmp_path / "plots" / "loss.png")
+    assert save_plot(tmp_path)
     assert (tmp_path / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -10,6 +10,7 @@ from rorqual.train.config import (
     TrainConfig,
     breaking_changes,
     flatten,
+    layout_changes,
     load_config,
     to_toml,
     validate,
@@ -98,8 +99,9 @@ def test_only_changes_that_move_weights_break_a_resume() -> None:
     assert set(flatten(config)) >= HARMLESS
     other = load_config(settings=["run.log_every=99", "run.folder=elsewhere", "run.max_steps=3"])
     assert breaking_changes(config, other) == []
-    other = load_config(settings=["optim.lr=0.1", "run.processes=2"])
-    assert breaking_changes(config, other) == ["optim.lr: 0.002 -> 0.1", "run.processes: 1 -> 2"]
+    other = load_config(settings=["optim.lr=0.1", "run.processes=2", "parallel.ep=2"])
+    assert breaking_changes(config, other) == ["optim.lr: 0.002 -> 0.1"]
+    assert layout_changes(config, other) == ["parallel.ep: 1 -> 2", "run.processes: 1 -> 2"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)

@@ -31,6 +31,7 @@ TINY = [
     "run.log_every=1",
     "run.eval_every=5",
     "run.eval_tokens=64",
+    "run.report=false",
 ]
 
 
@@ -216,15 +217,19 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_cannot_share_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_needs_an_accelerator_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     assert check_device("cuda", 1) == torch.device("cuda")
-    with pytest.raises(ConfigError, match=r"run.processes is 2 with run.device 'cuda'.*Set run.processes=1"):
+    with pytest.raises(ConfigError, match=r"2 processes are to share 1 of 'cuda'.*Use at most 1 processes"):
         check_device("cuda", 2)
     with pytest.raises(ConfigError, match=r"'cuda:1', but .* finds 1 of type cuda"):
         check_device("cuda:1", 1)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert check_device("cuda", 2) == torch.device("cuda")
+    with pytest.raises(ConfigError, match=r"'cuda:1' for 2 processes.*Set run.device=cuda"):
+        check_device("cuda:1", 2)
 
 
 @pytest.mark.gpu
