@@ -11,8 +11,8 @@ on one thread. Sides run by turns. No MTP, no recomputation, no other losses on 
   its matrices hold as many weights as ours activates per token.
 * `train_speed.nanochat`: nanochat's GPT from a checkout, likewise sized, where one is given.
 
-Lines that end in `fp32` compare fp32 with fp32. Lines that end in `bf16` compare ours (fp32 weights, bf16 activations and
-products) with the fastest of what the peer offers, which the line names: fp32, bf16 under autocast, or bf16 weights.
+Lines that end in `fp32` compare fp32 with fp32. Lines that end in `bf16` compare ours (fp32 weights, bf16 activations
+and products) with the fastest of what the peer offers, named in the line: fp32, bf16 autocast, or bf16 weights.
 
 The bound is the best rate of a matrix product in that precision over the multiply-adds that our step cannot do without
 (three passes over the activated weights and the attention products).

@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rorqual.config_dialects import FIXED, read
+from rorqual.config_dialects import FIXED, OWN_TYPE, read
+from rorqual.config_engram import EngramConfig, check_engram, read_engram
 from rorqual.errors import ConfigError
 
 CSA_RATIO = 4
@@ -34,6 +35,8 @@ class LayerSpec:
     hash_routed: bool
     """Experts come from a table over token ids instead of the router's top-k."""
     is_mtp: bool = False
+    engram: bool = False
+    """A memory of token runs is read before the attention (see `ModelConfig.engram`)."""
 
     @property
     def overlap(self) -> bool:
@@ -84,6 +87,9 @@ class ModelConfig:
     hc_mult: int = 4
     hc_sinkhorn_iters: int = 20
     hc_eps: float = 1e-6
+    residual: str = "mhc"
+    """What carries the streams past a sublayer: `mhc` (V4), `hc` (hyper-connections without its constraints) or `plain`
+    (one stream, x + f(x)). Only `mhc` is a V4 network; the others are there to be compared with it."""
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     compress_rope_theta: float = 160000.0
@@ -95,19 +101,27 @@ class ModelConfig:
     eos_token_id: int = 1
     torch_dtype: str = "bfloat16"
     activation_rounding: str = "none"
-    """`v4`: round KV entries to FP8 and index queries and keys to FP4 as the released weights expect; or `none`."""
+    """`v4`: round KV entries to FP8 and index queries and keys to FP4 as the released weights expect; `v4-inputs`: the
+    inputs of FP8 and FP4 matrices to FP8 as well; or `none`."""
+    engram: EngramConfig | None = None
+    """Memory of token runs in some blocks; V4 has none. A mapping of its settings is taken too."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Keys of the file that this class does not use; kept for the round trip."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
+        object.__setattr__(self, "engram", read_engram(self.engram))
         _check(self)
 
     @cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
         """The trunk's schedule, first layer first."""
         ratios = self.compress_ratios
-        return tuple(LayerSpec(i, ratios[i], i < self.num_hash_layers) for i in range(self.num_hidden_layers))
+        memories = self.engram.layers if self.engram else ()
+        return tuple(
+            LayerSpec(i, ratios[i], i < self.num_hash_layers, engram=i in memories)
+            for i in range(self.num_hidden_layers)
+        )
 
     @cached_property
     def mtp_layers(self) -> tuple[LayerSpec, ...]:
@@ -126,7 +140,10 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
-        """A named configuration: minke, bryde, sei, fin, blue, v4-flash, v4-pro. Raises ConfigError otherwise."""
+        """A named configuration: minke, minke-engram, bryde, sei, fin, blue, v4-flash, v4-pro.
+
+        Raises ConfigError for any other name.
+        """
         path = PRESET_FOLDER / f"{name}.json"
         if name not in preset_names():
             raise ConfigError(
@@ -171,12 +188,23 @@ class ModelConfig:
         return cls(**args)
 
     def to_dict(self) -> dict[str, Any]:
-        """The `config.json` of this model in DeepSeek's layout (with `extra` merged back)."""
+        """The `config.json` of this model in DeepSeek's layout (with `extra` merged back).
+
+        A network that V4's code could not run says so by another `model_type`, which only Rorqual reads.
+        """
         out: dict[str, Any] = dict(self.extra)
-        out |= {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
+        is_v4 = self.residual == "mhc" and self.engram is None
+        out["architectures"] = ["DeepseekV4ForCausalLM" if is_v4 else "RorqualForCausalLM"]
+        out["model_type"] = "deepseek_v4" if is_v4 else OWN_TYPE
         for f in dataclasses.fields(self):
             if f.name != "extra":
                 out[f.name] = getattr(self, f.name)
+        if self.residual == "mhc":
+            del out["residual"]
+        if self.engram is None:
+            del out["engram"]
+        else:
+            out["engram"] = self.engram.to_dict()
         out["compress_ratios"] = list(self.compress_ratios)
         if self.rope_scaling is not None:
             out["rope_scaling"] = dict(self.rope_scaling)
@@ -186,6 +214,17 @@ class ModelConfig:
 
     def to_transformers_dict(self) -> dict[str, Any]:
         """A `config.json` that `transformers` (`deepseek_v4`, 5.23) reads as the same network."""
+        if self.residual != "mhc":
+            raise ConfigError(
+                f"residual is {self.residual!r}, but transformers' deepseek_v4 has hyper-connections of the mhc kind "
+                "only, so it would build another network. Save with save_official, whose folder Rorqual reads."
+            )
+        if self.engram is not None:
+            raise ConfigError(
+                f"This model has Engram memories in blocks {list(self.engram.layers)}, which transformers' deepseek_v4 "
+                "does not know: it would leave them out and answer differently. Save with save_official, whose folder "
+                "Rorqual reads."
+            )
         out = self.to_dict()
         ratios = self.compress_ratios[: self.num_hidden_layers]
         hca = sorted({r for r in ratios if r not in (0, CSA_RATIO)})
@@ -216,8 +255,8 @@ class ModelConfig:
 
 def preset_names() -> list[str]:
     """Names that `ModelConfig.preset` knows, smallest model first."""
-    paths = sorted(PRESET_FOLDER.glob("*.json"))
-    return [p.stem for p in sorted(paths, key=lambda p: json.loads(p.read_text())["hidden_size"])]
+    paths = PRESET_FOLDER.glob("*.json")
+    return [p.stem for p in sorted(paths, key=lambda p: (json.loads(p.read_text())["hidden_size"], p.stem))]
 
 
 def _check(cfg: ModelConfig) -> None:
@@ -293,8 +332,14 @@ def _check(cfg: ModelConfig) -> None:
             spec.compress_ratio == 0,
             "An MTP module is window only in V4; the last entries of compress_ratios must be 0.",
         )
-    if cfg.activation_rounding not in ("none", "v4"):
-        raise ConfigError(f"activation_rounding is {cfg.activation_rounding!r}; use 'none' or 'v4'.")
+    if cfg.residual not in ("mhc", "hc", "plain"):
+        raise ConfigError(f"residual is {cfg.residual!r}; use 'mhc' (V4), 'hc' (unconstrained) or 'plain' (x + f(x)).")
+    need(
+        cfg.residual != "plain" or cfg.hc_mult == 1,
+        f"residual is 'plain', which has one stream, but hc_mult is {cfg.hc_mult}; set hc_mult to 1.",
+    )
+    if cfg.activation_rounding not in ("none", "v4", "v4-inputs"):
+        raise ConfigError(f"activation_rounding is {cfg.activation_rounding!r}; use 'none', 'v4' or 'v4-inputs'.")
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(cfg, name)
         need(0 <= value < cfg.vocab_size, f"{name} is {value}, outside the vocabulary of {cfg.vocab_size}; correct it.")
@@ -303,6 +348,8 @@ def _check(cfg: ModelConfig) -> None:
         raise ConfigError(f"torch_dtype is {cfg.torch_dtype!r}; use float32, bfloat16 or float16.")
     if cfg.rope_scaling is not None:
         _check_yarn(cfg)
+    if cfg.engram is not None:
+        check_engram(cfg.engram, cfg.num_hidden_layers, cfg.vocab_size)
 
 
 def _check_yarn(cfg: ModelConfig) -> None:

@@ -24,6 +24,9 @@ _INFERENCE_NAMES = {  # DeepSeek's inference code names some settings differentl
 }
 _ALIASES = {"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"}
 _LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+OWN_TYPE = "rorqual"
+"""`model_type` of a network with parts that V4 has not (another residual path, Engram); no other code should load it.
+"""
 FIXED: dict[str, Any] = {  # settings with one possible value in this architecture
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
@@ -52,7 +55,7 @@ def read(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
             "This is a DeepSeek-V4.1 config (model_type deepseek_v41): KV shared between layers, no hash routing, "
             "Engram and a drafter instead of MTP. Rorqual implements V4; use a V4 checkpoint."
         )
-    if model_type != "deepseek_v4":
+    if model_type not in ("deepseek_v4", OWN_TYPE):
         raise ConfigError(
             f"model_type is {model_type!r}, but this class describes deepseek_v4. Point it at a V4 config.json."
         )
@@ -65,6 +68,8 @@ def read(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
             raise ConfigError(f"{key} must be {only!r} in a V4 network; nothing else is implemented or released.")
     if values.get("dtype") in _DTYPES:
         values.setdefault("torch_dtype", values.pop("dtype"))
+    if values.get("quantization_config"):  # the released files say it so
+        values.setdefault("activation_rounding", "v4")
     _read_schedule(values)
     _read_rope(values)
     args = {k: values.pop(k) for k in list(values) if k in known}

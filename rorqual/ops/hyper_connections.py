@@ -109,9 +109,7 @@ def free_pre(
     return collapse(streams, pre), post, comb
 
 
-def hc_head_reference(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float
-) -> Tensor:
+def hc_head_reference(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
     """Collapse of the streams before the final norm, without Sinkhorn: weights need not sum to 1.
 
     Shapes: streams [..., N, D], fn [N, N*D], base [N], scale [1] -> [..., D].

@@ -254,6 +254,9 @@ class _SparseAttention(torch.autograd.Function):
         return dq, dkv[:, : kv.shape[1]].to(kv.dtype), dentries, dsink, None
 
 
+LANES = 16
+"""The native kernel's vectors are whole ones of this many floats."""
+
 FEW_QUERIES = 8
 """Up to this many queries without gradients go through the native loop over keys, where there is one."""
 
@@ -283,7 +286,8 @@ def sparse_attention(
     ):
         start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
         return functions.attend_small(q, kv, sink, positions, window, scale, entries, start, end, picks)
-    if usable_typed(q) and q.dtype is kv.dtype and q.shape[-1] % 16 == 0 and (entries is None or entries.dtype is q.dtype):
+    is_alike = q.dtype is kv.dtype and (entries is None or entries.dtype is q.dtype)
+    if is_alike and q.shape[-1] % LANES == 0 and usable_typed(q):
         start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
         return functions.Attention.apply(q, kv, entries, sink, positions, start, end, picks, window, scale)
     gather = False

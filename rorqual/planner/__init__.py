@@ -1,5 +1,16 @@
 """Arithmetic about models: what a configuration holds and needs, without running it."""
 
+from rorqual.planner.bandwidth import Bandwidth, expert_bandwidth
+from rorqual.planner.flops import ForwardFlops, forward_flops
 from rorqual.planner.parameters import ParameterCount, build_on_meta, count_model, count_parameters
 
-__all__ = ["ParameterCount", "build_on_meta", "count_model", "count_parameters"]
+__all__ = [
+    "Bandwidth",
+    "ForwardFlops",
+    "ParameterCount",
+    "build_on_meta",
+    "count_model",
+    "count_parameters",
+    "expert_bandwidth",
+    "forward_flops",
+]

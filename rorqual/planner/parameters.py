@@ -4,8 +4,9 @@ Counted from the network itself, built on torch's meta device (shapes without me
 configuration changes the figures rightly and no formula can go stale. The rule is that of the published
 figures:
 
-    total       every weight of the main model; scales, the hash layers' tables and the MTP module excluded
-    activated   total without the embedding table (a lookup), with K of the E routed experts; the head counts
+    total       every weight of the main model; scales, the hash layers' tables, Engram's hash constants and the MTP
+                module excluded
+    activated   total without the embedding and Engram tables (lookups), with K of the E routed experts; the head counts
     with_mtp    total and the MTP module's own weights
 
 A weight counts one whatever its stored width.
@@ -23,6 +24,8 @@ from rorqual.model import Transformer
 _COMPONENTS = (
     (r"^mtp\.", "mtp"),
     (r"^embed\.", "embedding"),
+    (r"\.engram\.table$", "engram_tables"),
+    (r"\.engram\.", "engram_fusion"),
     (r"^head\.", "head"),
     (r"\.indexer\.wq_b", "indexer_wq_b"),
     (r"\.indexer\.weights_proj", "indexer_weights_proj"),
@@ -71,7 +74,7 @@ def count_model(model: Transformer, config: ModelConfig) -> ParameterCount:
     """Count a built model (any device)."""
     parts = {name: 0 for _, name in _COMPONENTS}
     for name, tensor in model.state_dict().items():
-        if not name.endswith("tid2eid"):
+        if tensor.is_floating_point():  # the rest are tables of experts and constants of hashes
             parts[component(name)] += tensor.numel()
     parts = {name: count for name, count in parts.items() if count}
     total = sum(count for name, count in parts.items() if name != "mtp")
@@ -79,7 +82,7 @@ def count_model(model: Transformer, config: ModelConfig) -> ParameterCount:
     chosen = routed * config.num_experts_per_tok // config.n_routed_experts
     return ParameterCount(
         total=total,
-        activated=total - parts["embedding"] - routed + chosen,
+        activated=total - parts["embedding"] - parts.get("engram_tables", 0) - routed + chosen,
         with_mtp=total + parts.get("mtp", 0),
         by_component=parts,
         activated_routed_experts=chosen,

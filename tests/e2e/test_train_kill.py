@@ -1,4 +1,4 @@
-"""Training killed with SIGKILL at random steps and resumed ends with the bits of training left alone."""
+"""Training killed with SIGKILL at random moments and resumed ends with the bits of training left alone."""
 
 import os
 import random
@@ -9,92 +9,40 @@ import time
 from pathlib import Path
 
 import pytest
+from small_run import (
+    KILLED,
+    command,
+    final_checkpoint,
+    is_running,
+    ranks_of,
+    steps_logged,
+    wait_for_step,
+    write_recipe,
+)
 
-RECIPE = """
-[model.overrides]
-vocab_size = 384
-hidden_size = 32
-num_hidden_layers = 2
-compress_ratios = [0, 4, 0]
-num_attention_heads = 2
-head_dim = 16
-qk_rope_head_dim = 8
-q_lora_rank = 16
-o_lora_rank = 16
-n_routed_experts = 4
-moe_intermediate_size = 32
-sliding_window = 8
-index_topk = 2
-index_n_heads = 2
-index_head_dim = 16
+from rorqual.train import checkpoints
 
-[[data.sources]]
-kind = "path"
-path = "CORPUS"
-fim_rate = 0.3
-
-[data]
-held_out = 0.2
-
-[data.tasks]
-weight = 0.5
-families = { arith = 1.0, facts = 1.0 }
-
-[schedule]
-total_tokens = 4096
-tokens_per_step = 128
-seq_lens = [[0.0, 32], [0.5, 64]]
-warmup_steps = 4
-
-[run]
-processes = PROCESSES
-threads = 1
-micro_batch_tokens = 64
-checkpoint_every_s = 0.001
-eval_every = 7
-eval_tokens = 256
-log_every = 1
-"""
-
-
-def command(folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "rorqual", "train", "--quiet", "--run-dir", str(folder), *arguments]
-
-
-def steps_logged(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_text().count('"lm"') if path.is_file() else 0
+NUM_KILLS = 20
+NUM_STEPS = 72
 
 
 def kill_at(arguments: list[str], folder: Path, step: int) -> None:
-    """Run until `step` is logged, then SIGKILL the main process only: its workers must notice."""
+    """Run until `step` is logged, then SIGKILL the main process only: ranks it started must notice."""
     process = subprocess.Popen(arguments)
-    deadline = time.monotonic() + 240
-    while steps_logged(folder) < step:
-        assert process.poll() is None, "training ended before it could be killed"
-        assert time.monotonic() < deadline, "training made no progress"
-        time.sleep(0.01)
+    wait_for_step(process, folder, step)
+    ranks = ranks_of(process.pid) if sys.platform == "linux" else []
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-
-def final_checkpoint(folder: Path) -> dict[str, bytes]:
-    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    assert newest.name == "step-00000032"
-    return {name: (newest / name).read_bytes() for name in ("weights.safetensors", "optimizer.safetensors")}
+    assert process.wait() == KILLED
+    deadline = time.monotonic() + 5
+    while any(map(is_running, ranks)):
+        assert time.monotonic() < deadline, "ranks outlived the process that started them"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_kill_and_resume_gives_the_same_bits(tmp_path: Path, processes: int) -> None:
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    source = Path(__file__).parents[2] / "rorqual"
-    for path in [*source.glob("*.py"), *(source / "train").glob("*.py")]:
-        (corpus / f"{path.parent.name}-{path.name}").write_text(path.read_text())
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.replace("CORPUS", str(corpus)).replace("PROCESSES", str(processes)))
-
+    recipe = write_recipe(tmp_path, processes)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run(command(whole, "--recipe", str(recipe)), check=True, timeout=240)
     steps = sorted(random.sample(range(2, 30), processes))
@@ -106,3 +54,55 @@ def test_kill_and_resume_gives_the_same_bits(tmp_path: Path, processes: int) -> 
     assert final_checkpoint(cut) == final_checkpoint(whole), f"killed at {steps}"
     weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (cut, whole)]
     assert weights[0] == weights[1]
+
+
+def kill_a_rank(process: "subprocess.Popen[bytes]", folder: Path, make: random.Random) -> str:
+    """SIGKILL one rank at a random moment, every other time while a checkpoint is being written."""
+    ranks = ranks_of(process.pid)
+    victim = make.randrange(len(ranks))
+    is_saving = make.random() < 0.5
+    if is_saving:
+        deadline = time.monotonic() + 60
+        while not list((folder / "checkpoints").glob(".draft-*")) and process.poll() is None:
+            assert time.monotonic() < deadline, "no checkpoint is written"
+    else:
+        time.sleep(make.random() * 0.2)
+    os.kill(ranks[victim], signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1, "the command must fail"
+    assert time.monotonic() - killed_at < 10, "the others did not end promptly"
+    assert not any(map(is_running, ranks)), "a rank outlived the job"
+    message = " ".join(errors.decode().split())
+    assert f"Training process {victim} of {len(ranks)} was killed by signal 9" in message, message
+    return f"rank {victim} {'while saving' if is_saving else ''} after {steps_logged(folder)} steps"
+
+
+def check_every_checkpoint_reads(folder: Path) -> None:
+    """All of them, whole: none that has a final name may be unreadable."""
+    for path in checkpoints.folders(folder):
+        saved = checkpoints.read(path)
+        for tensors in (saved.weights, saved.optimizer):
+            for name in tensors:
+                assert tensors[name].shape == tensors.shape(name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks through /proc")
+def test_any_rank_killed_at_twenty_moments(tmp_path: Path) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    make = random.Random(seed)
+    recipe = write_recipe(tmp_path, 4, steps=NUM_STEPS, expert_ranks=2)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(whole, "--recipe", str(recipe)), check=True, timeout=600)
+    moments = sorted(make.sample(range(1, NUM_STEPS - 4), NUM_KILLS))
+    told = [f"seed {seed}"]
+    for number, step in enumerate(moments):
+        start = ["--recipe", str(recipe)] if number == 0 else ["--resume"]
+        process = subprocess.Popen(command(cut, *start), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        wait_for_step(process, cut, step)
+        told.append(kill_a_rank(process, cut, make))
+        check_every_checkpoint_reads(cut)
+    subprocess.run(command(cut, "--resume"), check=True, timeout=600)
+    assert final_checkpoint(cut, NUM_STEPS) == final_checkpoint(whole, NUM_STEPS), "; ".join(told)

@@ -252,6 +252,7 @@ class NormRope(torch.autograd.Function):
 
 def norm_rope(x: Tensor, weight: Tensor | None, eps: float, table: Tensor) -> Tensor:
     """`rope.norm_rope_reference`."""
+    weight = None if weight is None else weight.float()
     if torch.is_grad_enabled():
         return NormRope.apply(x, weight, eps, table)
     return _norm_rope(x.contiguous(), weight, eps, table)[0]
@@ -277,7 +278,7 @@ def swiglu_backward(
     gate: Tensor, up: Tensor, weight: Tensor | None, dout: Tensor, limit: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of gate, up and weight."""
-    gate, up, dout = gate.contiguous(), up.contiguous(), dout.contiguous()
+    gate, up, dout = gate.contiguous(), up.contiguous(), dout.to(gate.dtype).contiguous()
     da, du = torch.empty_like(gate), torch.empty_like(up)
     dweight = None if weight is None else torch.empty_like(weight)
     rows, d = gate.numel() // gate.shape[-1], gate.shape[-1]

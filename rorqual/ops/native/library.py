@@ -128,8 +128,8 @@ def load() -> ctypes.CDLL | None:
 def kernel(name: str, bf16: bool) -> tuple[Callable[..., None], tuple[torch.dtype | None, ...]]:
     """C function `name`, its argument types read from its prototype so that they stand in one place.
 
-    Functions written for both element types (`types.h`) exist twice, and `bf16` chooses. Also returns the dtype that each
-    argument must have, None for a number.
+    Functions written for both element types (`types.h`) exist twice, and `bf16` chooses. Also returns the dtype that
+    each argument must have, None for a number.
     """
     library = load()
     assert library is not None
