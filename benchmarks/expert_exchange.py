@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
         bench = Bench(pair, options.repeats or (2 if options.quick else 7))
         equal = bench.equal_bandwidth(nbytes)
         half = cfg.n_routed_experts // 2
-        tried = [w for w in ((8,) if options.quick else (2, 4, 8, 16)) if w <= half] or [half]
+        tried = [w for w in ((16,) if options.quick else (2, 4, 8, 16)) if w <= half] or [half]
         waves = options.waves or (tried[0] if len(tried) == 1 else bench.best_waves(equal, tried))
         packing = best(bench.by_turns({"": ("pack", 1)}, bench.repeats)[""]).cpu
         config = {**layer, "sent_bytes": nbytes, "repeats": bench.repeats, "machine": measure.machine()}

@@ -75,6 +75,7 @@ def recipe(arm: str, seed: int, steps: int, folder: Path, cache: Path) -> TrainC
             "schedule.warmup_steps=20",
             f"run={{seed={seed}, threads=1, micro_batch_tokens=512, log_every=1, eval_every=0, export_dtype='fp32'}}",
             f"run.eval_tokens={EVAL_TOKENS}",
+            "run.report=false",
             f'run.folder="{folder}"',
             *ARMS[arm],
         ]

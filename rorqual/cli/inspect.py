@@ -75,6 +75,8 @@ def _find(name: str) -> "tuple[str, ModelConfig, CheckpointSummary | None]":
 def _as_json(
     name: str, source: str, config: ModelConfig, count: "ParameterCount", summary: "CheckpointSummary | None"
 ) -> dict[str, Any]:
+    from rorqual.planner import expert_bandwidth
+
     out: dict[str, Any] = {
         "name": name,
         "source": source,
@@ -82,6 +84,7 @@ def _as_json(
         "layers": [_layer(spec) for spec in config.layers],
         "mtp_layers": [_layer(spec) for spec in config.mtp_layers],
         "parameters": asdict(count),
+        "flops_per_expert_byte": expert_bandwidth(config).flops_per_byte,
     }
     if summary is not None:
         out["checkpoint"] = {
@@ -116,6 +119,8 @@ def _print_tables(
     from rich.console import Console
     from rich.table import Table
 
+    from rorqual.planner import expert_bandwidth
+
     def table(title: str) -> Table:
         return Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
 
@@ -135,6 +140,10 @@ def _print_tables(
             f"{config.moe_intermediate_size}, 1 shared",
         ),
         ("context", f"{config.max_position_embeddings} tokens"),
+        (
+            "expert exchange",
+            f"1 GB/s feeds {expert_bandwidth(config).tflops_per_s_per_gb_per_s:.2f} TFLOP/s (FP8 there, BF16 back)",
+        ),
     ):
         shape.add_row(label, value)
 

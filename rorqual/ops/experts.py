@@ -133,7 +133,9 @@ def grouped_experts(
     x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
 ) -> Tensor:
     """`experts_reference` in time proportional to the experts actually used. Weights are cast to x's dtype."""
-    if usable_typed(x) and w1.shape[2] % LANES == 0 and experts.numel():
+    if not experts.numel():
+        return x.float()  # no tokens
+    if usable_typed(x) and w1.shape[2] % LANES == 0:
         if odd := -w1.shape[1] % LANES:  # zeros give zeros, and the kernel works in whole vectors
             w1, w3, w2 = F.pad(w1, (0, 0, 0, odd)), F.pad(w3, (0, 0, 0, odd)), F.pad(w2, (0, odd))
         return functions.Experts.apply(x, experts, weights, w1, w3, w2, limit)

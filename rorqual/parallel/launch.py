@@ -156,12 +156,19 @@ def _supervise(children: list[_Child]) -> None:
             if child.answer is None or not child.answer[0]:
                 failures.append((child, None if child.answer is None else child.answer[1]))
                 first_failure = first_failure or time.monotonic()
-        if first_failure is not None and (not running or time.monotonic() - first_failure > SETTLE_SECONDS):
-            raise _cause(failures, len(children))
+        if first_failure is not None:
+            has_died = any(error is None for _, error in failures)  # nothing that comes later can be the cause of that
+            if has_died or not running or time.monotonic() - first_failure > SETTLE_SECONDS:
+                raise _cause(failures, len(children))
 
 
 def _cause(failures: list[tuple[_Child, Any]], processes: int) -> BaseException:
-    """A rank that died without a word, else one of Rorqual's errors, else whatever came first."""
+    """One of Rorqual's errors, else a rank that died without a word, else whatever came first: others see connections
+    close when a rank ends, so theirs are effects.
+    """
+    for _, error in failures:
+        if isinstance(error, RorqualError | KeyboardInterrupt):
+            return error
     for child, error in failures:
         if error is None:
             child.process.join(timeout=5)
@@ -171,9 +178,6 @@ def _cause(failures: list[tuple[_Child, Any]], processes: int) -> BaseException:
                 f"Training process {child.rank} of {processes} {how}. The others cannot go on without it and were "
                 "ended. If memory ran out, use fewer processes or smaller micro-batches; continue with --resume."
             )
-    for _, error in failures:
-        if isinstance(error, RorqualError | KeyboardInterrupt):
-            return error
     child, error = failures[0]
     for note in getattr(error, "__notes__", ()):
         logger.error("Process %d of %d:\n%s", child.rank, processes, note)

@@ -26,7 +26,7 @@ TINY = [
     "n_routed_experts=4, moe_intermediate_size=64, sliding_window=8, index_topk=2, index_n_heads=2, "
     "index_head_dim=32, num_hash_layers=1}",
     "schedule={tokens_per_step=128, seq_lens=[[0.0, 32]], warmup_steps=2, dense_until=0.3}",
-    "run={threads=1, micro_batch_tokens=64, log_every=1, eval_every=0, eval_tokens=128}",
+    "run={threads=1, micro_batch_tokens=64, log_every=1, eval_every=0, eval_tokens=128, report=false}",
     "optim={lr=4e-3, end_lr=4e-4}",
 ]
 

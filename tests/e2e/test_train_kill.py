@@ -69,9 +69,9 @@ def kill_a_rank(process: "subprocess.Popen[bytes]", folder: Path, make: random.R
         time.sleep(make.random() * 0.2)
     os.kill(ranks[victim], signal.SIGKILL)
     killed_at = time.monotonic()
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1, "the command must fail"
-    assert time.monotonic() - killed_at < 10, "the others did not end promptly"
+    assert time.monotonic() - killed_at < 30, "the others did not end promptly"
     assert not any(map(is_running, ranks)), "a rank outlived the job"
     message = " ".join(errors.decode().split())
     assert f"Training process {victim} of {len(ranks)} was killed by signal 9" in message, message
@@ -88,7 +88,7 @@ def check_every_checkpoint_reads(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.skipif(sys.platform != "linux", reason="finds ranks through /proc")
 def test_any_rank_killed_at_twenty_moments(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(1 << 32)

@@ -94,6 +94,7 @@ def test_layouts_train_as_one_process_does(tmp_path: Path, alone: Callable[[int]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_fifty_steps_stay_within_a_ten_thousandth(tmp_path: Path, alone: Callable[[int], Path], processes: int) -> None:
     launch(run_all, (tmp_path, of_size(processes), 50), processes)
@@ -111,6 +112,7 @@ def test_two_go_on_where_one_stopped_and_one_where_two_did(tmp_path: Path, alone
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_a_run_saved_on_four_goes_on_on_four_two_and_one(tmp_path: Path, alone: Callable[[int], Path]) -> None:
     spread = ("parallel.ep=2",)
     stopped = Layout("stopped", 4, (*spread, "run.max_steps=4"))

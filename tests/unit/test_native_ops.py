@@ -279,6 +279,14 @@ def test_experts_of_an_odd_width() -> None:
         close(got, want, torch.float32)
 
 
+def test_experts_without_tokens() -> None:
+    none = torch.empty(0, 2, dtype=torch.int64)
+    out = experts.grouped_experts(
+        randn(0, 32), none, randn(0, 2), randn(4, 16, 32), randn(4, 16, 32), randn(4, 32, 16), 1.0
+    )
+    assert out.shape == (0, 32)
+
+
 def test_an_experts_row_does_not_depend_on_its_neighbours() -> None:
     x, weights = randn(200, 32), torch.rand(200, 2, generator=torch.Generator().manual_seed(1))
     matrices = [randn(4, 16, 32), randn(4, 16, 32, seed=5), randn(4, 32, 16)]
