@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rorqual.model import Transformer, indexer
-from rorqual.ops import sparse_attention
+from rorqual.model import Transformer
+from rorqual.ops import index_loss, sparse_attention
 
 
 class LargestTensor(TorchDispatchMode):
@@ -108,7 +108,7 @@ def test_the_largest_tensor_grows_linearly(model: Transformer, monkeypatch: pyte
 
     Scores are made in blocks of a fixed size, which hides everything smaller; here the blocks are small.
     """
-    for module in (sparse_attention, indexer):
+    for module in (sparse_attention, index_loss):
         monkeypatch.setattr(module, "BLOCK_BUDGET", 1 << 17)
     for run in (prefill, train):
         small, large = run(model, 1024), run(model, 2048)
