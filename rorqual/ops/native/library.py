@@ -71,7 +71,13 @@ def _torch_openmp() -> Path | None:
 
 
 def _build(cc: list[str], target: Path) -> None:
-    """Compile for this very processor, or for its family where the compiler does not know `native`."""
+    """Compile for this very processor, or for its family where the compiler does not know `native`.
+
+    A processor named in $CC (`CC="cc -march=x86-64-v3"`) is the one compiled for.
+    """
+    if any(argument.startswith(("-march", "-mcpu")) for argument in cc):
+        _compile(cc, _FLAGS, target)
+        return
     try:
         _compile(cc, [*_FLAGS, "-march=native"], target)
     except subprocess.CalledProcessError:
