@@ -18,7 +18,7 @@ from rorqual.model.state import LayerState
 from rorqual.ops.hadamard import hadamard
 from rorqual.ops.index_loss import index_loss, query_blocks
 from rorqual.ops.index_topk import index_scores, select_entries
-from rorqual.ops.native import functions, usable, usable_typed
+from rorqual.ops.native import decode, fused, usable, usable_typed
 from rorqual.ops.rope import apply_rope
 from rorqual.ops.rounding import round_index_fp4
 from rorqual.ops.sparse_attention import FEW_QUERIES, Visible
@@ -58,10 +58,10 @@ class Indexer(nn.Module):
     def select(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible) -> Visible:
         """Narrow `visible` to the top k entries per query; scores are computed in blocks of queries."""
         if q.shape[0] * q.shape[1] <= FEW_QUERIES and usable(q) and usable(keys):
-            picks = functions.index_select_small(q, weights.float(), keys, visible.start, visible.end, self.top_k)
+            picks = decode.index_select_small(q, weights.float(), keys, visible.start, visible.end, self.top_k)
             return Visible(visible.end, visible.start, picks)
         if usable_typed(q) and q.dtype is keys.dtype and self.width % 2 == 0:
-            picks = functions.index_select(q, weights, keys, visible.start, visible.end, self.top_k)
+            picks = fused.index_select(q, weights, keys, visible.start, visible.end, self.top_k)
             return Visible(visible.end, visible.start, picks)
         parts = []
         for lo, hi in query_blocks(q.shape[0], q.shape[1], self.heads * max(1, keys.shape[1])):

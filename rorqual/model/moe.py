@@ -17,7 +17,7 @@ from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
 from rorqual.model.trace import RouterRecord, Trace
 from rorqual.ops.experts import fits_small, grouped_experts, router_scores, routing_weights, select_experts
-from rorqual.ops.native import functions
+from rorqual.ops.native import decode
 from rorqual.ops.rounded_experts import rounded_experts
 from rorqual.ops.swiglu import swiglu
 
@@ -123,7 +123,7 @@ class MoE(nn.Module):
         """The same sum in one native call, for a handful of tokens."""
         gate, e, s = self.gate, self.experts, self.shared_experts
         hashed = self.spec.hash_routed
-        return functions.moe_small(
+        return decode.moe_small(
             x, gate.weight, None if hashed else gate.bias, gate.tid2eid[tokens.flatten()] if hashed else None,
             (e.w1, e.w3, e.w2), (s.w1.weight, s.w3.weight, s.w2.weight), gate.active, gate.scale, self.limit,
         )  # fmt: skip

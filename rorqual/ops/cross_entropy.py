@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rorqual.ops import registry
-from rorqual.ops.native import functions, usable_typed
+from rorqual.ops.native import fused, usable_typed
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -44,7 +44,7 @@ def cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, chun
 def _native(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, z_weight: float) -> Parts:
     if weight.shape[0] % 16 or weight.shape[1] % 16:
         return cross_entropy_reference(hidden, weight, labels, chunk, z_weight)
-    return functions.cross_entropy(hidden, weight, labels, z_weight)
+    return fused.cross_entropy(hidden, weight, labels, z_weight)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, z_weight: float = 0.0) -> Parts:

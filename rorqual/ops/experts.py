@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.ops import registry
-from rorqual.ops.native import functions, usable, usable_typed
+from rorqual.ops.native import fused, usable, usable_typed
 from rorqual.ops.swiglu import swiglu
 
 SCORE_FLOOR = 1e-36
@@ -27,7 +27,7 @@ SMALL_TOKENS, SMALL_WEIGHTS = 4, 1 << 22
 
 
 def fits_small(x: Tensor, w1: Tensor) -> bool:
-    """Whether `native.functions.moe_small` should compute this call: few tokens, small experts, no gradients."""
+    """Whether `native.decode.moe_small` should compute this call: few tokens, small experts, no gradients."""
     few = x.shape[0] <= SMALL_TOKENS and w1.shape[1] * w1.shape[2] <= SMALL_WEIGHTS
     return few and not torch.is_grad_enabled() and usable(x) and usable(w1)
 
@@ -138,6 +138,6 @@ def grouped_experts(
     if usable_typed(x) and w1.shape[2] % LANES == 0:
         if odd := -w1.shape[1] % LANES:  # zeros give zeros, and the kernel works in whole vectors
             w1, w3, w2 = F.pad(w1, (0, 0, 0, odd)), F.pad(w3, (0, 0, 0, odd)), F.pad(w2, (0, odd))
-        return functions.Experts.apply(x, experts, weights, w1, w3, w2, limit)
+        return fused.Experts.apply(x, experts, weights, w1, w3, w2, limit)
     w1, w3, w2 = (w if w.dtype == x.dtype else w.to(x.dtype) for w in (w1, w3, w2))
     return _GroupedExperts.apply(x, experts, weights, w1, w3, w2, limit)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rorqual.ops import registry
 from rorqual.ops.index_topk import index_scores, select_entries
-from rorqual.ops.native import functions, usable_typed
+from rorqual.ops.native import fused, usable_typed
 from rorqual.ops.sparse_attention import BLOCK_BUDGET, Visible, entry_mass
 
 
@@ -91,7 +91,7 @@ def _native(
     index_q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, every: Visible, q: Tensor, lse: Tensor,
     entries: Tensor, scale: float, valid: Tensor | None, top_k: int,
 ) -> Tensor:  # fmt: skip
-    return functions.IndexLoss.apply(
+    return fused.IndexLoss.apply(
         index_q, weights.float(), keys, q.detach(), lse.detach(), entries.detach(), every.start, every.end,
         visible.picks, valid, top_k, scale,
     )  # fmt: skip

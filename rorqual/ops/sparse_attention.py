@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.ops.native import functions, usable, usable_typed
+from rorqual.ops.native import decode, fused, usable, usable_typed
 
 BLOCK_BUDGET = 1 << 23
 """Largest score tensor built at a time, in elements (32 MiB in fp32)."""
@@ -285,11 +285,11 @@ def sparse_attention(
         and (entries is None or usable(entries))
     ):
         start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
-        return functions.attend_small(q, kv, sink, positions, window, scale, entries, start, end, picks)
+        return decode.attend_small(q, kv, sink, positions, window, scale, entries, start, end, picks)
     is_alike = q.dtype is kv.dtype and (entries is None or entries.dtype is q.dtype)
     if is_alike and q.shape[-1] % LANES == 0 and usable_typed(q):
         start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
-        return functions.Attention.apply(q, kv, entries, sink, positions, start, end, picks, window, scale)
+        return fused.Attention.apply(q, kv, entries, sink, positions, start, end, picks, window, scale)
     gather = False
     if entries is not None and visible is not None and visible.picks is not None:
         gather = entries.shape[1] > GATHER_FROM * visible.picks.shape[-1]

@@ -18,7 +18,7 @@ from rorqual.ops import (
     sparse_attention,
     swiglu,
 )
-from rorqual.ops.native import functions, load
+from rorqual.ops.native import decode, fused, load
 
 pytestmark = pytest.mark.skipif(load() is None, reason="no C compiler on this machine: only the references exist")
 
@@ -137,7 +137,7 @@ def test_selection_for_few_queries(top_k: int, ties: bool) -> None:
     scores = index_topk.index_scores(q, weights, keys)
     scores = scores.masked_fill(torch.arange(30) >= end.unsqueeze(-1), float("-inf"))
     want = index_topk.select_entries(scores, top_k)
-    got = functions.index_select_small(q, weights, keys, None, end, top_k)
+    got = decode.index_select_small(q, weights, keys, None, end, top_k)
     assert [[sorted(i for i in row if i >= 0) for row in b] for b in want.tolist()] == [
         [[i for i in row if i >= 0] for row in b] for b in got.tolist()
     ]
@@ -158,7 +158,7 @@ def test_moe_of_few_tokens(hashed: bool) -> None:
         experts.experts_reference(x, chosen, weights, w1, w3, w2, 1.0),
     )
     given = (None, chosen) if hashed else (bias, None)
-    got = functions.moe_small(x, router, *given, (w1, w3, w2), (s1, s3, s2), 2, 1.5, 1.0)
+    got = decode.moe_small(x, router, *given, (w1, w3, w2), (s1, s3, s2), 2, 1.5, 1.0)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -252,7 +252,7 @@ def test_experts(tokens: int, inner: int, num: int, active: int, dtype: torch.dt
     chosen = scores.topk(active, -1).indices
     upstream = randn(tokens, d, seed=9)
     results = []
-    for run in (experts.experts_reference, functions.Experts.apply):
+    for run in (experts.experts_reference, fused.Experts.apply):
         leaves = [
             t.clone().requires_grad_()
             for t in (x.float() if run is experts.experts_reference else x, weights, *matrices)
@@ -291,8 +291,8 @@ def test_an_experts_row_does_not_depend_on_its_neighbours() -> None:
     x, weights = randn(200, 32), torch.rand(200, 2, generator=torch.Generator().manual_seed(1))
     matrices = [randn(4, 16, 32), randn(4, 16, 32, seed=5), randn(4, 32, 16)]
     chosen = torch.rand(200, 4, generator=torch.Generator().manual_seed(2)).topk(2, -1).indices
-    whole = functions.Experts.apply(x, chosen, weights, *matrices, 1.0)
-    part = functions.Experts.apply(x[37:41], chosen[37:41], weights[37:41], *matrices, 1.0)
+    whole = fused.Experts.apply(x, chosen, weights, *matrices, 1.0)
+    part = fused.Experts.apply(x[37:41], chosen[37:41], weights[37:41], *matrices, 1.0)
     assert torch.equal(whole[37:41], part)
 
 
@@ -309,7 +309,7 @@ def test_index_loss(entries: int, top_k: int, packed: bool, use_picks: bool, dty
     scores = index_topk.index_scores(index_q, weights, keys).masked_fill(~every.mask(0, t, entries), float("-inf"))  # type: ignore[operator]
     picks = index_topk.select_entries(scores, top_k)
     if dtype == torch.float32:  # in bf16 two scores may round to one
-        assert torch.equal(functions.index_select(index_q, weights, keys, start, end, top_k), picks)
+        assert torch.equal(fused.index_select(index_q, weights, keys, start, end, top_k), picks)
     visible = sparse_attention.Visible(end, start, picks) if use_picks else every
     results = []
     for run in registry.implementations("index_loss").values():
