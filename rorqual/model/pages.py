@@ -1,0 +1,367 @@
+"""Pages: memory for compressed entries and index keys that sequences can share.
+
+A page stands for 128 consecutive tokens of one sequence and holds what those tokens complete in every layer: 32 entries
+and 32 index keys in a CSA layer (ratio 4), one entry in an HCA layer (ratio 128). One page id names the same tokens in
+all layers, so a sequence needs one list of ids, and sharing a prefix means sharing ids. Pages are counted: a page with
+one user may be written, a page with more is copied first. Source: V4 report section 3.5, whose blocks cover a multiple
+of lcm(m, m') tokens.
+
+    part        one tensor a layer and kind: [pages, rows, K]
+    entry i     row i % rows of page table[i // rows]
+
+P pages, R rows of a page, K width of a row, C entries of a sequence.
+"""
+
+import heapq
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rorqual.config import ModelConfig
+from rorqual.errors import CacheError
+
+PAGE_TOKENS = 128
+"""Tokens of a page, unless a layer's ratio does not divide them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a page holds of one layer: `rows` rows of `width` numbers, one a block of `ratio` tokens."""
+
+    layer: int
+    name: str
+    """`entries` or `index_keys`, as in `LayerState`."""
+    ratio: int
+    rows: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this part in one page."""
+        return self.rows * self.width * self.dtype.itemsize
+
+
+def tokens_per_page(cfg: ModelConfig) -> int:
+    """Tokens of a page: 128, or the next number that every layer's ratio divides."""
+    return math.lcm(PAGE_TOKENS, *(spec.compress_ratio for spec in cfg.layers if spec.compress_ratio))
+
+
+def page_parts(cfg: ModelConfig, dtype: torch.dtype, num_tokens: int | None = None) -> tuple[Part, ...]:
+    """What a page of `num_tokens` tokens holds, layer by layer. Raises CacheError when a ratio does not divide them."""
+    tokens = tokens_per_page(cfg) if num_tokens is None else num_tokens
+    parts = []
+    for spec in cfg.layers:
+        ratio = spec.compress_ratio
+        if not ratio:
+            continue
+        if tokens < 1 or tokens % ratio:
+            raise CacheError(
+                f"A page of {tokens} tokens cannot hold layer {spec.index}, whose entries cover {ratio} tokens each: "
+                f"an entry would lie in two pages. Use a multiple of {ratio}, or no size at all."
+            )
+        parts.append(Part(spec.index, "entries", ratio, tokens // ratio, cfg.head_dim, dtype))
+        if spec.has_indexer:
+            parts.append(Part(spec.index, "index_keys", ratio, tokens // ratio, cfg.index_head_dim, dtype))
+    return tuple(parts)
+
+
+class PagePool:
+    """The pages of one model: a tensor a part, a free list and a reference count a page.
+
+    like: a tensor with the dtype and device of the entries (`Transformer.reference`).
+    num_tokens: how many tokens all pages together hold, rounded up to whole pages. The memory is reserved at once, but
+    the system hands out what is touched only, and low ids are used first.
+    page_tokens: tokens a page, 128 unless a ratio does not divide it; other sizes are for tests.
+
+    `make_room(count)`, when set, is asked to release pages before `take` gives up. Safe to use from several threads.
+    Raises CacheError for a page size that does not fit the model, or fewer than one page.
+    """
+
+    def __init__(self, cfg: ModelConfig, like: Tensor, num_tokens: int, page_tokens: int | None = None) -> None:
+        self.parts = page_parts(cfg, like.dtype, page_tokens)
+        self.page_tokens = tokens_per_page(cfg) if page_tokens is None else page_tokens
+        self.num_pages = -(-num_tokens // self.page_tokens)
+        if self.num_pages < 1:
+            raise CacheError(
+                f"A pool for {num_tokens} tokens has no page, so no sequence could use it. Give it at least "
+                f"{self.page_tokens} tokens."
+            )
+        self.device = like.device
+        self.make_room: Callable[[int], None] | None = None
+        with torch.inference_mode(False):  # usable in and out of inference mode
+            self._tensors = {
+                (part.layer, part.name): torch.empty(
+                    self.num_pages, part.rows, part.width, dtype=part.dtype, device=like.device
+                )
+                for part in self.parts
+            }
+        self._counts = [0] * self.num_pages
+        self._free = list(range(self.num_pages))  # a heap: low ids first, so that runs of ids stay together
+        self._lock = threading.RLock()  # re-entrant: a sequence may be collected while another takes pages
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, all layers together."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody uses."""
+        return len(self._free)
+
+    def tensor(self, layer: int, name: str) -> Tensor:
+        """The pages of one part: [pages, rows, K]."""
+        return self._tensors[layer, name]
+
+    def count(self, page: int) -> int:
+        """How many users a page has."""
+        return self._counts[page]
+
+    def take(self, count: int = 1) -> list[int]:
+        """Ids of `count` pages that nobody uses, with one reference each; they hold anything.
+
+        Raises CacheError when there are too few, also after `make_room`; nothing is taken then.
+        """
+        if len(self._free) < count and self.make_room is not None:
+            self.make_room(count - len(self._free))  # outside the lock: it calls back into `release`
+        with self._lock:
+            if len(self._free) < count:
+                raise CacheError(
+                    f"The page pool has {len(self._free)} free pages of {self.num_pages}, and {count} are needed. All "
+                    "others belong to running sequences. Run fewer or shorter requests at a time, or make the pool "
+                    f"larger ({self.page_bytes} bytes hold {self.page_tokens} tokens)."
+                )
+            pages = [heapq.heappop(self._free) for _ in range(count)]
+            for page in pages:
+                self._counts[page] = 1
+            return pages
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """One more user of each of these pages."""
+        with self._lock:
+            for page in pages:
+                assert self._counts[page] > 0, f"page {page} is free and cannot be shared"
+                self._counts[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """One user less; a page without users is free."""
+        with self._lock:
+            for page in pages:
+                assert self._counts[page] > 0, f"page {page} was released once too often"
+                self._counts[page] -= 1
+                if not self._counts[page]:
+                    heapq.heappush(self._free, page)
+
+    def copy(self, page: int) -> int:
+        """A new page with the same content and one reference. Raises CacheError when no page is free."""
+        [new] = self.take()
+        for tensor in self._tensors.values():
+            tensor[new] = tensor[page]
+        return new
+
+    def read(self, pages: Sequence[int]) -> Tensor:
+        """Pages as bytes, part after part in the order of `parts`: uint8 [len(pages), page_bytes]."""
+        out = torch.empty(len(pages), self.page_bytes, dtype=torch.uint8)
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        for part, view in self._split(out):
+            view.copy_(self._tensors[part.layer, part.name].index_select(0, index))
+        return out
+
+    def write(self, pages: Sequence[int], content: Tensor) -> None:
+        """The inverse of `read`: fill pages (which nobody else uses) from uint8 [len(pages), page_bytes]."""
+        first = pages[0] if pages else 0
+        is_run = list(pages) == list(range(first, first + len(pages)))
+        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
+        for part, view in self._split(content):
+            tensor = self._tensors[part.layer, part.name]
+            if is_run:
+                tensor[first : first + len(pages)] = view
+            else:
+                tensor.index_copy_(0, index, view.to(self.device))
+
+    def _split(self, content: Tensor) -> list[tuple[Part, Tensor]]:
+        """The parts of pages as bytes, as views [n, rows, K]."""
+        out, at = [], 0
+        for part in self.parts:
+            view = content[:, at : at + part.nbytes].view(part.dtype).unflatten(1, (part.rows, part.width))
+            out.append((part, view))
+            at += part.nbytes
+        return out
+
+
+class PageTable:
+    """The pages of one sequence, in order; they are released when the table is closed or forgotten.
+
+    Pages before the last may be shared. Whoever writes tokens calls `ensure` first.
+    """
+
+    def __init__(self, pool: PagePool, pages: Iterable[int] = ()) -> None:
+        """`pages`: ids that come with a reference each (from `take` or `retain`), which this table now owns."""
+        self.pool = pool
+        self._pages = list(pages)
+        self._tensor = torch.empty(0, dtype=torch.int64)
+        self._is_run = True
+        self._update(0)
+        self._finalizer = weakref.finalize(self, _release, pool, self._pages)
+        self._finalizer.atexit = False
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """The ids."""
+        return tuple(self._pages)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The ids as int64 [len], on the CPU; valid until the table changes."""
+        return self._tensor[: len(self._pages)]
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the ids are consecutive, so that the sequence's rows lie one after the other."""
+        return self._is_run
+
+    def ensure(self, begin: int, end: int) -> None:
+        """Make tokens [begin, end) writable: pages for all of them, none shared. Raises CacheError when pages run out.
+
+        Content of pages that were shared is copied. Nothing has changed after an error.
+        """
+        size = self.pool.page_tokens
+        first, last = begin // size, -(-end // size)
+        assert begin <= end and first <= len(self._pages), "pages are filled in order"
+        shared = [i for i in range(first, min(last, len(self._pages))) if self.pool.count(self._pages[i]) > 1]
+        missing = max(0, last - len(self._pages))
+        if not shared and not missing:
+            return
+        new = self.pool.take(len(shared) + missing)
+        for i, page in zip(shared, new, strict=False):
+            if i * size < begin:  # earlier tokens of this page stay
+                for part in self.pool.parts:
+                    tensor = self.pool.tensor(part.layer, part.name)
+                    tensor[page] = tensor[self._pages[i]]
+            self.pool.release([self._pages[i]])
+            self._pages[i] = page
+        self._pages.extend(new[len(shared) :])
+        self._update(shared[0] if shared else len(self._pages) - missing)
+
+    def truncate(self, num_tokens: int) -> None:
+        """Keep the pages of the first `num_tokens` tokens."""
+        keep = -(-num_tokens // self.pool.page_tokens)
+        if keep < len(self._pages):
+            self.pool.release(self._pages[keep:])
+            del self._pages[keep:]
+            self._update(keep)
+
+    def fork(self, num_tokens: int) -> "PageTable":
+        """A table of the first `num_tokens` tokens: full pages are shared, an open one is copied."""
+        full, open_tokens = divmod(num_tokens, self.pool.page_tokens)
+        copy = [self.pool.copy(self._pages[full])] if open_tokens else []
+        shared = self._pages[:full]
+        self.pool.retain(shared)
+        return PageTable(self.pool, [*shared, *copy])
+
+    def replace(self, other: "PageTable") -> None:
+        """Take over the pages of `other`, which is empty afterwards."""
+        self.pool.release(self._pages)
+        self._pages[:] = other._pages
+        other._pages.clear()
+        other._update(0)
+        self._update(0)
+
+    def close(self) -> None:
+        """Release all pages."""
+        self.truncate(0)
+
+    def _update(self, start: int) -> None:
+        """Bring `tensor` and `is_run` up to date from place `start` on."""
+        count = len(self._pages)
+        if count > self._tensor.shape[0]:
+            with torch.inference_mode(False):
+                grown = torch.zeros(max(count, 2 * self._tensor.shape[0], 8), dtype=torch.int64)
+            grown[:start] = self._tensor[:start]
+            self._tensor = grown
+        if start < count:
+            with torch.inference_mode(False):
+                self._tensor[start:count] = torch.tensor(self._pages[start:], dtype=torch.int64)
+        ids = self._tensor[:count]
+        self._is_run = count < 2 or bool((ids[1:] - ids[:-1] == 1).all())
+
+
+def _release(pool: PagePool, pages: list[int]) -> None:
+    pool.release(pages)
+    pages.clear()
+
+
+@dataclass
+class Paged:
+    """One part of a paged sequence: what `LayerState.entries` or `.index_keys` is there.
+
+    For C: entry i is row i % rows_per_page of page table[i // rows_per_page] of `pool`, contiguous [P, R, K]. Entries
+    are written after `PageTable.ensure` only, which `State.begin` calls, and never below `frozen`.
+    """
+
+    pool: Tensor
+    pages: PageTable
+    ratio: int
+    length: int = 0
+    """Entries held."""
+    frozen: int = 0
+    """Entries below this number came from elsewhere, complete; tokens that are run again do not write them."""
+
+    @property
+    def table(self) -> Tensor:
+        """Page ids, int64 [pages of the sequence], on the CPU; valid until the sequence grows."""
+        return self.pages.tensor
+
+    @property
+    def rows_per_page(self) -> int:
+        """Entries of a page."""
+        return self.pool.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a row's numbers."""
+        return self.pool.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use, shared ones included."""
+        return len(self.pages) * self.pool[0].nbytes
+
+    def append(self, new: Tensor | None, base: int | None = None) -> None:
+        """Write entries [1, n, K] behind the first `base` (all, unless given), except those that are frozen."""
+        base = self.length if base is None else base
+        count = 0 if new is None else new.shape[1]
+        self.length = max(base + count, self.frozen)
+        skip = max(0, self.frozen - base)
+        if new is None or count <= skip:
+            return
+        rows, first = self.rows_per_page, base + skip
+        values = new[0, skip:].detach().to(self.pool.dtype)
+        if self.pages.is_run:
+            start = self.pages._pages[0] * rows + first
+            self.pool.view(-1, self.pool.shape[-1])[start : start + count - skip] = values
+            return
+        index = torch.arange(first, base + count)
+        place = self.table[index // rows] * rows + index % rows
+        self.pool.view(-1, self.pool.shape[-1]).index_copy_(0, place.to(self.pool.device), values)
+
+    def gather(self, count: int | None = None) -> Tensor:
+        """The first `count` entries (all, unless given) in order: [1, C, K]; a view where pages lie in a row."""
+        count = self.length if count is None else count
+        rows = self.rows_per_page
+        if not count:
+            return self.pool[:0].view(1, 0, self.pool.shape[-1])
+        if self.pages.is_run:
+            start = self.pages._pages[0] * rows
+            return self.pool.view(-1, self.pool.shape[-1])[start : start + count].unsqueeze(0)
+        used = self.table[: -(-count // rows)].to(self.pool.device)
+        return self.pool.index_select(0, used).view(1, -1, self.pool.shape[-1])[:, :count]
