@@ -7,6 +7,9 @@ Source: V4 report section 2.3; details from the checkpoint's inference code.
 B batch, S tokens, D hidden, H heads, K head width, Q query rank, G output groups, R output rank, W window, C entries.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,42 @@ from rorqual.model.trace import Trace
 from rorqual.ops.rope import apply_rope, norm_rope, rope_frequencies
 from rorqual.ops.rounding import round_kv_fp8
 from rorqual.ops.sparse_attention import Visible, sparse_attention
+
+
+@dataclass
+class Projected:
+    """What attention reads of its input, token by token: the same whatever sequences the tokens belong to.
+
+    `blocks` and `index_blocks` are the compressors' values and slot scores, `index_q` and `index_weights` the indexer's
+    queries; None where this call does not need them.
+    """
+
+    q: Tensor
+    kv: Tensor
+    blocks: tuple[Tensor, Tensor] | None = None
+    index_blocks: tuple[Tensor, Tensor] | None = None
+    index_q: Tensor | None = None
+    index_weights: Tensor | None = None
+
+    def split(self, layout: Layout) -> Iterator["Projected"]:
+        """One for each of the layout's segments."""
+        if not layout.is_flat:
+            yield self
+            return
+
+        def cut(x: Tensor | None) -> list[Tensor | None]:
+            return [None] * len(layout.segments) if x is None else [*layout.split(x)]
+
+        def cut_pair(pair: tuple[Tensor, Tensor] | None) -> list[tuple[Tensor, Tensor] | None]:
+            if pair is None:
+                return [None] * len(layout.segments)
+            return [*zip(layout.split(pair[0]), layout.split(pair[1]), strict=True)]
+
+        q, kv, blocks, index_blocks = self.q, self.kv, self.blocks, self.index_blocks
+        yield from map(
+            Projected, layout.split(q), layout.split(kv), cut_pair(blocks), cut_pair(index_blocks),
+            cut(self.index_q), cut(self.index_weights),
+        )  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -53,29 +92,55 @@ class Attention(nn.Module):
         x: Tensor,
         layout: Layout,
         table: Tensor,
-        state: LayerState | None = None,
+        state: LayerState | Sequence[LayerState] | None = None,
         trace: Trace | None = None,
     ) -> Tensor:
         """x [B, S, D] (after attn_norm), rope table complex64 [B or 1, S, r/2] -> [B, S, D].
 
-        With `state`, earlier tokens take part and this call's tokens are remembered.
+        With `state`, earlier tokens take part and this call's tokens are remembered. In a flat batch every segment
+        has its own; weights are read once for the tokens of all.
         """
+        projected = self._project(x, layout, table, state is not None, trace)
+        out = [
+            self._attend(part, segment, mine, trace)
+            for part, (segment, mine) in zip(projected.split(layout), layout.each(state), strict=True)
+        ]
+        o = out[0] if len(out) == 1 else torch.cat(out, 1)
+        return self._output(apply_rope(o, table.unsqueeze(-2), inverse=True))
+
+    def _project(self, x: Tensor, layout: Layout, table: Tensor, has_state: bool, trace: Trace | None) -> Projected:
+        """Everything that reads one token alone."""
         latent = self.q_norm(self.wq_a(x))
         q = self.wq_b(latent).unflatten(-1, (self.cfg.num_attention_heads, self.cfg.head_dim))
         q = norm_rope(q, None, self.cfg.rms_norm_eps, table.unsqueeze(-2))
         kv = self._round(norm_rope(self.wkv(x), self.kv_norm.weight, self.kv_norm.eps, table))
+        out = Projected(q, kv)
+        if self.compressor is None:
+            return out
+        completes = has_state or any(one.entries(self.compressor.ratio).count for one in layout.segments)
+        if completes:
+            out.blocks = self.compressor.project(x, layout)
+        if self.indexer is not None:
+            scores = any(self._scores_entries(one, trace) for one in layout.segments)
+            x, latent = x.detach(), latent.detach()  # only its own loss trains the indexer
+            if completes and (has_state or scores):
+                out.index_blocks = self.indexer.compressor.project(x, layout)
+            if scores:
+                out.index_q, out.index_weights = self.indexer.queries(x, latent, table)
+        return out
+
+    def _attend(self, p: Projected, layout: Layout, state: LayerState | None, trace: Trace | None) -> Tensor:
+        """Attention within the layout's sequences, before the inverse rope: [B, S, H, K]."""
         window = self.cfg.sliding_window
-        if state is None:
-            keys = torch.cat([layout.halo(kv, window - 1), kv], 1)
-        else:
-            keys = torch.cat([state.past_window(layout, window - 1), kv], 1)
-        entries = self._entries(x, layout, state)
+        past = layout.halo(p.kv, window - 1) if state is None else state.past_window(layout, window - 1)
+        keys = torch.cat([past, p.kv], 1)
+        entries = self._entries(p, layout, state)
         visible = index = None
         if self.compressor is not None:
             visible = layout.entries(self.compressor.ratio).visible
-            index, visible = self._index(x, latent, layout, table, state, trace, visible)
+            index, visible = self._index(p, layout, state, trace, visible)
         o, lse = sparse_attention(
-            q,
+            p.q,
             keys,
             self.attn_sink,
             layout.positions,
@@ -87,51 +152,63 @@ class Attention(nn.Module):
         if index is not None and trace is not None and trace.index_loss and self.indexer and entries is not None:
             assert visible is not None
             every = layout.entries(self.spec.compress_ratio).visible
-            loss, recall = self.indexer.loss(*index, visible, every, q, lse, entries, self.scale, layout)
+            loss, recall = self.indexer.loss(*index, visible, every, p.q, lse, entries, self.scale, layout)
             trace.index_losses.append(loss)
             trace.index_recall.append(recall)
         if state is not None:
-            state.write_window(kv, layout)
+            state.write_window(p.kv, layout)
         if trace is not None and entries is not None:
             trace.keep(f"{self.name}.entries", entries)
-        return self._output(apply_rope(o, table.unsqueeze(-2), inverse=True))
+        return o
 
     def _round(self, kv: Tensor) -> Tensor:
         if self.cfg.activation_rounding != "none":
             return round_kv_fp8(kv, self.cfg.nope_head_dim)
         return kv
 
-    def _entries(self, x: Tensor, layout: Layout, state: LayerState | None) -> Tensor | None:
+    def _entries(self, p: Projected, layout: Layout, state: LayerState | None) -> Tensor | None:
         """Compressed entries up to and including this call, [B, C, K]."""
         if self.compressor is None:
             return None
-        new = self.compressor(x, layout, self.frequencies, None if state is None else state.pending)
+        new = None
+        if p.blocks is not None:
+            pending = None if state is None else state.pending
+            new = self.compressor(p.blocks, layout, self.frequencies, p.kv.dtype, pending)
         if new is not None:
             new = self._round(new)
         if state is None:
             return layout.gather(new, self.compressor.ratio)
         return state.append("entries", new, layout.entries(self.compressor.ratio))
 
+    def _scores_entries(self, layout: Layout, trace: Trace | None) -> bool:
+        """Whether the indexer has to score: some query may see more entries than it picks, or somebody asks."""
+        if trace is not None and (trace.index_loss or trace.capture):
+            return True
+        return self._chooses(layout, trace)
+
+    def _chooses(self, layout: Layout, trace: Trace | None) -> bool:
+        assert self.indexer is not None
+        has_choice = layout.entries(self.spec.compress_ratio).total > self.indexer.top_k
+        return has_choice and not (trace is not None and trace.dense)
+
     def _index(
-        self, x: Tensor, latent: Tensor, layout: Layout, table: Tensor, state: LayerState | None, trace: Trace | None,
-        visible: Visible,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, Visible]:  # fmt: skip
+        self, p: Projected, layout: Layout, state: LayerState | None, trace: Trace | None, visible: Visible
+    ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, Visible]:
         """Run the indexer where needed: its (queries, weights, keys), and what attention may use."""
-        if self.indexer is None or self.compressor is None:
+        if self.indexer is None:
             return None, visible
-        plan = layout.entries(self.compressor.ratio)
-        learns = trace is not None and trace.index_loss
         captures = trace is not None and bool(trace.capture)
-        if captures and trace is not None and not plan.total:
-            trace.keep(f"{self.name}.index_topk", x.new_empty(*x.shape[:2], 0, dtype=torch.int64))
-        choice = plan.total > self.indexer.top_k and not (trace is not None and trace.dense)
-        if state is None and not (choice or learns or captures):
+        if captures and trace is not None and not layout.entries(self.spec.compress_ratio).total:
+            trace.keep(f"{self.name}.index_topk", p.kv.new_empty(*p.kv.shape[:2], 0, dtype=torch.int64))
+        scores = self._scores_entries(layout, trace)
+        if state is None and not scores:
             return None, visible
-        x, latent = x.detach(), latent.detach()  # only its own loss trains the indexer
-        keys = self.indexer.keys(x, layout, self.frequencies, state)
-        if keys is None or not (choice or learns or captures):
+        keys = self.indexer.keys(p.index_blocks, layout, self.frequencies, p.kv.dtype, state)
+        if keys is None or not scores:
             return None, visible
-        q, weights = self.indexer.queries(x, latent, table)
+        assert p.index_q is not None and p.index_weights is not None
+        q, weights = p.index_q, p.index_weights
+        choice = self._chooses(layout, trace)
         if choice or captures:
             picked = self._picked(q, weights, keys, visible, trace)
             visible = picked if choice else visible

@@ -13,7 +13,7 @@ from rorqual.model.hyper_connections import HyperConnection, hc_parameters
 from rorqual.model.layout import Layout
 from rorqual.model.linear import RMSNorm
 from rorqual.model.moe import MoE
-from rorqual.model.state import LayerState
+from rorqual.model.state import LayerState, recalls
 from rorqual.model.trace import Trace
 
 
@@ -38,12 +38,15 @@ class Block(nn.Module):
         tokens: Tensor,
         layout: Layout,
         table: Tensor,
-        state: LayerState | None,
+        state: LayerState | Sequence[LayerState] | None,
         trace: Trace | None,
     ) -> Tensor:
-        """Streams [B, S, N, D], input token ids [B, S], rope table of this kind of layer -> streams [B, S, N, D]."""
+        """Streams [B, S, N, D], input token ids [B, S], rope table of this kind of layer -> streams [B, S, N, D].
+
+        `state`: in a flat batch one for each segment.
+        """
         if self.engram is not None:
-            streams = self.engram(streams, tokens, layout, None if state is None else state.engram, trace)
+            streams = self.engram(streams, tokens, layout, recalls(state), trace)
         x, post, comb = self.hc.pre(streams, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
         self._watch("attn", post, comb, layout, trace)
         y = self.attn(self.attn_norm(x), layout, table, state, trace)

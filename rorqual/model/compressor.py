@@ -30,26 +30,32 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(self.ratio, channels, dtype=torch.float32))
         self.norm = RMSNorm(width, cfg.rms_norm_eps)
 
-    def forward(self, x: Tensor, layout: Layout, frequencies: Tensor, pending: Pending | None = None) -> Tensor | None:
-        """Entries that this call completes, after norm and rope: x [B, S, D] -> [B, E, K], None when E is 0.
+    def project(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Values and slot scores of every token, whatever sequence it is of: x [B, S, D] -> fp32 [B, S, channels]."""
+        one = layout.num_tokens == 1 and layout.same_start
+        at = layout.start[0] % self.ratio if one else layout.positions % self.ratio
+        return self.wkv.exact(x), self.wgate.exact(x) + self.ape[at]
+
+    def forward(
+        self,
+        projected: tuple[Tensor, Tensor],
+        layout: Layout,
+        frequencies: Tensor,
+        dtype: torch.dtype,
+        pending: Pending | None = None,
+    ) -> Tensor | None:
+        """Entries that this call completes, after norm and rope: from `project` -> [B, E, K], None when E is 0.
 
         With `pending` the open block of earlier calls takes part, and this call's tokens are remembered there.
         """
+        kv, score = projected
         plan = layout.entries(self.ratio)
-        if plan.count == 0 and pending is None:
-            return None
-        kv = self.wkv.exact(x)
-        one = layout.num_tokens == 1 and layout.same_start
-        at = layout.start[0] % self.ratio if one else layout.positions % self.ratio
-        score = self.wgate.exact(x) + self.ape[at]
         entries = None
         if plan.count:
             past = self._past(kv, score, layout, pending)
             index = self._slots(plan, layout, past, pending is not None)
             pooled = pool(self._gather(kv, index, past and past[0]), self._scores(score, index, plan, past and past[1]))
-            entries = norm_rope(
-                pooled.to(x.dtype), self.norm.weight, self.norm.eps, rope_table(plan.first, frequencies)
-            )
+            entries = norm_rope(pooled.to(dtype), self.norm.weight, self.norm.eps, rope_table(plan.first, frequencies))
         if pending is not None:
             pending.write(kv, score, layout)
         return entries

@@ -82,7 +82,12 @@ class Engram(nn.Module):
         return (self.is_remote or self.is_sparse) and not self.is_off
 
     def forward(
-        self, streams: Tensor, tokens: Tensor, layout: Layout, recall: Recall | None = None, trace: Trace | None = None
+        self,
+        streams: Tensor,
+        tokens: Tensor,
+        layout: Layout,
+        recall: Recall | Sequence[Recall] | None = None,
+        trace: Trace | None = None,
     ) -> Tensor:
         """Streams [B, S, N, D] and raw token ids [B, S] -> streams with what was read added."""
         if self.is_off:
@@ -98,24 +103,41 @@ class Engram(nn.Module):
         gated = gate.unsqueeze(-1) * value.unsqueeze(-2)
         added = gated + self._convolve(gated, layout, recall) if self.settings.reach else gated
         if recall is not None:
-            ring_write(recall.ids, self.hash.compress(tokens), layout)
-            if recall.value is not None and recall.gate is not None:
-                ring_write(recall.value, value, layout)
-                ring_write(recall.gate, gate, layout)
+            self._remember(self.hash.compress(tokens), value, gate, layout, recall)
         if trace is not None:
             trace.keep(f"{self.name}.gate", gate)
         return (streams.float() + added).to(streams.dtype)
 
-    def _addresses(self, tokens: Tensor, layout: Layout, recall: Recall | None) -> Tensor:
+    def _addresses(self, tokens: Tensor, layout: Layout, recall: Recall | Sequence[Recall] | None) -> Tensor:
         """Raw token ids [B, S] -> table rows [B, S, H]."""
         ids, count = self.hash.compress(tokens), self.settings.max_order - 1
-        past = layout.halo(ids, count) if recall is None else ring_read(recall.ids, layout, count)
-        return self.hash(ids, past, layout)
+        rows = []
+        for part, (one, mine) in zip(layout.split(ids), layout.each(recall), strict=True):
+            past = one.halo(part, count) if mine is None else ring_read(mine.ids, one, count)
+            rows.append(self.hash(part, past, one))
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
-    def _convolve(self, gated: Tensor, layout: Layout, recall: Recall | None) -> Tensor:
+    @staticmethod
+    def _remember(
+        ids: Tensor, value: Tensor, gate: Tensor, layout: Layout, recall: Recall | Sequence[Recall] | None
+    ) -> None:
+        """Put compressed ids [B, S], values [B, S, D] and gates [B, S, N] of this call into the rings."""
+        parts = zip(layout.split(ids), layout.split(value), layout.split(gate), layout.each(recall), strict=True)
+        for its_ids, its_value, its_gate, (one, mine) in parts:
+            ring_write(mine.ids, its_ids, one)
+            if mine.value is not None and mine.gate is not None:
+                ring_write(mine.value, its_value, one)
+                ring_write(mine.gate, its_gate, one)
+
+    def _convolve(self, gated: Tensor, layout: Layout, recall: Recall | Sequence[Recall] | None) -> Tensor:
         """SiLU of the dilated causal convolution over the normed gated values [B, S, N, D], fp32."""
+        parts = zip(layout.split(self._normed(gated)), layout.each(recall), strict=True)
+        out = [self._filter(x, one, mine) for x, (one, mine) in parts]
+        return F.silu(out[0] if len(out) == 1 else torch.cat(out, 1))
+
+    def _filter(self, x: Tensor, layout: Layout, recall: Recall | None) -> Tensor:
+        """The convolution itself, over the normed gated values of the layout's sequences and what they follow."""
         reach, step = self.settings.reach, self.settings.max_order
-        x = self._normed(gated)
         num_tokens = x.shape[1]
         if recall is None:
             past = layout.halo(x, reach)
@@ -133,7 +155,7 @@ class Engram(nn.Module):
             if layout.packed:  # other documents lie before
                 shifted = shifted.masked_fill((layout.positions < back * step)[..., None, None], 0.0)
             out = torch.addcmul(out, shifted, taps[-1 - back])
-        return F.silu(out)
+        return out
 
     def _normed(self, gated: Tensor) -> Tensor:
         return F.rms_norm(gated, gated.shape[-1:], None, CONV_EPS) * self.conv_norm.float().view(self.streams, -1)
@@ -163,7 +185,7 @@ class Engram(nn.Module):
             values = linked
         return fetched.read(addresses, values, valid)
 
-    def prefetch(self, tokens: Tensor, layout: Layout, recall: Recall | None) -> None:
+    def prefetch(self, tokens: Tensor, layout: Layout, recall: Recall | Sequence[Recall] | None) -> None:
         """Start fetching the rows of the next call; the model does so before its first block."""
         if self.is_remote and self._step is None and not self.is_off:
             addresses = self._addresses(tokens, layout, recall)

@@ -36,9 +36,22 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(cfg.hidden_size, self.heads)
         self.compressor = Compressor(cfg, spec, self.width)
 
-    def keys(self, x: Tensor, layout: Layout, frequencies: Tensor, state: LayerState | None) -> Tensor | None:
-        """All index keys up to this call, rotated: [B, C, K]; None when there is none yet."""
-        new = self.compressor(x, layout, frequencies, None if state is None else state.index_pending)
+    def keys(
+        self,
+        projected: tuple[Tensor, Tensor] | None,
+        layout: Layout,
+        frequencies: Tensor,
+        dtype: torch.dtype,
+        state: LayerState | None,
+    ) -> Tensor | None:
+        """All index keys up to this call, rotated: [B, C, K]; None when there is none yet.
+
+        `projected` comes from the compressor's `project`, None where no block can be completed.
+        """
+        new = None
+        if projected is not None:
+            pending = None if state is None else state.index_pending
+            new = self.compressor(projected, layout, frequencies, dtype, pending)
         if new is not None:
             new = self._rotate(new)
         if state is None:

@@ -10,6 +10,7 @@ B batch, S tokens of this call, E entries completed by this call.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ class Layout:
 
     is_part = False
     """Whether these are parts of rows whose other parts are elsewhere (see `context.py`)."""
+    is_flat = False
+    """Whether several sequences stand one behind the other in one row (see `segments.py`)."""
 
     def __init__(
         self,
@@ -96,6 +99,21 @@ class Layout:
             self.positions = torch.tensor(self.start, device=device).unsqueeze(-1) + step
         self._plans: dict[int, EntryPlan] = {}
         self._valid: Tensor | None = None
+
+    @property
+    def segments(self) -> "Sequence[Layout]":
+        """What attention, compressors and memories work on one by one: in a flat batch each sequence, else all rows."""
+        return (self,)
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """The tokens [B, S, ...] of each segment."""
+        return (x,)
+
+    def each(self, memory: Any) -> "Sequence[tuple[Layout, Any]]":
+        """Each segment with its part of a layer's memory (`Any`: a `LayerState` or `Recall`, in a flat batch one for
+        each segment; None without a state).
+        """
+        return ((self, memory),)
 
     @property
     def row_lengths(self) -> list[int]:

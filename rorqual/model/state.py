@@ -29,6 +29,7 @@ from torch import Tensor
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.errors import CacheError
 from rorqual.model.layout import EntryPlan, Layout
+from rorqual.model.pages import Paged, PagePool, PageTable
 from rorqual.model.ring import ring_read, ring_write
 
 if TYPE_CHECKING:
@@ -82,11 +83,13 @@ class Recall:
 
 @dataclass
 class LayerState:
-    """One layer's memory. `entries` [B, capacity, K] and `index_keys` are present only where the layer has them."""
+    """One layer's memory. `entries` [B, capacity, K] and `index_keys` are present only where the layer has them; in a
+    paged state they are `Paged`.
+    """
 
     window: Tensor
-    entries: Tensor | None = None
-    index_keys: Tensor | None = None
+    entries: Tensor | Paged | None = None
+    index_keys: Tensor | Paged | None = None
     pending: Pending | None = None
     index_pending: Pending | None = None
     engram: Recall | None = None
@@ -101,7 +104,10 @@ class LayerState:
 
     def append(self, part: str, new: Tensor | None, plan: EntryPlan) -> Tensor | None:
         """Store entries completed in this call; returns all of them, [B, plan.total, K], None while there is none."""
-        stored: Tensor = getattr(self, part)
+        stored: Tensor | Paged = getattr(self, part)
+        if isinstance(stored, Paged):
+            stored.append(new, plan.base[0])
+            return stored.gather(plan.total) if plan.total else None
         if plan.total > stored.shape[1]:
             with torch.inference_mode(False):  # so that a state filled in inference mode works outside it too
                 grown = stored.new_zeros(stored.shape[0], max(plan.total, 2 * stored.shape[1], 16), stored.shape[2])
@@ -117,10 +123,10 @@ class LayerState:
         return stored[:, : plan.total]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by a dotted name."""
+        """Every tensor by a dotted name; `paged` has the rest."""
         out = {"window": self.window}
         for name in ("entries", "index_keys"):
-            if getattr(self, name) is not None:
+            if isinstance(getattr(self, name), Tensor):
                 out[name] = getattr(self, name)
         for name in ("pending", "index_pending"):
             part = getattr(self, name)
@@ -130,6 +136,15 @@ class LayerState:
             parts = {f"engram.{f.name}": getattr(self.engram, f.name) for f in dataclasses.fields(Recall)}
             out |= {name: value for name, value in parts.items() if value is not None}
         return out
+
+    def contents(self) -> dict[str, Tensor]:
+        """Every tensor by a dotted name, what lies in pages put together."""
+        return {**self.tensors(), **{name: part.gather() for name, part in self.paged().items()}}
+
+    def paged(self) -> dict[str, Paged]:
+        """The parts that lie in pages, by name."""
+        parts = {name: getattr(self, name) for name in ("entries", "index_keys")}
+        return {name: part for name, part in parts.items() if isinstance(part, Paged)}
 
     @classmethod
     def of(cls, t: dict[str, Tensor]) -> "LayerState":
@@ -147,6 +162,15 @@ class LayerState:
     def map(self, function: Any) -> "LayerState":
         """A copy with `function` applied to every tensor."""
         return LayerState.of({name: function(value) for name, value in self.tensors().items()})
+
+
+def recalls(state: LayerState | Sequence[LayerState] | None) -> Any:
+    """The `Recall` of a layer with an Engram memory; of several states (a flat batch) a list of theirs (`Any`: either,
+    or None without a state).
+    """
+    if state is None or isinstance(state, LayerState):
+        return None if state is None else state.engram
+    return [one.engram for one in state]
 
 
 def _new_layer(cfg: ModelConfig, spec: LayerSpec, batch: int, rewind: int, like: Tensor) -> LayerState:
@@ -200,28 +224,79 @@ class State:
     """Per row, the id of the packed document the last token belonged to (see `Transformer.forward`)."""
     interrupted: bool = False
     """A call stopped half-way, so layers disagree about what they have seen."""
+    table: PageTable | None = None
+    """The pages of a paged state: one row, whose entries and index keys lie in a `PagePool`."""
+    frozen: int = 0
+    """Tokens whose entries came from elsewhere, complete: up to there tokens are only run again for the windows."""
 
     @classmethod
-    def empty(cls, model: "Transformer", batch_size: int, rewind: int) -> "State":
-        """A state that has seen nothing. Raises CacheError for a negative rewind or an empty batch."""
+    def empty(cls, model: "Transformer", batch_size: int, rewind: int, pool: PagePool | None = None) -> "State":
+        """A state that has seen nothing, with its entries in `pool` if there is one.
+
+        Raises CacheError for a negative rewind, an empty batch, or several rows with a pool.
+        """
         if batch_size < 1 or rewind < 0:
             raise CacheError(
                 f"new_state(batch_size={batch_size}, rewind={rewind}): a state needs at least one row and a margin "
                 "of 0 or more tokens."
             )
+        if pool is not None and batch_size != 1:
+            raise CacheError(
+                f"new_state(batch_size={batch_size}) with a page pool: pages belong to one sequence, so a paged state "
+                "has one row. Make one state a sequence."
+            )
         like = model.reference
         with torch.inference_mode(False):  # usable in and out of inference mode
             layers = [_new_layer(model.cfg, spec, batch_size, rewind, like) for spec in model.cfg.layers]
             tokens = torch.zeros(batch_size, 0, dtype=torch.int32, device=like.device)
-        return cls(model, rewind, layers, [0] * batch_size, tokens, [0] * batch_size, segments=[None] * batch_size)
+        state = cls(model, rewind, layers, [0] * batch_size, tokens, [0] * batch_size, segments=[None] * batch_size)
+        if pool is not None:
+            state.attach(PageTable(pool))
+        return state
+
+    def attach(self, table: PageTable, frozen: int = 0) -> None:
+        """Let entries and index keys lie in the pages of `table`, whose first `frozen` tokens are complete there.
+
+        Entries of the tokens held so far must already be in them. Entries of frozen tokens are never written again.
+        """
+        self.table, self.frozen = table, frozen
+        for layer, spec in zip(self.layers, self.model.cfg.layers, strict=True):
+            for name in ("entries", "index_keys"):
+                if getattr(layer, name) is not None:
+                    pool, ratio = table.pool.tensor(spec.index, name), spec.compress_ratio
+                    held = max(self.lengths[0], frozen) // ratio
+                    setattr(layer, name, Paged(pool, table, ratio, held, frozen // ratio))
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for that many more tokens: the pages they need belong to this state alone afterwards.
+
+        Raises CacheError when a paged state's pool is full; nothing has changed then.
+        """
+        if self.table is not None:
+            self.table.ensure(max(self.lengths[0], self.frozen), max(self.lengths[0] + num_tokens, self.frozen))
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether the next token's entries are there already, so that only the layer code may run it."""
+        return self.lengths[0] < self.frozen
+
+    @property
+    def is_exact(self) -> bool:
+        """False while tokens before `floor` are run again from an unknown window; until then results mean nothing."""
+        return all(floor <= length for floor, length in zip(self.floor, self.lengths, strict=True))
 
     @property
     def batch_size(self) -> int:
         """Rows."""
         return len(self.lengths)
 
-    def begin(self) -> None:
+    def begin(self, num_tokens: int = 0) -> None:
         """Called by the model before the layers store anything. Raises CacheError for a state that cannot go on."""
+        self.check(num_tokens)
+        self.interrupted = True
+
+    def check(self, num_tokens: int = 0) -> None:
+        """Make sure that the state can take in so many tokens. Raises CacheError when it cannot go on."""
         like = self.model.reference
         window = self.layers[0].window
         if self.interrupted:
@@ -234,7 +309,7 @@ class State:
                 f"The state holds {window.dtype} on {window.device}, the model is {like.dtype} on {like.device} now. "
                 "Make the state after moving or casting the model."
             )
-        self.interrupted = True
+        self.reserve(num_tokens)
 
     def _make_room(self, length: int) -> None:
         """Let `tokens` hold `length` ids per row."""
@@ -282,7 +357,19 @@ class State:
             elif target == 0:
                 self.floor[row], self.segments[row] = 0, None
             self.lengths[row] = target
+        self._cut_pages()
         self._forget_snapshots(dict(enumerate(wanted)))
+
+    def _cut_pages(self) -> None:
+        """Release pages behind the length of a paged state; what is left of frozen tokens stays so."""
+        if self.table is None:
+            return
+        length = self.lengths[0]
+        self.frozen = min(self.frozen, length)
+        self.table.truncate(length)
+        for layer in self.layers:
+            for part in layer.paged().values():
+                part.length, part.frozen = length // part.ratio, self.frozen // part.ratio
 
     def _forget_snapshots(self, longest: dict[int, int]) -> None:
         """Snapshots no longer hold for the rows named here when they are longer than the length beside the row."""
@@ -309,12 +396,17 @@ class State:
         return state
 
     def rows(self, rows: Sequence[int]) -> "State":
-        """A copy of some rows (in that order, repeats allowed) as a state of its own."""
+        """A copy of some rows (in that order, repeats allowed) as a state of its own.
+
+        The copy of one paged row is paged: it shares full pages and copies the open one. Several are not.
+        """
         with torch.inference_mode(False):
+            if self.table is not None and len(rows) != 1:
+                return self.contiguous().rows(rows)
             index = torch.tensor(list(rows), device=self.tokens.device)
             layers = [layer.map(lambda t: t.index_select(0, index)) for layer in self.layers]
             tokens = self.tokens.index_select(0, index)
-        return State(
+        copy = State(
             self.model,
             self.rewind,
             layers,
@@ -323,6 +415,28 @@ class State:
             [self.floor[r] for r in rows],
             segments=[self.segments[r] for r in rows],
             interrupted=self.interrupted,
+        )
+        if self.table is not None:
+            copy._hold_pages_of(self)
+        return copy
+
+    def _hold_pages_of(self, other: "State") -> None:
+        """Share what `other`, of the same length, has in pages."""
+        assert other.table is not None
+        table = other.table.fork(max(other.lengths[0], other.frozen))
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for name, part in theirs.paged().items():
+                setattr(mine, name, part)  # for `attach`, which puts another in its place
+        self.attach(table, other.frozen)
+
+    def contiguous(self) -> "State":
+        """A copy that shares nothing and lies in no pages."""
+        with torch.inference_mode(False):
+            layers = [LayerState.of({name: t.clone() for name, t in layer.contents().items()}) for layer in self.layers]
+            tokens = self.tokens.clone()
+        lengths, floor, segments = list(self.lengths), list(self.floor), list(self.segments)
+        return State(
+            self.model, self.rewind, layers, lengths, tokens, floor, segments=segments, interrupted=self.interrupted
         )
 
     def put_row(self, row: int, other: "State") -> None:
@@ -339,8 +453,17 @@ class State:
         self._forget_snapshots({row: -1})
 
     def _take_row(self, row: int, other: "State") -> None:
+        if self.table is not None:
+            self.table.truncate(0)
+            self.table.ensure(0, other.lengths[0])
+            self.frozen = 0
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            for name, value in theirs.tensors().items():
+            for name, value in theirs.contents().items():
+                part = mine.paged().get(name)
+                if part is not None:
+                    part.length = part.frozen = 0
+                    part.append(value[:, : other.lengths[0] // part.ratio])
+                    continue
                 target = mine.tensors()[name]
                 if value.shape[1] > target.shape[1]:  # entries may have other capacities
                     with torch.inference_mode(False):
@@ -370,6 +493,8 @@ class State:
             for name, value in layer.tensors().items():
                 part = "pending" if "pending" in name else name.split(".")[0]
                 out[part] = out.get(part, 0) + value.nbytes
+            for name, pages in layer.paged().items():
+                out[name] += pages.nbytes
         return {**out, "total": sum(out.values())}
 
     def snapshot(self, remember: bool = True) -> bytes:
@@ -382,9 +507,14 @@ class State:
             raise CacheError(
                 "This state's last call stopped half-way; a snapshot of it would be wrong. Start a new state."
             )
+        if not self.is_exact:
+            raise CacheError(
+                f"This state of {self.lengths} tokens is running again what its windows forgot and is exact from "
+                f"{self.floor} on; a snapshot before that would be wrong. Feed it the tokens up to there first."
+            )
         tensors = {"tokens": self.tokens[:, : max(self.lengths)].contiguous()}
         for i, (layer, spec) in enumerate(zip(self.layers, self.model.cfg.layers, strict=True)):
-            for name, value in layer.tensors().items():
+            for name, value in layer.contents().items():
                 if name in ("entries", "index_keys"):
                     value = value[:, : max(self.lengths) // spec.compress_ratio]
                 tensors[f"{i}.{name}"] = value.contiguous()

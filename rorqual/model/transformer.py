@@ -23,8 +23,10 @@ from rorqual.model.init import init_weights
 from rorqual.model.layout import Layout
 from rorqual.model.linear import RMSNorm
 from rorqual.model.mtp import MTPModule
+from rorqual.model.pages import PagePool
 from rorqual.model.quantised import round_inputs
-from rorqual.model.state import State, restore
+from rorqual.model.segments import Segment, flat_batch
+from rorqual.model.state import LayerState, State, recalls, restore
 from rorqual.model.trace import Trace
 from rorqual.ops.rope import rope_table
 
@@ -119,10 +121,43 @@ class Transformer(nn.Module):
         if not layout.num_tokens:
             return self.reference.new_zeros(layout.batch_size, 0, self.cfg.hc_mult, self.cfg.hidden_size)
         if state is not None:
-            state.begin()
+            state.begin(layout.num_tokens)
         tokens = layout.own(tokens)
-        for i, memory in self._memories():
-            memory.prefetch(tokens, layout, None if state is None else state.layers[i].engram)
+        streams = self._through(tokens, layout, None if state is None else state.layers, trace, streams)
+        if state is not None:
+            state.advance(tokens, layout)
+        return streams
+
+    def step(self, segments: Sequence[Segment]) -> Tensor:
+        """The next tokens of several sequences at once: streams after the last layer, [1, T, N, D], T tokens in all.
+
+        Segments stand one behind the other in the order given; each state has taken in its tokens afterwards. Every
+        token's streams are those of its own sequence alone, but weights are read once for all.
+        Raises RequestError for ids or segments that cannot be, CacheError for a foreign, batched or unusable state;
+        then no state has changed.
+        """
+        tokens, layout = flat_batch(self, segments)
+        states = [segment.state for segment in segments]
+        for state in states:
+            state.check()
+        for state in states:
+            state.begin()
+        streams = self._through(tokens, layout, [*zip(*(state.layers for state in states), strict=True)], None, None)
+        for state, part, ids in zip(states, layout.segments, layout.split(tokens), strict=True):
+            state.advance(ids, part)
+        return streams
+
+    def _through(
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        memory: Sequence[LayerState] | Sequence[Sequence[LayerState]] | None,
+        trace: Trace | None,
+        streams: Tensor | None,
+    ) -> Tensor:
+        """Embedding (or `streams` in its place) and layers; `memory` is by layer, in a flat batch one a segment."""
+        for i, module in self._memories():
+            module.prefetch(tokens, layout, None if memory is None else recalls(memory[i]))
         if streams is None:
             streams = self._embed(tokens).unsqueeze(-2).expand(-1, -1, self.cfg.hc_mult, -1)
             streams = streams.contiguous()
@@ -132,14 +167,11 @@ class Transformer(nn.Module):
             compressed = layer.spec.compress_ratio > 0
             if compressed not in tables:
                 tables[compressed] = rope_table(layout.positions, layer.attn.frequencies)
-            layer_state = None if state is None else state.layers[layer.spec.index]
-            return layer(streams, tokens, layout, tables[compressed], layer_state, trace)
+            state = None if memory is None else memory[layer.spec.index]
+            return layer(streams, tokens, layout, tables[compressed], state, trace)
 
         layers = [layer for layer in self.layers if isinstance(layer, Block)]
-        streams = self._run(layers, streams, run, None if state is not None else self.runner, trace)
-        if state is not None:
-            state.advance(tokens, layout)
-        return streams
+        return self._run(layers, streams, run, None if memory is not None else self.runner, trace)
 
     def _memories(self) -> list[tuple[int, Engram]]:
         """The blocks with an Engram memory: index and memory."""
@@ -284,9 +316,12 @@ class Transformer(nn.Module):
         owner = self.get_submodule(module)
         return super().get_parameter(target) if owner is self else owner.get_parameter(name)
 
-    def new_state(self, batch_size: int = 1, rewind: int = 128) -> State:
-        """An empty state for `batch_size` sequences that can be cut back `rewind` tokens exactly at any time."""
-        return State.empty(self, batch_size, rewind)
+    def new_state(self, batch_size: int = 1, rewind: int = 128, pool: PagePool | None = None) -> State:
+        """An empty state for `batch_size` sequences that can be cut back `rewind` tokens exactly at any time.
+
+        With a `pool` (one row then) entries and index keys lie in its pages, which forks share.
+        """
+        return State.empty(self, batch_size, rewind, pool)
 
     def restore(self, snapshot: bytes) -> State:
         """The state that `State.snapshot` saved. Raises CacheError for damaged bytes or another model's."""
@@ -309,11 +344,7 @@ class Transformer(nn.Module):
                 + ("" if state.model is self else " and belongs to another model")
                 + f", the call has {tokens.shape[0]}. Make one with model.new_state(batch_size={tokens.shape[0]})."
             )
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.cfg.vocab_size:
-            raise RequestError(
-                f"Token ids lie between {int(tokens.min())} and {int(tokens.max())}, but the vocabulary has "
-                f"{self.cfg.vocab_size} ids from 0. The text was probably tokenised with another model's tokenizer."
-            )
+        self.check_ids(tokens)
         counts = None if lengths is None else self._counts(lengths)
         layout = Layout(
             tokens.shape[0],
@@ -324,6 +355,14 @@ class Transformer(nn.Module):
             segment_ids,
         )
         return layout if self.context is None or state is not None else LayoutPart(layout, self.context)
+
+    def check_ids(self, tokens: Tensor) -> None:
+        """Raises RequestError for ids outside the vocabulary."""
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.cfg.vocab_size:
+            raise RequestError(
+                f"Token ids lie between {int(tokens.min())} and {int(tokens.max())}, but the vocabulary has "
+                f"{self.cfg.vocab_size} ids from 0. The text was probably tokenised with another model's tokenizer."
+            )
 
     @property
     def reference(self) -> Tensor:
