@@ -154,6 +154,7 @@ def kernel(name: str, bf16: bool) -> tuple[Callable[..., None], tuple[torch.dtyp
     return function, tuple(
         None if "*" not in argument
         else torch.int64 if "int64_t" in argument
+        else torch.uint8 if "uint8_t" in argument
         else element if re.search(r"\bT\b", argument)
         else torch.float32
         for argument in arguments
