@@ -138,8 +138,8 @@ class Transformer(nn.Module):
         """
         tokens, layout = flat_batch(self, segments)
         states = [segment.state for segment in segments]
-        for state in states:
-            state.check()
+        for segment in segments:
+            segment.state.check(len(segment.tokens))
         for state in states:
             state.begin()
         streams = self._through(tokens, layout, [*zip(*(state.layers for state in states), strict=True)], None, None)
