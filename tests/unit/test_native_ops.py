@@ -35,7 +35,9 @@ OPERATIONS = [
     "index_loss",
     "cross_entropy",
 ]
-ELSEWHERE = {"encode_entries", "decode_entries", "encode_index_keys", "decode_index_keys"}  # test_cache_codec.py
+ELSEWHERE = {  # test_cache_codec.py, test_index_scan.py
+    "encode_entries", "decode_entries", "encode_index_keys", "decode_index_keys", "index_scan", "scan_scores",
+}  # fmt: skip
 
 
 def both(operation: str, *args: object, data: tuple[int, ...] = (0,)) -> None:

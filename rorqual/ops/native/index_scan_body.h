@@ -1,0 +1,173 @@
+/* Included twice by index_scan.c, once for each element type. */
+
+#include "types.h"
+
+/* Reads one query [heads, width] and decides which kernel scores it: from its own values alone, so that its scores do
+ * not depend on other queries. */
+static void NAME(read_query)(const Scan *s, const T *q, Query *query) {
+    long size = s->heads * s->width;
+    for (long i = 0; i < size; i++) query->floats[i] = GET(q, i);
+    query->kernel = FLOATS;
+    int is_exact = 0;
+#ifdef HAS_CODE_PRODUCTS
+    long groups = s->width / GROUP;
+    if (s->is_packed && s->width % GROUP == 0) {
+        is_exact = 1;
+        for (long j = 0; j < s->heads && is_exact; j++)
+            is_exact = query_codes(query->floats + j * s->width, s->width, query->bytes + j * s->width,
+                                   query->scale + j * groups, query->offset + j * groups);
+        if (is_exact) query->kernel = CODES;
+    }
+#endif
+#ifdef HAS_BF16_PRODUCTS
+    int is_half = PER_WORD == 2 && s->width % 2 == 0; /* both sides are bf16 numbers */
+    if ((is_half && query->kernel == FLOATS) || (is_exact && s->has_tiles)) query->kernel = PAIRS;
+#endif
+    (void)is_exact;
+    for (long i = 0; query->kernel == PAIRS && i < size; i++) query->halves[i] = to_bf16(query->floats[i]);
+}
+
+/* Entries `first` and on (up to `last`; the last one again where the tile is longer) in the form of `kernel`. */
+static void NAME(fill_keys)(const Scan *s, int64_t first, int64_t last, enum Kernel kernel, Keys *keys) {
+    const uint8_t *row[TILE];
+    long width = s->width;
+    for (long r = 0; r < TILE; r++) row[r] = row_at(s, first + r < last ? first + r : last - 1);
+#ifdef HAS_CODE_PRODUCTS
+    if (kernel == CODES) {
+        fill_codes(row, width, keys->codes, keys->scales);
+        return;
+    }
+#endif
+    for (long r = 0; r < TILE && (s->is_packed || PER_WORD == 2); r++) { /* rows that are not yet what is turned */
+        float *floats = keys->rows + r * width;
+        uint16_t *halves = keys->half_rows + r * width;
+        if (s->is_packed) decode_key(row[r], width, floats);
+        else if (kernel == FLOATS)
+            for (long i = 0; i < width; i++) floats[i] = GET((const T *)row[r], i);
+        else continue;
+        for (long i = 0; kernel == PAIRS && i < width; i++) halves[i] = to_bf16(floats[i]);
+        row[r] = kernel == PAIRS ? (const uint8_t *)halves : (const uint8_t *)floats;
+    }
+    if (kernel == PAIRS) turn_words(row, width / 2, keys->pairs);
+    else turn_words(row, width, (uint32_t *)keys->floats);
+}
+
+INLINE Scan NAME(scan_of)(const T *keys, const uint8_t *packed, const int64_t *table, long heads, long width,
+                          long per_page) {
+    return (Scan){.base = packed ? packed : (const uint8_t *)keys, .table = table, .per_page = per_page,
+                  .row_bytes = packed ? key_row_bytes(width) : (long)sizeof(T) * width, .heads = heads, .width = width,
+                  .is_packed = packed != NULL, .has_tiles = width % GROUP == 0 && tiles_usable()};
+}
+
+/* Every score: q [queries, heads, width], weights [queries, heads], keys [entries, width] or packed rows (the other NULL),
+ * in pages of `per_page` rows if `table` names them -> scores [queries, entries]. */
+void NAME(index_scan_scores)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
+                             long queries, long heads, long width, long per_page, long entries, float *scores) {
+    Scan s = NAME(scan_of)(keys, packed, table, heads, width, per_page);
+#pragma omp parallel
+    {
+        Keys tile;
+        Query query;
+        make_keys(&s, &tile), make_query(&s, &query);
+        if (s.has_tiles) tiles_begin();
+#pragma omp for schedule(static)
+        for (long row = 0; row < queries; row++) {
+            NAME(read_query)(&s, q + row * heads * width, &query);
+            for (int64_t first = 0; first < entries; first += TILE) {
+                float score[TILE];
+                long n = entries - first < TILE ? entries - first : TILE;
+                NAME(fill_keys)(&s, first, entries, query.kernel, &tile);
+                score_tile(&s, &query, weights + row * heads, &tile, score);
+                memcpy(scores + row * entries + first, score, sizeof(float) * n);
+            }
+        }
+        if (s.has_tiles) tiles_end();
+        free_keys(&tile), free_query(&query);
+    }
+}
+
+/* The best of entries `lo` to `hi` for `count` queries that share their tiles: ranks in ascending order of index. */
+static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, const int64_t *start, const int64_t *end,
+                            long count, int64_t lo, int64_t hi, long k, Best *best) {
+    Query query[QUERIES];
+    Keys keys;
+    make_keys(s, &keys);
+    if (s->has_tiles) tiles_begin();
+    for (long i = 0; i < count; i++) {
+        make_query(s, query + i);
+        NAME(read_query)(s, q + i * s->heads * s->width, query + i);
+        long capacity = 2 * k + 4 * TILE;
+        best[i] = (Best){.list = malloc(sizeof(uint64_t) * capacity), .scratch = malloc(sizeof(uint64_t) * capacity),
+                         .capacity = capacity, .k = k, .threshold = -INFINITY};
+    }
+    for (int64_t first = lo; first < hi; first += TILE) {
+        int64_t last = first + TILE < hi ? first + TILE : hi;
+        int is_filled[3] = {0};
+        for (long i = 0; i < count; i++) {
+            int64_t from = start && start[i] > first ? start[i] : first, to = end[i] < last ? end[i] : last;
+            if (to <= from || end[i] - (start ? start[i] : 0) <= k) continue;
+            float score[TILE];
+            if (!is_filled[query[i].kernel]) NAME(fill_keys)(s, first, last, query[i].kernel, &keys);
+            is_filled[query[i].kernel] = 1;
+            score_tile(s, query + i, weights + i * s->heads, &keys, score);
+            offer(best + i, score, first, from, to);
+        }
+    }
+    for (long i = 0; i < count; i++) {
+        keep_best(best + i);
+        free(best[i].scratch);
+        free_query(query + i);
+    }
+    if (s->has_tiles) tiles_end();
+    free_keys(&keys);
+}
+
+/* Visible range [start, end) per query (start may be NULL: 0) -> picks [queries, k]: the best k, ascending, lowest index
+ * first among equals, -1 for an empty place. A query that sees no more than k entries gets them all, unscored. Other
+ * arguments as above. Work is cut into ranges of keys for `threads` threads when there are few queries; the ranks make
+ * the choice the same however it is cut. */
+void NAME(index_scan)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
+                      const int64_t *start, const int64_t *end, long queries, long heads, long width, long per_page, long k,
+                      long threads, int64_t *picks) {
+    Scan s = NAME(scan_of)(keys, packed, table, heads, width, per_page);
+    long groups = (queries + QUERIES - 1) / QUERIES, parts = groups >= threads ? 1 : (2 * threads + groups - 1) / groups;
+    Best *best = calloc(groups * parts * QUERIES, sizeof(Best));
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long item = 0; item < groups * parts; item++) {
+        long first = item / parts * QUERIES, count = queries - first < QUERIES ? queries - first : QUERIES;
+        int64_t lo = INT64_MAX, hi = 0;
+        for (long i = first; i < first + count; i++) {
+            int64_t from = start ? start[i] : 0;
+            if (end[i] - from <= k) continue;
+            lo = from < lo ? from : lo;
+            hi = end[i] > hi ? end[i] : hi;
+        }
+        if (lo >= hi) continue;
+        int64_t each = ((hi - lo + parts - 1) / parts + TILE - 1) / TILE * TILE, at = lo + item % parts * each;
+        int64_t stop = at + each < hi ? at + each : hi;
+        NAME(scan_part)(&s, q + first * heads * width, weights + first * heads, start ? start + first : NULL, end + first,
+                        count, at, stop > at ? stop : at, k, best + item * QUERIES);
+    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long row = 0; row < queries; row++) {
+        int64_t from = start ? start[row] : 0, n = end[row] - from, *mine = picks + row * k;
+        long count = 0;
+        if (n <= k) {
+            for (; count < n; count++) mine[count] = from + count;
+        } else {
+            Best all = {.k = k};
+            all.list = malloc(sizeof(uint64_t) * 2 * parts * k), all.scratch = all.list + parts * k;
+            for (long part = 0; part < parts; part++) {
+                Best *one = best + (row / QUERIES * parts + part) * QUERIES + row % QUERIES;
+                memcpy(all.list + all.size, one->list, sizeof(uint64_t) * one->size);
+                all.size += one->size;
+            }
+            keep_best(&all);
+            for (; count < all.size; count++) mine[count] = index_of(all.list[count]);
+            free(all.list);
+        }
+        for (; count < k; count++) mine[count] = -1;
+    }
+    for (long i = 0; i < groups * parts * QUERIES; i++) free(best[i].list);
+    free(best);
+}
