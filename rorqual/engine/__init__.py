@@ -4,15 +4,18 @@ from rorqual.engine.engine import Engine, LanguageModel, TextTokenizer
 from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.request import Request
+from rorqual.engine.stats import EngineStats, StepRecord
 from rorqual.engine.trajectory import Trajectory
 
 __all__ = [
     "Completion",
     "Engine",
+    "EngineStats",
     "FinishReason",
     "LanguageModel",
     "Request",
     "SamplingParams",
+    "StepRecord",
     "TextTokenizer",
     "Timing",
     "TokenEvent",

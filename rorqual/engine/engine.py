@@ -1,8 +1,8 @@
 """The engine: one thread that owns the model, and any number of callers.
 
-Each request has its own State and its own seed, and every model step serves one request, so a neighbour
-can change when a token comes, never which one. Left out for now: a prefix cache, and steps shared between
-requests.
+Each round is one step of the model that serves many requests: one token for each that decodes, and a chunk of the
+prompts that wait to be read (`scheduler.py`). Each request has its own State and its own seed, so a neighbour can
+change when a token comes, never which one. Left out for now: a prefix cache.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import atexit
 import secrets
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -19,18 +21,26 @@ from torch import Tensor
 
 from rorqual import log
 from rorqual.engine import sampler
-from rorqual.engine.events import Completion, FinishReason, TokenEvent, TokenScore
+from rorqual.engine.checks import check_request, check_timeout
+from rorqual.engine.events import Completion, FinishReason, TokenEvent
+from rorqual.engine.job import Job
+from rorqual.engine.memory import StateCost
 from rorqual.engine.params import SamplingParams
-from rorqual.engine.request import Listener, Request
-from rorqual.engine.scheduler import Job, Scheduler
+from rorqual.engine.request import Listener, Progress, Request
+from rorqual.engine.scheduler import Round, Scheduler
+from rorqual.engine.stats import EngineStats, Meter, StepRecord
+from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
-from rorqual.errors import ConfigError, RequestError
+from rorqual.errors import RequestError
 
 logger = log.get(__name__)
 
 
 class LanguageModel(Protocol):
-    """What the engine needs of a model; `rorqual.Transformer` has it. Tokens [1, S] give logits [1, S, V]."""
+    """What the engine needs of a model; `rorqual.Transformer` has it. Tokens [1, S] give logits [1, S, V].
+
+    With a method `step`, as Transformer's, requests share steps; without it each makes its own.
+    """
 
     @property
     def cfg(self) -> Any: ...  # needs `vocab_size` and `max_position_embeddings`
@@ -59,8 +69,14 @@ class Engine:
 
     max_running: requests that share the model at a time; each holds a State.
     max_queued: requests that may wait; one more is refused with a RequestError of status 429.
-    chunk: prompt tokens read in one step; a long prompt delays its neighbours by at most this much a round.
+    chunk: most prompt tokens of one step, best a multiple of 128. Smaller: decoding neighbours wait less for a step
+        with a long prompt in it; larger: prompts are read faster.
+    step_tokens: most tokens of one step, prompts' and decoding requests' together (the latter come first), which
+        bounds the time between two tokens; `max_running + chunk` unless given.
     context_limit: most tokens of prompt and output together; `max_position_embeddings` unless given.
+    max_state_bytes: most memory of all running requests' states; no limit unless given. Requests that do not fit wait,
+        and when running ones outgrow it, the lowest-ranked give up their states and are computed again later.
+    log_steps: how many of the last steps `step_log` remembers.
 
     Use as a context manager or call `close()`. A failure while running a request ends that request with a
     RequestError; the engine goes on.
@@ -74,18 +90,20 @@ class Engine:
         max_running: int = 8,
         max_queued: int = 64,
         chunk: int = 512,
+        step_tokens: int | None = None,
         context_limit: int | None = None,
+        max_state_bytes: int | None = None,
+        log_steps: int = 0,
     ) -> None:
-        if chunk < 1:
-            raise ConfigError(f"chunk is {chunk}, so no prompt could ever be read. Set it to 1 or more.")
+        cost = None if max_state_bytes is None else StateCost(model)
+        self._scheduler = Scheduler(max_running, max_queued, chunk, step_tokens, max_bytes=max_state_bytes, cost=cost)
         self.model, self.tokenizer = model, tokenizer
         self.vocab_size = int(model.cfg.vocab_size)
         # padding rows of the head's table have no text, so they are never chosen, nor read or scored
         self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
         self.context_limit = context_limit or int(model.cfg.max_position_embeddings)
-        self.chunk = chunk
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._scheduler = Scheduler(max_running, max_queued)
+        self._stepper = Stepper(model, self._num_choices)
+        self._meter = Meter(log_steps)
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
         self._closing = False
         self._broken: RequestError | None = None
@@ -100,20 +118,30 @@ class Engine:
         tokens: Sequence[int],
         params: SamplingParams | None = None,
         *,
+        priority: int = 0,
+        timeout_s: float | None = None,
         listener: Listener | None = None,
+        on_progress: Progress | None = None,
         wait: bool = False,
     ) -> Request:
         """Queue a prompt of token ids and return its handle at once.
 
+        priority: higher goes first, and may take place and memory from lower ones; among equals the earlier does.
+        timeout_s: seconds from now after which the request ends with what it has (finish_reason `timeout`).
         listener: called with each TokenEvent from the engine's thread, instead of the handle's iterator.
+        on_progress: called from there too, with the prompt tokens read so far and all of them, after each chunk.
         wait: block while the queue is full instead of refusing.
-        Raises: RequestError for an empty or impossible prompt, one beyond the context limit, a full queue
-        (429) or a closed engine (503).
+        Raises: RequestError for an empty or impossible prompt, one beyond the context limit or the memory for states,
+        a full queue (429) or a closed engine (503).
         """
         params = params or SamplingParams()
-        max_tokens = self._check(tokens, params)
+        max_tokens = check_request(tokens, params, self._num_choices, self.context_limit, self._scheduler)
+        check_timeout(timeout_s)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
-        request = Request(tokens, params, max_tokens=max_tokens, seed=seed, listener=listener, wake=self._notify)
+        request = Request(
+            tokens, params, max_tokens=max_tokens, seed=seed, priority=priority, timeout_s=timeout_s,
+            listener=listener, on_progress=on_progress, wake=self._notify,
+        )  # fmt: skip
         job = Job(request, self.tokenizer.stream_decoder(), StopFilter(params.stop))
         with self._changed:
             if wait:
@@ -161,6 +189,34 @@ class Engine:
         with self._changed:
             return len(self._scheduler.running), len(self._scheduler.waiting)
 
+    def stats(self) -> EngineStats:
+        """What the engine has done and is doing."""
+        with self._changed:
+            scheduler, meter = self._scheduler, self._meter
+            states = [job.state for job in scheduler.running if hasattr(job.state, "nbytes")]
+            held: Counter[str] = Counter()
+            for state in states:
+                held.update(state.nbytes())
+            return EngineStats(
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                rounds=meter.rounds,
+                prompt_tokens=meter.prompt_tokens,
+                sampled_tokens=meter.sampled_tokens,
+                tokens_per_step=meter.tokens_per_step,
+                busy_s=meter.busy_s,
+                preemptions=meter.preemptions,
+                failed_steps=self._stepper.failures,
+                finished=dict(meter.finished),
+                state_bytes=dict(held),
+                charged_bytes=scheduler.used_bytes,
+                max_state_bytes=scheduler.max_bytes,
+            )
+
+    def step_log(self) -> list[StepRecord]:
+        """The last steps, oldest first; as many as `log_steps` says."""
+        return list(self._meter.steps)
+
     def close(self) -> None:
         """Stop the thread; unfinished requests fail with status 503. May be called twice."""
         with self._changed:
@@ -185,38 +241,6 @@ class Engine:
             prompts = [prompts]
         return [self.tokenizer.encode(one) if isinstance(one, str) else list(one) for one in prompts]
 
-    def _check(self, tokens: Sequence[int], params: SamplingParams) -> int:
-        """Refuse what cannot run; returns the number of tokens the request may generate."""
-        if len(tokens) == 0:
-            raise RequestError(
-                "The prompt has no tokens, and the model needs at least one to start from. "
-                "Send some text, or the begin-of-sentence token alone.",
-                param="prompt",
-            )
-        for name, ids in (
-            ("prompt", tokens),
-            ("stop_token_ids", params.stop_token_ids),
-            ("suppress_token_ids", params.suppress_token_ids),
-        ):
-            bad = next((i for i in ids if not 0 <= i < self._num_choices), None)
-            if bad is not None:
-                raise RequestError(
-                    f"Token id {bad} in {name} is outside the vocabulary of {self._num_choices} tokens. "
-                    "Encode the text with this model's own tokenizer.",
-                    param=name,
-                )
-        room = self.context_limit - len(tokens)
-        max_tokens = params.max_tokens if params.max_tokens is not None else max(room, 1)
-        if max_tokens > room:
-            raise RequestError(
-                f"This model's maximum context length is {self.context_limit} tokens. However, you requested "
-                f"{len(tokens) + max_tokens} tokens ({len(tokens)} in the messages, {max_tokens} in the "
-                "completion). Please reduce the length of the messages or completion.",
-                param="max_tokens" if len(tokens) < self.context_limit else "messages",
-                code="context_length_exceeded",
-            )
-        return max_tokens
-
     # The engine's thread
 
     def _run(self) -> None:
@@ -229,7 +253,7 @@ class Engine:
             self._broken = _failed(error)
         with self._changed:
             left = [*self._scheduler.running, *self._scheduler.waiting]
-            self._scheduler.running, self._scheduler.waiting = [], type(self._scheduler.waiting)()
+            self._scheduler.running, self._scheduler.waiting = [], []
             self._changed.notify_all()
         for job in left:
             job.request.fail(self._broken or _closed())
@@ -240,74 +264,84 @@ class Engine:
             self._changed.wait_for(lambda: self._closing or not self._scheduler.is_idle)
             if self._closing:
                 return False
-            gone = self._scheduler.remove_cancelled()
-            admitted = self._scheduler.admit()
-            jobs = self._scheduler.next_round()
+            plan = self._scheduler.next_round()
             self._changed.notify_all()  # places in the queue may be free
-        for job in gone:
-            self._end_cancelled(job)
-        for job in admitted:
+        for job in plan.gone:
+            self._end_early(job)
+        for job in plan.admitted:
             job.request.mark_started()
-        for job in jobs:
-            if job.request.cancelled:
-                continue  # taken out at the start of the next round
-            try:
-                self._step(job)
-            except Exception as error:
-                self._remove(job)
-                if not isinstance(error, RequestError):
-                    logger.exception("a request failed")
-                    error = _failed(error)
-                job.request.fail(error)
+        began = time.perf_counter()
+        decoding = sum(not job.is_prefilling for job, _ in plan.work)
+        for outcome in self._stepper.run(plan.work):
+            self._handle(outcome)
+        self._record(plan, decoding, time.perf_counter() - began)
         return True
 
-    def _remove(self, job: Job) -> None:
+    def _record(self, plan: Round, decoding: int, seconds: float) -> None:
+        with self._changed:
+            scheduler = self._scheduler
+            self._meter.add(
+                StepRecord(
+                    number=self._meter.rounds,
+                    decoding=decoding,
+                    prompt_tokens=sum(count for _, count in plan.work) - decoding,
+                    seconds=seconds,
+                    running=len(scheduler.running),
+                    waiting=len(scheduler.waiting),
+                    admitted=len(plan.admitted),
+                    preempted=len(plan.preempted),
+                    charged_bytes=scheduler.used_bytes,
+                )
+            )
+
+    def _handle(self, outcome: Outcome) -> None:
+        """What follows a step: progress of prompts, sampled tokens, or the failure of the request that was alone."""
+        if outcome.error is not None:
+            self._fail(outcome.work[0][0], outcome.error)
+            return
+        for job, _ in outcome.work:
+            if not job.ids:
+                job.request.report_progress(job.num_read)
+        if outcome.logits is None:
+            return
+        choices = [sampler.Choice(job.request.params, job.request.seed, job.num_tokens) for job in outcome.sampling]
+        tokens = sampler.choose(outcome.logits, choices)
+        for job, token, logits_V in zip(outcome.sampling, tokens, outcome.logits, strict=True):
+            try:
+                if isinstance(token, RequestError):
+                    raise token
+                self._emit(job, token, logits_V)
+            except Exception as error:
+                self._fail(job, error)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._remove(job, "error")
+        if not isinstance(error, RequestError):
+            logger.error("a request failed", exc_info=error)
+            error = _failed(error)
+        job.request.fail(error)
+
+    def _remove(self, job: Job, reason: FinishReason) -> None:
         with self._changed:
             self._scheduler.remove(job)
+            self._meter.finished[reason] += 1
             self._changed.notify_all()
         job.state = None  # its memory is free before the next admission
 
-    def _end_cancelled(self, job: Job) -> None:
-        job.state = None
+    def _end_early(self, job: Job) -> None:
+        """Close a request that was cancelled or is late; the scheduler has taken it out."""
+        reason: FinishReason = "cancelled" if job.request.cancelled else "timeout"
+        self._remove(job, reason)
         for event in job.stops.flush():
             job.request.deliver(event)
-        job.request.deliver(TokenEvent(id=None, finish_reason="cancelled"))
+        job.request.deliver(TokenEvent(id=None, finish_reason=reason))
 
-    def _step(self, job: Job) -> None:
-        """Read one chunk of the prompt, or the last sampled token; sample when the prompt is complete."""
-        prompt = job.request.prompt_ids
-        if job.state is None:
-            job.state = self.model.new_state(1)
-        if job.is_prefilling:
-            ids = prompt[job.num_read : job.num_read + self.chunk]
-            job.num_read += len(ids)
-        else:
-            ids = (job.ids[-1],)
-        tokens = torch.tensor([ids], dtype=torch.int64, device=self._device)
-        streams = self.model.forward_streams(tokens, state=job.state)
-        if job.request.params.prompt_logprobs and not job.ids:
-            self._score_prompt(job, streams, job.num_read - len(ids))
-        if not job.is_prefilling:
-            logits_V = self.model.logits(self.model.final_hidden(streams[:, -1:]))[0, -1, : self._num_choices]
-            self._emit(job, logits_V.float().cpu())
-
-    def _score_prompt(self, job: Job, streams: Tensor, start: int) -> None:
-        """Record the log probability of each prompt token that follows a token of this chunk."""
-        prompt, scores = job.request.prompt_ids, job.request.prompt_scores
-        if start == 0:
-            scores.append(TokenScore(prompt[0], None))
-        logits_SV = self.model.logits(self.model.final_hidden(streams))[0, :, : self._num_choices]
-        logprobs_SV = sampler.log_probabilities(logits_SV).cpu()
-        for logprobs_V, token in zip(logprobs_SV, prompt[start + 1 :], strict=False):
-            best = sampler.best_tokens(logprobs_V, job.request.params.top_logprobs)
-            scores.append(TokenScore(token, float(logprobs_V[token]), best))
-
-    def _emit(self, job: Job, logits_V: Tensor) -> None:
-        """Sample one token, and end the request if it was the last."""
+    def _emit(self, job: Job, token: int, logits_V: Tensor) -> None:
+        """Deliver a sampled token, and end the request if it was the last."""
         request, params = job.request, job.request.params
-        token = sampler.sample(logits_V, params, request.seed, len(request.prompt_ids) + len(job.ids))
         request.mark_token()
         job.ids.append(token)
+        self._meter.sampled_tokens += 1
         event = TokenEvent(token)
         if params.logprobs:
             logprobs_V = sampler.log_probabilities(logits_V)
@@ -332,7 +366,7 @@ class Engine:
         if reason is not None:
             ready += job.stops.flush()
             ready[-1] = replace(ready[-1], finish_reason=reason)
-            self._remove(job)
+            self._remove(job, reason)
         for one in ready:
             request.deliver(one)
 

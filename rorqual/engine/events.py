@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One generated token, or the end of a request that ends without one.
 
-    id: the token, or None on the closing event of a cancelled or failed request.
+    id: the token, or None on the closing event of a cancelled, late or failed request.
     text: complete characters only; empty while a character is unfinished, for end tokens and stop strings.
     logprob, top_logprobs: as asked in `SamplingParams`; ((id, logprob), ...) best first.
     finish_reason: set on the last event, else None.

@@ -12,6 +12,8 @@ from rorqual.engine.params import SamplingParams
 from rorqual.errors import RequestError
 
 Listener = Callable[[TokenEvent], None]
+Progress = Callable[[int, int], None]
+"""Called with the prompt tokens read so far and all of them; begins anew when a request loses its state."""
 
 
 class Request:
@@ -28,18 +30,24 @@ class Request:
         *,
         max_tokens: int,
         seed: int,
+        priority: int = 0,
+        timeout_s: float | None = None,
         listener: Listener | None = None,
+        on_progress: Progress | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.prompt_ids = tuple(prompt_ids)
         self.params = params
         self.max_tokens = max_tokens
         self.seed = seed
+        self.priority = priority
+        self.timeout_s = timeout_s
         self.error: RequestError | None = None
         self.finish_reason: FinishReason | None = None
         self.events: list[TokenEvent] = []
         self.prompt_scores: list[TokenScore] = []
         self._listener = listener
+        self._on_progress = on_progress
         self._wake = wake
         self._inbox: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self._cancelled = threading.Event()
@@ -68,6 +76,14 @@ class Request:
     @property
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
+
+    def is_over(self, now: float) -> bool:
+        """Whether the request was cancelled or its deadline has passed at `now` (of `time.monotonic`)."""
+        return self.cancelled or self.is_late(now)
+
+    def is_late(self, now: float) -> bool:
+        """Whether `timeout_s` have passed since the request was submitted."""
+        return self.timeout_s is not None and now >= self._submitted + self.timeout_s
 
     @property
     def finished(self) -> bool:
@@ -111,8 +127,16 @@ class Request:
     # Called by the engine's thread only.
 
     def mark_started(self) -> None:
-        """The request got a place among the running ones."""
-        self._started = time.monotonic()
+        """The request got a place among the running ones; only the first one counts."""
+        self._started = self._started or time.monotonic()
+
+    def report_progress(self, done: int) -> None:
+        """So many prompt tokens are read. A callback that raises cancels its request, as a listener does."""
+        if self._on_progress is not None:
+            try:
+                self._on_progress(done, len(self.prompt_ids))
+            except Exception:
+                self._cancelled.set()
 
     def mark_token(self) -> None:
         """A token was sampled (its event may still be held back)."""

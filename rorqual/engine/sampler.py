@@ -5,10 +5,16 @@ transformers and vLLM use). Randomness is counter-based: the draw for a token de
 and on the token's position alone, so a request gives the same output alone, beside others, or resumed from
 the middle.
 
-Legend: `V` vocabulary.
+Greedy choices are made for all rows of a step at once; draws row by row, since the order in which torch adds up a row
+may depend on how many rows there are.
+
+Legend: `V` vocabulary, `R` requests.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,15 +23,22 @@ from rorqual.engine.params import SamplingParams
 from rorqual.errors import RequestError
 from rorqual.seeds import derive
 
+SHORTLIST = 1024
+"""Likeliest tokens that top-p looks at first; where they do not reach its mass, all are sorted."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a row of scores is chosen by."""
+
+    params: SamplingParams
+    seed: int
+    position: int
+
 
 def uniform(seed: int, position: int) -> float:
     """The number in [0, 1) that decides the token at `position`: 53 random bits, equal on every machine."""
     return (derive(seed, "sample", position) >> 10) / 2**53
-
-
-def argmax(logits_V: Tensor) -> int:
-    """Index of the largest value, the lowest index among equals (torch leaves that choice open)."""
-    return int((logits_V == logits_V.max()).nonzero()[0, 0])
 
 
 def filtered_probabilities(logits_V: Tensor, params: SamplingParams) -> Tensor:
@@ -37,14 +50,15 @@ def filtered_probabilities(logits_V: Tensor, params: SamplingParams) -> Tensor:
     below_V = logits_V.double() - logits_V.max()
     probs_V = torch.softmax(torch.where(below_V == 0, 0.0, below_V / params.temperature), dim=-1)
     if params.top_k is not None or params.top_p < 1:
-        sorted_V, order_V = torch.sort(probs_V, descending=True, stable=True)
-        if params.top_k is not None and params.top_k < len(sorted_V):
-            sorted_V[params.top_k :] = 0
+        sorted_C, ids_C = _likeliest(probs_V, params)
+        if params.top_k is not None:
+            sorted_C, ids_C = sorted_C[: params.top_k], ids_C[: params.top_k]
         if params.top_p < 1:
             # A token stays while the mass before it has not reached top_p; the first one always stays.
-            before_V = torch.cumsum(sorted_V, dim=-1) - sorted_V
-            sorted_V[before_V >= params.top_p * sorted_V.sum()] = 0
-        probs_V = torch.zeros_like(probs_V).scatter_(0, order_V, sorted_V)
+            total = sorted_C.sum() if params.top_k is not None else probs_V.sum()
+            before_C = torch.cumsum(sorted_C, dim=-1) - sorted_C
+            sorted_C = torch.where(before_C < params.top_p * total, sorted_C, 0.0)
+        probs_V = torch.zeros_like(probs_V).scatter_(0, ids_C, sorted_C)
     if params.min_p > 0:
         probs_V = torch.where(probs_V >= params.min_p * probs_V.max(), probs_V, 0.0)
     return probs_V / probs_V.sum()
@@ -59,26 +73,66 @@ def pick(probs_V: Tensor, draw: float) -> int:
     return index
 
 
+def _likeliest(probs_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The first of all tokens sorted by probability, lowest id first among equals: as many as top-k or top-p can keep.
+
+    Sorting a few of 130,000 is ten times cheaper than sorting all.
+    """
+    count = SHORTLIST if params.top_k is None else params.top_k
+    if count < len(probs_V):
+        least = torch.topk(probs_V, count, sorted=False).values.min()
+        ids_C = (probs_V >= least).nonzero()[:, 0]  # by id, and with all that equal the last
+        values_C, order_C = torch.sort(probs_V[ids_C], descending=True, stable=True)
+        if params.top_k is not None or values_C.sum() > params.top_p * probs_V.sum():
+            return values_C, ids_C[order_C]
+    return torch.sort(probs_V, descending=True, stable=True)
+
+
+def choose(logits_RV: Tensor, choices: Sequence[Choice]) -> list[int | RequestError]:
+    """A token for each row, or why there can be none; a row's result does not depend on the others.
+
+    Shapes: logits [R, V], any float type.
+    """
+    logits_RV = logits_RV.float()
+    if any(choice.params.suppress_token_ids for choice in choices):
+        logits_RV = logits_RV.clone()
+        for logits_V, choice in zip(logits_RV, choices, strict=True):
+            if choice.params.suppress_token_ids:
+                logits_V.index_fill_(0, choice.params.suppress_index, float("-inf"))
+    best_R = logits_RV.amax(-1)  # passes NaN on, so one look finds it
+    ids_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    first_R = torch.where(logits_RV == best_R.unsqueeze(-1), ids_V, logits_RV.shape[1]).amin(-1)
+    out: list[int | RequestError] = []
+    rows = zip(choices, best_R.tolist(), first_R.tolist(), logits_RV, strict=True)
+    for choice, best, first, logits_V in rows:
+        if best != best or best in (float("inf"), float("-inf")):
+            out.append(_damaged(best, choice.position))
+        elif choice.params.temperature == 0:
+            out.append(first)
+        else:
+            probs_V = filtered_probabilities(logits_V, choice.params)
+            out.append(pick(probs_V, uniform(choice.seed, choice.position)))
+    return out
+
+
 def sample(logits_V: Tensor, params: SamplingParams, seed: int, position: int) -> int:
     """Choose the token at `position`.
 
     Shapes: logits [V], any float type. Raises: RequestError (500) when the model gave no usable distribution.
     """
-    logits_V = logits_V.float()
-    if params.suppress_token_ids:
-        logits_V = logits_V.clone()
-        logits_V.index_fill_(0, params.suppress_index, float("-inf"))
-    best = float(logits_V.max())  # max() passes NaN on, so one look finds it
-    if best != best or best in (float("inf"), float("-inf")):
-        raise RequestError(
-            f"The model's scores at position {position} hold {best}, so no token can be chosen. The weights "
-            "or the arithmetic are damaged; check the checkpoint (rorqual inspect) and the dtype.",
-            status=500,
-            type="server_error",
-        )
-    if params.temperature == 0:
-        return argmax(logits_V)
-    return pick(filtered_probabilities(logits_V, params), uniform(seed, position))
+    [token] = choose(logits_V.unsqueeze(0), [Choice(params, seed, position)])
+    if isinstance(token, RequestError):
+        raise token
+    return token
+
+
+def _damaged(best: float, position: int) -> RequestError:
+    return RequestError(
+        f"The model's scores at position {position} hold {best}, so no token can be chosen. The weights "
+        "or the arithmetic are damaged; check the checkpoint (rorqual inspect) and the dtype.",
+        status=500,
+        type="server_error",
+    )
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

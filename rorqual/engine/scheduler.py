@@ -1,48 +1,86 @@
-"""Who runs next: bookkeeping only, no model, no threads.
+"""Who runs next, and how many tokens of each: bookkeeping only, no model, no threads.
 
-Requests are admitted first come, first served, up to `max_running`; more wait, up to `max_queued`; beyond
-that a request is refused (429). A round gives every decoding request one token, and the oldest request that
-still has prompt to read one chunk of it. So a long prompt delays the others by one chunk a round, and moves
-itself.
+Requests are ranked by priority (higher first), then by arrival. Up to `max_running` run, up to `max_queued` wait, one
+more is refused (429). A round is one step of the model:
+
+* every decoding request gets one token;
+* what is left of the step's tokens, at most `chunk`, goes to prompts by rank. The first takes as much as it can; those
+  behind it join when the whole rest of their prompt fits, or it up to the end of a page of `GRAIN` tokens.
+
+So a step never holds more than `step_tokens` tokens, however long the prompts are, and that bounds the time between two
+tokens of a decoding request; the highest-ranked prompt moves on in every round.
+
+States count against `max_bytes` by the tokens known of each running request (`cost`). When they grow beyond it, the
+lowest-ranked running requests lose their states and wait again; they will read their tokens anew, which costs time and
+changes nothing. A waiting request of strictly higher priority takes place and memory from lower ones in the same way.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from rorqual.engine.request import Request
-from rorqual.engine.stops import StopFilter
+from rorqual.engine.job import Job
 from rorqual.errors import ConfigError, RequestError
 
+GRAIN = 128
+"""Tokens of a page of compressed entries: where a prompt is cut, as far as the step's tokens allow."""
 
-@dataclass(eq=False)
-class Job:
-    """A request with what the engine keeps for it while it runs."""
 
-    request: Request
-    decoder: Any  # the tokenizer's stream decoder: push(id) -> str, flush() -> str
-    stops: StopFilter
-    state: Any = None  # the model's State; made at admission, owned by this job alone
-    num_read: int = 0  # prompt tokens already in the state
-    ids: list[int] = field(default_factory=list)  # sampled so far
+@dataclass
+class Round:
+    """What one round does."""
 
-    @property
-    def is_prefilling(self) -> bool:
-        return self.num_read < len(self.request.prompt_ids)
+    gone: list[Job] = field(default_factory=list)
+    """Taken out: cancelled or beyond their deadline."""
+    preempted: list[Job] = field(default_factory=list)
+    """Back among the waiting; their states have been dropped."""
+    admitted: list[Job] = field(default_factory=list)
+    work: list[tuple[Job, int]] = field(default_factory=list)
+    """Jobs of the step with their numbers of tokens, decoding ones first."""
 
 
 class Scheduler:
-    """Raises: ConfigError for limits below one."""
+    """Raises: ConfigError for limits that would let no request run.
 
-    def __init__(self, max_running: int, max_queued: int) -> None:
-        for name, value in (("max_running", max_running), ("max_queued", max_queued)):
+    step_tokens: most tokens of one step; `max_running + chunk` unless given.
+    max_bytes, cost: most bytes of all running states together, and what a state of so many tokens holds at most.
+    clock: seconds, as `Request` counts its deadline.
+    """
+
+    def __init__(
+        self,
+        max_running: int,
+        max_queued: int,
+        chunk: int = 512,
+        step_tokens: int | None = None,
+        *,
+        max_bytes: int | None = None,
+        cost: Callable[[int], int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name, value in (("max_running", max_running), ("max_queued", max_queued), ("chunk", chunk)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}, so no request could ever run. Set it to 1 or more.")
-        self.max_running, self.max_queued = max_running, max_queued
-        self.waiting: deque[Job] = deque()
+        self.step_tokens = max_running + chunk if step_tokens is None else step_tokens
+        if self.step_tokens <= max_running:
+            raise ConfigError(
+                f"step_tokens is {step_tokens}, but {max_running} requests may run, and a step that they fill with one "
+                f"token each leaves none for prompts. Set it to {max_running + 1} or more, or lower max_running."
+            )
+        self.max_bytes, self.cost = max_bytes, cost or _nothing
+        if max_bytes is not None and self.cost(1) > max_bytes:
+            raise ConfigError(
+                f"max_state_bytes is {max_bytes:,}, but the state of a single token takes {self.cost(1):,} bytes. "
+                "Set it to a multiple of that."
+            )
+        self.max_running, self.max_queued, self.chunk = max_running, max_queued, chunk
+        self._clock = clock
+        self.waiting: list[Job] = []  # by rank
         self.running: list[Job] = []
+        self._arrivals = 0
 
     @property
     def is_full(self) -> bool:
@@ -51,6 +89,15 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
+
+    @property
+    def used_bytes(self) -> int:
+        """What the running requests are charged for."""
+        return sum(self.cost(job.num_tokens) for job in self.running)
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a request of so many tokens could run if it were alone."""
+        return self.max_bytes is None or self.cost(num_tokens) <= self.max_bytes
 
     def add(self, job: Job) -> None:
         """Queue a job. Raises: RequestError (429) when the queue is full."""
@@ -61,30 +108,95 @@ class Scheduler:
                 status=429,
                 type="rate_limit_error",
             )
-        self.waiting.append(job)
-
-    def remove_cancelled(self) -> list[Job]:
-        """Take out every job whose request was cancelled."""
-        gone = [job for job in (*self.waiting, *self.running) if job.request.cancelled]
-        for job in gone:
-            self.remove(job)
-        return gone
+        job.order, self._arrivals = self._arrivals, self._arrivals + 1
+        self._wait(job)
 
     def remove(self, job: Job) -> None:
+        """Take a job out, wherever it is."""
         if job in self.running:
             self.running.remove(job)
         elif job in self.waiting:
             self.waiting.remove(job)
 
-    def admit(self) -> list[Job]:
-        """Move waiting jobs to free places, oldest first; returns the ones moved."""
-        moved: list[Job] = []
-        while self.waiting and len(self.running) < self.max_running:
-            moved.append(self.waiting.popleft())
-            self.running.append(moved[-1])
-        return moved
+    def next_round(self) -> Round:
+        """Decide the next round, and account for it."""
+        out = Round(gone=self._remove_gone())
+        while len(self.running) > 1 and self.max_bytes is not None and self.used_bytes > self.max_bytes:
+            self._preempt(self._lowest(), out)
+        self._admit(out)
+        out.work = self._share()
+        return out
 
-    def next_round(self) -> list[Job]:
-        """The jobs that make one step now: all that decode, and the oldest that still reads its prompt."""
-        prefilling = [job for job in self.running if job.is_prefilling][:1]
-        return [job for job in self.running if not job.is_prefilling] + prefilling
+    def _remove_gone(self) -> list[Job]:
+        now = self._clock()
+        gone = [job for job in (*self.waiting, *self.running) if job.request.is_over(now)]
+        for job in gone:
+            self.remove(job)
+        return gone
+
+    def _wait(self, job: Job) -> None:
+        bisect.insort(self.waiting, job, key=lambda one: one.rank)
+
+    def _lowest(self) -> Job:
+        return max(self.running, key=lambda job: job.rank)
+
+    def _preempt(self, job: Job, out: Round) -> None:
+        self.running.remove(job)
+        job.forget()
+        self._wait(job)
+        out.preempted.append(job)
+
+    def _admit(self, out: Round) -> None:
+        """Move waiting jobs to running ones by rank; the first that does not fit holds up those behind it."""
+        while self.waiting:
+            job = self.waiting[0]
+            victims = self._victims(job)
+            if victims is None:
+                return
+            self.waiting.pop(0)
+            for victim in victims:
+                self._preempt(victim, out)
+            self.running.append(job)
+            out.admitted.append(job)
+
+    def _victims(self, job: Job) -> list[Job] | None:
+        """Running jobs of lower priority that must make way for this one, lowest first; None when it has to wait."""
+        stays = sorted(self.running, key=lambda one: one.rank)
+        victims: list[Job] = []
+        while not self._has_room(job, stays):
+            if stays[-1].request.priority >= job.request.priority:
+                return None
+            victims.append(stays.pop())
+        return victims
+
+    def _has_room(self, job: Job, others: list[Job]) -> bool:
+        if not others:
+            return True  # what could never fit was refused when it was submitted
+        if len(others) >= self.max_running:
+            return False
+        if self.max_bytes is None:
+            return True
+        # Room to grow, lest it be thrown out again at once; more for a long one, which has more to read again.
+        wanted = min(job.most_tokens, job.num_tokens + max(GRAIN, job.num_tokens // 4))
+        return self.cost(wanted) + sum(self.cost(one.num_tokens) for one in others) <= self.max_bytes
+
+    def _share(self) -> list[tuple[Job, int]]:
+        """Tokens of the step: one for each decoding job, the rest for prompts by rank."""
+        work = [(job, 1) for job in self.running if not job.is_prefilling]
+        left = min(self.chunk, self.step_tokens - len(work))
+        is_first = True
+        for job in sorted((job for job in self.running if job.is_prefilling), key=lambda one: one.rank):
+            rest = job.num_tokens - job.num_read
+            count = min(rest, left)
+            if count < rest and (not is_first or count >= GRAIN):  # end where a page ends
+                count = max(0, (job.num_read + count) // GRAIN * GRAIN - job.num_read)
+            if count:
+                work.append((job, count))
+                left -= count
+            is_first = False
+        return work
+
+
+def _nothing(num_tokens: int) -> int:
+    """The cost of states where nobody counts it."""
+    return 0

@@ -1,0 +1,77 @@
+"""Refusals before anything runs: prompts and limits that could never be served."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+from rorqual.engine.params import SamplingParams
+from rorqual.engine.scheduler import Scheduler
+from rorqual.errors import RequestError
+
+
+def check_request(
+    tokens: Sequence[int], params: SamplingParams, num_choices: int, context_limit: int, scheduler: Scheduler
+) -> int:
+    """The number of tokens the request may generate.
+
+    num_choices: ids of the vocabulary. context_limit: most tokens of prompt and output.
+    Raises: RequestError naming the field, for what cannot run even if it were alone.
+    """
+    if len(tokens) == 0:
+        raise RequestError(
+            "The prompt has no tokens, and the model needs at least one to start from. "
+            "Send some text, or the begin-of-sentence token alone.",
+            param="prompt",
+        )
+    for name, ids in (
+        ("prompt", tokens),
+        ("stop_token_ids", params.stop_token_ids),
+        ("suppress_token_ids", params.suppress_token_ids),
+    ):
+        bad = next((i for i in ids if not 0 <= i < num_choices), None)
+        if bad is not None:
+            raise RequestError(
+                f"Token id {bad} in {name} is outside the vocabulary of {num_choices} tokens. "
+                "Encode the text with this model's own tokenizer.",
+                param=name,
+            )
+    room = context_limit - len(tokens)
+    max_tokens = params.max_tokens if params.max_tokens is not None else max(room, 1)
+    if max_tokens > room:
+        raise RequestError(
+            f"This model's maximum context length is {context_limit} tokens. However, you requested "
+            f"{len(tokens) + max_tokens} tokens ({len(tokens)} in the messages, {max_tokens} in the "
+            "completion). Please reduce the length of the messages or completion.",
+            param="max_tokens" if len(tokens) < context_limit else "messages",
+            code="context_length_exceeded",
+        )
+    if scheduler.fits(len(tokens) + max_tokens):
+        return max_tokens
+    return _what_fits(len(tokens), params.max_tokens, max_tokens, scheduler)
+
+
+def _what_fits(num_tokens: int, asked: int | None, room: int, scheduler: Scheduler) -> int:
+    """Without `asked`, as many tokens as the memory for states can hold. Raises: RequestError when that is none."""
+    if asked is None:
+        fitting = bisect.bisect_left(range(1, room + 1), True, key=lambda n: not scheduler.fits(num_tokens + n))
+        if fitting:
+            return fitting
+    wanted = asked or 1
+    raise RequestError(
+        f"This engine keeps at most {scheduler.max_bytes:,} bytes of states, and a request of {num_tokens + wanted} "
+        f"tokens ({num_tokens} in the messages, {wanted} in the completion) needs "
+        f"{scheduler.cost(num_tokens + wanted):,}. Please reduce the length of the messages or completion, or raise "
+        "max_state_bytes.",
+        param="max_tokens" if scheduler.fits(num_tokens + 1) else "messages",
+        code="context_length_exceeded",
+    )
+
+
+def check_timeout(timeout_s: float | None) -> None:
+    """Raises: RequestError for a deadline that has passed already."""
+    if timeout_s is not None and not timeout_s > 0:
+        raise RequestError(
+            f"timeout_s is {timeout_s}, so the request would end before it began. Give seconds above 0.",
+            param="timeout_s",
+        )

@@ -1,0 +1,56 @@
+"""A request together with what the engine keeps for it while it waits and runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rorqual.engine.request import Request
+from rorqual.engine.stops import StopFilter
+
+
+@dataclass(eq=False)
+class Job:
+    """One request's work: `num_tokens` tokens are known (prompt and sampled), of which the state has read `num_read`.
+
+    A job that lost its state (preemption, a failed step) starts again from `num_read` 0: it reads its sampled tokens
+    after its prompt, and the next token it samples is the one it would have sampled.
+    """
+
+    request: Request
+    decoder: Any  # the tokenizer's stream decoder: push(id) -> str, flush() -> str
+    stops: StopFilter
+    order: int = 0  # of arrival, given by the scheduler
+    state: Any = None  # the model's State; made at the first step, owned by this job alone
+    num_read: int = 0
+    ids: list[int] = field(default_factory=list)  # sampled so far
+    alone_until: int = 0  # a step with others failed: no company until this many tokens are read
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: smaller is earlier. Higher priority, then earlier arrival."""
+        return -self.request.priority, self.order
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far."""
+        return len(self.request.prompt_ids) + len(self.ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens this job can ever hold."""
+        return len(self.request.prompt_ids) + self.request.max_tokens
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether it still reads what is known, rather than the token it sampled last."""
+        return not self.ids or self.num_read < self.num_tokens - 1
+
+    def next_ids(self, count: int) -> tuple[int, ...]:
+        """The next `count` known tokens after those read."""
+        prompt, begin, end = self.request.prompt_ids, self.num_read, self.num_read + count
+        return prompt[begin:end] + tuple(self.ids[max(0, begin - len(prompt)) : max(0, end - len(prompt))])
+
+    def forget(self) -> None:
+        """Drop the state; everything known will be read again."""
+        self.state, self.num_read = None, 0
