@@ -290,7 +290,7 @@ class Engine:
                     waiting=len(scheduler.waiting),
                     admitted=len(plan.admitted),
                     preempted=len(plan.preempted),
-                    charged_bytes=scheduler.used_bytes,
+                    charged_bytes=plan.charged_bytes,
                 )
             )
 

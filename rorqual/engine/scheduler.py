@@ -40,6 +40,8 @@ class Round:
     admitted: list[Job] = field(default_factory=list)
     work: list[tuple[Job, int]] = field(default_factory=list)
     """Jobs of the step with their numbers of tokens, decoding ones first."""
+    charged_bytes: int = 0
+    """Most that the running requests' states hold when it is done."""
 
 
 class Scheduler:
@@ -124,7 +126,7 @@ class Scheduler:
         while len(self.running) > 1 and self.max_bytes is not None and self.used_bytes > self.max_bytes:
             self._preempt(self._lowest(), out)
         self._admit(out)
-        out.work = self._share()
+        out.work, out.charged_bytes = self._share(), self.used_bytes
         return out
 
     def _remove_gone(self) -> list[Job]:
