@@ -94,7 +94,7 @@ typedef struct {
 
 /* A tile of keys in the form of each kernel that asked for it. */
 typedef struct {
-    float *floats, *scales;
+    float *floats, *scales, *total; /* total: [TILE_HEADS][TILE], room for a block of heads */
     uint32_t *pairs, *codes;
     float *rows; /* [TILE][width]: keys that must be unpacked before they are turned */
     uint16_t *half_rows;
@@ -111,11 +111,13 @@ static void make_keys(const Scan *s, Keys *keys) {
     keys->pairs = malloc(cells / 2);
     keys->codes = malloc(cells / 4 + 64);
     keys->scales = malloc(cells / GROUP + 64 * TILE);
+    keys->total = malloc(sizeof(float) * TILE_HEADS * TILE);
     keys->rows = malloc(cells);
     keys->half_rows = malloc(cells / 2);
 }
 static void free_keys(Keys *keys) {
     free(keys->floats), free(keys->pairs), free(keys->codes), free(keys->scales), free(keys->rows), free(keys->half_rows);
+    free(keys->total);
 }
 static void make_query(const Scan *s, Query *query) {
     long rows = (s->heads + 15) / 16 * 16;
@@ -144,7 +146,7 @@ static void score_tile(const Scan *s, const Query *query, const float *weights, 
 #endif
 #ifdef HAS_BF16_PRODUCTS
     if (query->kernel == PAIRS) {
-#define RUN(n) block_pairs(n, (const uint32_t *)query->halves + j * width / 2, width / 2, keys->pairs, weights + j, score)
+#define RUN(n) block_pairs(n, (const uint32_t *)query->halves + j * width / 2, width / 2, keys->pairs, weights + j, keys->total, score)
         EVERY_HEAD(RUN)
 #undef RUN
         return;
@@ -155,13 +157,13 @@ static void score_tile(const Scan *s, const Query *query, const float *weights, 
         long groups = width / GROUP;
 #define RUN(n)                                                                                                       \
     block_codes(n, query->bytes + j * width, query->scale + j * groups, query->offset + j * groups, width, keys->codes, \
-                keys->scales, weights + j, score)
+                keys->scales, weights + j, keys->total, score)
         EVERY_HEAD(RUN)
 #undef RUN
         return;
     }
 #endif
-#define RUN(n) block_floats(n, query->floats + j * width, width, keys->floats, weights + j, score)
+#define RUN(n) block_floats(n, query->floats + j * width, width, keys->floats, weights + j, keys->total, score)
     EVERY_HEAD(RUN)
 #undef RUN
 }

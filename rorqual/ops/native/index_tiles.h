@@ -13,17 +13,16 @@
 #ifndef RORQUAL_INDEX_TILES_H
 #define RORQUAL_INDEX_TILES_H
 
+#include "lanes.h"
 #include "matrix_tiles.h"
-#include "row_codecs.h"
 
-#ifdef __AVX512F__
-#define TILE_HEADS 4 /* heads worked on at once: 4 x 3 vectors of sums and as many of totals fill the registers */
+#define TILE_HEADS 4 /* heads worked on at once; with AVX-512 their 4 x 3 sums and as many totals fill the registers */
+#ifdef __AVX__
 #define TILE_VECTORS 3
 #else
-#define TILE_HEADS 2
 #define TILE_VECTORS 2
 #endif
-#define TILE (TILE_VECTORS * VECTOR)
+#define TILE (TILE_VECTORS * LANE_COUNT)
 #define GROUP 32 /* channels */
 
 #if defined(__AVX2__) && (!defined(__AVX512F__) || defined(__AVX512BW__))
@@ -65,41 +64,50 @@ INLINE void turn_words(const uint8_t *const *row, long words, uint32_t *out) {
 #endif
 }
 
+/* The totals of a block lie in memory, [heads][TILE]: they are touched once a group, and the sums need the registers. */
+INLINE void add_sum(float *total, Lanes sum) { *(Lanes *)total = lanes_at(total) + sum; }
+
 /* score += the heads' weighted positive parts, heads in ascending order. */
-INLINE void add_heads(int heads, Vector (*total)[TILE_VECTORS], const float *weights, float *score) {
+INLINE void add_heads(int heads, const float *total, const float *weights, float *score) {
 #pragma GCC unroll 4
     for (int v = 0; v < TILE_VECTORS; v++) {
-        Vector s = load(score + v * VECTOR, VECTOR);
+        Lanes s = lanes_at(score + v * LANE_COUNT);
 #pragma GCC unroll 4
-        for (int i = 0; i < heads; i++) s += weights[i] * larger(total[i][v], 0.0f);
-        store(score + v * VECTOR, VECTOR, s);
+        for (int i = 0; i < heads; i++) s += weights[i] * positive(lanes_at(total + i * TILE + v * LANE_COUNT));
+        *(Lanes *)(score + v * LANE_COUNT) = s;
     }
 }
 
 /* ---- floats: q [heads][width], tile [width][TILE] --------------------------------------------------------------- */
 
-INLINE void block_floats(int heads, const float *q, long width, const float *tile, const float *weights, float *score) {
-    Vector total[TILE_HEADS][TILE_VECTORS];
-    for (int i = 0; i < heads; i++)
-        for (int v = 0; v < TILE_VECTORS; v++) total[i][v] = (Vector){0};
+INLINE void block_floats(int heads, const float *q, long width, const float *tile, const float *weights, float *total,
+                         float *score) {
+    memset(total, 0, sizeof(float) * heads * TILE);
     for (long first = 0; first < width; first += GROUP) {
-        Vector sum[TILE_HEADS][TILE_VECTORS];
+        Lanes sum[TILE_HEADS][TILE_VECTORS];
         long last = first + GROUP < width ? first + GROUP : width;
 #pragma GCC unroll 4
         for (int i = 0; i < heads; i++)
 #pragma GCC unroll 4
-            for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = (Vector){0};
+            for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = (Lanes){0};
         for (long c = first; c < last; c++) {
+            Lanes k[TILE_VECTORS];
 #pragma GCC unroll 4
-            for (int i = 0; i < heads; i++)
+            for (int v = 0; v < TILE_VECTORS; v++) {
+                k[v] = lanes_at(tile + c * TILE + v * LANE_COUNT);
+                IN_REGISTER(k[v]);
+            }
 #pragma GCC unroll 4
-                for (int v = 0; v < TILE_VECTORS; v++)
-                    sum[i][v] += q[i * width + c] * *(const Vector *)(tile + c * TILE + v * VECTOR);
+            for (int i = 0; i < heads; i++) {
+                float a = q[i * width + c];
+#pragma GCC unroll 4
+                for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += a * k[v];
+            }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < heads; i++)
 #pragma GCC unroll 4
-            for (int v = 0; v < TILE_VECTORS; v++) total[i][v] = total[i][v] + sum[i][v];
+            for (int v = 0; v < TILE_VECTORS; v++) add_sum(total + i * TILE + v * LANE_COUNT, sum[i][v]);
     }
     add_heads(heads, total, weights, score);
 }
@@ -108,10 +116,8 @@ INLINE void block_floats(int heads, const float *q, long width, const float *til
 
 #ifdef HAS_BF16_PRODUCTS
 INLINE void block_pairs(int heads, const uint32_t *q, long pairs, const uint32_t *tile, const float *weights,
-                        float *score) {
-    Vector total[TILE_HEADS][TILE_VECTORS];
-    for (int i = 0; i < heads; i++)
-        for (int v = 0; v < TILE_VECTORS; v++) total[i][v] = (Vector){0};
+                        float *total, float *score) {
+    memset(total, 0, sizeof(float) * heads * TILE);
     for (long first = 0; first < pairs; first += GROUP / 2) {
         __m512 sum[TILE_HEADS][TILE_VECTORS];
         long last = first + GROUP / 2 < pairs ? first + GROUP / 2 : pairs;
@@ -122,7 +128,7 @@ INLINE void block_pairs(int heads, const uint32_t *q, long pairs, const uint32_t
         for (long c = first; c < last; c++) {
             __m512bh k[TILE_VECTORS];
 #pragma GCC unroll 4
-            for (int v = 0; v < TILE_VECTORS; v++) k[v] = (__m512bh)_mm512_loadu_si512(tile + c * TILE + v * VECTOR);
+            for (int v = 0; v < TILE_VECTORS; v++) k[v] = (__m512bh)_mm512_loadu_si512(tile + c * TILE + v * LANE_COUNT);
 #pragma GCC unroll 4
             for (int i = 0; i < heads; i++) {
                 __m512bh a = (__m512bh)_mm512_set1_epi32((int)q[i * pairs + c]);
@@ -133,7 +139,7 @@ INLINE void block_pairs(int heads, const uint32_t *q, long pairs, const uint32_t
 #pragma GCC unroll 4
         for (int i = 0; i < heads; i++)
 #pragma GCC unroll 4
-            for (int v = 0; v < TILE_VECTORS; v++) total[i][v] = total[i][v] + (Vector)sum[i][v];
+            for (int v = 0; v < TILE_VECTORS; v++) add_sum(total + i * TILE + v * LANE_COUNT, (Lanes)sum[i][v]);
     }
     add_heads(heads, total, weights, score);
 }
@@ -143,83 +149,58 @@ INLINE void block_pairs(int heads, const uint32_t *q, long pairs, const uint32_t
 
 #ifdef HAS_CODE_PRODUCTS
 /* 4 products a lane of unsigned key bytes and signed query bytes. */
-INLINE Bits add_codes(Bits sum, const uint32_t *key, uint32_t q) {
+INLINE Words add_codes(Words sum, const uint32_t *key, uint32_t q) {
 #if defined(__AVX512VNNI__)
-    return (Bits)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(key), _mm512_set1_epi32((int)q));
+    return (Words)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(key), _mm512_set1_epi32((int)q));
 #elif defined(__AVX512F__) /* pairs of 16-bit sums; at most 16 * 2 * 24 * 12 = 9216 over a group */
-    return (Bits)_mm512_add_epi16((__m512i)sum, _mm512_maddubs_epi16(_mm512_loadu_si512(key), _mm512_set1_epi32((int)q)));
+    return (Words)_mm512_add_epi16((__m512i)sum, _mm512_maddubs_epi16(_mm512_loadu_si512(key), _mm512_set1_epi32((int)q)));
 #else
-    __m256i out[2], factor = _mm256_set1_epi32((int)q);
-    for (int half = 0; half < 2; half++) {
-        __m256i before = _mm256_loadu_si256((const __m256i *)&sum + half);
-        __m256i products = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i *)key + half), factor);
-        out[half] = _mm256_add_epi16(before, products);
-    }
-    memcpy(&sum, out, sizeof sum);
-    return sum;
+    __m256i products = _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i *)key), _mm256_set1_epi32((int)q));
+    return (Words)_mm256_add_epi16((__m256i)sum, products);
 #endif
 }
 /* The sum as a float, with the keys' bias taken off. */
-INLINE Vector finish_codes(Bits sum, int32_t offset) {
+INLINE Lanes finish_codes(Words sum, int32_t offset) {
 #if defined(__AVX512VNNI__)
-    (void)offset;
+    (void)offset; /* the sum began with it */
 #elif defined(__AVX512F__)
-    sum = (Bits)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi16(1));
-    sum += (uint32_t)offset;
+    sum = (Words)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi16(1)) + (uint32_t)offset;
 #else
-    __m256i out[2];
-    for (int half = 0; half < 2; half++)
-        out[half] = _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)&sum + half), _mm256_set1_epi16(1));
-    memcpy(&sum, out, sizeof sum);
-    sum += (uint32_t)offset;
+    sum = (Words)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)) + (uint32_t)offset;
 #endif
-    return __builtin_convertvector((Integers)sum, Vector);
+    return __builtin_convertvector((Wholes)sum, Lanes);
 }
 #ifdef __AVX512VNNI__
-#define FIRST_SUM(offset) ((Bits){0} + (uint32_t)(offset))
+#define FIRST_SUM(offset) ((Words){0} + (uint32_t)(offset))
 #else
-#define FIRST_SUM(offset) ((Bits){0})
+#define FIRST_SUM(offset) ((Words){0})
 #endif
 
 /* e2m1 codes, one a byte -> 2 * value + 12, which is never negative. */
-INLINE Bits code_bytes(Bits codes) {
-#define DOUBLED 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0
-    const __m128i table = _mm_setr_epi8(DOUBLED);
-#ifdef __AVX512BW__
-    return (Bits)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), (__m512i)codes);
+INLINE Words code_bytes(Words codes) {
+    const __m128i table = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+#ifdef __AVX512F__
+    return (Words)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), (__m512i)codes);
 #else
-    __m256i out[2];
-    for (int half = 0; half < 2; half++)
-        out[half] = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), _mm256_loadu_si256((const __m256i *)&codes + half));
-    memcpy(&codes, out, sizeof codes);
-    return codes;
+    return (Words)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), (__m256i)codes);
 #endif
 }
 
 /* Rows of packed keys -> tile and scales [groups][TILE] (a quarter of the keys': both sides' numbers are doubled). Of 8
  * channels in a word, word 2 w of the tile has the even ones and word 2 w + 1 the odd ones. */
 INLINE void fill_codes(const uint8_t *const *row, long width, uint32_t *tile, float *scales) {
-    uint32_t *half = tile + width / 8 * TILE; /* the upper half is read before it is written */
-    const uint8_t *scale_bytes[TILE];
+    uint32_t *half = tile + width / 8 * TILE, four[TILE]; /* the upper half is read before it is written */
     turn_words(row, width / 8, half);
     for (long w = 0; w < width / 8; w++)
         for (int v = 0; v < TILE_VECTORS; v++) {
-            Bits codes = *(const Bits *)(half + w * TILE + v * VECTOR);
-            *(Bits *)(tile + 2 * w * TILE + v * VECTOR) = code_bytes(codes & 0x0f0f0f0f);
-            *(Bits *)(tile + (2 * w + 1) * TILE + v * VECTOR) = code_bytes(codes >> 4 & 0x0f0f0f0f);
+            Words codes = *(const Words *)(half + w * TILE + v * LANE_COUNT);
+            *(Words *)(tile + 2 * w * TILE + v * LANE_COUNT) = code_bytes(codes & 0x0f0f0f0f);
+            *(Words *)(tile + (2 * w + 1) * TILE + v * LANE_COUNT) = code_bytes(codes >> 4 & 0x0f0f0f0f);
         }
-    for (long r = 0; r < TILE; r++) scale_bytes[r] = row[r] + width / 2;
-    for (long g = 0; g < width / GROUP; g += 4)
-        for (int v = 0; v < TILE_VECTORS; v++) {
-            Bits four;
-            for (int i = 0; i < VECTOR; i++) {
-                uint32_t word;
-                memcpy(&word, scale_bytes[v * VECTOR + i] + g, 4);
-                four[i] = word;
-            }
-            for (long j = 0; j < 4 && g + j < width / GROUP; j++)
-                store(scales + (g + j) * TILE + v * VECTOR, VECTOR, e8m0_lanes(four >> 8 * j & 255) * 0.25f);
-        }
+    for (long g = 0; g < width / GROUP; g++) {
+        for (long r = 0; r < TILE && g % 4 == 0; r++) memcpy(four + r, row[r] + width / 2 + g, 4);
+        for (long r = 0; r < TILE; r++) scales[g * TILE + r] = from_e8m0((uint8_t)(four[r] >> g % 4 * 8)) * 0.25f;
+    }
 }
 
 /* Query values [width] of one head -> bytes in the tile's order of channels, twice the e2m1 values, with scale and offset
@@ -248,13 +229,12 @@ INLINE int query_codes(const float *x, long width, uint8_t *bytes, float *scale,
 }
 
 INLINE void block_codes(int heads, const uint8_t *q, const float *q_scale, const int32_t *q_offset, long width,
-                        const uint32_t *tile, const float *scales, const float *weights, float *score) {
-    Vector total[TILE_HEADS][TILE_VECTORS];
+                        const uint32_t *tile, const float *scales, const float *weights, float *total,
+                        float *score) {
     long groups = width / GROUP;
-    for (int i = 0; i < heads; i++)
-        for (int v = 0; v < TILE_VECTORS; v++) total[i][v] = (Vector){0};
+    memset(total, 0, sizeof(float) * heads * TILE);
     for (long g = 0; g < groups; g++) {
-        Bits sum[TILE_HEADS][TILE_VECTORS];
+        Words sum[TILE_HEADS][TILE_VECTORS];
 #pragma GCC unroll 4
         for (int i = 0; i < heads; i++)
 #pragma GCC unroll 4
@@ -266,15 +246,16 @@ INLINE void block_codes(int heads, const uint8_t *q, const float *q_scale, const
                 uint32_t four;
                 memcpy(&four, q + i * width + 4 * w, 4);
 #pragma GCC unroll 4
-                for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = add_codes(sum[i][v], tile + w * TILE + v * VECTOR, four);
+                for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = add_codes(sum[i][v], tile + w * TILE + v * LANE_COUNT, four);
             }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < heads; i++)
 #pragma GCC unroll 4
             for (int v = 0; v < TILE_VECTORS; v++)
-                total[i][v] += finish_codes(sum[i][v], q_offset[i * groups + g]) *
-                               (load(scales + g * TILE + v * VECTOR, VECTOR) * q_scale[i * groups + g]);
+                add_sum(total + i * TILE + v * LANE_COUNT,
+                        finish_codes(sum[i][v], q_offset[i * groups + g]) *
+                            (lanes_at(scales + g * TILE + v * LANE_COUNT) * q_scale[i * groups + g]));
     }
     add_heads(heads, total, weights, score);
 }
@@ -305,10 +286,10 @@ INLINE void tile_pairs(long heads, const uint16_t *q, long width, const uint32_t
         _tile_stored(1, total[0] + VECTOR, TILE * 4);
         _tile_stored(2, total[0] + 2 * VECTOR, TILE * 4);
         for (int v = 0; v < TILE_VECTORS; v++) {
-            Vector s = load(score + v * VECTOR, VECTOR);
+            Lanes s = lanes_at(score + v * LANE_COUNT);
             for (long i = 0; i < 16 && first + i < heads; i++)
-                s += weights[first + i] * larger(load(total[i] + v * VECTOR, VECTOR), 0.0f);
-            store(score + v * VECTOR, VECTOR, s);
+                s += weights[first + i] * positive(lanes_at(total[i] + v * LANE_COUNT));
+            *(Lanes *)(score + v * LANE_COUNT) = s;
         }
     }
 }

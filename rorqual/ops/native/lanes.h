@@ -1,0 +1,33 @@
+/* Vectors of the processor's own width, for loops that must keep many sums in registers: compilers split the 16 floats of
+ * `vectors.h` on narrower processors, but then keep them in memory. */
+
+#ifndef RORQUAL_LANES_H
+#define RORQUAL_LANES_H
+
+#include "row_codecs.h"
+
+#if defined(__AVX512F__)
+#define LANE_COUNT 16
+#elif defined(__AVX__)
+#define LANE_COUNT 8
+#else
+#define LANE_COUNT 4
+#endif
+
+typedef float Lanes __attribute__((vector_size(4 * LANE_COUNT), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANE_COUNT), aligned(4)));
+typedef int32_t Wholes __attribute__((vector_size(4 * LANE_COUNT), aligned(4)));
+
+/* Keeps what was loaded in a register, where gcc would load it again for every use. */
+#if defined(__x86_64__)
+#define IN_REGISTER(x) __asm__("" : "+v"(x))
+#elif defined(__aarch64__)
+#define IN_REGISTER(x) __asm__("" : "+w"(x))
+#else
+#define IN_REGISTER(x) (void)(x)
+#endif
+
+INLINE Lanes lanes_at(const float *p) { return *(const Lanes *)p; }
+INLINE Lanes positive(Lanes x) { return (Lanes)((Wholes)x & ~(x < 0.0f)); } /* a NaN stays */
+
+#endif
