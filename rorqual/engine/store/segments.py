@@ -1,0 +1,167 @@
+"""Segment files of the disk cache: records one behind the other, written by one process and read by any.
+
+Append-only files of some tens of MiB were preferred to one file a page: a prompt's pages lie in a row and are read by
+one call, and 8,192 pages of a million tokens need no 8,192 files. A segment is deleted as a whole. Its writer holds a
+lock on it while it lives, so others neither delete it nor wonder about its unfinished end; nobody appends to a file
+that another process began. A reader that has it open goes on reading when it is deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rorqual import log
+from rorqual.engine.store import records
+from rorqual.engine.store.records import Header
+
+logger = log.get(__name__)
+
+SUFFIXES = (".pages", ".points")
+"""Of segments with pages, and with window checkpoints: the two are wanted for different times."""
+
+_MAGIC = b"rorqual cache 1\n"
+_HEAD = struct.Struct("<16s16s8s")
+HEAD_BYTES = 64
+
+
+def _head(fingerprint: bytes) -> bytes:
+    digest = hashlib.blake2b(_MAGIC + fingerprint, digest_size=8).digest()
+    return _HEAD.pack(_MAGIC, fingerprint, digest).ljust(HEAD_BYTES, b"\0")
+
+
+@dataclass(eq=False)
+class Segment:
+    """An open segment file. `scanned` is where the records known so far end; `used` when one was last wanted."""
+
+    path: Path
+    fd: int
+    scanned: int = HEAD_BYTES
+    used: float = 0.0
+    is_own: bool = False
+    records: list[bytes] = field(default_factory=list)
+    """Index keys of its records."""
+
+    @property
+    def is_points(self) -> bool:
+        return self.path.suffix == ".points"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file now; 0 when it is gone."""
+        return os.fstat(self.fd).st_size if self.fd >= 0 else 0
+
+    def touch(self, now: float) -> None:
+        """Note a use, for other processes too (at most once in ten seconds)."""
+        if now - self.used > 10:
+            with contextlib.suppress(OSError):  # another user's file: only this process remembers
+                os.utime(self.fd, (now, now))
+            self.used = now
+
+    def close(self) -> None:
+        """Close the file, and with it the lock."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def create(folder: Path, suffix: str, fingerprint: bytes, number: int) -> Segment:
+    """A new segment of this process, locked, with its head written."""
+    path = folder / f"{time.time_ns():020d}-{os.getpid()}-{number}{suffix}"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _write(fd, _head(fingerprint), 0)
+    return Segment(path, fd, used=time.time(), is_own=True)
+
+
+def open_segment(path: Path, fingerprint: bytes) -> Segment | None:
+    """An existing segment; None (with a log line) when its head is damaged or another model's."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:  # deleted by another process meanwhile
+        return None
+    if os.pread(fd, HEAD_BYTES, 0) != _head(fingerprint):
+        if not is_locked(fd):
+            logger.warning("%s is not a segment of this cache (its head is damaged or another's); ignored", path)
+        os.close(fd)
+        return None
+    return Segment(path, fd, used=os.fstat(fd).st_mtime)
+
+
+def is_locked(fd: int) -> bool:
+    """Whether a living process other than this one's own lock holds the file."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return False
+
+
+def scan(segment: Segment) -> Iterator[tuple[int, Header]]:
+    """(offset, header) of the records behind those scanned before, up to the first that is not whole.
+
+    What is not whole is the unfinished end of a living writer, and left for the next scan, or a torn or damaged rest,
+    said once in the log. Contents are checked when they are read.
+    """
+    size = segment.nbytes
+    while segment.scanned < size:
+        at = segment.scanned
+        head = os.pread(segment.fd, records.HEADER, at)
+        count = records.num_tokens(head)
+        tokens = b"" if count is None or count > size else os.pread(segment.fd, 4 * count, at + records.HEADER)
+        header = records.decode(head, tokens)
+        if header is None or at + header.nbytes > size:
+            if not segment.is_own and not is_locked(segment.fd):
+                logger.warning(
+                    "%s: the record at byte %d is torn or damaged; %d bytes from there on are discarded",
+                    segment.path, at, size - at,
+                )  # fmt: skip
+                segment.scanned = size  # never tried again
+            return
+        segment.scanned = at + header.nbytes
+        if header.is_alive:
+            yield at, header
+
+
+def append(segment: Segment, data: bytes | bytearray) -> int:
+    """Write a record at the end; returns its offset. Raises OSError when the disk is full, the end is cut back then."""
+    at = segment.scanned
+    try:
+        _write(segment.fd, data, at)
+    except OSError:
+        os.ftruncate(segment.fd, at)
+        raise
+    segment.scanned = at + len(data)
+    return at
+
+
+def discard(segment: Segment, offset: int) -> None:
+    """Mark a record as dead, for every process that opens the file later."""
+    with contextlib.suppress(OSError):  # read-only: each process finds out by itself
+        os.pwrite(segment.fd, b"\0", offset + records.ALIVE_AT)
+
+
+def delete(segment: Segment) -> bool:
+    """Remove the file unless another process still writes to it. True when it is gone."""
+    if not segment.is_own and is_locked(segment.fd):
+        return False
+    segment.path.unlink(missing_ok=True)
+    segment.close()
+    return True
+
+
+def _write(fd: int, data: bytes | bytearray, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, at)
+        view, at = view[done:], at + done

@@ -1,0 +1,291 @@
+"""The disk cache: what is read is what was written, or nothing, whatever happened to the files or the process."""
+
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from disk_writer import (
+    BUDGET,
+    FINGERPRINT,
+    PAGE_BYTES,
+    PAGE_TOKENS,
+    POINT_BYTES,
+    blocks,
+    content,
+    write,
+)
+
+from rorqual.engine.store import DiskStore, records
+from rorqual.engine.store.checksum import checksum
+
+WRITER = Path(__file__).parent.parent / "support" / "disk_writer.py"
+
+
+def open_store(folder: Path, budget: int = BUDGET, **options: int) -> DiskStore:
+    return DiskStore(folder, FINGERPRINT, budget, **options)
+
+
+def read_all(store: DiskStore, seed: int, count: int) -> tuple[int, int]:
+    """Pages and checkpoints of a text that are there, each compared with what it must be."""
+    found = []
+    for _, key, block in blocks(seed, count):
+        one = store.find_page(key, block)
+        if one is None:
+            break
+        found.append(one)
+    out = torch.zeros(len(found), PAGE_BYTES, dtype=torch.uint8)
+    sound = store.read_pages(found, out)
+    points = 0
+    for i, (_, key, _) in enumerate(blocks(seed, sound)):
+        assert torch.equal(out[i], content(key, PAGE_BYTES, "page"))
+        for point in store.find_points(key):
+            loaded = store.read_point(point)
+            if loaded is not None:
+                assert torch.equal(loaded[0], content(key, POINT_BYTES, "point"))
+                assert loaded[1] is not None and loaded[1].tolist() == [float(i)] * 16
+                points += 1
+    return sound, points
+
+
+def files(folder: Path, suffix: str = ".pages") -> list[Path]:
+    return sorted(folder.rglob(f"*{suffix}"))
+
+
+def test_written_then_read_after_a_restart(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 30)
+    write(store, 2, 10)
+    store.flush()
+    assert read_all(store, 1, 30) == (30, 10)
+    store.close()
+    store = open_store(tmp_path)
+    assert read_all(store, 1, 40) == (30, 10) and read_all(store, 2, 10) == (10, 3)
+    assert store.find_page(b"?" * 16, b"") is None
+    write(store, 1, 30)  # nothing is written twice
+    store.flush()
+    assert store.stats.records_written == 0
+    store.close()
+
+
+def test_bytes_on_disk_are_the_formula(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 12)
+    store.flush()
+    page = records.HEADER + records.padded(4 * PAGE_TOKENS) + records.padded(PAGE_BYTES)
+    point = records.HEADER + records.padded(64 + POINT_BYTES)
+    assert store.nbytes == 64 + 12 * page + 64 + 4 * point
+    assert store.nbytes == sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    store.close()
+
+
+def test_another_process_reads_while_this_one_writes(tmp_path: Path) -> None:
+    first, second = open_store(tmp_path), open_store(tmp_path)
+    write(first, 1, 20)
+    first.flush()
+    assert read_all(second, 1, 20) == (0, 0)
+    second.refresh(force=True)
+    assert read_all(second, 1, 20) == (20, 6)
+    write(second, 2, 20)
+    second.flush()
+    first.refresh(force=True)
+    assert read_all(first, 2, 20) == (20, 6)
+    first.close()
+    second.close()
+
+
+def test_a_deleted_segment_is_forgotten(tmp_path: Path) -> None:
+    first = open_store(tmp_path)
+    write(first, 1, 20)
+    first.close()
+    first, second = open_store(tmp_path), open_store(tmp_path)
+    for path in files(tmp_path):
+        path.unlink()
+    assert read_all(second, 1, 20)[0] == 20, "who has it open goes on reading"
+    first.refresh(force=True)
+    assert read_all(first, 1, 20)[0] == 0
+    first.close()
+    second.close()
+
+
+def test_the_folder_stays_in_its_budget(tmp_path: Path) -> None:
+    budget = 2 << 20
+    store = open_store(tmp_path, budget)
+    for seed in range(12):
+        write(store, seed, 40)
+        store.flush()
+        assert store.nbytes <= budget + store.segment_bytes
+        for segment in store._segments.values():
+            segment.used -= 100  # time passes
+    assert store.stats.segments_deleted > 5
+    assert read_all(store, 11, 40)[0] == 40, "the newest text is there"
+    assert read_all(store, 0, 40)[0] == 0, "the oldest had to go"
+    store.close()
+
+
+def test_checkpoints_go_before_pages_of_the_same_age(tmp_path: Path) -> None:
+    store = open_store(tmp_path, 4 << 20)
+    for seed in range(6):
+        write(store, seed, 40)
+    store.flush()
+    for segment in store._segments.values():
+        segment.used = time.time() - 100
+    before = len(files(tmp_path)), len(files(tmp_path, ".points"))
+    store.budget = store.nbytes - 200_000
+    store._make_room(0)
+    assert len(files(tmp_path)) == before[0] and len(files(tmp_path, ".points")) < before[1]
+    store.close()
+
+
+def test_the_write_budget_keeps_a_quarter_for_ends_of_outputs(tmp_path: Path) -> None:
+    store = open_store(tmp_path, write_bytes_per_hour=200_000)
+    write(store, 1, 60)
+    store.flush()
+    assert 100_000 < store.stats.bytes_written <= 150_000 and store.stats.not_written
+    key = blocks(1, 1)[0][1]
+    assert store.put_point(key, b"tail", 9, content(key, POINT_BYTES, "point"), None, is_last=True)
+    store.close()
+
+
+@pytest.mark.parametrize("where", ["head", "header", "tokens", "content", "middle of content", "hidden"])
+def test_a_flipped_bit_is_noticed(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 12)
+    store.close()
+    page = records.HEADER + 64 + records.padded(PAGE_BYTES)
+    at = {
+        "head": 3,
+        "header": 64 + 4 * page + 50,
+        "tokens": 64 + 4 * page + records.HEADER + 5,
+        "content": 64 + 4 * page + records.HEADER + 64,
+        "middle of content": 64 + 4 * page + records.HEADER + 64 + PAGE_BYTES // 2,
+        "hidden": 64 + records.HEADER + 7,
+    }[where]
+    [path] = files(tmp_path, ".points" if where == "hidden" else ".pages")
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x80
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        store = open_store(tmp_path)
+        sound, points = read_all(store, 1, 12)
+    assert (sound, points) == {"head": (0, 0), "hidden": (12, 3)}.get(where, (4, 1))
+    assert len(caplog.records) == 1
+    assert ("ignored" if where == "head" else "discarded") in caplog.text
+    store.close()
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        store = open_store(tmp_path)
+        assert read_all(store, 1, 12) == (sound, points)
+    if "content" in where or where == "hidden":
+        assert not caplog.records, "a discarded record is not tried again"
+    write(store, 1, 12)  # what was lost is stored anew
+    store.flush()
+    assert read_all(store, 1, 12) == (12, 4)
+    store.close()
+
+
+@pytest.mark.parametrize("cut", [1, 63, 64, 65, 100, 192, 300, 5_000, 5_312, 5_400, 20_000])
+def test_a_cut_file_loses_its_end_only(tmp_path: Path, cut: int) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 12)
+    store.close()
+    [path] = files(tmp_path)
+    page = records.HEADER + 64 + records.padded(PAGE_BYTES)
+    size = path.stat().st_size - cut
+    os.truncate(path, size)
+    store = open_store(tmp_path)
+    assert read_all(store, 1, 12)[0] == (size - 64) // page
+    store.close()
+
+
+def test_garbage_in_the_folder_does_no_harm(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 6)
+    store.close()
+    folder = files(tmp_path)[0].parent
+    draw = random.Random(5)
+    for number in range(8):
+        (folder / f"{number}.pages").write_bytes(draw.randbytes(draw.choice([0, 10, 64, 4000])))
+    (folder / "notes.txt").write_text("mine")
+    store = open_store(tmp_path)
+    assert read_all(store, 1, 6) == (6, 2)
+    store.close()
+
+
+def test_a_full_disk_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 6)
+    store.flush()
+    real = os.pwrite
+
+    def full(fd: int, data: bytes, at: int) -> int:
+        if len(data) > 1000:
+            real(fd, data[:700], at)
+            raise OSError(28, "No space left on device")
+        return real(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    write(store, 2, 3)
+    store.flush()
+    assert store.stats.not_written == 4
+    monkeypatch.undo()
+    write(store, 3, 6)
+    store.flush()
+    assert read_all(store, 1, 6) == (6, 2) and read_all(store, 2, 3) == (0, 0) and read_all(store, 3, 6) == (6, 2)
+    store.close()
+    store = open_store(tmp_path)
+    assert read_all(store, 1, 6) == (6, 2) and read_all(store, 3, 6) == (6, 2)
+    store.close()
+
+
+def kill_often(folder: Path, times: int, seed: int) -> int:
+    """Writers killed at random moments, one after the other in one folder; returns the pages that were found sound."""
+    draw, sound = random.Random(seed), 0
+    for number in range(times):
+        process = subprocess.Popen(
+            [sys.executable, str(WRITER), str(folder), str(number % 7)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        time.sleep(draw.uniform(0, 0.15))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        store = open_store(folder)
+        for text in range(number % 7, number % 7 + 12):
+            sound += read_all(store, text, 40)[0]
+        assert store.stats.discarded == 0, "what a scan accepts is whole: a torn record is seen there"
+        store.close()
+    return sound
+
+
+def test_writers_killed_at_any_moment(tmp_path: Path) -> None:
+    assert kill_often(tmp_path, 2, 1) > 0
+
+
+@pytest.mark.slow
+def test_writers_killed_two_hundred_times(tmp_path: Path) -> None:
+    assert kill_often(tmp_path, 200, 2) > 1000
+
+
+def test_the_checksum_sees_every_change_of_a_word_and_swaps() -> None:
+    draw = np.random.default_rng(3)
+    words = draw.integers(0, 1 << 63, 10_000, dtype=np.uint64)
+    truth = checksum(words)
+    for _ in range(300):
+        other = words.copy()
+        other[draw.integers(10_000)] ^= np.uint64(1) << np.uint64(draw.integers(64))
+        assert checksum(other) != truth
+    for _ in range(300):  # two top bits: their products with odd numbers cancel in the first sum
+        other = words.copy()
+        other[draw.choice(10_000, 2, replace=False)] ^= np.uint64(1 << 63)
+        assert checksum(other) != truth
+    other = words.copy()
+    other[[17, 9_000]] = other[[9_000, 17]]
+    assert checksum(other) != truth and checksum(words[:-1]) != truth
+    assert checksum(np.zeros(8, dtype=np.uint64)) != checksum(np.zeros(16, dtype=np.uint64))
