@@ -1,13 +1,7 @@
-"""Writes pages and checkpoints into a disk cache until somebody kills it: contents follow from the keys alone.
-
-    python disk_writer.py FOLDER SEED
-
-Prints `ready` once it writes. Used by tests of what a killed writer leaves behind.
-"""
+"""Texts for a disk cache whose contents follow from the keys alone, and a writer of them to be killed."""
 
 import hashlib
-import sys
-import threading
+import os
 import time
 
 import numpy as np
@@ -46,16 +40,13 @@ def write(store: DiskStore, seed: int, count: int) -> None:
             store.put_point(key, b"", (i + 1) * PAGE_TOKENS, content(key, POINT_BYTES, "point"), hidden)
 
 
-def main(folder: str, seed: int) -> None:
+def write_forever(folder: str, seed: int, ready: int) -> None:
+    """Text after text, until somebody kills this process; a byte into file `ready` says that it has begun."""
     store = DiskStore(folder, FINGERPRINT, BUDGET)
-    threading.Timer(60, lambda: sys.exit(1)).start()  # nobody killed it
-    print("ready", flush=True)
-    while True:
+    os.write(ready, b"!")
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         write(store, seed, 40)
         seed += 1
         while store._queued_bytes > 1 << 20:
             time.sleep(0.001)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
