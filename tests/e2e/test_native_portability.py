@@ -1,4 +1,4 @@
-"""The native operations on processors with narrower vectors than this one's: built for them, held to the references."""
+"""The native operations on other processors: built for narrower vectors, and with matrix tiles emulated."""
 
 import os
 import platform
@@ -10,7 +10,8 @@ import pytest
 
 from rorqual.ops.native import compiler
 
-TESTS = Path(__file__).parents[1] / "unit" / "test_native_ops.py"
+UNIT = Path(__file__).parents[1] / "unit"
+TESTS = [UNIT / f"test_{name}.py" for name in ("native_ops", "cache_codec", "index_scan", "matvec")]
 
 
 @pytest.mark.slow
@@ -22,9 +23,40 @@ def test_built_for_another_processor(processor: str, tmp_path: Path) -> None:
     command = [*(compiler() or []), f"-march={processor}"]
     environment = {**os.environ, "CC": " ".join(command), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(TESTS)],
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *map(str, TESTS)],
         env=environment, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout and "skipped" not in run.stdout
     assert list((tmp_path / "rorqual").glob("kernels-*.so"))
+
+
+EMULATION = Path(__file__).parents[1] / "support" / "emulated_tiles.h"
+RUN_AND_COUNT = """
+import ctypes, sys, pytest
+from rorqual.ops.native import load
+code = pytest.main(["-q", "-n0", "-p", "no:cacheprovider", sys.argv[1]])
+print("tile products:", ctypes.c_long.in_dll(load(), "emulated_products").value)
+sys.exit(code)
+"""
+
+
+def has_bf16_products() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "avx512_bf16" in info.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_bf16_products(), reason="needs AVX-512 with bf16 products")
+@pytest.mark.skipif(compiler() is None, reason="no C compiler on this machine")
+def test_index_scan_with_emulated_matrix_tiles(tmp_path: Path) -> None:
+    """What is written for AMX gives the same scores and picks, its tile instructions replaced by plain C."""
+    command = [*(compiler() or []), "-include", str(EMULATION)]
+    environment = {**os.environ, "CC": " ".join(command), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", RUN_AND_COUNT, str(UNIT / "test_index_scan.py")],
+        env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    products = int(run.stdout.rsplit("tile products:", 1)[1])
+    assert products > 1000 and " passed" in run.stdout and "skipped" not in run.stdout

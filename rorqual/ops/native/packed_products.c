@@ -80,37 +80,50 @@ INLINE void few_floats(enum Format format, int rows, const Weight *w, const void
 }
 
 #ifdef HAS_BF16_PRODUCTS
-INLINE void few_halves(enum Format format, int rows, const Weight *w, const Tables *tables, const void *const *x, long there,
-                       long n, float *out, long out_row) {
+/* `weights` rows of weights, so that activations are read once for all of them. */
+INLINE void few_halves(enum Format format, int rows, int weights, const Weight *w, const Tables *tables, const void *const *x,
+                       long there, long n, float *out, long out_row) {
     uint8_t room[4 * STEP];
-    Lanes total[FEW_ROWS];
+    __m512 total[2][FEW_ROWS];
     const uint16_t *from[FEW_ROWS];
 #pragma GCC unroll 8
-    for (int m = 0; m < rows; m++) total[m] = (Lanes){0}, from[m] = x[m < there ? m : 0];
+    for (int m = 0; m < rows; m++) {
+        from[m] = x[m < there ? m : 0];
+        for (int i = 0; i < weights; i++) total[i][m] = _mm512_setzero_ps();
+    }
     for (long s = 0; s < steps_of(w); s++) {
-        __m512i v[4];
-        Lanes scale = step_scales(format, w, n, s);
-        unpack_halves(format, tables, step_codes(format, w, n, s, room), v);
+        __m512i v[2][4];
+        Lanes scale[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < weights; i++) {
+            scale[i] = step_scales(format, w, n + i, s);
+            unpack_halves(format, tables, step_codes(format, w, n + i, s, room), v[i]);
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < rows; m++) {
-            __m512 sum = _mm512_setzero_ps();
+            __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++)
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)v[j], (__m512bh)_mm512_loadu_si512(from[m] + s * STEP + 32 * j));
-            total[m] += (Lanes)sum * scale;
+            for (int j = 0; j < 4; j++) {
+                __m512bh a = (__m512bh)_mm512_loadu_si512(from[m] + s * STEP + 32 * j);
+#pragma GCC unroll 2
+                for (int i = 0; i < weights; i++) sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)v[i][j], a);
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < weights; i++) total[i][m] = _mm512_fmadd_ps(sum[i], (__m512)scale[i], total[i][m]);
         }
     }
-    for (long m = 0; m < there; m++) out[m * out_row] = add_lanes(total[m]) * row_scale(format, w, n);
+    for (int i = 0; i < weights; i++)
+        for (long m = 0; m < there; m++) out[m * out_row + i] = add_lanes((Lanes)total[i][m]) * row_scale(format, w, n + i);
 }
 #endif
 
 /* ---- many rows: tiles of TILE_ROWS weight rows and TILE_STEPS steps ---------------------------------------------- */
 
-/* Unpacked weights [TILE_ROWS][TILE_STEPS][STEP] with scales [TILE_ROWS][TILE_STEPS], and partial sums [rows][TILE_ROWS].
- * Rows beyond the last one repeat it. */
+/* Unpacked weights [TILE_STEPS][TILE_ROWS][STEP] with their scales, and partial sums [rows][TILE_ROWS]. Rows beyond the
+ * last one repeat it. */
 typedef struct {
-    Lanes scales[TILE_ROWS][TILE_STEPS];
-    float weights[TILE_ROWS * TILE_STEPS * STEP];
+    Lanes scales[TILE_STEPS][TILE_ROWS];
+    float weights[TILE_STEPS * TILE_ROWS * STEP]; /* or bf16, in the first half */
     Lanes totals[];
 } Tile;
 
@@ -123,19 +136,19 @@ INLINE void fill_tile(enum Format format, const Weight *w, long n, long last, lo
         for (long s = 0; s < steps; s++) {
             long row = n + i < last ? n + i : last - 1;
             const uint8_t *codes = step_codes(format, w, row, step + s, room);
-            float *to = tile->weights + (i * TILE_STEPS + s) * STEP;
-            tile->scales[i][s] = step_scales(format, w, row, step + s);
+            long at = (s * TILE_ROWS + i) * STEP;
+            tile->scales[s][i] = step_scales(format, w, row, step + s);
 #ifdef HAS_BF16_PRODUCTS
             if (w->in_halves) {
                 __m512i v[4];
                 unpack_halves(format, &tables, codes, v);
-                for (int j = 0; j < 4; j++) _mm512_storeu_si512((uint16_t *)to + 32 * j, v[j]);
+                for (int j = 0; j < 4; j++) _mm512_storeu_si512((uint16_t *)tile->weights + at + 32 * j, v[j]);
                 continue;
             }
 #endif
             Lanes v[8];
             unpack_floats(format, codes, v);
-            for (int j = 0; j < 8; j++) *(Lanes *)(to + j * LANE_COUNT) = v[j];
+            for (int j = 0; j < 8; j++) *(Lanes *)(tile->weights + at + j * LANE_COUNT) = v[j];
         }
 }
 
@@ -158,7 +171,7 @@ static void add_floats(const Tile *tile, const void *const *x, long rows, long s
             }
 #pragma GCC unroll 4
             for (int i = 0; i < TILE_ROWS; i++) {
-                Lanes v = lanes_at(tile->weights + (i * TILE_STEPS + s) * STEP + j * LANE_COUNT);
+                Lanes v = lanes_at(tile->weights + (s * TILE_ROWS + i) * STEP + j * LANE_COUNT);
                 IN_REGISTER(v);
 #pragma GCC unroll 4
                 for (int m = 0; m < BLOCK_ROWS; m++) sum[m][i] += v * a[m];
@@ -168,40 +181,51 @@ static void add_floats(const Tile *tile, const void *const *x, long rows, long s
         for (int m = 0; m < BLOCK_ROWS; m++)
             if (m < rows) {
 #pragma GCC unroll 4
-                for (int i = 0; i < TILE_ROWS; i++) totals[m * TILE_ROWS + i] += sum[m][i] * tile->scales[i][s];
+                for (int i = 0; i < TILE_ROWS; i++) totals[m * TILE_ROWS + i] += sum[m][i] * tile->scales[s][i];
             }
     }
 }
 
 #ifdef HAS_BF16_PRODUCTS
 static void add_halves(const Tile *tile, const void *const *x, long rows, long step, long steps, Lanes *totals) {
-    const uint16_t *from[BLOCK_ROWS];
-    for (int m = 0; m < BLOCK_ROWS; m++) from[m] = (const uint16_t *)x[m < rows ? m : 0] + step * STEP;
+    const uint16_t *from[BLOCK_ROWS], *weights = (const uint16_t *)tile->weights;
+    __m512 total[BLOCK_ROWS][TILE_ROWS];
+#pragma GCC unroll 4
+    for (int m = 0; m < BLOCK_ROWS; m++) {
+        from[m] = (const uint16_t *)x[m < rows ? m : 0] + step * STEP;
+#pragma GCC unroll 4
+        for (int i = 0; i < TILE_ROWS; i++) total[m][i] = (__m512)totals[(m < rows ? m : 0) * TILE_ROWS + i];
+    }
     for (long s = 0; s < steps; s++) {
         __m512 sum[BLOCK_ROWS][TILE_ROWS];
 #pragma GCC unroll 4
         for (int m = 0; m < BLOCK_ROWS; m++)
 #pragma GCC unroll 4
             for (int i = 0; i < TILE_ROWS; i++) sum[m][i] = _mm512_setzero_ps();
+#pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             __m512bh a[BLOCK_ROWS];
 #pragma GCC unroll 4
             for (int m = 0; m < BLOCK_ROWS; m++) a[m] = (__m512bh)_mm512_loadu_si512(from[m] + s * STEP + 32 * j);
 #pragma GCC unroll 4
             for (int i = 0; i < TILE_ROWS; i++) {
-                const uint16_t *at = (const uint16_t *)(tile->weights + (i * TILE_STEPS + s) * STEP) + 32 * j;
-                __m512bh v = (__m512bh)_mm512_loadu_si512(at);
+                __m512bh v = (__m512bh)_mm512_loadu_si512(weights + (s * TILE_ROWS + i) * STEP + 32 * j);
 #pragma GCC unroll 4
                 for (int m = 0; m < BLOCK_ROWS; m++) sum[m][i] = _mm512_dpbf16_ps(sum[m][i], v, a[m]);
             }
         }
 #pragma GCC unroll 4
-        for (int m = 0; m < BLOCK_ROWS; m++)
-            if (m < rows) {
+        for (int i = 0; i < TILE_ROWS; i++)
 #pragma GCC unroll 4
-                for (int i = 0; i < TILE_ROWS; i++) totals[m * TILE_ROWS + i] += (Lanes)sum[m][i] * tile->scales[i][s];
-            }
+            for (int m = 0; m < BLOCK_ROWS; m++)
+                total[m][i] = _mm512_fmadd_ps(sum[m][i], (__m512)tile->scales[s][i], total[m][i]);
     }
+#pragma GCC unroll 4
+    for (int m = 0; m < BLOCK_ROWS; m++)
+        if (m < rows) {
+#pragma GCC unroll 4
+            for (int i = 0; i < TILE_ROWS; i++) totals[m * TILE_ROWS + i] = (Lanes)total[m][i];
+        }
 }
 #endif
 
@@ -232,33 +256,40 @@ static void many_rows(const Weight *w, const void *const *x, long rows, long fir
 }
 
 static void few_rows(const Weight *w, const void *const *x, long rows, long first, long last, float *out, long out_row) {
-#define RUN(kind, f, r, ...)                                                                              \
-    for (long n = first; n < last; n++) kind(f, r, w, __VA_ARGS__ x, rows, n, out + n - first, out_row)
-#define BY_ROWS(kind, f, ...)                      \
-    case f:                                        \
-        if (rows == 1) RUN(kind, f, 1, __VA_ARGS__);      \
-        else if (rows <= 4) RUN(kind, f, 4, __VA_ARGS__); \
-        else RUN(kind, f, 8, __VA_ARGS__);                \
-        break;
+    long n = first;
+#define RUN(kind, f, ...) kind(f, __VA_ARGS__, x, rows, n, out + n - first, out_row)
 #ifdef HAS_BF16_PRODUCTS
     if (w->in_halves) {
         Tables tables = e4m3_tables();
+#define PAIRS_BY_ROWS(f)                                                               \
+    case f:                                                                            \
+        for (; rows > 4 && n + 1 < last; n += 2) RUN(few_halves, f, 8, 2, w, &tables); \
+        for (; rows > 1 && n + 1 < last; n += 2) RUN(few_halves, f, 4, 2, w, &tables); \
+        for (; rows == 1 && n < last; n++) RUN(few_halves, f, 1, 1, w, &tables);       \
+        for (; n < last; n++) RUN(few_halves, f, 8, 1, w, &tables);                    \
+        break;
         switch (w->format) {
-            BY_ROWS(few_halves, FORMAT_BF16, &tables, )
-            BY_ROWS(few_halves, FORMAT_INT8, &tables, )
-            BY_ROWS(few_halves, FORMAT_FP8, &tables, )
-            BY_ROWS(few_halves, FORMAT_FP4, &tables, )
+            PAIRS_BY_ROWS(FORMAT_BF16)
+            PAIRS_BY_ROWS(FORMAT_INT8)
+            PAIRS_BY_ROWS(FORMAT_FP8)
+            PAIRS_BY_ROWS(FORMAT_FP4)
         default: break; /* fp32 weights are multiplied in fp32 */
         }
         return;
     }
 #endif
+#define FLOATS_BY_ROWS(f)                                                        \
+    case f:                                                                      \
+        for (; rows == 1 && n < last; n++) RUN(few_floats, f, 1, w);             \
+        for (; rows <= 4 && n < last; n++) RUN(few_floats, f, 4, w);             \
+        for (; n < last; n++) RUN(few_floats, f, 8, w);                          \
+        break;
     switch (w->format) {
-        BY_ROWS(few_floats, FORMAT_FP32, )
-        BY_ROWS(few_floats, FORMAT_BF16, )
-        BY_ROWS(few_floats, FORMAT_INT8, )
-        BY_ROWS(few_floats, FORMAT_FP8, )
-        BY_ROWS(few_floats, FORMAT_FP4, )
+        FLOATS_BY_ROWS(FORMAT_FP32)
+        FLOATS_BY_ROWS(FORMAT_BF16)
+        FLOATS_BY_ROWS(FORMAT_INT8)
+        FLOATS_BY_ROWS(FORMAT_FP8)
+        FLOATS_BY_ROWS(FORMAT_FP4)
     }
 }
 
