@@ -2,7 +2,7 @@
 
 Each round is one step of the model that serves many requests: one token for each that decodes, and a chunk of the
 prompts that wait to be read (`scheduler.py`). Each request has its own State and its own seed, so a neighbour can
-change when a token comes, never which one. Left out for now: a prefix cache.
+change when a token comes, never which one. With a prefix cache it starts from what earlier ones computed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from rorqual.engine.events import Completion, FinishReason, TokenEvent
 from rorqual.engine.job import Job
 from rorqual.engine.memory import StateCost
 from rorqual.engine.params import SamplingParams
+from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.engine.request import Listener, Progress, Request
 from rorqual.engine.scheduler import Round, Scheduler
 from rorqual.engine.stats import EngineStats, Meter, StepRecord
 from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
-from rorqual.errors import RequestError
+from rorqual.errors import ConfigError, RequestError
 
 logger = log.get(__name__)
 
@@ -94,6 +95,7 @@ class Engine:
         context_limit: int | None = None,
         max_state_bytes: int | None = None,
         log_steps: int = 0,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         cost = None if max_state_bytes is None else StateCost(model)
         self._scheduler = Scheduler(max_running, max_queued, chunk, step_tokens, max_bytes=max_state_bytes, cost=cost)
@@ -102,7 +104,13 @@ class Engine:
         # padding rows of the head's table have no text, so they are never chosen, nor read or scored
         self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
         self.context_limit = context_limit or int(model.cfg.max_position_embeddings)
-        self._stepper = Stepper(model, self._num_choices)
+        if prefix_cache is not None and prefix_cache.model is not model:
+            raise ConfigError(
+                "The prefix cache was made for another model object, whose state means nothing here. Make it with "
+                "PrefixCache(model) of the model that the engine runs."
+            )
+        self.prefix_cache = prefix_cache
+        self._stepper = Stepper(model, self._num_choices, prefix_cache)
         self._meter = Meter(log_steps)
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
         self._closing = False
@@ -123,6 +131,7 @@ class Engine:
         listener: Listener | None = None,
         on_progress: Progress | None = None,
         wait: bool = False,
+        rendered: bool = False,
     ) -> Request:
         """Queue a prompt of token ids and return its handle at once.
 
@@ -131,10 +140,14 @@ class Engine:
         listener: called with each TokenEvent from the engine's thread, instead of the handle's iterator.
         on_progress: called from there too, with the prompt tokens read so far and all of them, after each chunk.
         wait: block while the queue is full instead of refusing.
+        rendered: the tokens are tokenised text, so turns that this engine sampled may be put back as it sampled them
+        (the same bytes); the handle's `prompt_ids` are then those.
         Raises: RequestError for an empty or impossible prompt, one beyond the context limit or the memory for states,
         a full queue (429) or a closed engine (503).
         """
         params = params or SamplingParams()
+        if rendered and self.prefix_cache is not None:
+            tokens = self.prefix_cache.as_sampled(tokens)
         max_tokens = check_request(tokens, params, self._num_choices, self.context_limit, self._scheduler)
         check_timeout(timeout_s)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
@@ -272,19 +285,21 @@ class Engine:
             job.request.mark_started()
         began = time.perf_counter()
         decoding = sum(not job.is_prefilling for job, _ in plan.work)
+        read = 0  # less than planned where the prefix cache knew the beginning
         for outcome in self._stepper.run(plan.work):
+            read += sum(count for _, count in outcome.work)
             self._handle(outcome)
-        self._record(plan, decoding, time.perf_counter() - began)
+        self._record(plan, decoding, max(0, read - decoding), time.perf_counter() - began)
         return True
 
-    def _record(self, plan: Round, decoding: int, seconds: float) -> None:
+    def _record(self, plan: Round, decoding: int, prompt_tokens: int, seconds: float) -> None:
         with self._changed:
             scheduler = self._scheduler
             self._meter.add(
                 StepRecord(
                     number=self._meter.rounds,
                     decoding=decoding,
-                    prompt_tokens=sum(count for _, count in plan.work) - decoding,
+                    prompt_tokens=prompt_tokens,
                     seconds=seconds,
                     running=len(scheduler.running),
                     waiting=len(scheduler.waiting),
@@ -326,7 +341,12 @@ class Engine:
             self._scheduler.remove(job)
             self._meter.finished[reason] += 1
             self._changed.notify_all()
-        job.state = None  # its memory is free before the next admission
+        if self.prefix_cache is not None and job.lease is not None and reason != "error":
+            try:
+                self.prefix_cache.end_of_output(job.lease, job.request.prompt_ids, job.ids)
+            except Exception as error:  # the output is complete, whatever becomes of its copy
+                logger.error("an output could not be stored for later requests", exc_info=error)
+        job.forget()  # its memory is free before the next admission
 
     def _end_early(self, job: Job) -> None:
         """Close a request that was cancelled or is late; the scheduler has taken it out."""

@@ -22,6 +22,7 @@ class Job:
     stops: StopFilter
     order: int = 0  # of arrival, given by the scheduler
     state: Any = None  # the model's State; made at the first step, owned by this job alone
+    lease: Any = None  # what the prefix cache knows of the state, where there is a cache
     num_read: int = 0
     ids: list[int] = field(default_factory=list)  # sampled so far
     alone_until: int = 0  # a step with others failed: no company until this many tokens are read
@@ -53,4 +54,4 @@ class Job:
 
     def forget(self) -> None:
         """Drop the state; everything known will be read again."""
-        self.state, self.num_read = None, 0
+        self.state, self.lease, self.num_read = None, None, 0

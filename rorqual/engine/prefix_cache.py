@@ -28,6 +28,7 @@ from rorqual.engine.store.explain import Explanation, Reason
 from rorqual.engine.store.fingerprint import store_fingerprint
 from rorqual.engine.store.lookup import Found, Lookup
 from rorqual.engine.store.tree import Node, Point, PrefixTree, Tokens
+from rorqual.engine.store.turns import TurnStore, TurnTokenizer
 from rorqual.errors import ConfigError
 from rorqual.model import State, Transformer
 from rorqual.model.pages import PagePool
@@ -83,6 +84,7 @@ class PrefixCache:
     windows, period: policy for window checkpoints; `periodic` keeps one every `period` tokens, by default as many as
     would have to be run again without any. ends: also at the end of each prompt and output.
     rewind: how far states can be cut back exactly (see `Transformer.new_state`).
+    tokenizer: needed to remember sampled turns, so that conversations which clients send back as text hit.
 
     Raises ConfigError for settings that cannot work, OSError when the folder cannot be used.
     """
@@ -101,6 +103,7 @@ class PrefixCache:
         ends: bool = True,
         rewind: int = 128,
         page_tokens: int | None = None,
+        tokenizer: TurnTokenizer | None = None,
     ) -> None:
         cfg = model.cfg
         running = cfg.max_position_embeddings if running_tokens is None else running_tokens
@@ -119,6 +122,8 @@ class PrefixCache:
         self.disk = (
             None if folder is None else DiskStore(folder, self.fingerprint, disk_bytes, write_bytes_per_hour)
         )  # fmt: skip
+        path = None if self.disk is None or tokenizer is None else self.disk.folder / "turns"
+        self.turns = None if tokenizer is None else TurnStore(tokenizer, path)
         self.stats = CacheStats()
 
     def _checked_period(self, windows: Windows, period: int | None, size: int) -> int | None:
@@ -230,8 +235,10 @@ class PrefixCache:
             self._checkpoint(lease, hidden, is_last=False)
             self.tree.shrink()
 
-    def end_of_output(self, lease: Lease) -> None:
-        """Store a sequence whose output is complete, as far as it has been read."""
+    def end_of_output(self, lease: Lease, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
+        """Store a sequence whose output is complete, as far as it has been read, and the turn that was sampled."""
+        if self.turns is not None and output:
+            self.turns.remember([*prompt, *output], len(prompt))
         self.progress(lease)
         if self.ends:
             self._checkpoint(lease, None, is_last=True)
@@ -262,6 +269,10 @@ class PrefixCache:
             hit = self.tree.match(lease.state.tokens[0, : full * size].numpy())
             node = hit.nodes[-1] if hit.nodes else self.tree.root
         return node
+
+    def as_sampled(self, tokens: Sequence[int]) -> Sequence[int]:
+        """A rendered prompt's ids with turns that were sampled here as they were sampled: the same bytes."""
+        return tokens if self.turns is None else self.turns.restore(tokens)[0]
 
     def clear(self) -> None:
         """Forget everything in memory, as after a change of weights."""

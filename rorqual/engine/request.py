@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
 from rorqual.engine.params import SamplingParams
+from rorqual.engine.store.explain import Explanation
 from rorqual.errors import RequestError
 
 Listener = Callable[[TokenEvent], None]
@@ -43,6 +44,7 @@ class Request:
         self.priority = priority
         self.timeout_s = timeout_s
         self.error: RequestError | None = None
+        self.cache: Explanation | None = None  # what the prefix cache did for it, once it runs
         self.finish_reason: FinishReason | None = None
         self.events: list[TokenEvent] = []
         self.prompt_scores: list[TokenScore] = []
@@ -92,7 +94,8 @@ class Request:
     @property
     def usage(self) -> Usage:
         """Token counts so far."""
-        return Usage(len(self.prompt_ids), sum(event.id is not None for event in self.events))
+        cached = 0 if self.cache is None else self.cache.cached_tokens
+        return Usage(len(self.prompt_ids), sum(event.id is not None for event in self.events), cached)
 
     @property
     def timing(self) -> Timing:

@@ -18,6 +18,7 @@ from rorqual import log
 from rorqual.engine import sampler
 from rorqual.engine.events import TokenScore
 from rorqual.engine.job import Job
+from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.model import Segment
 
 logger = log.get(__name__)
@@ -39,8 +40,8 @@ class Outcome:
 class Stepper:
     """Feeds jobs to `model`. `num_choices`: ids from 0 that can be sampled."""
 
-    def __init__(self, model: Any, num_choices: int) -> None:  # Any: a LanguageModel
-        self._model, self._num_choices = model, num_choices
+    def __init__(self, model: Any, num_choices: int, cache: PrefixCache | None = None) -> None:  # Any: a LanguageModel
+        self._model, self._num_choices, self._cache = model, num_choices, cache
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._can_share = hasattr(model, "step")
         self.failures = 0
@@ -72,13 +73,44 @@ class Stepper:
         shared = [(job, count) for job, count in work if job.num_read >= job.alone_until]
         return [shared, *([one] for one in work if one[0].num_read < one[0].alone_until)]
 
+    def _start(self, job: Job, count: int) -> int:
+        """Give a job its state, from the prefix cache if there is one; how many of `count` tokens it reads now.
+
+        None are left when the very prompt was there with the scores behind it.
+        """
+        cache = self._cache
+        if cache is None:
+            if job.state is None:
+                job.state = self._model.new_state(1)
+            return count
+        if job.state is None:
+            known = (*job.request.prompt_ids, *job.ids)
+            job.lease = cache.begin(known, ask=not job.request.params.prompt_logprobs)
+            job.state, job.num_read = job.lease.state, job.lease.num_cached
+            if job.request.cache is None:  # not after a preemption
+                job.request.cache = job.lease.explanation
+        stop = cache.next_stop(job.num_read) if job.is_prefilling else None
+        return min(count, job.num_tokens - job.num_read, count if stop is None else stop - job.num_read)
+
     def _step(self, work: Work) -> Outcome:
+        work = [(job, self._start(job, count)) for job, count in work]
+        ready = [job for job, count in work if not count]
+        fed = [(job, count) for job, count in work if count]
+        sampling, hidden = self._feed(fed) if fed else ([], None)
+        parts = [] if hidden is None else [hidden]
+        parts += [job.lease.hidden.to(self._device)[None, None] for job in ready]
+        sampling = [*sampling, *ready]
+        if not sampling:
+            return Outcome(work)
+        hidden_RD = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], 1)
+        logits_RV = self._model.logits(hidden_RD)[0, :, : self._num_choices]
+        return Outcome(work, sampling, logits_RV.float().cpu())
+
+    def _feed(self, work: Work) -> tuple[list[Job], Tensor | None]:
+        """Read tokens: who samples now, and the final hidden states [1, R, D] of their last tokens."""
         ids = [one for job, count in work for one in job.next_ids(count)]
         tokens = torch.tensor(ids, dtype=torch.int64, device=self._device)
         counts = [count for _, count in work]
-        for job, _ in work:
-            if job.state is None:
-                job.state = self._model.new_state(1)
         if self._can_share:
             parts = tokens.split(counts)
             segments = [Segment(job.state, part) for (job, _), part in zip(work, parts, strict=True)]
@@ -96,11 +128,22 @@ class Stepper:
             if job.num_read == job.num_tokens:
                 sampling.append(job)
                 rows.append(end - 1)
-        if not rows:
-            return Outcome(work)
-        last = streams if len(rows) == streams.shape[1] else streams[:, rows]
-        logits_RV = self._model.logits(self._model.final_hidden(last))[0, :, : self._num_choices]
-        return Outcome(work, sampling, logits_RV.float().cpu())
+        hidden = None
+        if rows:
+            last = streams if len(rows) == streams.shape[1] else streams[:, rows]
+            hidden = self._model.final_hidden(last)
+        if self._cache is not None:
+            self._store(self._cache, work, sampling, hidden)
+        return sampling, hidden
+
+    @staticmethod
+    def _store(cache: PrefixCache, work: Work, sampling: list[Job], hidden: Tensor | None) -> None:
+        """Keep what prompts have become; decoding is kept at its end."""
+        for job, count in work:
+            if job not in sampling:
+                cache.progress(job.lease)
+            elif hidden is not None and (not job.ids or count > 1):
+                cache.end_of_prompt(job.lease, hidden[0, sampling.index(job)])
 
     def _score_prompt(self, job: Job, streams: Tensor) -> None:
         """Record the log probability of each prompt token that follows a token of this chunk, unless it is known."""

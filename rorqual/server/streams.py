@@ -32,7 +32,7 @@ class TokenStream:
         def listener(event: TokenEvent) -> None:
             loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
-        self.request: Request = engine.submit(tokens, params, listener=listener)
+        self.request: Request = engine.submit(tokens, params, listener=listener, rendered=True)
 
     async def batches(self, patience_s: float) -> AsyncIterator[list[TokenEvent]]:
         """Events in order, those that are ready together; an empty list after `patience_s` without any.

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ class TurnTokenizer(Protocol):
 
     @property
     def control_token_ids(self) -> frozenset[int]: ...
+    @property
+    def byte_lengths(self) -> NDArray[np.int64]: ...
     def token_bytes(self, token_id: int) -> bytes: ...
     def encode(self, text: str, allow_special: bool = True) -> list[int]: ...
 
@@ -63,6 +66,7 @@ class TurnStore:
         self._turns: OrderedDict[bytes, tuple[int, NDArray[np.int32]]] = OrderedDict()  # key -> run's bytes, ids
         self._lengths: dict[int, int] = {}  # how many remembered runs have so many bytes: most runs need no look-up
         self._nbytes = 0
+        self._lock = threading.Lock()  # requests are restored on callers' threads, outputs remembered on the engine's
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._load(self.path)
@@ -87,8 +91,9 @@ class TurnStore:
             except UnicodeDecodeError:  # a cut character: no client can send this text back
                 continue
             if canonical != own.tolist():
-                self._keep(key, len(data), own)
-                self._append(key, len(data), own)
+                with self._lock:
+                    self._keep(key, len(data), own)
+                    self._append(key, len(data), own)
                 kept += 1
         return kept
 
@@ -104,15 +109,15 @@ class TurnStore:
         replaced: list[Replaced] = []
         before = hashlib.blake2b(digest_size=16)
         at = 0
+        bytes_before = np.concatenate([[0], np.cumsum(self._tokenizer.byte_lengths[source])])
         for begin, end in self._bounds(source):
             run = source[begin:end]
-            if end > begin:
-                data = self._bytes(run) if self._lengths else b""
-                if len(data) in self._lengths:
-                    found = self._turns.get(_key(before, data))
-                    if found is not None:
-                        replaced.append(Replaced(at, at + len(found[1]), end - begin))
-                        run = found[1]
+            if end > begin and int(bytes_before[end] - bytes_before[begin]) in self._lengths:
+                with self._lock:
+                    found = self._turns.get(_key(before, self._bytes(run)))
+                if found is not None:
+                    replaced.append(Replaced(at, at + len(found[1]), end - begin))
+                    run = found[1]
             piece = np.concatenate([run, source[end : end + 1]])  # with the control token that ends it
             before.update(piece.tobytes())
             at += len(piece)
