@@ -14,7 +14,8 @@ Ours is an `Engine` with room for all clients; every client is a thread that ite
 * `one at a time`: the same engine with `max_running=1`;
 * `transformers, equal lengths`: `generate` on static batches without padding, one batch a length, shortest first, since
   with left padding its V4 produces other tokens (`padded_rows_unchanged` says how many rows came out as alone);
-* `transformers, padded`: all clients in one left-padded batch, timed all the same;
+* `transformers, padded`: left-padded batches of 16 clients as they come (more would need tens of gigabytes for its
+  scores), timed all the same;
 * `transformers, continuous batching`: `generate_batch`, or what it answers.
 
 The bound of the throughput is the best rate of an fp32 matrix product over the multiply-adds that all tokens need. That
@@ -42,6 +43,7 @@ from rorqual.model import Transformer
 
 LENGTHS = (32, 64, 128, 256, 512, 768, 1024, 2048)
 CHUNK = 512
+PADDED_ROWS = 16
 
 
 @dataclass
@@ -106,8 +108,8 @@ def serve(model: Transformer, prompts: Sequence[Tensor], count: int, max_running
     ids: list[list[int]] = [[] for _ in prompts]
     times: list[list[float]] = [[] for _ in prompts]
     params = SamplingParams(temperature=0, max_tokens=count)
-    limits = {"max_running": max_running, "max_queued": len(prompts) + 1, "chunk": CHUNK}
-    with Engine(model, IdsOnly(model.cfg.vocab_size), **limits) as engine:
+    tokenizer, room = IdsOnly(model.cfg.vocab_size), len(prompts) + 1
+    with Engine(model, tokenizer, max_running=max_running, max_queued=room, chunk=CHUNK) as engine:
         began = time.perf_counter()
         requests = [engine.submit(prompt.tolist(), params) for prompt in prompts]
 
@@ -154,9 +156,10 @@ def generated(peer: Any, rows: Sequence[Tensor], count: int) -> tuple[list[list[
 
 
 def batches(prompts: Sequence[Tensor], is_padded: bool) -> Iterator[list[int]]:
-    """Numbers of the prompts that one static batch takes, shortest first."""
+    """Numbers of the prompts that one static batch takes: some as they come, or all of a length, shortest first."""
     if is_padded:
-        yield list(range(len(prompts)))
+        numbers = list(range(len(prompts)))
+        yield from (numbers[lo : lo + PADDED_ROWS] for lo in range(0, len(numbers), PADDED_ROWS))
         return
     for length in sorted({len(prompt) for prompt in prompts}):
         yield [number for number, prompt in enumerate(prompts) if len(prompt) == length]
@@ -196,7 +199,7 @@ def same_rows(a: Burst, b: Burst) -> int:
     return sum(x == y for x, y in zip(a.ids, b.ids, strict=True))
 
 
-def run_all(sides: Sequence[Side], prompts: Sequence[Tensor], repeats: int) -> None:
+def run_all(sides: list[Side], prompts: Sequence[Tensor], repeats: int) -> None:
     """Bursts of all sides by turns, so that a slow moment of the machine hits each; a small one first as warm-up."""
     for number in range(-1, repeats):
         for side in sides[number % len(sides) :] + sides[: number % len(sides)] if number >= 0 else sides:
@@ -265,15 +268,15 @@ def lines(
             continue  # it tells no times
         for name, share in (("p50", 0.5), ("p99", 0.99)):
             read = sum(costs[: math.ceil(share * len(costs))]) / macs_per_s
-            first = report(
-                "first_token", f"{case}/{name}", "s", ours, peer,
-                lambda burst, share=share: percentile(burst.first, share), read, facts,
-            )  # fmt: skip
-            between = report(
-                "between_tokens", f"{case}/{name}", "s", ours, peer,
-                lambda burst, share=share: percentile(burst.gaps, share), step, facts,
-            )  # fmt: skip
-            yield from (first, between)
+
+            def first(burst: Burst, share: float = share) -> float:
+                return percentile(burst.first, share)
+
+            def gap(burst: Burst, share: float = share) -> float:
+                return percentile(burst.gaps, share)
+
+            yield report("first_token", f"{case}/{name}", "s", ours, peer, first, read, facts)
+            yield report("between_tokens", f"{case}/{name}", "s", ours, peer, gap, step, facts)
 
 
 def main() -> None:

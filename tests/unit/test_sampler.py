@@ -155,3 +155,50 @@ def test_a_minute_temperature_takes_the_best_that_is_allowed(temperature: float)
     for draw in range(20):
         assert sampler.sample(LOGITS, params, seed=draw, position=0) in (1, 5)  # equal, and the best but for 0
     assert sampler.sample(LOGITS, params.replace(suppress_token_ids=()), seed=1, position=0) == 0
+
+
+def by_definition(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Temperature, top-k and top-p over all tokens sorted, written as the docs say it."""
+    probs = torch.softmax(logits.double() / params.temperature, dim=-1)
+    ranked, order = torch.sort(probs, descending=True, stable=True)
+    ranked[params.top_k if params.top_k is not None else len(ranked) :] = 0
+    before = ranked.cumsum(-1) - ranked
+    ranked[before >= params.top_p * ranked.sum()] = 0
+    kept = torch.zeros_like(probs).scatter_(0, order, ranked)
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])  # from nearly flat, where a shortlist is not enough, to peaked
+@pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 7}, {"top_k": 2000, "top_p": 0.6}])
+def test_the_shortlist_changes_nothing(spread: float, filters: dict[str, float]) -> None:
+    draw = torch.Generator().manual_seed(1)
+    params = SamplingParams(temperature=0.7, **filters)  # type: ignore[arg-type]
+    for rounded in (False, True):
+        logits = spread * torch.randn(20000, generator=draw)
+        logits = (4 * logits).round() / 4 if rounded else logits  # with hundreds of equals
+        found, expected = sampler.filtered_probabilities(logits, params), by_definition(logits, params)
+        assert torch.equal(found > 0, expected > 0)
+        assert torch.allclose(found, expected, rtol=1e-12, atol=0)
+
+
+def test_rows_of_a_step_are_chosen_as_each_alone() -> None:
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(2))
+    logits[1, [5, 9]] = 9.0
+    logits[4, 7] = float("nan")
+    params = [
+        SamplingParams(),
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=0, suppress_token_ids=(int(logits[2].argmax()),)),
+        SamplingParams(top_p=0.5, min_p=0.1),
+        SamplingParams(temperature=0),
+        SamplingParams(top_k=5, suppress_token_ids=(1, 2)),
+    ]
+    before = logits.clone()
+    chosen = sampler.choose(logits, [sampler.Choice(own, 3, 40 + i) for i, own in enumerate(params)])
+    assert torch.equal(logits.nan_to_num(7.0), before.nan_to_num(7.0))
+    for i, (token, own) in enumerate(zip(chosen, params, strict=True)):
+        if i == 4:
+            assert isinstance(token, RequestError) and "position 44" in str(token)
+        else:
+            assert token == sampler.sample(logits[i], own, 3, 40 + i)
+    assert chosen[1] == 5
