@@ -1,7 +1,8 @@
 """Serving: token ids in, token events out. Text serves for stop strings only; messages and HTTP are above."""
 
-from rorqual.engine.engine import Engine, LanguageModel, TextTokenizer
+from rorqual.engine.engine import Engine
 from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
+from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.request import Request
 from rorqual.engine.stats import EngineStats, StepRecord

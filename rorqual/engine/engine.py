@@ -12,9 +12,9 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from rorqual import log
 from rorqual.engine import sampler
 from rorqual.engine.checks import check_request, check_timeout
 from rorqual.engine.events import Completion, FinishReason, TokenEvent
+from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.job import Job
 from rorqual.engine.memory import StateCost
 from rorqual.engine.params import SamplingParams
@@ -35,34 +36,6 @@ from rorqual.engine.stops import StopFilter
 from rorqual.errors import ConfigError, RequestError
 
 logger = log.get(__name__)
-
-
-class LanguageModel(Protocol):
-    """What the engine needs of a model; `rorqual.Transformer` has it. Tokens [1, S] give logits [1, S, V].
-
-    With a method `step`, as Transformer's, requests share steps; without it each makes its own.
-    """
-
-    @property
-    def cfg(self) -> Any: ...  # needs `vocab_size` and `max_position_embeddings`
-    def parameters(self) -> Iterator[Any]: ...
-    def new_state(self, batch_size: int = 1) -> Any: ...
-    def forward_streams(self, tokens: Tensor, *, state: Any) -> Tensor: ...
-    def final_hidden(self, streams: Tensor) -> Tensor: ...
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-
-class TextTokenizer(Protocol):
-    """What the engine needs of a tokenizer; `rorqual.tokenizer.Tokenizer` has it."""
-
-    @property
-    def eos_token_id(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def control_token_ids(self) -> frozenset[int]: ...
-    def encode(self, text: str) -> list[int]: ...
-    def stream_decoder(self) -> Any: ...
 
 
 class Engine:
@@ -362,14 +335,11 @@ class Engine:
         request.mark_token()
         job.ids.append(token)
         self._meter.sampled_tokens += 1
-        event = TokenEvent(token)
+        logprob: float | None = None
+        best: tuple[tuple[int, float], ...] = ()
         if params.logprobs:
             logprobs_V = sampler.log_probabilities(logits_V)
-            event = replace(
-                event,
-                logprob=float(logprobs_V[token]),
-                top_logprobs=sampler.best_tokens(logprobs_V, params.top_logprobs),
-            )
+            logprob, best = float(logprobs_V[token]), sampler.best_tokens(logprobs_V, params.top_logprobs)
         reason: FinishReason | None = None
         text = ""
         if token == self.tokenizer.eos_token_id or token in params.stop_token_ids:
@@ -380,7 +350,7 @@ class Engine:
         if reason is not None:
             text += job.decoder.flush()
         is_control = token in self.tokenizer.control_token_ids
-        ready = job.stops.push(replace(event, text=text), is_control=is_control)
+        ready = job.stops.push(TokenEvent(token, text, logprob, best), is_control=is_control)
         if job.stops.stopped:
             reason = "stop"
         if reason is not None:
