@@ -5,11 +5,12 @@
 A prompt of random tokens goes to an `Engine` over Minke's architecture with drawn weights (speed does not depend on
 them), with a `PrefixCache` that writes to a folder. Then:
 
-* `warm-memory`: the same prompt again; `warm-memory/new-question`: its last 16 tokens are others.
+* `warm-memory`: the same prompt again; `warm-memory/new-question`: its last 16 tokens are others, so the window is
+  restored by running tokens again; `warm-memory/next-question`: others once more, from the checkpoint taken there.
 * `warm-disk`, `warm-disk/new-question`: the same two after a restart: another cache over the same folder, whose files
   the system has been told to forget, in a process that has the weights.
 
-The peer of all four is the cold run, `ratio` says how many times faster the warm one is. What comes out is compared:
+The peer of all is the cold run, `ratio` says how many times faster the warm one is. What comes out is compared:
 the first 8 tokens must be those of the cold run, or of an engine without a cache for the new question.
 
 The bound is two decode steps at this context (measured in the same run) and the bytes that have to move over the rate
@@ -47,7 +48,9 @@ from rorqual.model.pages import PagePool
 
 QUESTION, CHECKED, CHUNK = 16, 8, 2048
 GIB = 1 << 30
-CASES = ("warm-memory", "warm-memory/new-question", "warm-disk", "warm-disk/new-question")
+CASES = (
+    "warm-memory", "warm-memory/new-question", "warm-memory/next-question", "warm-disk", "warm-disk/new-question"
+)  # fmt: skip
 
 
 class IdsOnly:
@@ -149,7 +152,7 @@ def memory_bytes_per_s() -> float:
 
 
 def first_token_lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The four warm cases, each against the cold run."""
+    """The warm cases, each against the cold run."""
     model = Transformer(rorqual.ModelConfig.preset("minke"), seed=0).eval()
     repeats = 1 if args.quick else 3
     draw = torch.Generator().manual_seed(0)
@@ -158,14 +161,16 @@ def first_token_lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     disk_rate = 0.0
     for number in range(repeats):
         folder = Path(tempfile.mkdtemp(dir=args.folder))
-        ids = torch.randint(3, 250, (args.length + QUESTION,), generator=draw).tolist()
-        prompt, other = ids[: args.length], ids[: args.length - QUESTION] + ids[args.length :]
+        ids = torch.randint(3, 250, (args.length + 2 * QUESTION,), generator=draw).tolist()
+        document = ids[: args.length - QUESTION]
+        prompt, other, third = (document + ids[i : i + QUESTION] for i in range(len(document), len(ids), QUESTION))
         with serving(model, folder, args.length) as engine:
             ask(engine, ids[:300])  # kernels are loaded, threads started
             colds.append(ask(engine, prompt))
             measure.note(f"{number}: cold {colds[-1].first_s:.2f} s")
             runs["warm-memory"].append(ask(engine, prompt))
             runs["warm-memory/new-question"].append(ask(engine, other))
+            runs["warm-memory/next-question"].append(ask(engine, third))
             assert engine.prefix_cache is not None
             engine.prefix_cache.flush()
         disk_rate = max(disk_rate, disk_bytes_per_s(folder, 256 << 20)[1])
@@ -260,7 +265,6 @@ def rate_lines(
 ) -> Iterator[dict[str, Any]]:
     """Reading into the pool, by turns with a plain read."""
     num_bytes = len(pages) * pool.page_bytes
-    content = torch.empty(32, pool.page_bytes, dtype=torch.uint8)
     ours, plain_read, plain_write = [], [], []
     for _ in range(repeats):
         written, read = disk_bytes_per_s(folder, num_bytes)
@@ -269,11 +273,9 @@ def rate_lines(
         forget_files(folder)
         began = time.perf_counter()
         store = DiskStore(folder, b"benchmark-16byte", 16 * GIB)
-        for at in range(0, len(keys), 32):
-            stored = [store.find_page(*one) for one in keys[at : at + 32]]
-            found = [one for one in stored if one is not None]
-            assert store.read_pages(found, content[: len(found)]) == len(pages[at : at + 32])
-            pool.write(pages[at : at + 32], content[: len(found)])
+        found = [one for one in (store.find_page(*key) for key in keys) if one is not None]
+        done = store.read_pages(found, lambda first, content: pool.write(pages[first : first + len(content)], content))
+        assert done == len(pages)
         ours.append(num_bytes / (time.perf_counter() - began) / GIB)
         store.close()
     config = {"bytes": num_bytes, "page_bytes": pool.page_bytes}

@@ -50,6 +50,8 @@ class Lease:
     explanation: Explanation
     hidden: Tensor | None = None
     node: Node | None = None
+    branch: int = 0
+    """Where this prompt leaves stored text without a checkpoint there: one is taken, for the next that does so."""
 
 
 @dataclass
@@ -82,7 +84,8 @@ class PrefixCache:
     running_tokens: tokens that running sequences may hold besides (the model's context length unless given).
     folder, disk_bytes, write_bytes_per_hour: the disk cache, none without a folder.
     windows, period: policy for window checkpoints; `periodic` keeps one every `period` tokens, by default as many as
-    would have to be run again without any. ends: also at the end of each prompt and output.
+    would have to be run again without any. ends: also at the end of each prompt and output, and where a prompt leaves
+    another (a document with another question), so that the next one finds a checkpoint there.
     rewind: how far states can be cut back exactly (see `Transformer.new_state`).
     tokenizer: needed to remember sampled turns, so that conversations which clients send back as text hit.
 
@@ -169,7 +172,9 @@ class PrefixCache:
         self.tree.shrink()
         self.stats.add(explanation)
         hidden = point.hidden if point is not None and found.is_exact else None
-        return Lease(state, state.lengths[0], explanation, hidden, node)
+        stored = found.num_pages * self.pool.page_tokens
+        branch = stored if self.ends and stored > found.restored_at else 0
+        return Lease(state, state.lengths[0], explanation, hidden, node, branch)
 
     def _install(self, state: State, ids: Tokens, found: Found, point: Point | None) -> None:
         tokens, frozen = torch.from_numpy(ids), found.num_pages * self.pool.page_tokens
@@ -201,9 +206,11 @@ class PrefixCache:
 
     # Storing
 
-    def next_stop(self, position: int) -> int | None:
-        """Where a chunk that begins at `position` must end at the latest, so that a checkpoint can be taken there."""
-        return None if self.period is None else (position // self.period + 1) * self.period
+    def next_stop(self, lease: Lease) -> int | None:
+        """Where the sequence's next chunk must end at the latest, so that a checkpoint can be taken there."""
+        position = lease.state.lengths[0]
+        stops = [] if self.period is None else [(position // self.period + 1) * self.period]
+        return min([*stops, *([lease.branch] if lease.branch > position else [])], default=None)
 
     def progress(self, lease: Lease) -> None:
         """Store the full pages of a sequence, and a checkpoint where the policy wants one.
@@ -224,7 +231,7 @@ class PrefixCache:
                     content = self.pool.read([node.page])[0]
                     self.disk.put_page(parent.key, node.key, block, node.depth * size, content)
         lease.node = node
-        if self.period is not None and length and length % self.period == 0:
+        if length and (length == lease.branch or (self.period is not None and length % self.period == 0)):
             self._checkpoint(lease, None, is_last=False)
         self.tree.shrink()
 

@@ -89,7 +89,7 @@ class Stepper:
             job.state, job.num_read = job.lease.state, job.lease.num_cached
             if job.request.cache is None:  # not after a preemption
                 job.request.cache = job.lease.explanation
-        stop = cache.next_stop(job.num_read) if job.is_prefilling else None
+        stop = cache.next_stop(job.lease) if job.is_prefilling else None
         return min(count, job.num_tokens - job.num_read, count if stop is None else stop - job.num_read)
 
     def _step(self, work: Work) -> Outcome:

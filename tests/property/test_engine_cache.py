@@ -98,7 +98,7 @@ def test_an_exact_repeat_makes_no_step_before_its_first_token(model: Transformer
     with Engine(model, TOKENIZER, chunk=16, prefix_cache=cache, log_steps=8) as engine:
         first = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=1))[0]
         again = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=1, logprobs=True))[0]
-        assert engine.step_log()[-1].prompt_tokens == 0
+    assert engine.step_log()[-1].prompt_tokens == 0
     assert first.ids == again.ids and again.usage.cached_tokens == len(prompt)
 
 

@@ -63,7 +63,7 @@ def run(cache: PrefixCache, lease: Lease, row: Tensor, end: int, chunk: int) -> 
     model, state, streams = cache.model, lease.state, None
     while state.lengths[0] < end:
         at = state.lengths[0]
-        stop = cache.next_stop(at)
+        stop = cache.next_stop(lease)
         upto = min(end, at + chunk, end if stop is None else stop)
         with torch.no_grad():
             streams = model.forward_streams(row[None, at:upto], state=state)
@@ -182,6 +182,16 @@ def test_policies_differ_in_what_is_run_again() -> None:
     assert seen["full"] == (64, 0, "memory")
     assert seen["periodic"] == (48, 16, "memory")
     assert seen["zero"] == (0, 4 * 7, "none"), "layers times tokens of a window before its own"
+
+
+def test_the_second_prompt_that_leaves_a_text_finds_a_checkpoint_there() -> None:
+    model = model_of(8)
+    cache = new_cache(model)
+    row = some_tokens(model, 90)
+    questions = [torch.cat([row[:70], some_tokens(model, 9, draw_seed=s)]) for s in range(3)]
+    seen = [check(cache, prompt, 3).explanation for prompt in (row, *questions)]
+    assert [e.restored_at for e in seen] == [0, 0, 64, 64]
+    assert [e.replayed_tokens for e in seen] == [0, 28, 0, 0]
 
 
 def test_explanations_say_why() -> None:

@@ -23,7 +23,7 @@ from disk_writer import (
 )
 
 from rorqual.engine.store import DiskStore, records
-from rorqual.engine.store.checksum import checksum
+from rorqual.engine.store.checksum import checksum, reference
 
 
 def open_store(folder: Path, budget: int = BUDGET, **options: int) -> DiskStore:
@@ -39,7 +39,11 @@ def read_all(store: DiskStore, seed: int, count: int) -> tuple[int, int]:
             break
         found.append(one)
     out = torch.zeros(len(found), PAGE_BYTES, dtype=torch.uint8)
-    sound = store.read_pages(found, out)
+
+    def sink(first: int, pages: torch.Tensor) -> None:
+        out[first : first + len(pages)] = pages
+
+    sound = store.read_pages(found, sink)
     points = 0
     for i, (_, key, _) in enumerate(blocks(seed, sound)):
         assert torch.equal(out[i], content(key, PAGE_BYTES, "page"))
@@ -276,6 +280,13 @@ def test_writers_killed_at_any_moment(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_writers_killed_two_hundred_times(tmp_path: Path) -> None:
     assert kill_often(tmp_path, 200, 2) > 1000
+
+
+def test_the_checksum_in_c_is_the_reference() -> None:
+    draw = np.random.default_rng(4)
+    for count in (0, 1, 7, 8, 4095, 4096, 4097, 20_000):
+        words = draw.integers(0, 1 << 63, count, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        assert checksum(words) == reference(words)
 
 
 def test_the_checksum_sees_every_change_of_a_word_and_swaps() -> None:

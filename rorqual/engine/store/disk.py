@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,14 @@ logger = log.get(__name__)
 
 SEGMENT_BYTES = 64 << 20
 QUEUE_BYTES = 256 << 20
-READ_BYTES = 1 << 20
-"""Pages are read in pieces of this size, so that the checksum finds them in the processor's cache."""
+RUN_BYTES = 32 << 20
+"""Pages are handed on in runs of this size at most."""
+
+PIECE_BYTES = 1 << 20
+"""Of a run so much is read at a time, so that the checksum finds it in the processor's cache."""
+
+AHEAD_BYTES = 256 << 20
+"""No more of a file than this is announced to the system at once."""
 
 POINT_AGE = 4.0
 """A checkpoint segment counts as so many times older than it is when room is needed."""
@@ -95,6 +101,7 @@ class DiskStore:
         self._children: dict[bytes, set[bytes]] = {}
         self._coming: set[tuple[bytes, bytes | None]] = set()
         self._number = 0
+        self._scratch = np.empty(0, dtype=np.uint8)
         self._lock = threading.RLock()
         self._queue: queue.Queue[tuple[Header, bytes, NDArray[np.uint8]] | None] = queue.Queue()
         self._queued_bytes = 0
@@ -153,23 +160,27 @@ class DiskStore:
 
     # Reading
 
-    def read_pages(self, stored: Sequence[Stored], out: Tensor) -> int:
-        """Fill uint8 [n, page_bytes] with consecutive pages of a text; returns how many are sound from the first on.
+    def read_pages(self, stored: Sequence[Stored], sink: Callable[[int, Tensor], None]) -> int:
+        """Read consecutive pages of a text; returns how many are sound from the first on.
 
-        The first that is damaged is discarded, and those behind it are not read.
+        sink: takes the place of the first page of a piece among `stored`, and the piece's bytes uint8 [n, page_bytes],
+        which it must not keep. The first page that is damaged is discarded, and those behind it are not read.
         """
         began = time.perf_counter()
         done = 0
-        target = out.numpy()
+        self._announce(stored)
         while done < len(stored):
             run = self._run(stored, done)
             with self._lock:  # so that no file is closed (and its number given to another) meanwhile
-                sound = self._read_run(stored[done : done + run], target[done : done + run])
+                content = self._read_run(stored[done : done + run])
+                sound = len(content)
+                if sound:
+                    sink(done, content)
             done += sound
+            self.stats.bytes_read += content.numel()
             if sound < run:
                 break
         self.stats.pages_read += done
-        self.stats.bytes_read += done * out.shape[1]
         self.stats.read_s += time.perf_counter() - began
         return done
 
@@ -177,7 +188,8 @@ class DiskStore:
         """A checkpoint's content uint8 [n] and the hidden state fp32 [D] of its last token; None when damaged."""
         header = stored.header
         with self._lock:
-            data = self._read(stored, stored.offset + header.data_at, header.data_bytes)
+            buffer = np.empty(header.data_bytes, dtype=np.uint8)
+            data = self._read(stored, stored.offset + header.data_at, buffer)
             if data is None or checksum(data.view(np.uint64)) != header.content_sum:
                 self._discard(stored)
                 return None
@@ -187,46 +199,63 @@ class DiskStore:
         content = torch.from_numpy(data[header.hidden_bytes : header.hidden_bytes + header.content_bytes])
         return content, hidden
 
+    @staticmethod
+    def _announce(stored: Sequence[Stored]) -> None:
+        """Let the system fetch what will be read, file by file, while the first pages are checked."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        first = 0
+        for i in range(1, len(stored) + 1):
+            if i == len(stored) or stored[i].segment is not stored[first].segment:
+                last, segment = stored[i - 1], stored[first].segment
+                span = last.offset + last.header.nbytes - stored[first].offset
+                if 0 < span <= AHEAD_BYTES and segment.fd >= 0:
+                    os.posix_fadvise(segment.fd, stored[first].offset, span, os.POSIX_FADV_WILLNEED)
+                first = i
+
     def _run(self, stored: Sequence[Stored], first: int) -> int:
         """How many records from `first` on lie one behind the other and are read together."""
         head = stored[first]
-        most = max(1, READ_BYTES // head.header.nbytes)
+        most = max(1, RUN_BYTES // head.header.nbytes)
         end = first + 1
         while (
             end < len(stored)
             and end - first < most
             and stored[end].segment is head.segment
             and stored[end].offset == stored[end - 1].offset + head.header.nbytes
-            and stored[end].header.nbytes == head.header.nbytes
+            and stored[end].header.content_bytes == head.header.content_bytes
         ):
             end += 1
         return end - first
 
-    def _read_run(self, run: Sequence[Stored], target: NDArray[np.uint8]) -> int:
-        header = run[0].header
-        data = self._read(run[0], run[0].offset, len(run) * header.nbytes)
-        if data is None:
-            self._discard(run[0])
-            return 0
-        rows = data.reshape(len(run), header.nbytes)[:, header.data_at :]
-        for i, one in enumerate(run):
-            if one.header.content_bytes != target.shape[1] or (
-                checksum(rows[i].view(np.uint64)) != one.header.content_sum
-            ):
-                self._discard(one)
-                return i
-            target[i] = rows[i, : target.shape[1]]
-        return len(run)
+    def _read_run(self, run: Sequence[Stored]) -> Tensor:
+        """The contents uint8 [n, page_bytes] of the sound records of a run, from the first on."""
+        header, size = run[0].header, run[0].header.nbytes
+        if len(run) * size > len(self._scratch):  # kept, since fresh memory costs more than reading into it
+            self._scratch = np.empty(len(run) * size, dtype=np.uint8)
+        rows = self._scratch[: len(run) * size].reshape(len(run), size)
+        sound, step = 0, max(1, PIECE_BYTES // size)
+        while sound < len(run):
+            part = rows[sound : sound + step]
+            if self._read(run[sound], run[sound].offset, part.reshape(-1)) is None:
+                self._discard(run[sound])
+                break
+            for row, one in zip(part[:, header.data_at :], run[sound : sound + step], strict=True):
+                if checksum(row.view(np.uint64)) != one.header.content_sum:
+                    self._discard(one)
+                    return _contents(rows[:sound], header)
+                sound += 1
+        return _contents(rows[:sound], header)
 
-    def _read(self, stored: Stored, offset: int, count: int) -> NDArray[np.uint8] | None:
-        buffer = np.empty(count, dtype=np.uint8)
+    @staticmethod
+    def _read(stored: Stored, offset: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
         try:
             got = os.preadv(stored.segment.fd, [buffer.data], offset)
             stored.segment.touch(time.time())
         except OSError as error:
             logger.warning("%s cannot be read (%s); its records are discarded", stored.segment.path, error)
             return None
-        return buffer if got == count else None
+        return buffer if got == len(buffer) else None
 
     def _discard(self, stored: Stored) -> None:
         self.stats.discarded += 1
@@ -395,6 +424,10 @@ class DiskStore:
                     del self._points[key][tail]
         self._segments.pop(segment.path.name, None)
         segment.close()
+
+
+def _contents(rows: NDArray[np.uint8], header: Header) -> Tensor:
+    return torch.from_numpy(rows[:, header.data_at : header.data_at + header.content_bytes])
 
 
 def _name(header: Header) -> tuple[bytes, bytes | None]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from rorqual.engine.store.disk import DiskStore, Stored
 from rorqual.engine.store.explain import Reason
@@ -129,14 +130,18 @@ class Lookup:
                 self.disk, self.trouble = None, "pool full"
                 return
             self._held.append(table)  # so that what comes next does not evict it
-            content = torch.empty(len(part), pool.page_bytes, dtype=torch.uint8)
-            done = self.disk.read_pages(part, content)
-            pool.write(table.pages[:done], content[:done])
-            for one, page in zip(part[:done], table.pages, strict=False):
+            pages = table.pages
+
+            def sink(first: int, content: Tensor, pages: tuple[int, ...] = pages) -> None:
+                pool.write(pages[first : first + len(content)], content)
+
+            part = [*takewhile(lambda one: one.header.content_bytes == pool.page_bytes, part)]
+            done = self.disk.read_pages(part, sink)
+            for one, page in zip(part[:done], pages, strict=False):
                 node = self.tree.insert(node, one.header.tokens, page)
             self.disk_pages += done
             self.bytes_read += done * pool.page_bytes
-            if done < len(part):
+            if done < len(pages):
                 self.trouble = "damaged on disk"
                 return
 
