@@ -7,14 +7,13 @@ B batch, S tokens, D hidden, E entries completed in this call, K entry width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.layout import EntryPlan, Layout
 from rorqual.model.linear import Linear, RMSNorm
 from rorqual.model.state import Pending
-from rorqual.ops.compress import pool
+from rorqual.ops.compress import pool_rows
 from rorqual.ops.rope import norm_rope, rope_table
 
 
@@ -54,7 +53,8 @@ class Compressor(nn.Module):
         if plan.count:
             past = self._past(kv, score, layout, pending)
             index = self._slots(plan, layout, past, pending is not None)
-            pooled = pool(self._gather(kv, index, past and past[0]), self._scores(score, index, plan, past and past[1]))
+            rows = self._rows(kv, past and past[0]), self._rows(score, past and past[1])
+            pooled = pool_rows(*rows, index, self._skip(plan).expand(index.shape[:2]))
             entries = norm_rope(pooled.to(dtype), self.norm.weight, self.norm.eps, rope_table(plan.first, frequencies))
         if pending is not None:
             pending.write(kv, score, layout)
@@ -89,15 +89,13 @@ class Compressor(nn.Module):
             index = index * 2 + half
         return index
 
-    def _gather(self, values: Tensor, index: Tensor, past: Tensor | None) -> Tensor:
-        """[B, S, channels] (and what was before) -> fp32 [B, E, slots, K]."""
+    def _rows(self, values: Tensor, past: Tensor | None) -> Tensor:
+        """[B, S, channels] (and what was before) as rows of the width that `_slots` counts: [any, K]."""
         source = values if past is None else torch.cat([past, values], 1)
-        return F.embedding(index, source.reshape(-1, self.width))
+        return source.reshape(-1, self.width)
 
-    def _scores(self, score: Tensor, index: Tensor, plan: EntryPlan, past: Tensor | None) -> Tensor:
-        """Slot scores, -inf for the previous block where there is none."""
-        scores = self._gather(score, index, past)
+    def _skip(self, plan: EntryPlan) -> Tensor:
+        """Slots of each entry that do not count, those of the previous block where there is none: int64 [B or 1, E]."""
         if not self.overlap:
-            return scores
-        absent = (~plan.has_previous).unsqueeze(-1) & (torch.arange(2 * self.ratio, device=score.device) < self.ratio)
-        return scores.masked_fill(absent.unsqueeze(-1), float("-inf"))
+            return torch.zeros_like(plan.first)
+        return torch.where(plan.has_previous, 0, self.ratio)

@@ -17,11 +17,12 @@ from rorqual.model.linear import Linear
 from rorqual.model.state import LayerState
 from rorqual.ops.hadamard import hadamard
 from rorqual.ops.index_loss import index_loss, query_blocks
+from rorqual.ops.index_scan import IndexKeys, index_scan
 from rorqual.ops.index_topk import index_scores, select_entries
-from rorqual.ops.native import decode, fused, usable, usable_typed
+from rorqual.ops.native import infers
 from rorqual.ops.rope import apply_rope
 from rorqual.ops.rounding import round_index_fp4
-from rorqual.ops.sparse_attention import FEW_QUERIES, Visible
+from rorqual.ops.sparse_attention import Visible
 
 
 class Indexer(nn.Module):
@@ -70,12 +71,13 @@ class Indexer(nn.Module):
     @torch.no_grad()
     def select(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible) -> Visible:
         """Narrow `visible` to the top k entries per query; scores are computed in blocks of queries."""
-        if q.shape[0] * q.shape[1] <= FEW_QUERIES and usable(q) and usable(keys):
-            picks = decode.index_select_small(q, weights.float(), keys, visible.start, visible.end, self.top_k)
-            return Visible(visible.end, visible.start, picks)
-        if usable_typed(q) and q.dtype is keys.dtype and self.width % 2 == 0:
-            picks = fused.index_select(q, weights, keys, visible.start, visible.end, self.top_k)
-            return Visible(visible.end, visible.start, picks)
+        if infers(q):
+            top_k, weights = min(self.top_k, keys.shape[1]), weights.float()
+            picks = [
+                index_scan(q[b], weights[b], IndexKeys(keys[b], self.width), start, end, top_k)
+                for b, (start, end) in enumerate(zip(*visible.by_row(q.shape[0]), strict=True))
+            ]
+            return Visible(visible.end, visible.start, torch.stack(picks))
         parts = []
         for lo, hi in query_blocks(q.shape[0], q.shape[1], self.heads * max(1, keys.shape[1])):
             scores = index_scores(q[:, lo:hi], weights[:, lo:hi], keys)

@@ -86,12 +86,7 @@ class LayerState:
         if isinstance(stored, Paged):
             stored.append(new, plan.base[0])
             return stored.gather(plan.total) if plan.total else None
-        if plan.total > stored.shape[1]:
-            with torch.inference_mode(False):  # so that a state filled in inference mode works outside it too
-                grown = stored.new_zeros(stored.shape[0], max(plan.total, 2 * stored.shape[1], 16), stored.shape[2])
-            grown[:, : stored.shape[1]] = stored
-            setattr(self, part, grown)
-            stored = grown
+        stored = self._grown(part, stored, plan.total)
         if new is not None:
             _put_entries(stored, new.detach(), plan)
         if not plan.total:
@@ -99,6 +94,22 @@ class LayerState:
         if new is not None and new.requires_grad and torch.is_grad_enabled():
             return _put_entries(stored[:, : plan.total].clone(), new, plan)  # this call's own entries keep their graph
         return stored[:, : plan.total]
+
+    def make_room(self, total: int) -> None:
+        """Let entries and index keys that do not lie in pages hold `total` a row."""
+        for part in ("entries", "index_keys"):
+            stored = getattr(self, part)
+            if isinstance(stored, Tensor):
+                self._grown(part, stored, total)
+
+    def _grown(self, part: str, stored: Tensor, total: int) -> Tensor:
+        if total <= stored.shape[1]:
+            return stored
+        with torch.inference_mode(False):  # so that a state filled in inference mode works outside it too
+            grown = stored.new_zeros(stored.shape[0], max(total, 2 * stored.shape[1], 16), stored.shape[2])
+        grown[:, : stored.shape[1]] = stored
+        setattr(self, part, grown)
+        return grown
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a dotted name; `paged` has the rest."""

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.ops.linear import linear, linear_exact, linear_reference
 from rorqual.ops.norms import rms_norm
 
 
@@ -18,13 +18,12 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        weight = self.weight
-        return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype))
+        return linear(x, self.weight)
 
     def exact(self, x: Tensor) -> Tensor:
         """The product in fp32 whatever x is: [..., in] -> fp32 [..., out]. Gradients take x's precision."""
         if x.dtype == torch.float32 or not torch.is_grad_enabled():
-            return self(x.float())
+            return linear_exact(x, self.weight)
         return _Exact.apply(x, self.weight)
 
 
@@ -34,7 +33,7 @@ class _Exact(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float())
+        return linear_reference(x, weight, exact=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

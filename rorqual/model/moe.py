@@ -16,8 +16,7 @@ from rorqual.model.health import watch_clamp, watch_router
 from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
 from rorqual.model.trace import RouterRecord, Trace
-from rorqual.ops.experts import fits_small, grouped_experts, router_scores, routing_weights, select_experts
-from rorqual.ops.native import decode
+from rorqual.ops.experts import grouped_experts, route
 from rorqual.ops.rounded_experts import rounded_experts
 from rorqual.ops.swiglu import swiglu
 
@@ -44,14 +43,8 @@ class Gate(nn.Module):
 
         `forced` int64 [T, A] takes the place of selection; the weights are still the scores of now at those experts.
         """
-        scores = router_scores(x, self.weight)
-        if forced is not None:
-            chosen = forced
-        elif self.hash_routed:
-            chosen = self.tid2eid[tokens]
-        else:
-            chosen = select_experts(scores.detach(), self.bias, self.active)
-        return chosen, routing_weights(scores, chosen, self.scale), scores
+        chosen = self.tid2eid[tokens] if forced is None and self.hash_routed else forced
+        return route(x, self.weight, None if self.hash_routed else self.bias, chosen, self.active, self.scale)
 
 
 class Experts(nn.Module):
@@ -101,9 +94,6 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, layout: Layout, trace: Trace | None = None) -> Tensor:
         """x [B, S, D] (after ffn_norm), input token ids [B, S] -> [B, S, D]."""
         flat = x.flatten(0, 1)
-        recorded = trace is not None and (trace.router or trace.health or trace.forced is not None)
-        if not (recorded or self.round_inputs or self.exchange is not None) and fits_small(flat, self.experts.w1):
-            return self._small(flat, tokens).view_as(x)
         experts, weights, scores = self.gate(flat, tokens.flatten(), self._forced(x, trace))
         if trace is not None and trace.router:
             trace.routers.append(self._record(experts, scores, layout, trace.router_ids))
@@ -118,15 +108,6 @@ class MoE(nn.Module):
         run = rounded_experts if self.round_inputs else grouped_experts
         routed = run(flat, experts, weights, e.w1, e.w3, e.w2, self.limit)
         return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
-
-    def _small(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """The same sum in one native call, for a handful of tokens."""
-        gate, e, s = self.gate, self.experts, self.shared_experts
-        hashed = self.spec.hash_routed
-        return decode.moe_small(
-            x, gate.weight, None if hashed else gate.bias, gate.tid2eid[tokens.flatten()] if hashed else None,
-            (e.w1, e.w3, e.w2), (s.w1.weight, s.w3.weight, s.w2.weight), gate.active, gate.scale, self.limit,
-        )  # fmt: skip
 
     def _forced(self, x: Tensor, trace: Trace | None) -> Tensor | None:
         """The experts [T, A] that this call must use (see `Trace.forced`), or None."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rorqual.config import ModelConfig
 from rorqual.errors import ConfigError
+from rorqual.model import decode
 from rorqual.model.indexer import Indexer
 from rorqual.model.linear import Linear
 from rorqual.model.moe import MoE
@@ -116,6 +117,7 @@ def quantise(model: nn.Module, experts: ExpertFormat) -> None:
     Raises: ConfigError when a row of experts cannot be packed in pairs.
     """
     release(model)
+    decode.forget(model)
     found = {id(module): (module, name) for name, module in model.named_modules()}
     plans: list[tuple[nn.Module, dict[str, WeightFormat]]] = []
     for module, prefix in found.values():
@@ -138,6 +140,7 @@ def quantise(model: nn.Module, experts: ExpertFormat) -> None:
 
 def release(model: nn.Module) -> None:
     """Compute with the masters again."""
+    decode.forget(model)
     for module, _, _ in _quantised(model):
         module.__class__ = type(module).__bases__[0]
         del module.__dict__["stored_as"]
@@ -191,6 +194,7 @@ def round_activations(model: nn.Module, rounding: str) -> None:
 
 def round_inputs(model: nn.Module, *, is_on: bool = True) -> None:
     """FP8 (1 x 128) inputs of every FP8 and FP4 matrix but `wo_a`, which the released code dequantises."""
+    decode.forget(model)
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             module.round_inputs = is_on

@@ -58,8 +58,8 @@ class FlatLayout(Layout):
         raise AssertionError("entries belong to a sequence: ask the layout of a segment")
 
 
-def flat_batch(model: "Transformer", segments: Sequence[Segment]) -> tuple[Tensor, FlatLayout]:
-    """Token ids int64 [1, T] and layout of a flat batch. Raises RequestError and CacheError as `Transformer.step`."""
+def check_segments(model: "Transformer", segments: Sequence[Segment]) -> None:
+    """Raises RequestError and CacheError as `Transformer.step`."""
     if not segments:
         raise RequestError("step() got no segments, so there is nothing to compute. Give at least one.")
     seen: set[int] = set()
@@ -81,7 +81,17 @@ def flat_batch(model: "Transformer", segments: Sequence[Segment]) -> tuple[Tenso
                 "Join their tokens to one segment, or fork the state."
             )
         seen.add(id(state))
+    model.check_ids(torch.cat([segment.tokens for segment in segments]))
+
+
+def flat_step(model: "Transformer", segments: Sequence[Segment]) -> Tensor:
+    """`Transformer.step` by the layer code, for segments that were checked."""
     tokens = torch.cat([segment.tokens for segment in segments]).unsqueeze(0)
-    model.check_ids(tokens)
-    layouts = [Layout(1, len(one.tokens), tokens.device, one.state.lengths) for one in segments]
-    return tokens, FlatLayout(layouts)
+    layout = FlatLayout([Layout(1, len(one.tokens), tokens.device, one.state.lengths) for one in segments])
+    states = [segment.state for segment in segments]
+    for state in states:
+        state.begin()
+    streams = model.through(tokens, layout, [*zip(*(state.layers for state in states), strict=True)], None, None)
+    for state, part, ids in zip(states, layout.segments, layout.split(tokens), strict=True):
+        state.advance(ids, part)
+    return streams

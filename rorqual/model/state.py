@@ -20,7 +20,7 @@ import json
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -75,6 +75,8 @@ class State:
     """A call stopped half-way, so layers disagree about what they have seen."""
     table: PageTable | None = None
     """The pages of a paged state: one row, whose entries and index keys lie in a `PagePool`."""
+    decoding: Any = field(default=None, repr=False, compare=False)
+    """Where the fused decode step finds this state's tensors (`decode.Memory`)."""
     frozen: int = 0
     """Tokens whose entries came from elsewhere, complete: up to there tokens are only run again for the windows."""
 
@@ -176,6 +178,15 @@ class State:
             self.tokens[row, start : start + count] = tokens[row, :count]
             self.lengths[row] = start + count
             self.floor[row] = max(self.floor[row], start + count - self.rewind)
+
+    def advance_each(self, ids: Sequence[int]) -> None:
+        """As `advance`, for one token a row."""
+        self._make_room(max(self.lengths) + 1)
+        self.interrupted = False
+        for row, length in enumerate(self.lengths):
+            self.tokens[row, length] = ids[row]
+            self.lengths[row] = length + 1
+            self.floor[row] = max(self.floor[row], length + 1 - self.rewind)
 
     def hold(self, tokens: Tensor) -> None:
         """Make this one row count as having seen `tokens`, int [n]; what they leave behind the caller fills in."""

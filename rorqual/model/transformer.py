@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rorqual.config import ModelConfig
 from rorqual.errors import CacheError, RequestError
+from rorqual.model import decode
 from rorqual.model.block import Block, RunBlock, Runner
 from rorqual.model.context import Context, LayoutPart, part_bounds
 from rorqual.model.engram import Engram
@@ -25,9 +26,10 @@ from rorqual.model.linear import RMSNorm
 from rorqual.model.mtp import MTPModule
 from rorqual.model.pages import PagePool
 from rorqual.model.quantised import round_inputs
-from rorqual.model.segments import Segment, flat_batch
+from rorqual.model.segments import Segment, check_segments, flat_step
 from rorqual.model.state import LayerState, State, recalls, restore
 from rorqual.model.trace import Trace
+from rorqual.ops.linear import linear_exact
 from rorqual.ops.rope import rope_table
 
 FP32_NAMES = re.compile(r"(hc_\w+|attn_sink|ape|gate\.bias|frequencies)$")
@@ -117,13 +119,17 @@ class Transformer(nn.Module):
         """
         if state is not None and segment_ids is not None:
             return self._packed_with_state(tokens, lengths, segment_ids, state, trace)
+        if state is not None and lengths is None and trace is None and streams is None:
+            decoded = decode.step_rows(self, tokens, state)
+            if decoded is not None:
+                return decoded
         layout = self._layout(tokens, lengths, segment_ids, state)
         if not layout.num_tokens:
             return self.reference.new_zeros(layout.batch_size, 0, self.cfg.hc_mult, self.cfg.hidden_size)
         if state is not None:
             state.begin(layout.num_tokens)
         tokens = layout.own(tokens)
-        streams = self._through(tokens, layout, None if state is None else state.layers, trace, streams)
+        streams = self.through(tokens, layout, None if state is None else state.layers, trace, streams)
         if state is not None:
             state.advance(tokens, layout)
         return streams
@@ -136,18 +142,12 @@ class Transformer(nn.Module):
         Raises RequestError for ids or segments that cannot be, CacheError for a foreign, batched or unusable state;
         then no state has changed.
         """
-        tokens, layout = flat_batch(self, segments)
-        states = [segment.state for segment in segments]
+        check_segments(self, segments)
         for segment in segments:
             segment.state.check(len(segment.tokens))
-        for state in states:
-            state.begin()
-        streams = self._through(tokens, layout, [*zip(*(state.layers for state in states), strict=True)], None, None)
-        for state, part, ids in zip(states, layout.segments, layout.split(tokens), strict=True):
-            state.advance(ids, part)
-        return streams
+        return decode.step(self, segments, flat_step)
 
-    def _through(
+    def through(
         self,
         tokens: Tensor,
         layout: Layout,
@@ -240,7 +240,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Output head in fp32: [..., D] -> [..., V]."""
-        return hidden.float() @ self.head.weight.float().t()
+        return linear_exact(hidden, self.head.weight)
 
     def mtp_streams(
         self,
@@ -308,6 +308,7 @@ class Transformer(nn.Module):
             out = fn(tensor)
             return tensor.to(out.device) if id(tensor) in exact and out.dtype.itemsize < 4 else out
 
+        decode.forget(self)
         return super()._apply(keep, recurse)
 
     def get_parameter(self, target: str) -> nn.Parameter:
@@ -358,9 +359,10 @@ class Transformer(nn.Module):
 
     def check_ids(self, tokens: Tensor) -> None:
         """Raises RequestError for ids outside the vocabulary."""
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.cfg.vocab_size:
+        ids = tokens.flatten().tolist() if tokens.numel() < 64 else [int(tokens.min()), int(tokens.max())]
+        if ids and not 0 <= min(ids) <= max(ids) < self.cfg.vocab_size:
             raise RequestError(
-                f"Token ids lie between {int(tokens.min())} and {int(tokens.max())}, but the vocabulary has "
+                f"Token ids lie between {min(ids)} and {max(ids)}, but the vocabulary has "
                 f"{self.cfg.vocab_size} ids from 0. The text was probably tokenised with another model's tokenizer."
             )
 

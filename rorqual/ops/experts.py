@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.ops import registry
-from rorqual.ops.native import fused, usable, usable_typed
+from rorqual.ops.native import fused, inference, infers, usable_typed
 from rorqual.ops.swiglu import swiglu
 
 SCORE_FLOOR = 1e-36
@@ -21,15 +21,6 @@ SCORE_FLOOR = 1e-36
 
 LANES = 16
 """The native kernel's rows are whole vectors of this many floats."""
-
-SMALL_TOKENS, SMALL_WEIGHTS = 4, 1 << 22
-"""Up to so many tokens, and weights touched per expert, a whole MoE layer goes through one native call."""
-
-
-def fits_small(x: Tensor, w1: Tensor) -> bool:
-    """Whether `native.decode.moe_small` should compute this call: few tokens, small experts, no gradients."""
-    few = x.shape[0] <= SMALL_TOKENS and w1.shape[1] * w1.shape[2] <= SMALL_WEIGHTS
-    return few and not torch.is_grad_enabled() and usable(x) and usable(w1)
 
 
 def router_scores(x: Tensor, weight: Tensor) -> Tensor:
@@ -49,6 +40,29 @@ def routing_weights(scores: Tensor, experts: Tensor, scale: float) -> Tensor:
     """Scores of the chosen experts, normalised to sum `scale`: [T, E], [T, A] -> fp32 [T, A]."""
     chosen = scores.gather(-1, experts)
     return chosen / chosen.sum(-1, keepdim=True) * scale
+
+
+def route_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None, active: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, D], router [E, D] -> experts int64 [T, A], weights fp32 [T, A], scores fp32 [T, E].
+
+    The experts are `chosen`, or the top of scores plus `bias`; the weights are the scores at them in both cases.
+    """
+    scores = router_scores(x, weight)
+    if chosen is None:
+        assert bias is not None
+        chosen = select_experts(scores.detach(), bias, active)
+    return chosen, routing_weights(scores, chosen, scale), scores
+
+
+def route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None, active: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`route_reference`, by the fastest implementation at hand."""
+    if weight.dtype is not x.dtype:
+        x, weight = x.float(), weight.float()
+    return registry.pick("route", x)(x, weight, bias, chosen, active, scale)
 
 
 def experts_reference(
@@ -135,9 +149,16 @@ def grouped_experts(
     """`experts_reference` in time proportional to the experts actually used. Weights are cast to x's dtype."""
     if not experts.numel():
         return x.float()  # no tokens
+    if infers(x):
+        w1, w3, w2 = (w if w.dtype is x.dtype else w.to(x.dtype) for w in (w1, w3, w2))
+        return inference.experts_apply(x, experts, weights, w1, w3, w2, limit)
     if usable_typed(x) and w1.shape[2] % LANES == 0:
         if odd := -w1.shape[1] % LANES:  # zeros give zeros, and the kernel works in whole vectors
             w1, w3, w2 = F.pad(w1, (0, 0, 0, odd)), F.pad(w3, (0, 0, 0, odd)), F.pad(w2, (0, odd))
         return fused.Experts.apply(x, experts, weights, w1, w3, w2, limit)
     w1, w3, w2 = (w if w.dtype == x.dtype else w.to(x.dtype) for w in (w1, w3, w2))
     return _GroupedExperts.apply(x, experts, weights, w1, w3, w2, limit)
+
+
+registry.register("route", "reference", route_reference)
+registry.register("route", "native", inference.router, infers)

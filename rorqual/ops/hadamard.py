@@ -5,6 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from rorqual.ops.linear import linear
+
 
 @lru_cache(maxsize=8)
 def hadamard_matrix(size: int) -> Tensor:
@@ -22,6 +24,11 @@ def _scaled(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return (hadamard_matrix(size) * size**-0.5).to(device, dtype)
 
 
+def scaled_hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The matrix times size^(-1/2), [size, size]; it must not be written to."""
+    return _scaled(size, device, dtype)
+
+
 def hadamard(x: Tensor) -> Tensor:
     """Multiply the last axis (a power of two, K) by the Hadamard matrix times K^(-1/2): an orthogonal rotation."""
-    return x @ _scaled(x.shape[-1], x.device, x.dtype)
+    return linear(x, _scaled(x.shape[-1], x.device, x.dtype))  # the matrix is symmetric

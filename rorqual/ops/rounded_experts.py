@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rorqual.ops.fake_quant import fake_fp8_input
+from rorqual.ops.linear import linear
 from rorqual.ops.swiglu import swiglu
 
 
@@ -26,8 +27,8 @@ def rounded_experts(
     parts = []
     for inputs, gate, up, side, down in zip(xs, gates, w1.unbind(), w3.unbind(), w2.unbind(), strict=True):
         if len(inputs):
-            hidden = swiglu(inputs @ up.t(), inputs @ side.t(), limit) * gate
-            parts.append(fake_fp8_input(hidden.to(x.dtype)) @ down.t())
+            hidden = swiglu(linear(inputs, up), linear(inputs, side), limit) * gate
+            parts.append(linear(fake_fp8_input(hidden.to(x.dtype)), down))
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     slots = inverse.view(tokens, active).sort(-1).values  # fixed order of the sum: ascending expert id

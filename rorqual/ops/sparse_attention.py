@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.ops.native import decode, fused, usable, usable_typed
+from rorqual.ops.native import fused, inference, infers, usable_typed
 
 BLOCK_BUDGET = 1 << 23
 """Largest score tensor built at a time, in elements (32 MiB in fp32)."""
@@ -35,6 +35,11 @@ class Visible:
     start: Tensor | None = None
     picks: Tensor | None = None
     everything: bool = False
+
+    def by_row(self, batch: int) -> tuple[list[Tensor | None], list[Tensor]]:
+        """`start` and `end` of each of `batch` rows, [T] each."""
+        start = [None] * batch if self.start is None else [*self.start.expand(batch, -1)]
+        return start, [*self.end.expand(batch, -1)]
 
     def mask(self, lo: int, hi: int, num_entries: int) -> Tensor | None:
         """Allowed entries of queries lo..hi as bool [B or 1, hi - lo, C], or None when all are."""
@@ -257,9 +262,6 @@ class _SparseAttention(torch.autograd.Function):
 LANES = 16
 """The native kernel's vectors are whole ones of this many floats."""
 
-FEW_QUERIES = 8
-"""Up to this many queries without gradients go through the native loop over keys, where there is one."""
-
 GATHER_FROM = 8
 """Picks are gathered when there are more than this many entries per pick; below, masked GEMMs over all are faster."""
 
@@ -277,18 +279,11 @@ def sparse_attention(
     assert kv.shape[1] == window - 1 + q.shape[1]
     if entries is not None and not entries.shape[1]:
         entries = visible = None
-    if (
-        not torch.is_grad_enabled()
-        and q.shape[0] * q.shape[1] <= FEW_QUERIES
-        and usable(q)
-        and usable(kv)
-        and (entries is None or usable(entries))
-    ):
-        start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
-        return decode.attend_small(q, kv, sink, positions, window, scale, entries, start, end, picks)
     is_alike = q.dtype is kv.dtype and (entries is None or entries.dtype is q.dtype)
+    start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
+    if is_alike and infers(q):
+        return inference.attend(q, kv, sink, positions, window, scale, entries, start, end, picks)
     if is_alike and q.shape[-1] % LANES == 0 and usable_typed(q):
-        start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
         return fused.Attention.apply(q, kv, entries, sink, positions, start, end, picks, window, scale)
     gather = False
     if entries is not None and visible is not None and visible.picks is not None:

@@ -11,6 +11,7 @@ from rorqual.ops import (
     experts,
     hyper_connections,
     index_loss,
+    index_scan,
     index_topk,
     norms,
     registry,
@@ -18,7 +19,7 @@ from rorqual.ops import (
     sparse_attention,
     swiglu,
 )
-from rorqual.ops.native import decode, fused, load
+from rorqual.ops.native import fused, load
 
 pytestmark = pytest.mark.skipif(load() is None, reason="no C compiler on this machine: only the references exist")
 
@@ -35,9 +36,9 @@ OPERATIONS = [
     "index_loss",
     "cross_entropy",
 ]
-ELSEWHERE = {  # test_cache_codec.py, test_index_scan.py, test_matvec.py
+ELSEWHERE = {  # test_cache_codec.py, test_index_scan.py, test_matvec.py, test_inference_ops.py
     "encode_entries", "decode_entries", "encode_index_keys", "decode_index_keys", "index_scan", "scan_scores",
-    "packed_linear", "packed_experts",
+    "packed_linear", "packed_experts", "linear", "route", "pool_rows", "rope_table",
 }  # fmt: skip
 
 
@@ -131,39 +132,19 @@ def test_attention_of_few_queries(window: int, choice: str, packed: bool) -> Non
     torch.testing.assert_close(few_lse, lse)
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("top_k", [1, 3, 7, 40])
-def test_selection_for_few_queries(top_k: int, ties: bool) -> None:
-    q, weights, keys = randn(2, 3, 2, 8), randn(2, 3, 2), randn(2, 30, 8)
-    if ties:
-        q, weights, keys = q.round(), weights.round(), keys.round()
-    end = torch.tensor([[30, 29, 5], [0, 1, 30]])
-    scores = index_topk.index_scores(q, weights, keys)
-    scores = scores.masked_fill(torch.arange(30) >= end.unsqueeze(-1), float("-inf"))
-    want = index_topk.select_entries(scores, top_k)
-    got = decode.index_select_small(q, weights, keys, None, end, top_k)
-    assert [[sorted(i for i in row if i >= 0) for row in b] for b in want.tolist()] == [
-        [[i for i in row if i >= 0] for row in b] for b in got.tolist()
-    ]
-
-
 @pytest.mark.parametrize("hashed", [False, True])
 def test_moe_of_few_tokens(hashed: bool) -> None:
     x, router, bias = randn(3, 16), randn(6, 16), randn(6)
     w1, w3, w2 = randn(6, 10, 16), randn(6, 10, 16, seed=1), randn(6, 16, 10)
-    s1, s3, s2 = randn(10, 16), randn(10, 16, seed=1), randn(16, 10)
-    scores = experts.router_scores(x, router)
-    chosen = torch.tensor([[1, 5], [0, 3], [2, 2]]) if hashed else experts.select_experts(scores, bias, 2)
-    weights = experts.routing_weights(scores, chosen, 1.5)
+    given = (None, torch.tensor([[1, 5], [0, 3], [2, 2]])) if hashed else (bias, None)
+    chosen, weights, scores = experts.route_reference(x, router, *given, 2, 1.5)
     want = experts.experts_reference(x, chosen, weights, w1, w3, w2, 1.0)
-    want = want + swiglu.swiglu(x @ s1.t(), x @ s3.t(), 1.0) @ s2.t()
-    torch.testing.assert_close(
-        experts.grouped_experts(x, chosen, weights, w1, w3, w2, 1.0),
-        experts.experts_reference(x, chosen, weights, w1, w3, w2, 1.0),
-    )
-    given = (None, chosen) if hashed else (bias, None)
-    got = decode.moe_small(x, router, *given, (w1, w3, w2), (s1, s3, s2), 2, 1.5, 1.0)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(experts.grouped_experts(x, chosen, weights, w1, w3, w2, 1.0), want)
+    with torch.no_grad():
+        found = experts.route(x, router, *given, 2, 1.5)
+        assert torch.equal(found[0], chosen)
+        torch.testing.assert_close(found[1:], (weights, scores))
+        torch.testing.assert_close(experts.grouped_experts(x, chosen, weights, w1, w3, w2, 1.0), want)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.5, 10.0])
@@ -313,7 +294,11 @@ def test_index_loss(entries: int, top_k: int, packed: bool, use_picks: bool, dty
     scores = index_topk.index_scores(index_q, weights, keys).masked_fill(~every.mask(0, t, entries), float("-inf"))  # type: ignore[operator]
     picks = index_topk.select_entries(scores, top_k)
     if dtype == torch.float32:  # in bf16 two scores may round to one
-        assert torch.equal(fused.index_select(index_q, weights, keys, start, end, top_k), picks)
+        for r in range(b):
+            keys_r, start_r = index_scan.IndexKeys(keys[r], width), None if start is None else start[r]
+            assert torch.equal(
+                index_scan.index_scan(index_q[r], weights[r], keys_r, start_r, end[r], picks.shape[-1]), picks[r]
+            )
     visible = sparse_attention.Visible(end, start, picks) if use_picks else every
     results = []
     for run in registry.implementations("index_loss").values():

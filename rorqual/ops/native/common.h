@@ -12,6 +12,19 @@
 #define MAX_STREAMS 8
 #define MAX_MIX (MAX_STREAMS * (MAX_STREAMS + 2))
 #define MAX_ITERS 64
+#define FORK_FROM 65536 /* multiply-adds below which a second thread costs more than it saves */
+
+/* A loop whose rounds are shared out over threads where there is enough to do. A parallel region of one thread would do,
+ * but entering it costs as much as many a round of decoding. `...` is the body. */
+#define SHARED_OUT(is_much, head, ...)                                                                              \
+    do {                                                                                                            \
+        if (is_much) {                                                                                              \
+            _Pragma("omp parallel for schedule(static)") for (head) __VA_ARGS__                                     \
+        } else {                                                                                                    \
+            for (head) __VA_ARGS__                                                                                  \
+        }                                                                                                           \
+    } while (0)
+
 #define LANES 16 /* tokens whose small matrices are worked on side by side, one per vector lane */
 #define INLINE static inline __attribute__((always_inline))
 

@@ -156,11 +156,7 @@ class HcHead(torch.autograd.Function):
         ctx: Any, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float
     ) -> Tensor:
         streams = streams.contiguous()
-        *lead, n, d = streams.shape
-        tokens = streams.numel() // (n * d)
-        y, rs = streams.new_empty(*lead, d), base.new_empty(tokens)
-        pre, raw = base.new_empty(tokens, n), base.new_empty(tokens, n)
-        call("hc_head_forward", streams, fn, base, scale, tokens, n, d, norm_eps, eps, y, pre, raw, rs)
+        y, pre, raw, rs = _hc_head(streams, fn, base, scale, norm_eps, eps)
         ctx.save_for_backward(streams, fn, scale, pre, raw, rs)
         ctx.eps = eps
         return y
@@ -175,6 +171,24 @@ class HcHead(torch.autograd.Function):
         call("hc_head_backward", streams, fn, scale, pre, raw, rs, dy, tokens, n, d, ctx.eps, draw, dlogit, dmixed, dx)
         dfn = (draw.to(streams.dtype).t() @ streams.view(tokens, n * d)).to(fn.dtype)
         return dx, dfn, dlogit.sum(0), dmixed.sum().reshape(1), None, None
+
+
+def hc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float) -> Tensor:
+    """`hyper_connections.hc_head_reference`."""
+    if torch.is_grad_enabled():
+        return HcHead.apply(streams, fn, base, scale, norm_eps, eps)
+    return _hc_head(streams.contiguous(), fn, base, scale, norm_eps, eps)[0]
+
+
+def _hc_head(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *lead, n, d = streams.shape
+    tokens = streams.numel() // (n * d)
+    y, rs = streams.new_empty(*lead, d), base.new_empty(tokens)
+    pre, raw = base.new_empty(tokens, n), base.new_empty(tokens, n)
+    call("hc_head_forward", streams, fn, base, scale, tokens, n, d, norm_eps, eps, y, pre, raw, rs)
+    return y, pre, raw, rs
 
 
 class RmsNorm(torch.autograd.Function):

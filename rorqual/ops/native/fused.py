@@ -1,6 +1,6 @@
 """Autograd around the C kernels that keep a whole operation's intermediates in cache.
 
-Attention without its score tensor, experts, the index loss and choice, and the head's cross-entropy. Shapes and
+Attention without its score tensor, experts, the index loss, and the head's cross-entropy. Shapes and
 meaning stand with the references (`sparse_attention.py`, `experts.py`, `index_loss.py`, `cross_entropy.py`).
 """
 
@@ -127,18 +127,6 @@ class IndexLoss(torch.autograd.Function):
         factor = grads[0][0]
         dq, dweights, dkeys = ctx.saved_tensors
         return (dq * factor).to(dq.dtype), dweights * factor, (dkeys * factor).to(dkeys.dtype), *[None] * 9
-
-
-def index_select(q: Tensor, weights: Tensor, keys: Tensor, start: Tensor | None, end: Tensor, top_k: int) -> Tensor:
-    """`index_topk.index_scores` and `select_entries` in one pass, without gradients: -> picks int64 [B, T, top_k]."""
-    q, weights, keys, end = q.contiguous(), weights.float().contiguous(), keys.contiguous(), end.contiguous()
-    b, t, j, k = q.shape
-    picks = torch.empty(b, t, min(top_k, keys.shape[1]), dtype=torch.int64)
-    call(
-        "index_select", q, weights, keys, None if start is None else start.contiguous(), end, b, t, j, k, keys.shape[1],
-        end.shape[0], picks.shape[-1], picks,
-    )  # fmt: skip
-    return picks
 
 
 def cross_entropy(

@@ -1,50 +1,30 @@
 /* Included twice by hyper_connections.c, once for each element type. */
 
-#include "gemm.h"
+#include "dots.h"
+#include "kernels.h"
 
 #define EACH_VECTOR(i, d) for (long i = 0; i < (d); i += VECTOR)
 
-#ifndef ELEMENT_BF16
-/* Columns of the packed `fn`: its rows, and for bf16 streams what rounding them to bf16 lost, so that coefficients
- * keep fp32 precision; padded to whole vectors. */
-INLINE long whole_vectors(long n) { return (n + VECTOR - 1) / VECTOR * VECTOR; }
-INLINE long mix_columns(long m, int is_bf16) { return whole_vectors(is_bf16 ? 2 * m : m); }
-#endif
-
-/* fn [m][k] fp32 -> words [k / PER_WORD][columns]. */
-static void NAME(pack_mix)(const float *fn, long m, long k, WORD *out) {
-    long columns = mix_columns(m, PER_WORD == 2);
-    memset(out, 0, sizeof(WORD) * columns * (k / PER_WORD));
-    for (long i = 0; i < m; i++)
-        for (long s = 0; s < k / PER_WORD; s++) {
+/* x fn^T of `count` tokens in fp32 -> raw [count][m], and the RMS factor of each token. `wide` has room for the streams of
+ * LANES tokens when they are bf16. */
+INLINE void NAME(mix_block)(const T *x, const float *fn, long count, long m, long k, float norm_eps, float *wide,
+                            float *raw, float *rs) {
 #ifdef ELEMENT_BF16
-            float a = fn[i * k + 2 * s], b = fn[i * k + 2 * s + 1];
-            uint16_t x = to_bf16(a), y = to_bf16(b);
-            out[s * columns + i] = (uint32_t)x | (uint32_t)y << 16;
-            out[s * columns + m + i] =
-                (uint32_t)to_bf16(a - from_bf16(x)) | (uint32_t)to_bf16(b - from_bf16(y)) << 16;
+    for (long t = 0; t < count; t++)
+        EACH_VECTOR(i, k) store(wide + t * k + i, k - i, LOAD(x + t * k + i, k - i));
+    const float *streams = wide;
 #else
-            out[s * columns + i] = fn[i * k + s];
+    const float *streams = x;
+    (void)wide;
 #endif
-        }
-}
-
-/* x fn^T of `count` tokens -> raw [count][m], and the RMS factor of each token. */
-INLINE void NAME(mix_block)(const T *x, const WORD *mix, long count, long m, long k, float norm_eps, float *raw,
-                            float *rs) {
-    long columns = mix_columns(m, PER_WORD == 2);
-    float product[LANES * (2 * MAX_MIX + VECTOR)];
-    NAME(gemm)(count, columns, k / PER_WORD, (const WORD *)x, NULL, k / PER_WORD, 1, mix, columns, product, columns, 0);
+    dots(count, m, k, streams, NULL, k, fn, NULL, k, raw, m);
     for (long t = 0; t < count; t++) {
-        const T *restrict xt = x + t * k;
         Vector s = {0};
         EACH_VECTOR(i, k) {
-            Vector v = LOAD(xt + i, k - i);
+            Vector v = load(streams + t * k + i, k - i);
             s += v * v;
         }
         rs[t] = 1.0f / sqrtf(sum_lanes(s) / (float)k + norm_eps);
-        for (long i = 0; i < m; i++)
-            raw[t * m + i] = product[t * columns + i] + (PER_WORD == 2 ? product[t * columns + m + i] : 0.0f);
     }
 }
 
@@ -66,19 +46,19 @@ INLINE void NAME(through_mix)(const float *draw, const WORD *columns, long count
 
 /* fn [m][k] fp32 packed down its rows, each padded to whole vectors. */
 static WORD *NAME(mix_rows)(const float *fn, long m, long k) {
-    long wide = whole_vectors(k);
+    long wide = whole(k);
     WORD *columns = calloc((m / PER_WORD + 1) * wide, sizeof(WORD));
     for (long i = 0; i < m; i += PER_WORD)
         NAME(pack_columns_float)(fn + i * k, m - i < PER_WORD ? m - i : PER_WORD, k, columns + i / PER_WORD * wide);
     return columns;
 }
 
-INLINE void NAME(hc_pre_block)(const T *x, const WORD *mix, const float *base, const float *scale, long count, int n,
-                               long d, int iters, float norm_eps, float eps, T *y, float *post, float *comb, float *raw,
-                               float *rs) {
+INLINE void NAME(hc_pre_block)(const T *x, const float *fn, float *wide, const float *base, const float *scale,
+                               long count, int n, long d, int iters, float norm_eps, float eps, T *y, float *post,
+                               float *comb, float *raw, float *rs) {
     Coefficients c;
     int m = 2 * n + n * n;
-    NAME(mix_block)(x, mix, count, m, n * d, norm_eps, raw, rs);
+    NAME(mix_block)(x, fn, count, m, n * d, norm_eps, wide, raw, rs);
     coefficients_lanes(&c, raw, rs, base, scale, count, n, iters, eps, NULL, NULL);
     for (long t = 0; t < count; t++) {
         const T *restrict xt = x + t * n * d;
@@ -98,18 +78,16 @@ INLINE void NAME(hc_pre_block)(const T *x, const WORD *mix, const float *base, c
 void NAME(hc_pre_forward)(const T *x, const float *fn, const float *base, const float *scale, long tokens, int n, long d,
                           int iters, float norm_eps, float eps, T *y, float *post, float *comb, float *raw, float *rs) {
     int m = 2 * n + n * n;
-    WORD *mix = malloc(sizeof(WORD) * mix_columns(m, PER_WORD == 2) * (n * d / PER_WORD));
-    NAME(pack_mix)(fn, m, n * d, mix);
-#pragma omp parallel for schedule(static)
-    for (long t = 0; t < tokens; t += LANES) {
+    SHARED_OUT(tokens * n * d * m > FORK_FROM, long t = 0; t < tokens; t += LANES, {
         long count = tokens - t < LANES ? tokens - t : LANES;
+        float *wide = PER_WORD == 2 ? malloc(sizeof(float) * count * n * d) : NULL;
         const T *xt = x + t * n * d;
         T *yt = y + t * d;
-        float *pt = post + t * n, *ct = comb + t * n * n, *w = raw + t * m;
-        if (n == 4) NAME(hc_pre_block)(xt, mix, base, scale, count, 4, d, iters, norm_eps, eps, yt, pt, ct, w, rs + t);
-        else NAME(hc_pre_block)(xt, mix, base, scale, count, n, d, iters, norm_eps, eps, yt, pt, ct, w, rs + t);
-    }
-    free(mix);
+        float *pt = post + t * n, *ct = comb + t * n * n, *w = raw + t * m, *r = rs + t;
+        if (n == 4) NAME(hc_pre_block)(xt, fn, wide, base, scale, count, 4, d, iters, norm_eps, eps, yt, pt, ct, w, r);
+        else NAME(hc_pre_block)(xt, fn, wide, base, scale, count, n, d, iters, norm_eps, eps, yt, pt, ct, w, r);
+        free(wide);
+    });
 }
 
 INLINE void NAME(hc_pre_backward_block)(const T *x, const WORD *columns, const float *raw, const float *base,
@@ -164,7 +142,7 @@ INLINE void NAME(hc_pre_backward_block)(const T *x, const WORD *columns, const f
             draw[t * m + i] = dm * rs[t];
             drs[t] += dm * raw[t * m + i];
         }
-    long wide = whole_vectors(n * d);
+    long wide = whole(n * d);
     NAME(through_mix)(draw, columns, count, m, wide, buffer);
     for (long t = 0; t < count; t++) {
         float k = -drs[t] * rs[t] * rs[t] * rs[t] / (float)(n * d);
@@ -186,7 +164,7 @@ void NAME(hc_pre_backward)(const T *x, const float *fn, const float *raw, const 
                            const float *rs, const T *dy, const float *dpost, const float *dcomb, long tokens, int n,
                            long d, int iters, float eps, float *draw, float *dlogit, float *dmixed, T *dx) {
     int nn = n * n, m = 2 * n + nn;
-    long wide = whole_vectors(n * d);
+    long wide = whole(n * d);
     WORD *columns = NAME(mix_rows)(fn, m, n * d);
 #pragma omp parallel
     {
@@ -225,13 +203,12 @@ INLINE void NAME(hc_post_token)(const T *restrict x, const T *restrict y, const 
 
 void NAME(hc_post_forward)(const T *x, const T *y, const float *post, const float *comb, long tokens, int n, long d,
                            T *out) {
-#pragma omp parallel for schedule(static)
-    for (long t = 0; t < tokens; t++) {
+    SHARED_OUT(tokens * n * d > FORK_FROM, long t = 0; t < tokens; t++, {
         const T *xt = x + t * n * d, *yt = y + t * d;
         const float *p = post + t * n, *c = comb + t * n * n;
         if (n == 4) NAME(hc_post_token)(xt, yt, p, c, 4, d, out + t * n * d);
         else NAME(hc_post_token)(xt, yt, p, c, n, d, out + t * n * d);
-    }
+    });
 }
 
 INLINE void NAME(hc_post_token_backward)(const T *restrict x, const T *restrict y, const float *post, const float *comb,
@@ -278,12 +255,10 @@ void NAME(hc_post_backward)(const T *x, const T *y, const float *post, const flo
  * fn [n, n*D], base [n], scale [1] -> y [T, D]; pre, raw [T, n] and rs [T] are kept. */
 void NAME(hc_head_forward)(const T *x, const float *fn, const float *base, const float *scale, long tokens, int n, long d,
                            float norm_eps, float eps, T *y, float *pre, float *raw, float *rs) {
-    WORD *mix = malloc(sizeof(WORD) * mix_columns(n, PER_WORD == 2) * (n * d / PER_WORD));
-    NAME(pack_mix)(fn, n, n * d, mix);
-#pragma omp parallel for schedule(static)
-    for (long t0 = 0; t0 < tokens; t0 += LANES) {
+    SHARED_OUT(tokens * n * d * n > FORK_FROM, long t0 = 0; t0 < tokens; t0 += LANES, {
         long count = tokens - t0 < LANES ? tokens - t0 : LANES;
-        NAME(mix_block)(x + t0 * n * d, mix, count, n, n * d, norm_eps, raw + t0 * n, rs + t0);
+        float *wide = PER_WORD == 2 ? malloc(sizeof(float) * count * n * d) : NULL;
+        NAME(mix_block)(x + t0 * n * d, fn, count, n, n * d, norm_eps, wide, raw + t0 * n, rs + t0);
         for (long t = t0; t < t0 + count; t++) {
             const T *restrict xt = x + t * n * d;
             T *restrict yt = y + t * d;
@@ -294,15 +269,15 @@ void NAME(hc_head_forward)(const T *x, const float *fn, const float *base, const
                 STORE(yt + i, d - i, s);
             }
         }
-    }
-    free(mix);
+        free(wide);
+    });
 }
 
 /* Gradients: draw [T, n] (of raw; the caller takes fn's from it), dlogit [T, n] (for base), dmixed [T, n] (for scale), dx. */
 void NAME(hc_head_backward)(const T *x, const float *fn, const float *scale, const float *pre, const float *raw,
                             const float *rs, const T *dy, long tokens, int n, long d, float eps, float *draw,
                             float *dlogit, float *dmixed, T *dx) {
-    long wide = whole_vectors(n * d);
+    long wide = whole(n * d);
     WORD *columns = NAME(mix_rows)(fn, n, n * d);
 #pragma omp parallel
     {

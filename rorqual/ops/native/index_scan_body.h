@@ -1,6 +1,7 @@
 /* Included twice by index_scan.c, once for each element type. */
 
 #include "types.h"
+#include "kernels.h"
 
 /* Reads one query [heads, width] and decides which kernel scores it: from its own values alone, so that its scores do
  * not depend on other queries. */

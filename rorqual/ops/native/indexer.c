@@ -1,5 +1,5 @@
-/* index_topk.py and the indexer's loss: scores of compressed entries, the choice of the best, and the KL divergence from
- * the attention they receive, without a tensor of queries x heads x entries. */
+/* index_loss.py: the KL divergence of index scores from the attention that entries receive, without a tensor of
+ * queries x heads x entries. */
 
 #include <stdlib.h>
 

@@ -3,8 +3,6 @@
 #include "gemm.h"
 
 #ifndef ELEMENT_BF16
-INLINE long whole(long n) { return (n + VECTOR - 1) / VECTOR * VECTOR; }
-
 /* sum_j w_j relu(dots_j) of n entries. */
 INLINE void reduce_heads(const float *dots, const float *weights, long heads, long n, float *score) {
     for (long c = 0; c < n; c += VECTOR) {
@@ -30,41 +28,6 @@ INLINE long select_best(const float *score, float *scratch, long n, long k, long
     return count;
 }
 #endif
-
-/* q [B, T, J, K], head weights [B, T, J], keys [B, C, K]; visible range [start, end) per query ([vis_rows, T], start may
- * be NULL) -> picks [B, T, k], ascending, -1 for an empty place. K is even. */
-void NAME(index_select)(const T *q, const float *weights, const T *keys, const int64_t *start, const int64_t *end,
-                        long batch, long tokens, long heads, long width, long entries, long vis_rows, long k,
-                        int64_t *picks) {
-    long wide = whole(entries), words = width / PER_WORD;
-#pragma omp parallel
-    {
-        WORD *packed = malloc(sizeof(WORD) * words * wide);
-        float *dots = malloc(sizeof(float) * heads * wide), *score = malloc(sizeof(float) * 2 * wide);
-        long have = -1;
-#pragma omp for schedule(static)
-        for (long row = 0; row < batch * tokens; row++) {
-            long b = row / tokens, at = (vis_rows == 1 ? 0 : b) * tokens + row % tokens;
-            long from = start ? start[at] : 0, to = end[at], base = from / VECTOR * VECTOR, count;
-            int64_t *mine = picks + row * k;
-            if (to - from > k) {
-                if (have != b) {
-                    NAME(pack_rows)(keys + b * entries * width, width, entries, width, wide, packed);
-                    have = b;
-                }
-                long n = whole(to - base);
-                NAME(gemm)(heads, n, words, (const WORD *)(q + row * heads * width), NULL, words, 1, packed + base, wide,
-                           dots, n, 0);
-                reduce_heads(dots, weights + row * heads, heads, n, score);
-                count = select_best(score + from - base, score + wide, to - from, k, from, mine);
-            } else {
-                for (count = 0; count < to - from; count++) mine[count] = from + count;
-            }
-            for (; count < k; count++) mine[count] = -1;
-        }
-        free(packed), free(dots), free(score);
-    }
-}
 
 /* KL(attention mass ‖ softmax of index scores) with its gradients. The layer's attention (queries [B, T, H, A], lse
  * [B, T, H], entries [B, C, A], scale) is constant; picks [B, T, num_picks] (num_picks 0: none) narrow what the loss is

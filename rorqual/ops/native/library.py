@@ -204,6 +204,11 @@ def usable_typed(tensor: Tensor) -> bool:
     return (tensor.dtype is torch.float32 or tensor.dtype is torch.bfloat16) and _reachable(tensor)
 
 
+def infers(tensor: Tensor) -> bool:
+    """As `usable_typed`, for kernels without a backward pass: no gradients are wanted."""
+    return not torch.is_grad_enabled() and usable_typed(tensor)
+
+
 def _reachable(tensor: Tensor) -> bool:
     return (
         tensor.is_cpu

@@ -1,6 +1,6 @@
 /* Included twice by rows.c, once for each element type. */
 
-#include "types.h"
+#include "kernels.h"
 #include "vectors.h"
 
 #define EACH_VECTOR(i, d) for (long i = 0; i < (d); i += VECTOR)
@@ -15,15 +15,14 @@ INLINE float NAME(sum_products)(const T *restrict a, const T *restrict b, long n
 
 /* weight may be NULL; rs [rows] keeps the factor for the backward pass. */
 void NAME(rms_norm_forward)(const T *x, const float *weight, long rows, long d, float eps, T *y, float *rs) {
-#pragma omp parallel for schedule(static)
-    for (long t = 0; t < rows; t++) {
+    SHARED_OUT(rows * d > FORK_FROM, long t = 0; t < rows; t++, {
         const T *restrict xt = x + t * d;
         T *restrict yt = y + t * d;
         float r = 1.0f / sqrtf(NAME(sum_products)(xt, xt, d) / (float)d + eps);
         rs[t] = r;
         if (weight) EACH_VECTOR(i, d) STORE(yt + i, d - i, LOAD(xt + i, d - i) * r * load(weight + i, d - i));
         else EACH_VECTOR(i, d) STORE(yt + i, d - i, LOAD(xt + i, d - i) * r);
-    }
+    });
 }
 
 /* dx only; the weight's gradient is a sum over rows that keeps one order whatever the number of threads. */
@@ -62,8 +61,7 @@ void NAME(rms_norm_weight_backward)(const T *x, const float *rs, const T *dy, lo
 /* a (gate), u (up) [rows, d]; weight [rows] or NULL; limit 0: no clamp. */
 void NAME(swiglu_forward)(const T *a, const T *u, const float *weight, long rows, long d, float limit, T *out) {
     float top = limit > 0.0f ? limit : INFINITY;
-#pragma omp parallel for schedule(static)
-    for (long t = 0; t < rows; t++) {
+    SHARED_OUT(rows * d > FORK_FROM, long t = 0; t < rows; t++, {
         float w = weight ? weight[t] : 1.0f;
         const T *restrict at = a + t * d, *restrict ut = u + t * d;
         T *restrict o = out + t * d;
@@ -71,7 +69,7 @@ void NAME(swiglu_forward)(const T *a, const T *u, const float *weight, long rows
             Vector g = smaller(LOAD(at + i, d - i), top), v = smaller(larger(LOAD(ut + i, d - i), -top), top);
             STORE(o + i, d - i, g * sigmoid_lanes(g) * v * w);
         }
-    }
+    });
 }
 
 void NAME(swiglu_backward)(const T *a, const T *u, const float *weight, const T *dout, long rows, long d, float limit,
@@ -145,20 +143,18 @@ INLINE void NAME(turn)(const T *x, const float *tab, long r, float sign, T *o) {
 
 void NAME(rope_rotate)(const T *x, const float *table, long rows, long heads, long table_rows, long k, long r,
                        float sign, T *out) {
-#pragma omp parallel for schedule(static)
-    for (long t = 0; t < rows; t++) {
+    SHARED_OUT(rows * k > FORK_FROM, long t = 0; t < rows; t++, {
         const T *xt = x + t * k;
         T *o = out + t * k;
         memcpy(o, xt, sizeof(T) * (k - r));
         NAME(turn)(xt + k - r, table + (t / heads % table_rows) * r, r, sign, o + k - r);
-    }
+    });
 }
 
 /* rope.py: RMS norm (weight may be NULL), then rope, in one pass. */
 void NAME(norm_rope_forward)(const T *x, const float *weight, const float *table, long rows, long heads, long table_rows,
                              long k, long r, float eps, T *out, float *rs) {
-#pragma omp parallel for schedule(static)
-    for (long t = 0; t < rows; t++) {
+    SHARED_OUT(rows * k > FORK_FROM, long t = 0; t < rows; t++, {
         const T *restrict xt = x + t * k;
         const float *tab = table + (t / heads % table_rows) * r;
         T *restrict o = out + t * k;
@@ -173,7 +169,7 @@ void NAME(norm_rope_forward)(const T *x, const float *weight, const float *table
             PUT(o, i, re * c - im * s);
             PUT(o, i + 1, re * s + im * c);
         }
-    }
+    });
 }
 
 #undef EACH_VECTOR

@@ -19,6 +19,8 @@ typedef uint32_t Bits __attribute__((vector_size(64), aligned(4)));
 typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
 
+INLINE long whole(long n) { return (n + VECTOR - 1) / VECTOR * VECTOR; }
+
 INLINE float sum_lanes(Vector x) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)x);

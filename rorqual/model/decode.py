@@ -1,0 +1,309 @@
+"""Decoding by the fused step: where a model's weights and its sequences' memories lie, as `ops/native/decode_step.c`
+reads them.
+
+The layer code is the reference, and bit by bit the same; it runs whatever the step does not know: Engram memories,
+other residual paths, rounded weights or activations, experts elsewhere, other devices and dtypes, hooks, gradients.
+
+L layers, R rows (sequences), N streams, D hidden.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.model.attention import Attention
+from rorqual.model.block import Block
+from rorqual.model.compressor import Compressor
+from rorqual.model.layer_state import LayerState
+from rorqual.model.moe import MoE
+from rorqual.model.pages import Paged
+from rorqual.ops.hadamard import scaled_hadamard
+from rorqual.ops.native import infers
+from rorqual.ops.native.decode_step import columns, decode_step
+
+if TYPE_CHECKING:
+    from rorqual.model.segments import Segment
+    from rorqual.model.state import State
+    from rorqual.model.transformer import Transformer
+
+MOST_STREAMS, MOST_ITERS = 8, 64
+"""MAX_STREAMS and MAX_ITERS of the C code."""
+
+
+class _Addresses:
+    """Tables of addresses: a copy would point at the original's tensors, so copies and pickles hold None."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+class Plan(_Addresses):
+    """The tables of one model. `is_usable` is False where only the layer code can run it."""
+
+    def __init__(self, model: "Transformer") -> None:
+        self.signature = _signature(model)
+        self.is_usable = _is_known(model)
+        self.kept: list[Tensor] = []
+        """What the addresses point at, kept alive."""
+        if self.is_usable:
+            self.shape, self.numbers = _shape(model), _numbers(model)
+            rows = [self._layer(layer, model.reference.dtype) for layer in model.layers if isinstance(layer, Block)]
+            if self.is_usable:
+                self.layers = torch.tensor(rows, dtype=torch.int64)
+
+    def holds_for(self, model: "Transformer") -> bool:
+        """Whether weights and modules are still those that this was made from."""
+        return self.signature == _signature(model)
+
+    def _layer(self, block: Block, dtype: torch.dtype) -> list[int]:
+        attn, ffn = block.attn, block.ffn
+        exact: dict[str, Tensor | None] = {
+            "frequencies": attn.frequencies, "sink": attn.attn_sink, "bias": _bias(ffn),
+            "hc_attn_fn": block.hc_attn_fn, "hc_attn_base": block.hc_attn_base, "hc_attn_scale": block.hc_attn_scale,
+            "hc_ffn_fn": block.hc_ffn_fn, "hc_ffn_base": block.hc_ffn_base, "hc_ffn_scale": block.hc_ffn_scale,
+        }  # fmt: skip
+        typed: dict[str, Tensor] = {
+            "attn_norm": block.attn_norm.weight, "ffn_norm": block.ffn_norm.weight, "wq_a": attn.wq_a.weight,
+            "q_norm": attn.q_norm.weight, "wq_b": attn.wq_b.weight, "wkv": attn.wkv.weight,
+            "kv_norm": attn.kv_norm.weight, "wo_a": attn.wo_a.weight, "wo_b": attn.wo_b.weight,
+            "gate": ffn.gate.weight, "w1": ffn.experts.w1, "w2": ffn.experts.w2, "w3": ffn.experts.w3,
+            "shared_w1": ffn.shared_experts.w1.weight, "shared_w2": ffn.shared_experts.w2.weight,
+            "shared_w3": ffn.shared_experts.w3.weight,
+        }  # fmt: skip
+        if attn.compressor is not None:
+            _add_compressor("entry", attn.compressor, exact, typed)
+        if attn.indexer is not None:
+            _add_compressor("index", attn.indexer.compressor, exact, typed)
+            typed["index_wq_b"], typed["index_weights"] = attn.indexer.wq_b.weight, attn.indexer.weights_proj.weight
+            typed["hadamard"] = scaled_hadamard(attn.indexer.width, attn.frequencies.device, dtype)
+        values = {"ratio": block.spec.compress_ratio, "overlap": int(block.spec.overlap)}
+        values["tid2eid"] = self._address(ffn.gate.tid2eid, torch.int64) if block.spec.hash_routed else 0
+        values |= {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
+        values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
+        return [values.get(name, 0) for name in columns("Layer")]
+
+    def _address(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
+        if tensor is None:
+            return 0
+        if tensor.dtype is not dtype or not tensor.is_contiguous():
+            self.is_usable = False
+        self.kept.append(tensor.detach())
+        return tensor.data_ptr()
+
+
+def _bias(ffn: MoE) -> Tensor | None:
+    return None if ffn.gate.hash_routed else ffn.gate.bias
+
+
+def _add_compressor(
+    name: str, compressor: Compressor, exact: dict[str, Tensor | None], typed: dict[str, Tensor]
+) -> None:
+    exact[f"{name}_ape"], typed[f"{name}_norm"] = compressor.ape, compressor.norm.weight
+    typed[f"{name}_wkv"], typed[f"{name}_wgate"] = compressor.wkv.weight, compressor.wgate.weight
+
+
+def _shape(model: "Transformer") -> Tensor:
+    cfg = model.cfg
+    values = {
+        "layers": cfg.num_hidden_layers, "hidden": cfg.hidden_size, "streams": cfg.hc_mult,
+        "heads": cfg.num_attention_heads, "width": cfg.head_dim, "rope": cfg.qk_rope_head_dim,
+        "query_rank": cfg.q_lora_rank, "groups": cfg.o_groups, "output_rank": cfg.o_lora_rank,
+        "window": cfg.sliding_window, "experts": cfg.n_routed_experts, "active": cfg.num_experts_per_tok,
+        "expert_width": cfg.moe_intermediate_size, "index_heads": cfg.index_n_heads,
+        "index_width": cfg.index_head_dim, "top_k": cfg.index_topk, "iters": cfg.hc_sinkhorn_iters,
+    }  # fmt: skip
+    return torch.tensor([values[name] for name in columns("Shape")], dtype=torch.int64)
+
+
+def _numbers(model: "Transformer") -> Tensor:
+    cfg = model.cfg
+    index_scale = cfg.index_head_dim**-0.5 * cfg.index_n_heads**-0.5
+    values = {
+        "norm_eps": cfg.rms_norm_eps, "hc_eps": cfg.hc_eps, "scale": cfg.head_dim**-0.5, "index_scale": index_scale,
+        "route_scale": cfg.routed_scaling_factor, "limit": cfg.swiglu_limit,
+    }  # fmt: skip
+    return torch.tensor([values[name] for name in columns("Number")], dtype=torch.float32)
+
+
+def _is_known(model: "Transformer") -> bool:
+    """Whether the step computes what this model's layer code would."""
+    cfg, dtype = model.cfg, model.reference.dtype
+    if not (model.is_first and model.is_last and model.compute_dtype in (None, dtype)):
+        return False
+    if cfg.residual != "mhc" or cfg.engram is not None or cfg.hc_mult > MOST_STREAMS:
+        return False
+    if cfg.hc_sinkhorn_iters > MOST_ITERS or cfg.hc_mult * cfg.hidden_size % 2 or cfg.index_head_dim % 2:
+        return False
+    return all(_is_plain(module) for module in model.modules())
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module does what its class says: no hooks, no rounding, nothing elsewhere."""
+    if module._forward_hooks or module._forward_pre_hooks or "stored_as" in module.__dict__:
+        return False
+    if isinstance(module, MoE):
+        return module.exchange is None and not module.round_inputs
+    if isinstance(module, Attention):
+        return module.cfg.activation_rounding == "none" and not (module.indexer and module.indexer.rounding)
+    return True
+
+
+def _signature(model: "Transformer") -> list[Any]:
+    """Changes with whatever would make a plan wrong: weights that moved, modules that changed."""
+    out: list[Any] = [model.compute_dtype]
+    for module in model.modules():
+        out.append((type(module), _is_plain(module)))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            out.append(None if tensor is None else (tensor.data_ptr(), tensor.dtype))
+    return out
+
+
+class Memory(_Addresses):
+    """The tables of one state: int64 [B, L, columns of `Memory`], and what they point at."""
+
+    def __init__(self, state: "State", plan: Plan) -> None:
+        self.plan = plan
+        self.parts = [part for layer in state.layers for part in _parts(layer)]
+        base = torch.tensor([[address for address, _ in _columns(layer)] for layer in state.layers])
+        step = torch.tensor([[step for _, step in _columns(layer)] for layer in state.layers])
+        self.rows = base + torch.arange(state.batch_size)[:, None, None] * step
+
+    def holds_for(self, state: "State", plan: Plan) -> bool:
+        """Whether the state's tensors are still those that this was made from."""
+        if self.plan is not plan:
+            return False
+        mine = iter(self.parts)
+        return all(part is next(mine) for layer in state.layers for part in _parts(layer))
+
+
+def _parts(layer: LayerState) -> tuple[Any, ...]:
+    """What a layer's addresses depend on: tensors, and the pools of what lies in pages."""
+    entries, keys, blocks, index_blocks = layer.entries, layer.index_keys, layer.pending, layer.index_pending
+    if entries is None:
+        return (layer.window,)
+    if isinstance(entries, Paged):
+        entries = entries.pool
+    if isinstance(keys, Paged):
+        keys = keys.pool
+    first = (layer.window, entries, blocks and blocks.kv, blocks and blocks.score)
+    return (
+        first if keys is None else (*first, keys, index_blocks and index_blocks.kv, index_blocks and index_blocks.score)
+    )
+
+
+def _columns(layer: LayerState) -> list[tuple[int, int]]:
+    """A layer's columns for its first row, and how much each grows by with the row."""
+    values: dict[str, tuple[int, int]] = {}
+
+    def put(name: str, tensor: Tensor | Paged | None, size: str | None = None) -> None:
+        if tensor is None:
+            return
+        tensor = tensor.pool if isinstance(tensor, Paged) else tensor
+        values[name] = (tensor.data_ptr(), tensor.stride(0) * tensor.element_size() if tensor.shape[0] else 0)
+        if size is not None:
+            values[size] = (tensor.shape[1], 0)
+
+    put("ring", layer.window, "ring_size")
+    put("entries", layer.entries, "entry_rows")
+    put("index_keys", layer.index_keys, "key_rows")
+    for name, pending in (("blocks", layer.pending), ("index_blocks", layer.index_pending)):
+        if pending is not None:
+            put(f"{name}_kv", pending.kv, f"{name}_size")
+            put(f"{name}_score", pending.score)
+    return [values.get(name, (0, 0)) for name in columns("Memory")]
+
+
+def plan_of(model: "Transformer", states: Sequence["State"]) -> Plan | None:
+    """The plan that runs the next token of these states, or None where the layer code must.
+
+    Weights are looked over when a state comes for the first time: later they may change in place, not move.
+    """
+    if not infers(model.reference) or any(state.is_replaying for state in states):
+        return None
+    plan: Plan | None = model.__dict__.get("decode_plan")
+    is_new = any(state.decoding is None or state.decoding.plan is not plan for state in states)
+    if plan is None or (is_new and not plan.holds_for(model)):
+        plan = model.__dict__["decode_plan"] = Plan(model)
+    return plan if plan.is_usable else None
+
+
+def forget(model: nn.Module) -> None:
+    """Make the plan anew at the next step; for changes of modules or weights that move."""
+    for module in model.modules():
+        module.__dict__.pop("decode_plan", None)
+
+
+def step_rows(model: "Transformer", tokens: Tensor, state: "State") -> Tensor | None:
+    """One token for every row of a state by the fused step: ids [B, 1] -> streams [B, 1, N, D]; None where the layer
+    code must run. Raises as `Transformer.forward_streams`.
+    """
+    if tokens.shape != (state.batch_size, 1) or tokens.dtype is not torch.int64 or state.model is not model:
+        return None
+    plan = plan_of(model, [state])
+    if plan is None:
+        return None
+    model.check_ids(tokens)
+    state.check(1)
+    return _decode(model, plan, tokens[:, 0], [state]).unsqueeze(1)
+
+
+def step(
+    model: "Transformer",
+    segments: Sequence["Segment"],
+    by_layers: Callable[["Transformer", Sequence["Segment"]], Tensor],
+) -> Tensor:
+    """Checked segments' streams [1, T, N, D]: those of one token by the fused step, the others by the layer code."""
+    is_single = [len(segment.tokens) == 1 and not segment.state.is_replaying for segment in segments]
+    singles = [segment for segment, single in zip(segments, is_single, strict=True) if single]
+    plan = plan_of(model, [segment.state for segment in singles]) if singles else None
+    if plan is None:
+        return by_layers(model, segments)
+    ids = torch.cat([segment.tokens for segment in singles])
+    decoded = _decode(model, plan, ids, [segment.state for segment in singles]).unsqueeze(0)
+    if len(singles) == len(segments):
+        return decoded
+    rest = [segment for segment, single in zip(segments, is_single, strict=True) if not single]
+    read = iter(by_layers(model, rest).split([len(segment.tokens) for segment in rest], 1))
+    alone = iter(decoded.split(1, 1))
+    return torch.cat([next(alone if single else read) for single in is_single], 1)
+
+
+def _decode(model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["State"]) -> Tensor:
+    """One token for every row of checked states, in order: ids int64 [R] -> streams [R, N, D]."""
+    for state in states:
+        state.begin()
+    lengths = [length for state in states for length in state.lengths]
+    memory = [_memory(state, plan) for state in states]
+    tables = [0 if state.table is None else state.table.tensor.data_ptr() for state in states for _ in state.lengths]
+    streams = decode_step(
+        model.embed.weight.detach(), ids.contiguous(), torch.tensor(lengths), plan.shape, plan.numbers, plan.layers,
+        memory[0] if len(memory) == 1 else torch.cat(memory), torch.tensor(tables), model.cfg.hc_mult,
+    )  # fmt: skip
+    taken = iter(ids.tolist())
+    for state in states:
+        if state.table is not None:
+            _count_pages(state)
+        state.advance_each([next(taken) for _ in state.lengths])
+    return streams
+
+
+def _memory(state: "State", plan: Plan) -> Tensor:
+    """The state's table, with room for the entries that its next tokens complete."""
+    longest = max(state.lengths) + 1
+    if state.table is None:
+        for layer, spec in zip(state.layers, state.model.cfg.layers, strict=True):
+            if spec.compress_ratio and longest % spec.compress_ratio == 0:
+                layer.make_room(longest // spec.compress_ratio)
+    if state.decoding is None or not state.decoding.holds_for(state, plan):
+        state.decoding = Memory(state, plan)
+    rows: Tensor = state.decoding.rows
+    return rows
+
+
+def _count_pages(state: "State") -> None:
+    length = state.lengths[0] + 1
+    for layer in state.layers:
+        for part in layer.paged().values():
+            part.length = max(length // part.ratio, part.frozen)

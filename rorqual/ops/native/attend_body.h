@@ -1,0 +1,141 @@
+/* Included twice by attend.c, once for each element type. */
+
+#include "dots.h"
+#include "kernels.h"
+
+#ifndef ELEMENT_BF16
+#define KEY_BLOCK 64 /* keys that stay in cache while all heads add them up */
+
+/* Scores [n] of one head -> weights exp(score - top); returns top, the largest of them and the sink. */
+INLINE float weigh(float *score, long n, float scale, float sink) {
+    Vector most = (Vector){0} + sink;
+    for (long j = 0; j < n; j += VECTOR) {
+        Vector x = load(score + j, n - j) * scale;
+        store(score + j, n - j, x);
+        if (n - j < VECTOR) /* what lies beyond the last key must not win */
+            for (long i = n - j; i < VECTOR; i++) x[i] = sink;
+        most = choose(most < x, x, most);
+    }
+    float top = most[0];
+    for (int i = 1; i < VECTOR; i++) top = max_(top, most[i]);
+    for (long j = 0; j < n; j += VECTOR) store(score + j, n - j, exp_lanes(load(score + j, n - j) - top));
+    return top;
+}
+#endif
+
+/* Adds `n` keys, one after the other, each by its weight (rows of weights `wide` apart): value [heads][padded] over
+ * `vectors` of 16 channels from channel `at` on, and with the first channels the sum of weights, total [heads]. */
+INLINE void NAME(add_keys)(int heads, int vectors, const float *weights, long wide, const T *const *keys, long n, long at,
+                           long width, float *value, long padded, float *total) {
+    Vector sum[4][4];
+    float all[4];
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++) {
+        all[h] = total[h];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sum[h][v] = load(value + h * padded + at + v * VECTOR, VECTOR);
+    }
+    for (long j = 0; j < n; j++) {
+        const T *key = keys[j] + at;
+        Vector x[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) x[v] = LOAD(key + v * VECTOR, width - at - v * VECTOR);
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; h++) {
+            float w = weights[h * wide + j];
+            all[h] += w;
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) sum[h][v] = sum[h][v] + w * x[v];
+        }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++) {
+        if (at == 0) total[h] = all[h];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) store(value + h * padded + at + v * VECTOR, VECTOR, sum[h][v]);
+    }
+}
+
+/* The same over all channels. */
+INLINE void NAME(add_keys_wide)(int heads, const float *weights, long wide, const T *const *keys, long n, long width,
+                                float *value, long padded, float *total) {
+    long at = 0;
+    for (; padded - at >= 4 * VECTOR; at += 4 * VECTOR)
+        NAME(add_keys)(heads, 4, weights, wide, keys, n, at, width, value, padded, total);
+    for (; padded - at >= 2 * VECTOR; at += 2 * VECTOR)
+        NAME(add_keys)(heads, 2, weights, wide, keys, n, at, width, value, padded, total);
+    if (at < padded) NAME(add_keys)(heads, 1, weights, wide, keys, n, at, width, value, padded, total);
+}
+
+/* Heads [first, last) of one query [H, K] over `n` keys, oldest first, each both key and value; sink [H] -> out [H, K],
+ * lse [H]. `work` has room for attend_work(last - first, n, width) floats. */
+void NAME(attend_query)(const T *q, const T *const *keys, long n, const float *sink, long first, long last, long width,
+                        float scale, float *work, T *out, float *lse) {
+    long wide = whole(n), padded = whole(width), heads = last - first;
+    float *weights = work, *value = work + heads * wide, top[heads], total[heads];
+    NAME(dots)(heads, n, width, q + first * width, NULL, width, NULL, keys, 0, weights, wide);
+    for (long h = 0; h < heads; h++) {
+        top[h] = weigh(weights + h * wide, n, scale, sink[first + h]);
+        total[h] = exp_(sink[first + h] - top[h]);
+    }
+    memset(value, 0, sizeof(float) * heads * padded);
+    for (long j = 0; j < n; j += KEY_BLOCK) {
+        long count = n - j < KEY_BLOCK ? n - j : KEY_BLOCK, h = 0;
+        const float *w = weights + j;
+        for (; heads - h >= 4; h += 4)
+            NAME(add_keys_wide)(4, w + h * wide, wide, keys + j, count, width, value + h * padded, padded, total + h);
+        for (; h < heads; h++)
+            NAME(add_keys_wide)(1, w + h * wide, wide, keys + j, count, width, value + h * padded, padded, total + h);
+    }
+    for (long h = 0; h < heads; h++) {
+        float r = 1.0f / total[h];
+        T *to = out + (first + h) * width;
+        for (long i = 0; i < width; i += VECTOR) STORE(to + i, width - i, load(value + h * padded + i, VECTOR) * r);
+        lse[first + h] = logf(total[h]) + top[h];
+    }
+}
+
+/* The keys of one query, oldest first: `count` of its window, then the entries it may use, from [from, to) or `picks`. */
+INLINE long NAME(collect)(const T *window, long count, const T *entries, const int64_t *table, long page_rows, long width,
+                          long from, long to, const int64_t *picks, long num_picks, const T **keys) {
+    long n = 0;
+    for (; n < count; n++) keys[n] = window + n * width;
+    if (num_picks) {
+        for (long i = 0; i < num_picks; i++)
+            if (picks[i] >= from && picks[i] < to) keys[n++] = entries + entry_row(table, page_rows, picks[i]) * width;
+    } else {
+        for (long i = from; i < to; i++) keys[n++] = entries + entry_row(table, page_rows, i) * width;
+    }
+    return n;
+}
+
+/* q [B, T, H, K], kv [B, W-1+T, K], sink [H], positions [pos_rows, T]; entries, those of a row entry_stride behind those of
+ * the row before (or in pages of `page_rows` named by table, for B = 1); visible range [start, end) per query ([vis_rows,
+ * T]; start may be NULL, end too without entries), narrowed by ascending picks [B, T, num_picks] (-1: none)
+ * -> out [B, T, H, K], lse [B, T, H]. */
+void NAME(attend)(const T *q, const T *kv, const float *sink, const int64_t *positions, const T *entries,
+                  const int64_t *table, const int64_t *start, const int64_t *end, const int64_t *picks, long batch,
+                  long tokens, long heads, long width, long window, long num_entries, long entry_stride, long page_rows,
+                  long pos_rows, long vis_rows, long num_picks, float scale, T *out, float *lse) {
+    long most = window + (num_picks ? num_picks : num_entries);
+    long parts = batch * tokens > 1 ? 1 : heads / 4 > 1 ? heads / 4 : 1; /* a single query is cut by its heads */
+    long each = (heads + parts - 1) / parts;
+#pragma omp parallel if (batch * tokens * heads * most * width > FORK_FROM)
+    {
+        const T **keys = malloc(sizeof(T *) * most);
+        float *work = malloc(sizeof(float) * attend_work(each, most, width));
+#pragma omp for schedule(static)
+        for (long job = 0; job < batch * tokens * parts; job++) {
+            long row = job / parts, b = row / tokens, t = row % tokens, at = (vis_rows == 1 ? 0 : b) * tokens + t;
+            long first = job % parts * each, last = first + each < heads ? first + each : heads;
+            long position = positions[(pos_rows == 1 ? 0 : b) * tokens + t];
+            long count = position < window - 1 ? position + 1 : window, oldest = t + window - count;
+            long n = NAME(collect)(kv + (b * (window - 1 + tokens) + oldest) * width, count,
+                                   entries + b * entry_stride, table, page_rows, width, start ? start[at] : 0,
+                                   end ? end[at] : num_entries, picks + row * num_picks, num_picks, keys);
+            NAME(attend_query)(q + row * heads * width, keys, n, sink, first, last, width, scale, work,
+                               out + row * heads * width, lse + row * heads);
+        }
+        free(keys), free(work);
+    }
+}

@@ -1,0 +1,37 @@
+/* model/decode.py: one token each of several sequences through all layers, in one call.
+ *
+ * Every number comes from the kernels that the layer code calls, in the same order, so the two agree bit by bit; what is
+ * saved is the way between them. Threads share the work inside kernels, and rows or heads of attention. */
+
+#include <stdlib.h>
+
+#include "attend.h"
+#include "compress.h"
+
+#ifdef _OPENMP
+extern int omp_get_max_threads(void);
+#else
+static int omp_get_max_threads(void) { return 1; }
+#endif
+
+/* Names of what model/decode.py fills in; it reads them here. */
+enum Shape { LAYERS, HIDDEN, STREAMS, HEADS, WIDTH, ROPE, QUERY_RANK, GROUPS, OUTPUT_RANK, WINDOW, EXPERTS, ACTIVE,
+             EXPERT_WIDTH, INDEX_HEADS, INDEX_WIDTH, TOP_K, ITERS, SHAPE_END };
+enum Number { NORM_EPS, HC_EPS, SCALE, INDEX_SCALE, ROUTE_SCALE, LIMIT, NUMBER_END };
+enum Layer { RATIO, OVERLAP, FREQUENCIES,
+             HC_ATTN_FN, HC_ATTN_BASE, HC_ATTN_SCALE, ATTN_NORM, WQ_A, Q_NORM, WQ_B, WKV, KV_NORM, SINK, WO_A, WO_B,
+             ENTRY_WKV, ENTRY_WGATE, ENTRY_APE, ENTRY_NORM,
+             INDEX_WKV, INDEX_WGATE, INDEX_APE, INDEX_NORM, INDEX_WQ_B, INDEX_WEIGHTS, HADAMARD,
+             HC_FFN_FN, HC_FFN_BASE, HC_FFN_SCALE, FFN_NORM, GATE, BIAS, TID2EID, W1, W2, W3, SHARED_W1, SHARED_W2,
+             SHARED_W3, LAYER_END };
+enum Memory { RING, RING_SIZE, BLOCKS_KV, BLOCKS_SCORE, BLOCKS_SIZE, ENTRIES, ENTRY_ROWS,
+              INDEX_BLOCKS_KV, INDEX_BLOCKS_SCORE, INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, MEMORY_END };
+
+#define PLACE(table, field) ((void *)(uintptr_t)(table)[field])
+
+static long most(long a, long b) { return a > b ? a : b; }
+
+#include "decode_step_body.h"
+
+#define ELEMENT_BF16
+#include "decode_step_body.h"

@@ -1,0 +1,40 @@
+"""The fused decode step: one token each of several sequences through all layers in one C call.
+
+What it reads is found through tables of addresses. Their columns are the enums of `decode_step.c`, read from its text
+so that they stand in one place.
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rorqual.ops.native.library import call
+
+_SOURCE = Path(__file__).with_name("decode_step.c")
+
+
+@lru_cache(maxsize=4)
+def columns(name: str) -> tuple[str, ...]:
+    """Columns of the table `Shape`, `Number`, `Layer` or `Memory`, in order, in lower case."""
+    found = re.search(rf"enum {name} \{{([^}}]*)\}}", _SOURCE.read_text())
+    assert found is not None, name
+    names = [word.strip().lower() for word in found.group(1).split(",")]
+    assert names[-1] == f"{name.lower()}_end"
+    return tuple(names[:-1])
+
+
+def decode_step(
+    embedding: Tensor, tokens: Tensor, positions: Tensor, shape: Tensor, numbers: Tensor, layers: Tensor,
+    memory: Tensor, tables: Tensor, streams: int,
+) -> Tensor:  # fmt: skip
+    """Streams [R, N, D] after all layers; tokens and positions int64 [R], tables as the C source says.
+
+    The sequences' memory has taken the tokens in afterwards. Every address must be that of a living tensor.
+    """
+    rows = tokens.shape[0]
+    out = torch.empty(rows, streams, embedding.shape[1], dtype=embedding.dtype)
+    call("decode_step", embedding, tokens, positions, rows, shape, numbers, layers, memory, tables, out)
+    return out

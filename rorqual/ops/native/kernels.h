@@ -1,0 +1,25 @@
+/* What the decode step calls, declared once so that the compiler holds definitions to it. Included for each element type. */
+
+#include "types.h"
+
+void NAME(linear)(const T *x, const T *w, long rows, long groups, long out, long in, T *y, float *exact);
+void NAME(rms_norm_forward)(const T *x, const float *weight, long rows, long d, float eps, T *y, float *rs);
+void NAME(rope_rotate)(const T *x, const float *table, long rows, long heads, long table_rows, long k, long r, float sign,
+                       T *out);
+void NAME(norm_rope_forward)(const T *x, const float *weight, const float *table, long rows, long heads, long table_rows,
+                             long k, long r, float eps, T *out, float *rs);
+void NAME(swiglu_forward)(const T *a, const T *u, const float *weight, long rows, long d, float limit, T *out);
+void NAME(hc_pre_forward)(const T *x, const float *fn, const float *base, const float *scale, long tokens, int n, long d,
+                          int iters, float norm_eps, float eps, T *y, float *post, float *comb, float *raw, float *rs);
+void NAME(hc_post_forward)(const T *x, const T *y, const float *post, const float *comb, long tokens, int n, long d,
+                           T *out);
+void NAME(attend_query)(const T *q, const T *const *keys, long n, const float *sink, long first, long last, long width,
+                        float scale, float *work, T *out, float *lse);
+void NAME(index_scan)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
+                      const int64_t *start, const int64_t *end, long queries, long heads, long width, long per_page, long k,
+                      long threads, int64_t *picks);
+void NAME(router)(const T *x, const T *w, const float *bias, long tokens, long d, long experts, long active, float scale,
+                  float *scores, int64_t *chosen, float *weights);
+void NAME(experts_apply)(const T *x, const int64_t *token, const int64_t *bounds, const float *gate, const T *w1,
+                         const T *w3, const T *w2, long experts, long d, long inner, float limit, T *hidden, T *out);
+void NAME(experts_join)(const T *rows, const int64_t *slots, const T *shared, long tokens, long active, long d, T *y);

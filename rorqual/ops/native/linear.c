@@ -1,0 +1,8 @@
+/* linear.py: products with weights in their natural layout, the same for a row whatever rows come with it. */
+
+#include "common.h"
+
+#include "linear_body.h"
+
+#define ELEMENT_BF16
+#include "linear_body.h"

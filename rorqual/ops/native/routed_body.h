@@ -1,0 +1,90 @@
+/* Included twice by routed.c, once for each element type. */
+
+#include "dots.h"
+#include "kernels.h"
+
+#ifndef ELEMENT_BF16
+/* The `active` largest of score + bias, lowest index first among equals. */
+INLINE void choose_experts(const float *score, const float *bias, long experts, long active, int64_t *chosen) {
+    for (long a = 0; a < active; a++) {
+        long best = -1;
+        float most = 0.0f;
+        for (long e = 0; e < experts; e++) {
+            float value = score[e] + bias[e];
+            int is_taken = best >= 0 && !(value > most);
+            for (long i = 0; i < a && !is_taken; i++) is_taken = chosen[i] == e;
+            if (!is_taken) best = e, most = value;
+        }
+        chosen[a] = best;
+    }
+}
+#endif
+
+/* x [T, D], router w [E, D] -> scores [T, E] and weights [T, A] of the experts in chosen [T, A], which are found here when
+ * there is a bias [E]. */
+void NAME(router)(const T *x, const T *w, const float *bias, long tokens, long d, long experts, long active, float scale,
+                  float *scores, int64_t *chosen, float *weights) {
+    SHARED_OUT(tokens * d * experts > FORK_FROM, long t = 0; t < tokens; t += LANES, {
+        long count = tokens - t < LANES ? tokens - t : LANES;
+        NAME(dots)(count, experts, d, x + t * d, NULL, d, w, NULL, d, scores + t * experts, experts);
+        for (long r = t; r < t + count; r++) {
+            float *score = scores + r * experts, total = 0.0f;
+            int64_t *mine = chosen + r * active;
+            for (long e = 0; e < experts; e++)
+                score[e] = sqrtf(score[e] > 20.0f ? score[e] : max_(log1pf(expf(score[e])), SCORE_FLOOR));
+            if (bias) choose_experts(score, bias, experts, active, mine);
+            for (long a = 0; a < active; a++) total += score[mine[a]];
+            for (long a = 0; a < active; a++) weights[r * active + a] = score[mine[a]] / total * scale;
+        }
+    });
+}
+
+/* Rows sorted by expert, as for experts_forward: x [tokens, d], w1 and w3 [E, inner, d], w2 [E, d, inner], gate [rows]
+ * -> out [rows, d]; hidden [rows, inner] is room to work in. */
+void NAME(experts_apply)(const T *x, const int64_t *token, const int64_t *bounds, const float *gate, const T *w1,
+                         const T *w3, const T *w2, long experts, long d, long inner, float limit, T *hidden, T *out) {
+    float top = limit > 0.0f ? limit : INFINITY;
+    long rows = bounds[experts], num = 0;
+    long (*parts)[3] = malloc(sizeof(*parts) * (experts + rows / EXPERT_ROWS + 1)); /* expert, first row, rows */
+    for (long e = 0; e < experts; e++)
+        for (long lo = bounds[e]; lo < bounds[e + 1]; lo += EXPERT_ROWS, num++) {
+            parts[num][0] = e, parts[num][1] = lo;
+            parts[num][2] = bounds[e + 1] - lo < EXPERT_ROWS ? bounds[e + 1] - lo : EXPERT_ROWS;
+        }
+    long thin = (inner + EXPERT_COLUMNS - 1) / EXPERT_COLUMNS, thick = (d + EXPERT_COLUMNS - 1) / EXPERT_COLUMNS;
+    int is_much = rows * d * inner > FORK_FROM;
+    SHARED_OUT(is_much, long job = 0; job < num * thin; job++, {
+        float a[EXPERT_ROWS * EXPERT_COLUMNS], u[EXPERT_ROWS * EXPERT_COLUMNS];
+        long e = parts[job / thin][0], lo = parts[job / thin][1], m = parts[job / thin][2];
+        long j = job % thin * EXPERT_COLUMNS, n = inner - j < EXPERT_COLUMNS ? inner - j : EXPERT_COLUMNS;
+        NAME(dots)(m, n, d, x, token + lo, d, w1 + (e * inner + j) * d, NULL, d, a, EXPERT_COLUMNS);
+        NAME(dots)(m, n, d, x, token + lo, d, w3 + (e * inner + j) * d, NULL, d, u, EXPERT_COLUMNS);
+        for (long r = 0; r < m; r++)
+            for (long i = 0; i < n; i += VECTOR) {
+                Vector g = smaller(load(a + r * EXPERT_COLUMNS + i, n - i), top);
+                Vector v = smaller(larger(load(u + r * EXPERT_COLUMNS + i, n - i), -top), top);
+                STORE(hidden + (lo + r) * inner + j + i, n - i, g * sigmoid_lanes(g) * v * gate[lo + r]);
+            }
+    });
+    SHARED_OUT(is_much, long job = 0; job < num * thick; job++, {
+        float y[EXPERT_ROWS * EXPERT_COLUMNS];
+        long e = parts[job / thick][0], lo = parts[job / thick][1], m = parts[job / thick][2];
+        long j = job % thick * EXPERT_COLUMNS, n = d - j < EXPERT_COLUMNS ? d - j : EXPERT_COLUMNS;
+        NAME(dots)(m, n, inner, hidden + lo * inner, NULL, inner, w2 + (e * d + j) * inner, NULL, inner, y,
+                   EXPERT_COLUMNS);
+        for (long r = 0; r < m; r++)
+            for (long i = 0; i < n; i += VECTOR)
+                STORE(out + (lo + r) * d + j + i, n - i, load(y + r * EXPERT_COLUMNS + i, n - i));
+    });
+    free(parts);
+}
+
+/* y[t] = the token's rows, in the order of its slots, and its shared part: [rows, d], [T, active], [T, d] -> [T, d]. */
+void NAME(experts_join)(const T *rows, const int64_t *slots, const T *shared, long tokens, long active, long d, T *y) {
+    for (long t = 0; t < tokens; t++)
+        for (long i = 0; i < d; i += VECTOR) {
+            Vector s = {0};
+            for (long k = 0; k < active; k++) s += LOAD(rows + slots[t * active + k] * d + i, d - i);
+            STORE(y + t * d + i, d - i, s + LOAD(shared + t * d + i, d - i));
+        }
+}
