@@ -85,12 +85,14 @@ def encode_entries_reference(x: Tensor, nope_dim: int) -> Tensor:
 def decode_entries_reference(rows: Tensor, nope_dim: int, rope_dim: int) -> Tensor:
     """See `decode_entries`; fp32."""
     after, groups = nope_dim + 2 * rope_dim, _num_groups(nope_dim, KV_GROUP)
-    rope = rows[..., nope_dim:after].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
+    rope = rows.new_empty(*rows.shape[:-1], rope_dim, dtype=torch.bfloat16)
+    if rope_dim:
+        rope.view(torch.uint8).copy_(rows[..., nope_dim:after])
     if not nope_dim:
-        return rope
+        return rope.float()
     codes = rows[..., :nope_dim].contiguous().view(torch.float8_e4m3fn)
     scale = decode_e8m0(rows[..., after : after + groups].contiguous())
-    return torch.cat([dequantize_groups(codes, scale, nope_dim // groups), rope], -1)
+    return torch.cat([dequantize_groups(codes, scale, nope_dim // groups), rope.float()], -1)
 
 
 def encode_index_keys_reference(x: Tensor) -> Tensor:
