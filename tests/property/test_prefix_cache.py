@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rorqual.engine.prefix_cache import Lease, PrefixCache
 from rorqual.model import Transformer
+from rorqual.ops.native import usable_typed
 
 PAGE = 8
 
@@ -40,6 +41,11 @@ def is_invariant() -> bool:
     with torch.no_grad():
         one_by_one = torch.cat([model(t[None, None], state=state)[0] for t in row])
     return torch.equal(whole, one_by_one)
+
+
+def test_equal_bits_are_asked_for_here() -> None:
+    """`agree` compares bits wherever the native operations run."""
+    assert is_invariant() or not usable_typed(model_of().embed.weight)
 
 
 def agree(a: Tensor, b: Tensor) -> bool:
