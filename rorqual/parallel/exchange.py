@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rorqual.errors import ConfigError
+from rorqual.ops.native import infers
 from rorqual.parallel.local_experts import LocalExperts, LocalGradients, add_answers, add_gradients
 from rorqual.parallel.routes import Routes, plan
 
@@ -65,7 +66,7 @@ class ExpertExchange:
         tokens travel. Differentiable in x, weights and the experts' weights; all ranks must agree on which of them
         need gradients. Raises: ConfigError for expert ids that no rank holds.
         """
-        flight = _Flight(self.group, self.waves, w1.shape[0], limit)
+        flight = _Flight(self.group, self.waves, w1.shape[0], limit, infers(x))
         ticket = _Dispatch.apply(x, weights, experts, flight)
         beside = None if meanwhile is None else meanwhile()
         y = _Combine.apply(ticket, w1, w3, w2, flight)
@@ -204,8 +205,9 @@ class _Flight:
     returning: "tuple[_Trip, _Post, _Delivery, Tensor]"
     """The backward trip, and the gradients of the routing weights [T * A], sorted as the answers are."""
 
-    def __init__(self, group: dist.ProcessGroup, waves: int, experts_here: int, limit: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, waves: int, experts_here: int, limit: float, infers: bool) -> None:
         self.group, self.waves, self.experts_here, self.limit = group, waves, experts_here, limit
+        self.infers = infers
 
     def gates_and_rows(self) -> tuple[Tensor, Tensor]:
         """Routing weight and row of each slot [N], in the order of computation."""
@@ -261,7 +263,7 @@ class _Combine(torch.autograd.Function):
         del flight.trip
         gate, slot_row = flight.gates_and_rows()
         del flight.notes, flight.notes_come
-        local = LocalExperts(trip.rows, slot_row, gate, r.expert_bounds, (w1, w3, w2), flight.limit)
+        local = LocalExperts(trip.rows, slot_row, gate, r.expert_bounds, (w1, w3, w2), flight.limit, flight.infers)
         for wave, experts in enumerate(r.waves):
             trip.await_rows(wave)
             local.run(*experts)

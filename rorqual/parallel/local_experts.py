@@ -25,7 +25,8 @@ class LocalExperts:
 
     Shapes: rows [M, D], slot_row int64 [N], gate fp32 [N], matrices w1 and w3 [L, I, D], w2 [L, D, I].
 
-    `forward` fills `out` [N, D], and `a`, `u` [N, I] for the backward pass.
+    `run` fills `out` [N, D], and `a`, `u` [N, I] for the backward pass. With `infers` there will be none, and the
+    products are those of inference.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class LocalExperts:
         bounds: list[int],
         matrices: tuple[Tensor, ...],
         limit: float,
+        infers: bool = False,
     ) -> None:
         w1, w3, w2 = (w.to(rows.dtype).contiguous() for w in matrices)
         self.rows, self.slot_row, self.gate, self.limit = rows, slot_row, gate, limit
@@ -43,7 +45,8 @@ class LocalExperts:
         self.bounds = bounds
         self.a, self.u = (rows.new_empty(len(gate), w1.shape[1]) for _ in range(2))
         self.out = rows.new_empty(len(gate), rows.shape[1])
-        self.is_native = is_native(rows, w1)
+        self.infers = infers
+        self.is_native = infers or is_native(rows, w1)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What the backward pass reads, for `save_for_backward`."""
@@ -52,6 +55,12 @@ class LocalExperts:
     def run(self, first: int, last: int) -> None:
         """Experts `first` to `last` - 1: their part of `out`, `a` and `u`."""
         lo, hi = self.bounds[first], self.bounds[last]
+        if self.infers:
+            call(
+                "experts_apply", self.rows, self.slot_row, self._bounds(first, last), self.gate, self.w1[first:last],
+                self.w3[first:last], self.w2[first:last], last - first, *self._sizes(), self.limit, self.a, self.out,
+            )  # fmt: skip
+            return
         if self.is_native:
             call(
                 "experts_forward", self.rows, self.slot_row, self._bounds(first, last), self.gate, self.w1[first:last],
