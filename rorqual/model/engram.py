@@ -30,6 +30,7 @@ from rorqual.model.ring import ring_read, ring_write
 from rorqual.model.state import Recall
 from rorqual.model.trace import Trace
 from rorqual.ops.engram_gate import engram_gate
+from rorqual.ops.pointwise import silu
 
 CONV_EPS = 1e-5
 V41_EPS = 1e-20
@@ -133,7 +134,7 @@ class Engram(nn.Module):
         """SiLU of the dilated causal convolution over the normed gated values [B, S, N, D], fp32."""
         parts = zip(layout.split(self._normed(gated)), layout.each(recall), strict=True)
         out = [self._filter(x, one, mine) for x, (one, mine) in parts]
-        return F.silu(out[0] if len(out) == 1 else torch.cat(out, 1))
+        return silu(out[0] if len(out) == 1 else torch.cat(out, 1))
 
     def _filter(self, x: Tensor, layout: Layout, recall: Recall | None) -> Tensor:
         """The convolution itself, over the normed gated values of the layout's sequences and what they follow."""

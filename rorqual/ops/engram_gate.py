@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rorqual.ops.pointwise import sigmoid
+
 FLOOR = 1e-6
 """Below it |z| counts as this much, and has no gradient: a square root's slope is infinite at zero."""
 
@@ -40,7 +42,7 @@ class _Gate(torch.autograd.Function):
         rh = torch.rsqrt(h.float().square().mean(-1, keepdim=True) + eps)
         rk = torch.rsqrt(k.float().square().mean(-1, keepdim=True) + eps)
         z = (h.float() * rh * (k.float() * rk) * weight.float()).sum(-1) / math.sqrt(h.shape[-1])
-        gate = torch.sigmoid(signed_sqrt(z))
+        gate = sigmoid(signed_sqrt(z))
         ctx.save_for_backward(h, k, weight, rh, rk, z, gate)
         return gate
 

