@@ -11,7 +11,7 @@ import pytest
 from rorqual.ops.native import compiler
 
 UNIT = Path(__file__).parents[1] / "unit"
-TESTS = [UNIT / f"test_{name}.py" for name in ("native_ops", "cache_codec", "index_scan", "matvec")]
+TESTS = [UNIT / f"test_{name}.py" for name in ("native_ops", "inference_ops", "cache_codec", "index_scan", "matvec")]
 
 
 @pytest.mark.slow
