@@ -230,6 +230,7 @@ class PrefixCache:
                 if self.disk is not None and not self.disk.has_page(node.key):
                     content = self.pool.read([node.page])[0]
                     self.disk.put_page(parent.key, node.key, block, node.depth * size, content)
+            self.tree.touch(node)
         lease.node = node
         if length and (length == lease.branch or (self.period is not None and length % self.period == 0)):
             self._checkpoint(lease, None, is_last=False)

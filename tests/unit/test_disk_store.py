@@ -170,6 +170,8 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, where: str, caplog: pytest.Log
         "hidden": 64 + records.HEADER + 7,
     }[where]
     [path] = files(tmp_path, ".points" if where == "hidden" else ".pages")
+    if where in ("header", "tokens"):
+        path.with_name(path.name + ".index").unlink()  # else they are read from there
     data = bytearray(path.read_bytes())
     data[at] ^= 0x80
     path.write_bytes(data)
@@ -190,6 +192,30 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, where: str, caplog: pytest.Log
     store.flush()
     assert read_all(store, 1, 12) == (12, 4)
     store.close()
+
+
+def test_an_index_beside_a_segment_saves_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 30)
+    store.close()
+    indexes = files(tmp_path, ".index")
+    assert len(indexes) == 2
+    reads, real = [0], os.pread
+
+    def counted(*args: int) -> bytes:
+        reads[0] += 1
+        return real(*args)
+
+    monkeypatch.setattr(os, "pread", counted)
+    store = open_store(tmp_path)
+    assert reads[0] == 2, "the heads of the two files"
+    assert read_all(store, 1, 30) == (30, 10)
+    store.close()
+    for damage in (b"", indexes[0].read_bytes()[:-1], indexes[0].read_bytes()[:500] + b"?" + b"x" * 50):
+        indexes[0].write_bytes(damage)
+        store = open_store(tmp_path)
+        assert read_all(store, 1, 30) == (30, 10), "without a sound index the segment is scanned"
+        store.close()
 
 
 @pytest.mark.parametrize("cut", [1, 63, 64, 65, 100, 192, 300, 5_000, 5_312, 5_400, 20_000])

@@ -298,8 +298,8 @@ class DiskStore:
         self._writer.join()
         with self._lock:
             for segment in list(self._segments.values()):
-                if segment.is_own:
-                    os.fdatasync(segment.fd)
+                if segment.is_own and segment.fd >= 0:
+                    segments.finish(segment)
                 segment.close()
             self._segments.clear()
             self._pages.clear()
@@ -363,7 +363,7 @@ class DiskStore:
             segment = self._own.get(suffix)
             if segment is None or segment.fd < 0 or segment.scanned + count > self.segment_bytes + segments.HEAD_BYTES:
                 if segment is not None and segment.fd >= 0:
-                    os.fdatasync(segment.fd)
+                    segments.finish(segment)
                 self._number += 1
                 segment = segments.create(self.folder, suffix, self.fingerprint, self._number)
                 self._own[suffix] = self._segments[segment.path.name] = segment

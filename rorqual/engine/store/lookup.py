@@ -139,6 +139,7 @@ class Lookup:
             done = self.disk.read_pages(part, sink)
             for one, page in zip(part[:done], pages, strict=False):
                 node = self.tree.insert(node, one.header.tokens, page)
+            self.tree.touch(node)
             self.disk_pages += done
             self.bytes_read += done * pool.page_bytes
             if done < len(pages):

@@ -4,6 +4,9 @@ Append-only files of some tens of MiB were preferred to one file a page: a promp
 one call, and 8,192 pages of a million tokens need no 8,192 files. A segment is deleted as a whole. Its writer holds a
 lock on it while it lives, so others neither delete it nor wonder about its unfinished end; nobody appends to a file
 that another process began. A reader that has it open goes on reading when it is deleted.
+
+A segment that its writer has finished gets an index beside it, all its headers in one file under one checksum, so that
+a restart reads that instead of a header here and there; without a sound one the segment itself is scanned.
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ SUFFIXES = (".pages", ".points")
 _MAGIC = b"rorqual cache 1\n"
 _HEAD = struct.Struct("<16s16s8s")
 HEAD_BYTES = 64
+_INDEX_MAGIC = b"rorqual index 1\n"
+_INDEX = struct.Struct("<16sQ16s")
+"""Magic, bytes of the segment, digest of the rest: offset and number of tokens of each record, and its head."""
+_AT = struct.Struct("<QI")
 
 
 def _head(fingerprint: bytes) -> bytes:
@@ -48,6 +55,8 @@ class Segment:
     is_own: bool = False
     records: list[bytes] = field(default_factory=list)
     """Index keys of its records."""
+    heads: list[bytes] = field(default_factory=list)
+    """Of an own segment: offset and head of every record, for the index."""
 
     @property
     def is_points(self) -> bool:
@@ -114,6 +123,11 @@ def scan(segment: Segment) -> Iterator[tuple[int, Header]]:
     said once in the log. Contents are checked when they are read.
     """
     size = segment.nbytes
+    if segment.scanned == HEAD_BYTES:
+        indexed = read_index(segment, size)
+        if indexed is not None:
+            segment.scanned = size
+            yield from indexed
     while segment.scanned < size:
         at = segment.scanned
         head = os.pread(segment.fd, records.HEADER, at)
@@ -142,12 +156,62 @@ def append(segment: Segment, data: bytes | bytearray) -> int:
         os.ftruncate(segment.fd, at)
         raise
     segment.scanned = at + len(data)
+    count = records.num_tokens(bytes(data[: records.HEADER])) or 0
+    segment.heads.append(_AT.pack(at, count) + data[: records.HEADER + 4 * count])
     return at
+
+
+def finish(segment: Segment) -> None:
+    """Bring an own segment to the disk itself, write its index, and let it go: anybody may delete it now."""
+    os.fdatasync(segment.fd)
+    body = b"".join(segment.heads)
+    path = _index_path(segment)
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "wb") as file:
+        file.write(_INDEX.pack(_INDEX_MAGIC, segment.scanned, _sum(body)) + body)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    segment.heads.clear()
+    segment.is_own = False
+    fcntl.flock(segment.fd, fcntl.LOCK_UN)
+
+
+def read_index(segment: Segment, size: int) -> list[tuple[int, Header]] | None:
+    """What `finish` wrote beside a segment of so many bytes; None when there is no sound index for it."""
+    try:
+        data = _index_path(segment).read_bytes()
+    except OSError:
+        return None
+    if len(data) < _INDEX.size:
+        return None
+    magic, length, digest = _INDEX.unpack_from(data)
+    body = data[_INDEX.size :]
+    if magic != _INDEX_MAGIC or length != size or digest != _sum(body):
+        return None
+    out, at = [], 0
+    while at < len(body):
+        offset, count = _AT.unpack_from(body, at)
+        head, at = at + _AT.size, at + _AT.size + records.HEADER + 4 * count
+        header = records.decode(body[head : head + records.HEADER], body[head + records.HEADER : at])
+        if header is None:
+            return None
+        out.append((offset, header))
+    return out
+
+
+def _index_path(segment: Segment) -> Path:
+    return segment.path.with_name(segment.path.name + ".index")
+
+
+def _sum(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=16).digest()
 
 
 def discard(segment: Segment, offset: int) -> None:
     """Mark a record as dead, for every process that opens the file later."""
     with contextlib.suppress(OSError):  # read-only: each process finds out by itself
+        _index_path(segment).unlink(missing_ok=True)  # it would call the record alive
         os.pwrite(segment.fd, b"\0", offset + records.ALIVE_AT)
 
 
@@ -155,6 +219,7 @@ def delete(segment: Segment) -> bool:
     """Remove the file unless another process still writes to it. True when it is gone."""
     if not segment.is_own and is_locked(segment.fd):
         return False
+    _index_path(segment).unlink(missing_ok=True)
     segment.path.unlink(missing_ok=True)
     segment.close()
     return True

@@ -141,7 +141,10 @@ class PrefixTree:
         return PageTable(self.pool, pages)
 
     def insert(self, node: Node, block: bytes, page: int) -> Node:
-        """The node behind `node` for one more page of tokens, made if need be; it then shares `page`."""
+        """The node behind `node` for one more page of tokens, made if need be; it then shares `page`.
+
+        Call `touch` with the last of those inserted.
+        """
         child = node.children.get(block)
         if child is not None:
             return child
@@ -151,7 +154,6 @@ class PrefixTree:
         self._nodes[child] = None
         self.page_bytes += self._page_cost
         self._forgotten.pop(child.key, None)
-        self.touch(child)
         return child
 
     def add_point(self, node: Node, tail: bytes, content: Tensor, hidden: Tensor | None = None) -> Point:
