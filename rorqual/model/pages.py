@@ -12,8 +12,10 @@ of lcm(m, m') tokens.
 P pages, R rows of a page, K width of a row, C entries of a sequence.
 """
 
+import contextlib
 import heapq
 import math
+import mmap
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +29,10 @@ from rorqual.errors import CacheError
 
 PAGE_TOKENS = 128
 """Tokens of a page, unless a layer's ratio does not divide them."""
+
+
+HUGE_BYTES = 16 << 20
+"""Parts of at least this size ask for huge pages of the system."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,7 @@ class PagePool:
         self.make_room: Callable[[int], None] | None = None
         with torch.inference_mode(False):  # usable in and out of inference mode
             self._tensors = {
-                (part.layer, part.name): torch.empty(
-                    self.num_pages, part.rows, part.width, dtype=part.dtype, device=like.device
-                )
-                for part in self.parts
+                (part.layer, part.name): _reserve(part, self.num_pages, like.device) for part in self.parts
             }
         self._counts = [0] * self.num_pages
         self._free = list(range(self.num_pages))  # a heap: low ids first, so that runs of ids stay together
@@ -193,6 +196,20 @@ class PagePool:
             out.append((part, view))
             at += part.nbytes
         return out
+
+
+def _reserve(part: Part, num_pages: int, device: torch.device) -> Tensor:
+    """Memory for the pages of a part, in huge pages of the system where it has them: [pages, rows, K].
+
+    They make the first use of a page of ours some times cheaper, and long scans too.
+    """
+    shape, size = (num_pages, part.rows, part.width), num_pages * part.nbytes
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE_BYTES:
+        return torch.empty(shape, dtype=part.dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=part.dtype).view(shape)  # which keeps the memory alive
 
 
 class PageTable:

@@ -38,12 +38,19 @@ def _factors_tensor() -> Tensor:
 
 def checksum(words: NDArray[np.uint64]) -> int:
     """The checksum of contiguous uint64 [n]."""
+    return checksums(words[None])[0]
+
+
+def checksums(words: NDArray[np.uint64]) -> list[int]:
+    """The checksum of every row of uint64 [rows, n]; the numbers of a row lie one behind the other."""
     if not registry.allows("native") or library.load() is None:
-        return reference(words)
-    total = torch.empty(1, dtype=torch.int64)
+        return [reference(row) for row in words]
+    totals = torch.empty(len(words), dtype=torch.int64)
     source = torch.from_numpy(words.view(np.int64))
-    library.call("checksum_words", source, _factors_tensor(), total, len(words), CHUNK)
-    return int(total) % (1 << 64)
+    library.call(
+        "checksum_words", source, _factors_tensor(), totals, len(words), source.stride(0), words.shape[1], CHUNK
+    )
+    return [total % (1 << 64) for total in totals.tolist()]
 
 
 def reference(words: NDArray[np.uint64]) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rorqual import log
 from rorqual.engine.store import records, segments
-from rorqual.engine.store.checksum import checksum
+from rorqual.engine.store.checksum import checksum, checksums
 from rorqual.engine.store.records import Header
 from rorqual.engine.store.segments import Segment
 
@@ -32,7 +32,7 @@ logger = log.get(__name__)
 
 SEGMENT_BYTES = 64 << 20
 QUEUE_BYTES = 256 << 20
-RUN_BYTES = 32 << 20
+RUN_BYTES = 8 << 20
 """Pages are handed on in runs of this size at most."""
 
 PIECE_BYTES = 1 << 20
@@ -240,8 +240,9 @@ class DiskStore:
             if self._read(run[sound], run[sound].offset, part.reshape(-1)) is None:
                 self._discard(run[sound])
                 break
-            for row, one in zip(part[:, header.data_at :], run[sound : sound + step], strict=True):
-                if checksum(row.view(np.uint64)) != one.header.content_sum:
+            sums = checksums(part.view(np.uint64)[:, header.data_at // 8 :])
+            for total, one in zip(sums, run[sound : sound + step], strict=True):
+                if total != one.header.content_sum:
                     self._discard(one)
                     return _contents(rows[:sound], header)
                 sound += 1

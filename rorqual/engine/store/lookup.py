@@ -64,15 +64,14 @@ class Lookup:
 
     def run(self) -> Found:
         """Everything that can be used, in memory."""
-        while True:  # each time round brings something in, or gives something up
+        while True:  # anew when something turned out not to be had
             found = self._find()
             missing = found.num_pages - len(found.hit.nodes)
-            if missing > 0:
-                self._load(found, found.stored[:missing])
-            elif isinstance(found.point, Stored):
-                self._load_point(found, found.point)
-            else:
-                return found
+            if missing > 0 and not self._load(found, found.stored[:missing]):
+                continue
+            if isinstance(found.point, Stored) and not self._load_point(found, found.point):
+                continue
+            return found
 
     def _find(self) -> Found:
         hit, size, total = self.tree.match(self.ids), self._size, len(self.ids)
@@ -116,8 +115,8 @@ class Lookup:
                 if self._data[begin : begin + len(tail)] == tail:
                     yield point
 
-    def _load(self, found: Found, stored: list[Stored]) -> None:
-        """Read pages into the tree; what cannot be had is given up."""
+    def _load(self, found: Found, stored: list[Stored]) -> bool:
+        """Read pages into the tree; False when some cannot be had, which are given up."""
         assert self.disk is not None
         pool = self.tree.pool
         node = found.hit.nodes[-1] if found.hit.nodes else self.tree.root
@@ -128,7 +127,7 @@ class Lookup:
                 table = PageTable(pool, pool.take(len(part)))
             except CacheError:
                 self.disk, self.trouble = None, "pool full"
-                return
+                return False
             self._held.append(table)  # so that what comes next does not evict it
             pages = table.pages
 
@@ -138,24 +137,29 @@ class Lookup:
             part = [*takewhile(lambda one: one.header.content_bytes == pool.page_bytes, part)]
             done = self.disk.read_pages(part, sink)
             for one, page in zip(part[:done], pages, strict=False):
-                node = self.tree.insert(node, one.header.tokens, page)
+                node = self.tree.insert(node, one.header.tokens, page, one.header.key)
+                found.hit.nodes.append(node)
             self.tree.touch(node)
             self.disk_pages += done
             self.bytes_read += done * pool.page_bytes
             if done < len(pages):
                 self.trouble = "damaged on disk"
-                return
+                return False
+        found.table = self.tree.table(found.hit.nodes)
+        del found.stored[: len(stored)]
+        return True
 
-    def _load_point(self, found: Found, point: Stored) -> None:
+    def _load_point(self, found: Found, point: Stored) -> bool:
         assert self.disk is not None
         loaded = self.disk.read_point(point)
         if loaded is None:
             self.trouble = "damaged on disk"
-            return
+            return False
         depth = point.header.position // self._size
         node = found.hit.nodes[depth - 1] if depth else self.tree.root
-        self.from_disk = self.tree.add_point(node, point.header.tokens, *loaded)
+        found.point = self.from_disk = self.tree.add_point(node, point.header.tokens, *loaded)
         self.bytes_read += self.from_disk.nbytes
+        return True
 
     def _block(self, page: int) -> bytes:
         return self._data[4 * self._size * page : 4 * self._size * (page + 1)]

@@ -140,15 +140,15 @@ class PrefixTree:
         self.pool.retain(pages)
         return PageTable(self.pool, pages)
 
-    def insert(self, node: Node, block: bytes, page: int) -> Node:
+    def insert(self, node: Node, block: bytes, page: int, key: bytes | None = None) -> Node:
         """The node behind `node` for one more page of tokens, made if need be; it then shares `page`.
 
-        Call `touch` with the last of those inserted.
+        Call `touch` with the last of those inserted. `key`: its chain key, where that is known.
         """
         child = node.children.get(block)
         if child is not None:
             return child
-        child = Node(node, block, chain_key(node.key, block), node.depth + 1, page)
+        child = Node(node, block, key or chain_key(node.key, block), node.depth + 1, page)
         self.pool.retain([page])
         node.children[block] = child
         self._nodes[child] = None
