@@ -17,6 +17,7 @@ from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear, RMSNorm
 from rorqual.model.state import LayerState
 from rorqual.model.trace import Trace
+from rorqual.ops.grouped_linear import grouped_linear
 from rorqual.ops.rope import apply_rope, norm_rope, rope_frequencies
 from rorqual.ops.rounding import round_kv_fp8
 from rorqual.ops.sparse_attention import Visible, sparse_attention
@@ -156,6 +157,5 @@ class Attention(nn.Module):
         """Grouped low-rank output: z_g = A_g o_g for each group of heads, then wo_b: [B, S, H, K] -> [B, S, D]."""
         groups, rank = self.cfg.o_groups, self.cfg.o_lora_rank
         b, s = o.shape[:2]
-        grouped = o.reshape(b * s, groups, -1).transpose(0, 1)
-        z = torch.bmm(grouped, self.wo_a.weight.to(o.dtype).view(groups, rank, -1).transpose(1, 2))
-        return self.wo_b(z.transpose(0, 1).reshape(b, s, groups * rank))
+        z = grouped_linear(o.reshape(b * s, groups, -1), self.wo_a.weight.view(groups, rank, -1))
+        return self.wo_b(z.view(b, s, groups * rank))
