@@ -253,7 +253,7 @@ class Engine:
                 continue  # taken out at the start of the next round
             try:
                 self._step(job)
-            except Exception as error:
+            except Exception as error:  # whatever it is ends this request alone
                 self._remove(job)
                 if not isinstance(error, RequestError):
                     logger.exception("a request failed")

@@ -1,12 +1,12 @@
 """Training under FP4 through the real loop: the exported model's logits are the ones that training simulated."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from loop_feed import TEXT, LoopFeed, make_feed
+from tiny_run import records
 
 from rorqual import checkpoint
 from rorqual.config import ModelConfig
@@ -35,10 +35,6 @@ def run(folder: Path, *settings: str, steps: int, feed: Any = make_feed, **kwarg
     tokens = f"schedule.total_tokens={steps * 128}"
     config = load_config(settings=[*TINY, tokens, f'run.folder="{folder}"', *settings])
     return train(config, build_feed=feed, **kwargs)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def simulation(folder: Path, cfg: ModelConfig, experts: str, rounding: str) -> Transformer:
