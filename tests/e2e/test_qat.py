@@ -107,8 +107,10 @@ def test_two_processes_round_as_one(tmp_path: Path, layout: str) -> None:
     result = run(tmp_path / "two", *settings, "run.processes=2", layout, steps=6)
     check_export(tmp_path / "two", result, "fp4", "v4", is_same_process=False)
     losses = [[r["loss"] for r in records(tmp_path / name) if "loss" in r] for name in ("one", "two")]
-    # sums in another order move a master by an ulp, and one in a million of those falls to another code
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    # sums in another order move a master by an ulp, and one in a million of those falls to another code: from there the
+    # two grow apart, several times a step at this learning rate
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-4)
+    assert losses[0][:5] == pytest.approx(losses[1][:5], rel=2e-3)
 
 
 def test_rounding_begins_where_it_is_told_and_survives_a_resume(tmp_path: Path) -> None:
