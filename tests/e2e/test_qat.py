@@ -109,7 +109,7 @@ def test_two_processes_round_as_one(tmp_path: Path, layout: str) -> None:
     losses = [[r["loss"] for r in records(tmp_path / name) if "loss" in r] for name in ("one", "two")]
     # sums in another order move a master by an ulp, and one in a million of those falls to another code: from there the
     # two grow apart, several times a step at this learning rate
-    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-4)
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-4)
     assert losses[0][:5] == pytest.approx(losses[1][:5], rel=2e-3)
 
 
