@@ -16,7 +16,9 @@ from typing import Any
 
 from rorqual.config import ModelConfig
 from rorqual.planner import count_parameters, forward_flops
-from rorqual.train.config import TrainConfig, flatten, validate
+from rorqual.train.config import TrainConfig
+from rorqual.train.recipe_file import validate
+from rorqual.train.settings import flatten
 
 TOLERANCE = 0.01
 """Largest relative difference of forward FLOPs between arms; Engram's parameters come out as near."""

@@ -13,6 +13,7 @@ Source of the composed mix and its two gains: the mHC paper. The sublayers' own 
 `gradient` only.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.model import Transformer
+from rorqual.model.block import Block
+from rorqual.model.hyper_connections import HyperConnection
 from rorqual.train import losses
 from rorqual.train.feed import Rows
+
+
+class _Watched(HyperConnection):
+    """A residual mix that tells the coefficients it mixes with."""
+
+    def __init__(self, inner: HyperConnection, tell: Callable[[Tensor | None], None]) -> None:
+        self.__dict__.update(inner.__dict__)
+        self._inner, self._tell = inner, tell
+
+    def pre(
+        self, streams: Tensor, fn: Tensor | None, base: Tensor | None, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, post, comb = self._inner.pre(streams, fn, base, scale)
+        self._tell(comb)
+        return x, post, comb
 
 
 class Mixes:
@@ -32,18 +50,14 @@ class Mixes:
         """Forward and backward gain per token after each layer."""
         self._composed: Tensor | None = None
         for layer in model.layers:
-            layer.hc.pre = self._watching(layer.hc.pre)  # type: ignore[method-assign]
+            assert isinstance(layer, Block)
+            layer.hc = _Watched(layer.hc, self._after_mix)
             layer.register_forward_hook(self._after_layer)
 
-    def _watching(self, pre: Any) -> Any:
-        def watched(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            x, post, comb = pre(*args)
-            if comb is not None:
-                mix = comb.detach().flatten(0, 1).transpose(1, 2).double()
-                self._composed = mix if self._composed is None else mix @ self._composed
-            return x, post, comb
-
-        return watched
+    def _after_mix(self, comb: Tensor | None) -> None:
+        if comb is not None:
+            mix = comb.detach().flatten(0, 1).transpose(1, 2).double()
+            self._composed = mix if self._composed is None else mix @ self._composed
 
     def _after_layer(self, *_: Any) -> None:
         size = torch.ones(1, 1, 1) if self._composed is None else self._composed.abs()

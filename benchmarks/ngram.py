@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from measure import note
 
-from rorqual.train.config import TrainConfig, load_config
+from rorqual.train import TrainConfig, load_config
 from rorqual.train.corpus_feed import build_corpus_feed
 from rorqual.train.feed import Feed, Rows
 from rorqual.train.loop import build_schedule

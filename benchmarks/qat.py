@@ -120,8 +120,8 @@ def run_arm(arm: str, seed: int, steps: int, work: Path) -> dict[str, dict[str, 
         "rounding_s": 0.0,
         "error": records[-1].get("quantisation_error", {}),
     }
-    if arm != "none":
-        return {arm: {**figures, "rounding_s": rounding_seconds(model, config.qat.mode)}}  # type: ignore[arg-type]
+    if config.qat.mode != "none":
+        return {arm: {**figures, "rounding_s": rounding_seconds(model, config.qat.mode)}}
     quantised.quantise(model, "fp4")
     quantised.round_activations(model, "v4")
     after = {**figures, "loss": held_out_loss(model, config), "error": quantised.quantisation_error(model)}

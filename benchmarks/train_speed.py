@@ -20,9 +20,12 @@ The bound is the best rate of a matrix product in that precision over the multip
 
 import argparse
 import contextlib
+import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +82,15 @@ def peer_loss(logits_of: Callable[[Tensor], Tensor], tokens: Tensor, autocast: b
 
 
 def peer_steps(
-    build: Callable[[torch.dtype], tuple[nn.Module, Callable[[Tensor], Tensor]]], tokens: Tensor, steps: int
-) -> dict[str, Step]:
+    build: Callable[[torch.dtype], tuple[nn.Module, Callable[[Tensor], Tensor]]], tokens: Tensor, steps: int,
+    own_bf16: str = "bf16 weights",
+) -> dict[str, Step]:  # fmt: skip
     """The ways a peer can be run, by name. Ways that it refuses are left out with a note."""
     ways: dict[str, Step] = {}
     for name, dtype, autocast in (
         ("fp32", torch.float32, False),
         ("bf16 autocast", torch.float32, True),
-        ("bf16 weights", torch.bfloat16, False),
+        (own_bf16, torch.bfloat16, False),
     ):
         try:
             model, logits_of = build(dtype)
@@ -94,7 +98,7 @@ def peer_steps(
             step = stepper(model, peer_loss(logits_of, tokens, autocast), tokens[:, 1:].numel(), steps)
             step()
             ways[name] = step
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             measure.note(f"the peer does not run with {name}: {str(error).splitlines()[0]}")
     return ways
 
@@ -164,23 +168,37 @@ def build_llama(
     return model, lambda tokens: model(tokens, use_cache=False).logits
 
 
-def build_nanochat(folder: Path, config: rorqual.ModelConfig, weights: int, length: int) -> tuple[nn.Module, int]:
-    """nanochat's GPT of our depth, widened until its matrices hold `weights` (embedding not counted)."""
+def build_nanochat(
+    folder: Path, config: rorqual.ModelConfig, width: int, length: int, dtype: torch.dtype
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """nanochat's GPT of our depth and `width`. In bf16 it is what it calls so: fp32 weights, bf16 embeddings and
+    activations; it reads that from the environment when it is imported.
+    """
+    os.environ["NANOCHAT_DTYPE"] = str(dtype).removeprefix("torch.")
+    for name in [name for name in sys.modules if name.split(".")[0] == "nanochat"]:
+        del sys.modules[name]
     sys.path.insert(0, str(folder))
-    from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
-
-    heads, d = config.num_attention_heads, config.hidden_size
-    while config.vocab_size * d + config.num_hidden_layers * 12 * d * d < weights:
-        d += 8 * heads
+    try:
+        gpt = importlib.import_module("nanochat.gpt")
+    finally:
+        sys.path.remove(str(folder))
     torch.manual_seed(0)
-    shape = GPTConfig(
+    heads = config.num_attention_heads
+    shape = gpt.GPTConfig(
         sequence_len=length, vocab_size=config.vocab_size, n_layer=config.num_hidden_layers, n_head=heads,
-        n_kv_head=heads, n_embd=d,
+        n_kv_head=heads, n_embd=width,
     )  # fmt: skip
-    model = GPT(shape)
-    if hasattr(model, "init_weights"):
-        model.init_weights()
-    return model.float(), d
+    model = gpt.GPT(shape)
+    model.init_weights()
+    return model, model
+
+
+def nanochat_width(weights: int, config: rorqual.ModelConfig) -> int:
+    """Width at which nanochat's matrices hold at least `weights` (embeddings not counted), heads of even width."""
+    d = config.num_attention_heads * 8
+    while config.vocab_size * d + config.num_hidden_layers * 12 * d * d < weights:
+        d += config.num_attention_heads * 2
+    return d
 
 
 def main() -> None:
@@ -229,10 +247,12 @@ def main() -> None:
         if length <= 2048:  # beyond, the peer's score tensor alone takes minutes and gigabytes
             peers.insert(0, ("transformers", "DeepseekV4, transformers", build_v4, {}))
         if options.nanochat:
-            model, d = build_nanochat(options.nanochat, config, weights, length)
-            peers.append(("nanochat", "nanochat", lambda dtype, m=model: (m.to(dtype), m), {"n_embd": d}))
+            d = nanochat_width(weights, config)
+            build = partial(build_nanochat, options.nanochat, config, d, length)
+            peers.append(("nanochat", "nanochat", build, {"n_embd": d}))
         for kind, peer_name, build, more in peers:
-            ways = peer_steps(build, tokens, 1 if kind == "transformers" else 2)
+            own_bf16 = "its own bf16" if kind == "nanochat" else "bf16 weights"
+            ways = peer_steps(build, tokens, 1 if kind == "transformers" else 2, own_bf16)
             for line in lines(kind, peer_name, case, mine, ways, bounds, repeats, {**details, **more}):
                 measure.print_line(line, as_json=options.json)
 

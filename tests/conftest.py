@@ -1,6 +1,20 @@
-"""Makes the modules in `tests/support` importable from every test folder."""
+"""Makes the modules in `tests/support` importable from every test folder, and has what several folders ask for."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for a test: more only cost time on tiny matrices, and sums may end in another last bit."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

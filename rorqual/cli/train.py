@@ -78,7 +78,7 @@ def train(
         page = write_report(report) if report is not None else write_comparison(compare or [])
         sys.stdout.write(f"{page}\n")
         return
-    from rorqual.train.config import load_config, to_toml, toml_value
+    from rorqual.train.recipe_file import load_config, to_toml, toml_value
 
     settings = list(setting or [])
     recipes = [str(path) for path in recipe or []]

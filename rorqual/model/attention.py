@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.compressor import Compressor
 from rorqual.model.indexer import Indexer
+from rorqual.model.layer_state import LayerState
 from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear, RMSNorm
-from rorqual.model.state import LayerState
 from rorqual.model.trace import Trace
 from rorqual.ops.linear import linear
 from rorqual.ops.rope import apply_rope, norm_rope, rope_frequencies

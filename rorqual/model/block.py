@@ -10,10 +10,10 @@ from rorqual.model.attention import Attention
 from rorqual.model.engram import Engram
 from rorqual.model.health import watch_mix
 from rorqual.model.hyper_connections import HyperConnection, hc_parameters
+from rorqual.model.layer_state import LayerState, recalls
 from rorqual.model.layout import Layout
 from rorqual.model.linear import RMSNorm
 from rorqual.model.moe import MoE
-from rorqual.model.state import LayerState, recalls
 from rorqual.model.trace import Trace
 
 

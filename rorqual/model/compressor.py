@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.config import LayerSpec, ModelConfig
+from rorqual.model.layer_state import Pending
 from rorqual.model.layout import EntryPlan, Layout
 from rorqual.model.linear import Linear, RMSNorm
-from rorqual.model.state import Pending
 from rorqual.ops.compress import pool_rows
 from rorqual.ops.rope import norm_rope, rope_table
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.engram_rows import SPARSE_ABOVE, Fetched, Link, LocalRows, RowSource, fetch, fetch_ahead
+from rorqual.model.layer_state import Recall
 from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
 from rorqual.model.ngram_hash import NgramHash
 from rorqual.model.ring import ring_read, ring_write
-from rorqual.model.state import Recall
 from rorqual.model.trace import Trace
 from rorqual.ops.engram_gate import engram_gate
 from rorqual.ops.pointwise import silu

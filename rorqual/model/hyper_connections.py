@@ -39,8 +39,7 @@ class HyperConnection:
             return ops.free_pre(streams, fn, base, scale, self.norm_eps)
         return ops.hc_pre(streams, fn, base, scale, self.iters, self.norm_eps, self.hc_eps)
 
-    @staticmethod
-    def post(streams: Tensor, y: Tensor, post: Tensor | None, comb: Tensor | None) -> Tensor:
+    def post(self, streams: Tensor, y: Tensor, post: Tensor | None, comb: Tensor | None) -> Tensor:
         """Mix the streams and add the sublayer's output: [B, S, N, D]."""
         if post is None or comb is None:
             return streams + y.unsqueeze(-2)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.compressor import Compressor
+from rorqual.model.layer_state import LayerState
 from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
-from rorqual.model.state import LayerState
 from rorqual.ops.hadamard import hadamard
 from rorqual.ops.index_loss import index_loss, query_blocks
 from rorqual.ops.index_scan import IndexKeys, index_scan

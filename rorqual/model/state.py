@@ -1,26 +1,19 @@
-"""Everything a sequence must remember, in four named parts.
-
-* window: the last keys, a ring (token t in slot t mod R);
-* entries: compressed entries of CSA and HCA layers, growing by one per m tokens;
-* index keys: the indexer's compressed keys of CSA layers;
-* pending: projections of tokens whose block is not complete (and, for CSA, of the previous block), a ring.
-
-Blocks with an Engram memory (V4 has none) keep a fifth, `engram`: what its hashes and its convolution look back at.
+"""Everything a sequence must remember: what each layer does (`layer_state.py`), token ids and lengths, by batch row.
 
 The rings are longer than the network needs by `rewind` tokens, so that a state can be cut back exactly: entries of
-dropped tokens are hidden by the visibility rule until rewritten. Source: V4 report, the
-heterogeneous cache; update rules from the checkpoint's inference code.
+dropped tokens are hidden by the visibility rule until rewritten. Further back there are snapshots, a state as bytes.
 
-B batch rows, R ring slots, K head width, C entries.
+B batch rows.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import safetensors.torch
 import torch
@@ -201,13 +194,7 @@ class State:
         earlier snapshot of this state is restored and the rest recomputed. Raises CacheError when there is none, or
         when a row is shorter than asked; nothing has changed then.
         """
-        try:
-            wanted = [operator.index(length)] * self.batch_size  # type: ignore[arg-type]
-        except TypeError:
-            try:
-                wanted = [operator.index(n) for n in length]  # type: ignore[union-attr]
-            except TypeError:
-                wanted = []
+        wanted = _whole_numbers(length, self.batch_size)
         if len(wanted) != self.batch_size or any(not 0 <= w <= n for w, n in zip(wanted, self.lengths, strict=True)):
             raise CacheError(
                 f"truncate({length}) on a state of lengths {self.lengths}: a row can only be cut to a length from 0 to "
@@ -400,6 +387,17 @@ class State:
     def _remember(self, data: bytes) -> None:
         kept = [s for s in self.snapshots if s.lengths != self.lengths]
         self.snapshots = [*kept, _Snapshot(list(self.lengths), data, set(range(self.batch_size)))][-MAX_SNAPSHOTS:]
+
+
+def _whole_numbers(given: object, rows: int) -> list[int]:
+    """One whole number for all rows, or one per row, as a list; an empty one for anything else."""
+    if isinstance(given, SupportsIndex):  # a tensor or an array too, of which only one of a single element is a number
+        with contextlib.suppress(TypeError):
+            return [operator.index(given)] * rows
+    if isinstance(given, Iterable):
+        with contextlib.suppress(TypeError):
+            return [operator.index(number) for number in given]
+    return []
 
 
 def fingerprint(cfg: ModelConfig) -> str:

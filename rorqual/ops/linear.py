@@ -4,11 +4,11 @@ Without gradients on the CPU a product is C whose order of additions does not de
 token's result is the same alone, in a chunk and in a batch; torch's own products promise no such thing.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.ops import registry
+from rorqual.ops.grouped_linear import grouped_linear
 from rorqual.ops.native import inference, infers
 
 
@@ -21,9 +21,7 @@ def linear_reference(x: Tensor, weight: Tensor, groups: int = 1, *, exact: bool 
         x, weight = x.float(), weight.float()
     if groups == 1:
         return F.linear(x, weight)
-    grouped = x.flatten(0, -3).transpose(0, 1)
-    z = torch.bmm(grouped, weight.view(groups, -1, weight.shape[-1]).transpose(1, 2))
-    return z.transpose(0, 1).unflatten(0, x.shape[:-2])
+    return grouped_linear(x.flatten(0, -3), weight.view(groups, -1, weight.shape[-1])).unflatten(0, x.shape[:-2])
 
 
 def linear(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:

@@ -85,13 +85,9 @@ def joined(device: torch.device) -> Iterator[None]:
         server = dist.TCPStore(address, port, world, is_master=False, timeout=timedelta(minutes=5))
         store = dist.PrefixStore(str(next(_round)), server)  # a process may join again, once it has left
     dist.init_process_group(backend, store=store, rank=rank if store else -1, world_size=world if store else -1)
-    try:
-        yield
-    except BaseException:
-        raise  # the group is left as it is: closing it would wait for ranks that may be gone
-    else:
-        dist.barrier()  # nobody closes connections that another rank still reads
-        dist.destroy_process_group()
+    yield  # after an error the group is left as it is: closing it would wait for ranks that may be gone
+    dist.barrier()  # nobody closes connections that another rank still reads
+    dist.destroy_process_group()
 
 
 def local_device(name: str) -> torch.device:
@@ -267,7 +263,7 @@ def _rank_main(pipe: Connection, function: Callable[..., Any], arguments: tuple[
         answer = (True, function(*arguments))
     except KeyboardInterrupt:
         answer = (False, KeyboardInterrupt())
-    except Exception as error:
+    except Exception as error:  # whatever it is, the supervisor has to hear it
         answer = (False, _portable(error))
     is_over.set()
     with contextlib.suppress(BrokenPipeError, OSError):

@@ -88,7 +88,7 @@ class _Watched(HyperConnection):
         tape.note({"x": x, "post": post, "comb": comb})
         return x, post, comb
 
-    def post(self, streams: Tensor, y: Tensor, post: Tensor | None, comb: Tensor | None) -> Tensor:  # type: ignore[override]
+    def post(self, streams: Tensor, y: Tensor, post: Tensor | None, comb: Tensor | None) -> Tensor:
         out = self.inner.post(streams, y, post, comb)
         tape = _tape.get()
         if tape is not None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from rorqual.config import ModelConfig
+from rorqual.config import LayerSpec, ModelConfig
 from rorqual.errors import ConfigError
 from rorqual.model import Transformer
 from rorqual.parallel.mesh import Mesh
@@ -108,5 +108,5 @@ def _weights(cfg: ModelConfig, module: nn.Module) -> float:
     return total
 
 
-def _attention(cfg: ModelConfig, spec: object, seq_len: int) -> float:
-    return 4.0 * cfg.num_attention_heads * cfg.head_dim * attention_keys(cfg, spec, seq_len)  # type: ignore[arg-type]
+def _attention(cfg: ModelConfig, spec: LayerSpec, seq_len: int) -> float:
+    return 4.0 * cfg.num_attention_heads * cfg.head_dim * attention_keys(cfg, spec, seq_len)

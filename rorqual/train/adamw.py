@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rorqual.train.groups import Assigned, Owned, clip, misfit
+from rorqual.train.groups import Assigned, Owned, check_saved, clip
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW:
@@ -64,7 +64,7 @@ class AdamW:
             if only is not None and not only(assigned.name):
                 piece.grad = None  # torch passes it over
                 state = self._inner.state[piece]
-                for key in _MOMENTS:
+                for key in MOMENTS:
                     state.setdefault(key, torch.zeros_like(piece))
                 state["step"] = state.get("step", torch.zeros(())) + 1
                 continue
@@ -82,7 +82,7 @@ class AdamW:
         for assigned, start, piece in self._pieces:
             inner = self._inner.state.get(piece) if self._inner else None
             if inner:
-                for key in _MOMENTS:
+                for key in MOMENTS:
                     yield f"{assigned.name}#{key}", start, inner[key].detach().reshape(-1)
 
     @property
@@ -101,7 +101,7 @@ class AdamW:
         for assigned, start, piece in self._pieces:
             # `step` lies on the CPU in torch.optim unless it is fused.
             inner: dict[str, Tensor] = {"step": num_steps.detach().clone().reshape(()).cpu()}
-            for key in _MOMENTS:
+            for key in MOMENTS:
                 values = read(f"{assigned.name}#{key}", start, start + piece.numel())
                 inner[key] = values.detach().clone().view(piece.shape).to(piece.device)
             assert self._inner is not None
@@ -129,11 +129,16 @@ class AdamW:
         """
         if self._inner is not None:
             self._inner.state.clear()
-        if not state:
-            return
-        for assigned in self.parameters:
-            for key in _MOMENTS:
-                saved = state.get(f"{assigned.name}#{key}")
-                if saved is None or saved.shape != assigned.parameter.shape:
-                    raise misfit("Moments", assigned, None if saved is None else tuple(saved.shape))
-        self.load_ranges(lambda key, start, stop: state[key].reshape(-1)[start:stop], state["#step"])
+        if state:
+            self.load_ranges(moments_in(state, self.parameters), state["#step"])
+
+
+def moments_in(state: Mapping[str, Tensor], parameters: Sequence[Assigned]) -> Callable[[str, int, int], Tensor]:
+    """What `load_ranges` reads from the `state_dict` of `AdamW` or `TableAdam`: elements of `NAME#MOMENT`, flat.
+
+    Raises: CheckpointError when a parameter is missing or has another shape.
+    """
+    for assigned in parameters:
+        for key in MOMENTS:
+            check_saved("Moments", assigned, state.get(f"{assigned.name}#{key}"))
+    return lambda key, start, stop: state[key].reshape(-1)[start:stop]

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from rorqual import log
 from rorqual.config import ModelConfig
@@ -118,7 +117,12 @@ def build_model(
 
 
 def fill_model(
-    model: nn.Module, shards: dict[str, Shard], config: TrainConfig, cfg: ModelConfig, feed: Feed, saved: Saved | None
+    model: Transformer,
+    shards: dict[str, Shard],
+    config: TrainConfig,
+    cfg: ModelConfig,
+    feed: Feed,
+    saved: Saved | None,
 ) -> None:
     """Weights of a checkpoint or of `model.init_from`, or the hash tables of a new model."""
     if saved is not None:
@@ -131,7 +135,7 @@ def fill_model(
             install_compression(model, feed.token_compression())
 
 
-def _take_weights(model: nn.Module, shards: dict[str, Shard], folder: str, cfg: ModelConfig) -> None:
+def _take_weights(model: Transformer, shards: dict[str, Shard], folder: str, cfg: ModelConfig) -> None:
     from rorqual.checkpoint import load_official
 
     source = load_official(folder, dtype=torch.float32)

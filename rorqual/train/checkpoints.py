@@ -11,6 +11,7 @@ all of them and then commits. Whole tensors have the same names in both, so eith
 folder must be one that every rank sees.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -134,7 +135,7 @@ def save_pieces(
     _together(mesh, final, lambda: _commit(draft, final, state))
     earlier = [path for path in complete(run_folder) if _order(path) < _order(final)]
     for old in earlier[: max(len(earlier) - (keep - 1), 0)]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return final
 
 
@@ -164,9 +165,19 @@ def _together(mesh: Mesh, final: Path, action: Callable[[], Any] | None) -> list
 
 def _begin(parent: Path, draft: Path) -> None:
     parent.mkdir(parents=True, exist_ok=True)
-    for stale in parent.glob(".draft-*"):
+    for stale in (*parent.glob(".draft-*"), *parent.glob(".old-*")):
         shutil.rmtree(stale)
     draft.mkdir()
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; out of sight first, so that one cut short by a kill leaves nothing that looks like one."""
+    hidden = folder.with_name(f".old-{folder.name}")
+    with contextlib.suppress(OSError):  # what cannot be deleted costs room and nothing else
+        if hidden.exists():
+            shutil.rmtree(hidden)
+        folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _write(draft: Path, kinds: Mapping[str, Sequence[Piece]], mesh: Mesh) -> dict[str, Any]:
@@ -192,11 +203,12 @@ def _commit(draft: Path, final: Path, state: dict[str, Any]) -> None:
     aside = final.with_name(f"{final.name}-old")
     if final.exists():  # saved twice at one step: one of the two is whole at any moment
         if aside.exists():
-            shutil.rmtree(aside)
+            _remove(aside)
         final.rename(aside)
     draft.rename(final)
     _flush(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        _remove(aside)
 
 
 def folders(run_folder: Path) -> list[Path]:
@@ -224,7 +236,7 @@ def newest_until(run_folder: Path, step: int) -> Saved | None:
 def drop_after(run_folder: Path, step: int) -> None:
     """Remove checkpoints of more than `step` steps, the latest first."""
     for folder in reversed([path for path in folders(run_folder) if step_of(path) > step]):
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
 def complete(run_folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rorqual.config import ModelConfig
 from rorqual.errors import CheckpointError
@@ -50,7 +50,7 @@ class Executor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer,
         cfg: ModelConfig,
         config: TrainConfig,
         mesh: Mesh,
@@ -64,7 +64,7 @@ class Executor:
         o = config.optim
         self.assigned = groups.assign(model, cfg, matrix_optimizer=o.matrix_optimizer)
         tables = [a for a in self.assigned if a.role.kind == "table"]  # their gradients come summed over ranks
-        self.copies = copies(model) if isinstance(model, Transformer) else set()
+        self.copies = copies(model)
         copied = [a for a in self.assigned if a.name in self.copies]
         shared = [a for a in self.assigned if a.name not in self.shards and a not in tables and a not in copied]
         spread = [a for a in self.assigned if a.name in self.shards and a not in tables]
@@ -76,7 +76,6 @@ class Executor:
             self.owners.append(_owners(copied, mesh.data_group, mesh.data))
         self.pipeline: Pipeline | None = None
         if mesh.pp > 1:
-            assert isinstance(model, Transformer)
             self.pipeline = Pipeline(model, mesh, model.reference.device)
         self.owned: dict[str, list[tuple[int, int]]] = {}
         for owners in self.owners:
@@ -321,12 +320,11 @@ class Executor:
         return read
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> None:
+def load_weights(model: Transformer, weights: Mapping[str, Tensor], shards: Mapping[str, Shard]) -> None:
     """Fill a model (or this rank's part of one) from whole tensors by name.
 
     Raises: CheckpointError when names or shapes do not fit.
     """
-    elsewhere = model.elsewhere if isinstance(model, Transformer) else frozenset()
     own = model.state_dict()
 
     def part_of(name: str) -> Tensor:
@@ -339,7 +337,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], shards: Mappin
             return weights.read(name, start, stop).view(own[name].shape)
         return weights[name].reshape(-1)[start:stop].view(own[name].shape)
 
-    part = {name: part_of(name) for name in weights if name not in elsewhere}
+    part = {name: part_of(name) for name in weights if name not in model.elsewhere}
     try:
         model.load_state_dict(part, strict=True)
     except RuntimeError as error:

@@ -122,6 +122,12 @@ def clip(start: int, stop: int, ranges: Sequence[tuple[int, int]] | None) -> lis
     return [(max(start, a), min(stop, b)) for a, b in ranges if max(start, a) < min(stop, b)]
 
 
+def check_saved(what: str, assigned: Assigned, saved: Tensor | None) -> None:
+    """Raises: CheckpointError unless `saved`, optimizer state named by `what`, has its parameter's shape."""
+    if saved is None or saved.shape != assigned.parameter.shape:
+        raise misfit(what, assigned, None if saved is None else tuple(saved.shape))
+
+
 def misfit(what: str, assigned: Assigned, found: tuple[int, ...] | None) -> CheckpointError:
     """The error for optimizer state that is another model's."""
     held = "nothing" if found is None else f"shape {found}"

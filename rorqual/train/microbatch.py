@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rorqual.model import Transformer
 from rorqual.parallel.pipeline import Pipeline
@@ -23,7 +23,7 @@ class Numerics:
 
 
 def accumulate(
-    model: nn.Module,
+    model: Transformer,
     batches: Sequence[Rows],
     weights: Sequence[losses.LossWeights],
     *,
@@ -38,8 +38,7 @@ def accumulate(
     device = next(model.parameters()).device
     parts: list[losses.LossParts] = []
     batches = [batch.to(device) for batch in batches]
-    if isinstance(model, Transformer):
-        model.announce([(batch.tokens, batch.lengths, batch.segment_ids) for batch in batches])
+    model.announce([(batch.tokens, batch.lengths, batch.segment_ids) for batch in batches])
 
     def compute(number: int, streams: Tensor | None) -> Tensor:
         with precision(model, numerics.dtype):
@@ -63,19 +62,18 @@ def accumulate(
             loss = compute(number, None)
             if loss.requires_grad:  # not where only indexers learn and no query sees an entry
                 torch.autograd.backward(loss)
-    if isinstance(model, Transformer):
-        model.collect()
+    model.collect()
     return parts
 
 
 @contextlib.contextmanager
-def precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def precision(model: Transformer, dtype: torch.dtype) -> Iterator[None]:
     """Activations and matrix products of `model` in `dtype` inside the block; weights, sums and what V4 keeps in fp32
     stay fp32 (see `Transformer.compute_dtype`).
     """
-    before = getattr(model, "compute_dtype", None)
-    model.compute_dtype = None if dtype == torch.float32 else dtype  # type: ignore[assignment]
+    before = model.compute_dtype
+    model.compute_dtype = None if dtype == torch.float32 else dtype
     try:
         yield
     finally:
-        model.compute_dtype = before  # type: ignore[assignment]
+        model.compute_dtype = before

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rorqual.ops.newton_schulz import HYBRID, Coefficients, newton_schulz
-from rorqual.train.groups import Assigned, Owned, clip, matrices, misfit
+from rorqual.train.groups import Assigned, Owned, check_saved, clip, matrices
 
 CHUNK_BYTES = 1 << 20
 """Newton–Schulz on a CPU takes this many bytes of matrices at a time, so that the iteration stays in a core's
@@ -168,7 +168,5 @@ class Muon:
         Raises: CheckpointError when a parameter is missing or has another shape.
         """
         for assigned in self.parameters:
-            saved = state.get(assigned.name)
-            if saved is None or saved.shape != assigned.parameter.shape:
-                raise misfit("Momentum", assigned, None if saved is None else tuple(saved.shape))
+            check_saved("Momentum", assigned, state.get(assigned.name))
         self.load_ranges(lambda name, start, stop: state[name].reshape(-1)[start:stop])

@@ -3,12 +3,16 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from rorqual import log
 
 logger = log.get(__name__)
+
+_deterministic: Any = torch.utils.deterministic
+"""A module whose switch torch defines as a property of the module's class, where type checkers do not look."""
 
 
 @contextmanager
@@ -17,13 +21,13 @@ def restored_globals() -> Iterator[None]:
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    fill = _deterministic.fill_uninitialized_memory
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        _deterministic.fill_uninitialized_memory = fill
 
 
 @contextmanager
@@ -56,4 +60,4 @@ def prepare_process(threads: int) -> None:
     """Fix what results could depend on: the thread count, and operations whose order is otherwise free."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _deterministic.fill_uninitialized_memory = False

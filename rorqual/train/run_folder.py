@@ -7,7 +7,9 @@ from rorqual import log
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.train import checkpoints
 from rorqual.train.checkpoints import Saved
-from rorqual.train.config import TrainConfig, breaking_changes, layout_changes, load_config, run_recipe, validate
+from rorqual.train.config import TrainConfig
+from rorqual.train.recipe_file import load_config, run_recipe, validate
+from rorqual.train.settings import breaking_changes, layout_changes
 
 logger = log.get(__name__)
 

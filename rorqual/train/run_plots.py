@@ -84,6 +84,10 @@ def comparisons(runs: Sequence[RunRecords]) -> list[tuple[str, bytes]]:
     return out
 
 
+MOST_NAMES = 36
+"""Lines a figure names at most; more leave no room for the lines."""
+
+
 def _figure(label: str, is_log: bool, draw: Callable[[Any], bool], events: Sequence[dict[str, Any]]) -> bytes | None:
     plots = pyplot()
     figure, axes = plots.subplots(figsize=(7.6, 3.4))
@@ -101,7 +105,9 @@ def _figure(label: str, is_log: bool, draw: Callable[[Any], bool], events: Seque
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         handles, names = axes.get_legend_handles_labels()
-        columns = 1 + len(names) // 18
+        every = max(1, -(-len(names) // MOST_NAMES))  # of very many lines (a deep network's layers) only some are named
+        handles, names = handles[::every], names[::every]
+        columns = -(-len(names) // 18)
         is_outside = len(names) > 4
         figure.subplots_adjust(left=0.1, right=0.97 - 0.2 * columns * is_outside, top=0.96, bottom=0.15)
         if len(names) > 1:

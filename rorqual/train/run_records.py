@@ -97,6 +97,7 @@ def _lines(path: Path) -> list[Record]:
 
 
 def _settings(recipe: Path) -> dict[str, Any]:
-    from rorqual.train.config import flatten, load_config
+    from rorqual.train.recipe_file import load_config
+    from rorqual.train.settings import flatten
 
     return flatten(load_config([recipe])) if recipe.is_file() else {}

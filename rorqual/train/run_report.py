@@ -50,6 +50,8 @@ class Reporter:
             write_report(self.folder)
         except RorqualError as error:
             logger.warning("The run has no report. %s", error)
+        except Exception:  # whatever a drawing library raises, the run must not end for want of a picture
+            logger.exception("The report could not be drawn; the run goes on without")
         self._next = time.monotonic() + REFRESH_SECONDS
 
 
@@ -145,7 +147,8 @@ def _held_out(run: RunRecords) -> list[list[Any]]:
 
 
 def _changed(settings: Record) -> Iterable[tuple[str, Any]]:
-    from rorqual.train.config import TrainConfig, flatten
+    from rorqual.train.config import TrainConfig
+    from rorqual.train.settings import flatten
 
     defaults = flatten(TrainConfig())
     return [(name, value) for name, value in settings.items() if defaults.get(name) != value]

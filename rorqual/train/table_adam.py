@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rorqual.train.groups import Assigned, misfit
+from rorqual.train.adamw import MOMENTS, moments_in
+from rorqual.train.groups import Assigned
 
 LR_SCALE = 5.0
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TableAdam:
@@ -71,7 +71,7 @@ class TableAdam:
     def _moments_of(self, assigned: Assigned) -> tuple[Tensor, Tensor]:
         if assigned.name not in self._moments:
             table = assigned.parameter.detach()
-            first, second = (torch.zeros_like(table, dtype=torch.float32) for _ in _MOMENTS)
+            first, second = (torch.zeros_like(table, dtype=torch.float32) for _ in MOMENTS)
             self._moments[assigned.name] = first, second
         return self._moments[assigned.name]
 
@@ -79,7 +79,7 @@ class TableAdam:
         """(`NAME#exp_avg` or `NAME#exp_avg_sq`, first element, flat values), as `AdamW.state_ranges`."""
         for assigned in self.parameters:
             if self._steps:
-                for key, values in zip(_MOMENTS, self._moments_of(assigned), strict=True):
+                for key, values in zip(MOMENTS, self._moments_of(assigned), strict=True):
                     yield f"{assigned.name}#{key}", 0, values.view(-1)
 
     @property
@@ -91,7 +91,7 @@ class TableAdam:
         """Take over moments; `read(key, start, stop)` gives elements of `NAME#MOMENT`, flat."""
         self._steps = int(num_steps.item())
         for assigned in self.parameters:
-            for key, moment in zip(_MOMENTS, self._moments_of(assigned), strict=True):
+            for key, moment in zip(MOMENTS, self._moments_of(assigned), strict=True):
                 values = read(f"{assigned.name}#{key}", 0, moment.numel())
                 moment.view(-1).copy_(values)
 
@@ -101,7 +101,7 @@ class TableAdam:
             return {}
         state = {"#step": self.num_steps}
         for assigned in self.parameters:
-            for key, moment in zip(_MOMENTS, self._moments_of(assigned), strict=True):
+            for key, moment in zip(MOMENTS, self._moments_of(assigned), strict=True):
                 state[f"{assigned.name}#{key}"] = moment.clone()
         return state
 
@@ -111,14 +111,8 @@ class TableAdam:
         Raises: CheckpointError when a table is missing or has another shape.
         """
         self._moments, self._steps = {}, 0
-        if not state:
-            return
-        for assigned in self.parameters:
-            for key in _MOMENTS:
-                saved = state.get(f"{assigned.name}#{key}")
-                if saved is None or saved.shape != assigned.parameter.shape:
-                    raise misfit("Moments", assigned, None if saved is None else tuple(saved.shape))
-        self.load_ranges(lambda key, start, stop: state[key].reshape(-1)[start:stop], state["#step"])
+        if state:
+            self.load_ranges(moments_in(state, self.parameters), state["#step"])
 
 
 def gradient_values(parameter: Tensor) -> Tensor | None:

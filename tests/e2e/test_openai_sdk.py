@@ -7,18 +7,13 @@ from typing import Any
 import pytest
 from live_server import live
 from mock_model import ScriptModel, byte_tokenizer
+from scripted_api import CALL, TOOLS
 
 from rorqual.engine import Engine
 from rorqual.server import create_app
 
 openai = pytest.importorskip("openai", reason="needs the openai SDK (test extra)")
 
-CALL = (
-    '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="clock">\n'
-    '<｜DSML｜parameter name="zone" string="true">UTC</｜DSML｜parameter>\n'
-    "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
-)
-TOOLS: Any = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}]
 ASK: Any = [{"role": "user", "content": "Capital of Peru?"}]
 
 

@@ -1,12 +1,12 @@
 """Training under FP4 through the real loop: the exported model's logits are the ones that training simulated."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from loop_feed import TEXT, LoopFeed, make_feed
+from tiny_run import records
 
 from rorqual import checkpoint
 from rorqual.config import ModelConfig
@@ -35,10 +35,6 @@ def run(folder: Path, *settings: str, steps: int, feed: Any = make_feed, **kwarg
     tokens = f"schedule.total_tokens={steps * 128}"
     config = load_config(settings=[*TINY, tokens, f'run.folder="{folder}"', *settings])
     return train(config, build_feed=feed, **kwargs)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def simulation(folder: Path, cfg: ModelConfig, experts: str, rounding: str) -> Transformer:
@@ -111,8 +107,10 @@ def test_two_processes_round_as_one(tmp_path: Path, layout: str) -> None:
     result = run(tmp_path / "two", *settings, "run.processes=2", layout, steps=6)
     check_export(tmp_path / "two", result, "fp4", "v4", is_same_process=False)
     losses = [[r["loss"] for r in records(tmp_path / name) if "loss" in r] for name in ("one", "two")]
-    # sums in another order move a master by an ulp, and one in a million of those falls to another code
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    # sums in another order move a master by an ulp, and one in a million of those falls to another code: from there the
+    # two grow apart, several times a step at this learning rate
+    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-4)
+    assert losses[0][:5] == pytest.approx(losses[1][:5], rel=2e-3)
 
 
 def test_rounding_begins_where_it_is_told_and_survives_a_resume(tmp_path: Path) -> None:

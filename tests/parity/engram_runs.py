@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from parallel_cases import VOCAB, CountingFeed, Layout, config
+from parallel_cases import CountingFeed, Layout, config
 from torch import Tensor
 
 from rorqual.config import ModelConfig
@@ -28,7 +28,7 @@ class CompressedFeed(CountingFeed):
     """Two ids each share a compressed one."""
 
     def token_compression(self) -> Tensor:
-        return torch.arange(VOCAB) // 2
+        return torch.arange(self.VOCAB) // 2
 
 
 def build_feed(settings: TrainConfig, cfg: ModelConfig, folder: Path) -> CompressedFeed:

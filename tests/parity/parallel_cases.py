@@ -1,26 +1,24 @@
 """Small training runs for the parallel checks; a module of its own so that spawned ranks can import it."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from numbered_feed import NumberedFeed
+from tiny_run import MODEL, records
 
 from rorqual.config import ModelConfig
 from rorqual.train import TrainConfig, load_config, train
-from rorqual.train.feed import Continuation, Rows
+from rorqual.train.feed import Rows
 
-VOCAB = 48
-
-MODEL = (
-    "model.overrides={vocab_size=48, hidden_size=32, num_hidden_layers=4, compress_ratios=[0, 4, 8, 4, 0], "
-    "num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=16, "
-    "n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, sliding_window=8, index_topk=2, "
-    "index_n_heads=2, index_head_dim=16}"
-)
+NETWORK = [
+    MODEL,
+    "model.overrides.num_hidden_layers=4",
+    "model.overrides.compress_ratios=[0, 4, 8, 4, 0]",
+    "model.overrides.n_routed_experts=8",
+]
 
 
 @dataclass(frozen=True)
@@ -55,44 +53,23 @@ LAYOUTS = [
 """Every way to share a run out; the checks of `test_parallel_training.py` run them all."""
 
 
-class CountingFeed:
-    """Rows drawn from a counter: runs of few distinct tokens in documents of several lengths, padded at the end."""
+class CountingFeed(NumberedFeed):
+    """Rows of two documents, where the second begins after a third of them."""
 
-    def __init__(self) -> None:
-        self.position = 0
+    DISTINCT = 12
 
     def next_rows(self, num_rows: int, seq_len: int) -> Rows:
-        generator = torch.Generator().manual_seed(self.position)
-        self.position += 1
-        tokens = torch.randint(0, 12, (num_rows, seq_len // 4), generator=generator).repeat_interleave(4, dim=1)
+        tokens = self.draw(num_rows, seq_len)
         segments = (torch.arange(seq_len) >= seq_len // 3).long().expand(num_rows, -1).clone()
         labels = torch.full_like(tokens, -100)
         labels[:, :-1] = torch.where(segments[:, 1:] == segments[:, :-1], tokens[:, 1:], -100)
         return Rows(tokens, labels, segments)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
-
-    def token_counts(self) -> Tensor:
-        return torch.ones(VOCAB)
-
-    def token_byte_lengths(self) -> Tensor | None:
-        return torch.full((VOCAB,), 2)
 
     def held_out(self, num_tokens: int, seq_len: int) -> Iterator[tuple[str, Rows]]:
         for name, position in (("one", 1000), ("two", 2000)):
             feed = CountingFeed()
             feed.position = position
             yield name, feed.next_rows(3, seq_len)
-
-    def continuation(self, text: str) -> Continuation | None:
-        return Continuation([1, 2], str, 12)
-
-    def save_artifacts(self, folder: str) -> None:
-        (Path(folder) / "tokenizer.json").write_text("{}")
 
 
 def build_feed(config: TrainConfig, cfg: ModelConfig, folder: Path) -> CountingFeed:
@@ -103,7 +80,7 @@ def config(folder: Path, steps: int, *settings: str) -> TrainConfig:
     """Rows of 24 tokens (then 32), seven a step (odd on purpose), two forwarded at once."""
     return load_config(
         settings=[
-            MODEL,
+            *NETWORK,
             f"schedule={{total_tokens={168 * steps}, tokens_per_step=168, seq_lens=[[0.0, 24]], warmup_steps=3}}",
             "schedule.dense_until=0.3",
             "loss.balance=0.01",
@@ -135,12 +112,10 @@ def run_all(folder: Path, layouts: list[Layout], steps: int) -> None:
 
 def curve(folder: Path) -> dict[int, dict[str, Any]]:
     """The steps of `metrics.jsonl`."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {r["step"]: r for r in records if "lm" in r}
+    return {r["step"]: r for r in records(folder) if "lm" in r}
 
 
 def held_out(folder: Path) -> dict[str, float]:
     """Nats per token of the last evaluation."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = next(r for r in reversed(records) if "held_out" in r)
+    last = next(r for r in reversed(records(folder)) if "held_out" in r)
     return {name: group["nats_per_token"] for name, group in last["held_out"].items()}

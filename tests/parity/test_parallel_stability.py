@@ -1,13 +1,13 @@
 """Anticipatory routing and roll-backs on several processes: what one process would have done."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import pytest
 from parallel_cases import LAYOUTS, Layout, build_feed, config, curve, run_all
 from stability_cases import run_hurt
+from tiny_run import records
 
 from rorqual.parallel.launch import launch
 from rorqual.train import train
@@ -24,8 +24,7 @@ def named(names: set[str], *settings: str) -> list[Layout]:
 
 
 def events(folder: Path) -> list[tuple[str, int, str]]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(r["event"], r["step"], r.get("source", "")) for r in records if "event" in r]
+    return [(r["event"], r["step"], r.get("source", "")) for r in records(folder) if "event" in r]
 
 
 def check(processes: int, names: set[str], folder: Path, tmp_path: Path) -> None:

@@ -33,20 +33,13 @@ from rorqual.checkpoint import save_transformers
 from rorqual.config import ModelConfig
 from rorqual.model import Transformer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = 1e-4
 """Of the norm of what is compared: a row of logits, or the gradient of one parameter."""
 
 EXAMPLES = int(os.environ.get("RORQUAL_TEST_EXAMPLES", "40"))
 SEED = os.environ.get("RORQUAL_TEST_SEED")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Tiny matrices: threads only cost time here."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,14 @@ def config(**changes: Any) -> ModelConfig:
     return ModelConfig.from_dict({**values, **changes})
 
 
+def packable_config() -> ModelConfig:
+    """One whose matrices FP8 and FP4 files can hold: blocks of 128 and 32, some of them cut short by the edges."""
+    return config(
+        hidden_size=160, moe_intermediate_size=96, num_hidden_layers=3, compress_ratios=[0, 4, 8, 0],
+        num_nextn_predict_layers=1, head_dim=40, q_lora_rank=48,
+    )  # fmt: skip
+
+
 def build(cfg: ModelConfig, weights_seed: int = 0) -> Transformer:
     """A model whose norms are not one and whose sinks, biases, position tables and streams' bases are not
     zero.

@@ -1,7 +1,6 @@
 """Activation checkpointing changes what is kept, never a bit of a gradient."""
 
 import random
-from collections.abc import Iterator
 
 import context_cases
 import pytest
@@ -11,14 +10,6 @@ import torch
 from rorqual.model import Trace, Transformer
 from rorqual.parallel import recompute
 from rorqual.train import losses
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def deep_model(**changes: object) -> Transformer:

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """What `function(*args)` returns in each of `world` ranks; a failing rank's traceback is raised here."""
     with tempfile.TemporaryDirectory(prefix="rorqual-test-ranks-") as folder:
-        mp.spawn(_rank, args=(function, world, folder, args), nprocs=world)  # type: ignore[no-untyped-call]
+        mp.spawn(_rank, args=(function, world, folder, args), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -1,7 +1,5 @@
 """Expert ids given from outside: used in place of selection, with gradients to routers and experts, or refused."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +11,8 @@ from rorqual.model.moe import MoE
 from rorqual.train import losses
 from rorqual.train.anticipatory import narrow, route_only
 from rorqual.train.feed import Rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CFG = ModelConfig.preset("minke").replace(
     vocab_size=64,
@@ -27,14 +27,6 @@ CFG = ModelConfig.preset("minke").replace(
     num_nextn_predict_layers=2,
 )
 LEARNED = ["layers.1.ffn.gate", "layers.2.ffn.gate", "mtp.0.ffn.gate", "mtp.1.ffn.gate"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

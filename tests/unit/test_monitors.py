@@ -1,7 +1,6 @@
 """Health figures against direct computation, and where they end up."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,7 @@ from rorqual.train.feed import Rows
 from rorqual.train.groups import Assigned, Role
 from rorqual.train.muon import Muon
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("chunk", [3, 100])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import build, config
+from small_models import build, packable_config
 from torch import Tensor
 
 from rorqual import checkpoint
@@ -17,10 +17,7 @@ from rorqual.train.microbatch import precision
 
 torch.set_num_threads(1)
 
-CONFIG = config(
-    hidden_size=160, moe_intermediate_size=96, num_hidden_layers=3, compress_ratios=[0, 4, 8, 0],
-    num_nextn_predict_layers=1, head_dim=40, q_lora_rank=48,
-)  # fmt: skip
+CONFIG = packable_config()
 TOKENS = torch.randint(0, 64, (2, 30), generator=torch.Generator().manual_seed(2))
 WEIGHTS = "model.safetensors"
 

@@ -8,8 +8,8 @@ import torch
 from rorqual.config import preset_names
 from rorqual.model import Transformer
 from rorqual.train.build import check_layout
-from rorqual.train.config import load_config
 from rorqual.train.loop import build_schedule
+from rorqual.train.recipe_file import load_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LAYERS = {"minke-engram": ["minke", "minke-engram"]}

@@ -5,6 +5,7 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_run import tiny_run
@@ -12,7 +13,7 @@ from tiny_run import tiny_run
 from rorqual.cli import main
 from rorqual.errors import ConfigError
 from rorqual.train import run_plots, run_report
-from rorqual.train.run_records import read_run
+from rorqual.train.run_records import RunRecords, read_run
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +53,21 @@ def test_undone_steps_are_kept_apart(tmp_path: Path) -> None:
 
 
 def test_nested_figures_are_found() -> None:
-    run = read_run_of([{"step": 1, "tokens": 2_000_000, "health": {"clamp": {"b": 1.0}}}, {"step": 2, "tokens": 0}])
+    steps: list[dict[str, Any]] = [
+        {"step": 1, "tokens": 2_000_000, "health": {"clamp": {"b": 1.0}}},
+        {"step": 2, "tokens": 0},
+    ]
+    run = RunRecords(Path("none"), steps=steps)
     assert run.series("health", "clamp", "b") == ([2.0], [1.0])
     assert run.keys("health", "clamp") == ["b"] and run.keys("absent") == []
 
 
-def read_run_of(lines: list[dict[str, object]]):  # type: ignore[no-untyped-def]
-    from rorqual.train.run_records import RunRecords
-
-    return RunRecords(Path("none"), steps=lines)
+def test_a_network_of_many_layers_has_its_figures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    violation = {f"layers.{i}.ffn.gate": i / 100 for i in range(122)}
+    lines = [{"step": s, "tokens": s * 10, "lm": 3.0, "max_violation": violation} for s in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert len(images(run_report.write_report(tmp_path).read_text(encoding="utf-8"))) >= 2
 
 
 def test_several_runs_are_laid_over_each_other(
@@ -106,4 +113,15 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, mo
     reporter = run_report.Reporter(tmp_path, is_on=True)
     reporter.write(is_last=True)
     with pytest.raises(ConfigError, match="Cannot write .*report.html"):
+        run_report.write_report(tmp_path)
+
+
+def test_a_drawing_library_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: RunRecords) -> None:
+        raise ValueError("left cannot be >= right")
+
+    monkeypatch.setattr(run_plots, "figures", fail)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "lm": 3.0}\n')
+    run_report.Reporter(tmp_path, is_on=True).write(is_last=True)
+    with pytest.raises(ValueError, match="left cannot be"):
         run_report.write_report(tmp_path)

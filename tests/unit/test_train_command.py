@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rorqual.cli import main
-from rorqual.train.config import load_config
+from rorqual.train.recipe_file import load_config
 
 
 def call(*arguments: str) -> int:

@@ -5,16 +5,9 @@ from pathlib import Path
 import pytest
 
 from rorqual.errors import ConfigError
-from rorqual.train.config import (
-    HARMLESS,
-    TrainConfig,
-    breaking_changes,
-    flatten,
-    layout_changes,
-    load_config,
-    to_toml,
-    validate,
-)
+from rorqual.train import TrainConfig, load_config, to_toml
+from rorqual.train.recipe_file import validate
+from rorqual.train.settings import HARMLESS, breaking_changes, flatten, layout_changes
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("minke*.toml"))
 

@@ -2,97 +2,33 @@
 
 import json
 import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_run import TinyFeed, newest_files, records, tiny_config, tiny_run
 from torch import Tensor
 
-from rorqual.config import ModelConfig
 from rorqual.errors import CheckpointError, ConfigError, DataError, RorqualError
 from rorqual.tokenizer import Tokenizer, train_tokenizer
 from rorqual.train import Result, TrainConfig, load_config, train
 from rorqual.train.corpus_feed import build_corpus_feed
 from rorqual.train.device import check_device
-from rorqual.train.feed import Continuation, Rows
 
-VOCAB = 48
-TINY = [
-    "model.overrides={vocab_size=48, hidden_size=32, num_hidden_layers=2, compress_ratios=[0, 4, 0], "
-    "num_attention_heads=2, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=16, "
-    "n_routed_experts=4, moe_intermediate_size=32, sliding_window=8, index_topk=2, index_n_heads=2, "
-    "index_head_dim=16}",
-    "schedule={total_tokens=640, tokens_per_step=64, seq_lens=[[0.0, 16], [0.5, 32]], warmup_steps=2}",
-    "schedule.dense_until=0.3",
-    "run.threads=1",
-    "run.micro_batch_tokens=32",
-    "run.log_every=1",
-    "run.eval_every=5",
-    "run.eval_tokens=64",
-    "run.report=false",
-]
-
-
-class CountingFeed:
-    """Rows drawn from a counter; remembers what was asked of it."""
-
-    def __init__(self) -> None:
-        self.position = 0
-        self.before_step: Callable[[int], None] = lambda step: None
-
-    def next_rows(self, num_rows: int, seq_len: int) -> Rows:
-        self.before_step(self.position)
-        generator = torch.Generator().manual_seed(self.position)
-        self.position += 1
-        # Few distinct tokens in runs: something a model can learn in ten steps.
-        tokens = torch.randint(0, 6, (num_rows, seq_len // 4), generator=generator).repeat_interleave(4, dim=1)
-        labels = torch.full_like(tokens, -100)
-        labels[:, :-1] = tokens[:, 1:]
-        return Rows(tokens, labels, torch.zeros_like(tokens))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position = state["position"]
-
-    def token_counts(self) -> Tensor:
-        return torch.ones(VOCAB)
-
-    def token_byte_lengths(self) -> Tensor | None:
-        return torch.full((VOCAB,), 2)
-
-    def held_out(self, num_tokens: int, seq_len: int) -> Iterator[tuple[str, Rows]]:
-        yield "invented", CountingFeed().next_rows(num_tokens // seq_len, seq_len)
-
-    def continuation(self, text: str) -> Continuation | None:
-        return Continuation([1, 2], str, 6)
-
-    def save_artifacts(self, folder: str) -> None:
-        (Path(folder) / "tokenizer.json").write_text("{}")
+VARIED = ("schedule.seq_lens=[[0.0, 16], [0.5, 32]]", "run.eval_every=5")
 
 
 def config(folder: Path, *settings: str) -> TrainConfig:
-    return load_config(settings=[*TINY, f'run.folder="{folder}"', *settings])
+    return tiny_config(folder, *VARIED, *settings)
 
 
-def run(folder: Path, *settings: str, feed: CountingFeed | None = None, **kwargs: Any) -> Result:
-    def build(config: TrainConfig, cfg: ModelConfig, folder: Path) -> CountingFeed:
-        return feed or CountingFeed()
-
-    return train(config(folder, *settings), build_feed=build, **kwargs)
-
-
-def final_files(folder: Path) -> list[bytes]:
-    newest = sorted((folder / "checkpoints").iterdir())[-1]
-    return [(newest / name).read_bytes() for name in ("weights.safetensors", "optimizer.safetensors")]
+def run(folder: Path, *settings: str, **kwargs: Any) -> Result:
+    return tiny_run(folder, *VARIED, *settings, **kwargs)
 
 
 def losses_of(folder: Path) -> list[tuple[int, float]]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"]) for r in records if "loss" in r]
+    return [(r["step"], r["loss"]) for r in records(folder) if "loss" in r]
 
 
 def test_a_run_learns_and_leaves_everything_it_should(tmp_path: Path) -> None:
@@ -123,8 +59,7 @@ def test_a_run_learns_and_leaves_everything_it_should(tmp_path: Path) -> None:
 
 def test_first_loss_is_that_of_guessing(tmp_path: Path) -> None:
     run(tmp_path, "run.max_steps=1")
-    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    assert record["lm"] == pytest.approx(torch.tensor(48.0).log().item(), rel=0.01)
+    assert records(tmp_path)[0]["lm"] == pytest.approx(torch.tensor(48.0).log().item(), rel=0.01)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 9])
@@ -133,21 +68,21 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, stop: int) -> 
     partial = run(tmp_path / "cut", f"run.max_steps={stop}")
     assert not partial.finished and partial.model_folder is None
     run(tmp_path / "cut", resume=True)
-    assert final_files(tmp_path / "cut") == final_files(tmp_path / "whole")
+    assert newest_files(tmp_path / "cut") == newest_files(tmp_path / "whole")
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_can_be_continued(tmp_path: Path, number: signal.Signals) -> None:
-    feed = CountingFeed()
-    feed.before_step = lambda step: signal.raise_signal(number) if step == 3 else None
+    feed = TinyFeed()
+    feed.before = lambda step: signal.raise_signal(number) if step == 3 else None
     handler = signal.getsignal(number)
     result = run(tmp_path / "cut", feed=feed)
     assert signal.getsignal(number) == handler
     assert not result.finished and result.step == 4  # the step in progress was completed
     run(tmp_path / "cut", resume=True)
     run(tmp_path / "whole")
-    assert final_files(tmp_path / "cut") == final_files(tmp_path / "whole")
+    assert newest_files(tmp_path / "cut") == newest_files(tmp_path / "whole")
 
 
 def test_global_settings_of_torch_are_put_back(tmp_path: Path) -> None:
@@ -206,7 +141,7 @@ def test_unknown_task_family_is_named(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    class Untouchable(CountingFeed):
+    class Untouchable(TinyFeed):
         def __init__(self) -> None:
             raise AssertionError("the data was built")
 
@@ -258,14 +193,14 @@ def test_the_printed_command_continues_after_max_steps(tmp_path: Path, capsys: p
     assert f"--run-dir '{folder}'" in capsys.readouterr().out.replace("\n", "")
     kept = load_config([folder / "config.toml"])
     assert kept.run.max_steps is None
-    assert train(kept, resume=True, build_feed=lambda *_: CountingFeed()).finished
+    assert train(kept, resume=True, build_feed=lambda *_: TinyFeed()).finished
 
 
 def test_settings_that_cannot_be_built_do_not_replace_the_recipe(tmp_path: Path) -> None:
     run(tmp_path, "run.max_steps=2")
     before = (tmp_path / "config.toml").read_text()
 
-    def fail(*_: Any) -> CountingFeed:
+    def fail(*_: Any) -> TinyFeed:
         raise DataError("the data changed")
 
     with pytest.raises(DataError):
@@ -292,7 +227,7 @@ def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatc
 
 
 def test_samples_need_no_held_out_text_and_no_unknown_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CountingFeed, "held_out", lambda *_: iter(()))
+    monkeypatch.setattr(TinyFeed, "held_out", lambda *_: iter(()))
     run(tmp_path, 'run.sample_prompts=["a"]', "run.sample_tokens=3")
     text = (tmp_path / "samples.txt").read_text()
     assert text.count("--- a") == 2

@@ -1,7 +1,5 @@
 """The chunked cross-entropy against torch's, MTP labels, and the parts of the total loss."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +7,8 @@ import torch.nn.functional as F
 from rorqual.config import ModelConfig
 from rorqual.train import losses
 from rorqual.train.feed import Rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
@@ -64,15 +64,6 @@ def test_mtp_labels_stay_within_a_document() -> None:
 def test_mtp_skips_masked_targets_but_not_what_follows_them() -> None:
     labels = torch.tensor([[-100, -100, 13, 14, -100]])  # a masked prompt, then its answer
     assert losses.mtp_labels(labels, torch.zeros(1, 5)).tolist() == [[-100, 13, 14, -100, -100]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums by several threads may end in another last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

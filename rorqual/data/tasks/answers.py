@@ -81,17 +81,7 @@ def grade_closed_set(answer: str, gold: str | None, candidates: Iterable[str]) -
     if is_abstention(answer, candidates):
         return Grade("A", 1.0 if gold is None else 0.0, None, "" if gold is None else "abstained on a known answer")
     found = _found(normalise(answer), candidates)
-    if gold is None:
-        return wrong(found, "answered a question that has no answer")
-    if len(answer.split()) > MAX_ANSWER_WORDS:
-        return wrong(found, f"longer than {MAX_ANSWER_WORDS} words")
-    if len(found) != 1:
-        return wrong(found, f"names {len(found)} candidates, expected exactly one")
-    if _HEDGES.search(normalise(answer)):
-        return wrong(found, "hedged or negated")
-    if found[0] != normalise(gold):
-        return wrong(found[0], f"expected {gold}")
-    return correct(found[0])
+    return _grade_found(answer, found, f"names {len(found)} candidates", gold, gold and normalise(gold))
 
 
 def grade_code_value(answer: str, gold: str | None) -> Grade:
@@ -101,14 +91,19 @@ def grade_code_value(answer: str, gold: str | None) -> Grade:
     if is_abstention(answer):
         return Grade("A", 1.0 if gold is None else 0.0, None, "" if gold is None else "abstained on a known answer")
     found = [word for word in _CODE_TOKEN.findall(answer) if any(ch.isdigit() for ch in word)]
+    return _grade_found(answer, found, f"holds {len(found)} values", gold, gold)
+
+
+def _grade_found(answer: str, found: list[str], holds: str, gold: str | None, wanted: str | None) -> Grade:
+    """Grade what was `found` in an answer that is no abstention: one thing, as it is `wanted`. `gold` is for people."""
     if gold is None:
         return wrong(found, "answered a question that has no answer")
     if len(answer.split()) > MAX_ANSWER_WORDS:
         return wrong(found, f"longer than {MAX_ANSWER_WORDS} words")
     if len(found) != 1:
-        return wrong(found, f"holds {len(found)} values, expected exactly one")
+        return wrong(found, f"{holds}, expected exactly one")
     if _HEDGES.search(normalise(answer)):
         return wrong(found, "hedged or negated")
-    if found[0] != gold:
+    if found[0] != wanted:
         return wrong(found[0], f"expected {gold}")
-    return correct(gold)
+    return correct(found[0])

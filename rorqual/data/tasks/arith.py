@@ -181,23 +181,15 @@ class ArithFamily(TaskFamily):
         kind, size = KINDS[index % len(KINDS)], index // len(KINDS) % top + 1
         problem = self.draw(rng, split, kind=kind, digits=size)
         turn = self.turn(rng, problem)
-        return Item(
-            family=self.name,
-            id=self.item_id(split, index, rng),
-            messages=[{"role": "user", "content": turn.user}],
-            tools=None,
-            thinking_mode=mode,
-            gold=completion(mode, turn.reasoning, turn.answer),
-            stratum={
-                "kind": kind,
-                "digits": problem.digits,
-                "d": problem.d,
-                "beyond_training": size > TRAIN_DIGITS,
-                "mode": mode,
-            },
-            meta={"value": problem.value, "expression": problem.expression, "reasoning": turn.reasoning},
-            split=split,
-        )
+        stratum = {
+            "kind": kind,
+            "digits": problem.digits,
+            "d": problem.d,
+            "beyond_training": size > TRAIN_DIGITS,
+            "mode": mode,
+        }
+        meta = {"value": problem.value, "expression": problem.expression, "reasoning": turn.reasoning}
+        return self.chat_item(rng, split, index, mode, turn, stratum, meta)
 
     def grade(self, item: Item, output_text: str) -> Grade:
         """One number equal to the value; the asked expression may be repeated before an equals sign."""

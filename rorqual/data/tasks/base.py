@@ -205,5 +205,29 @@ class TaskFamily(ABC):
             yield item
             index += 1
 
+    def chat_item(
+        self,
+        rng: random.Random,
+        split: Split,
+        index: int,
+        mode: Mode,
+        turn: Turn,
+        stratum: dict[str, Any],
+        meta: dict[str, Any],
+        history: Sequence[Message] = (),
+    ) -> Item:
+        """The item that asks for the answer of `turn`, without tools; `history` are the messages before it."""
+        return Item(
+            family=self.name,
+            id=self.item_id(split, index, rng),
+            messages=[*history, {"role": "user", "content": turn.user}],
+            tools=None,
+            thinking_mode=mode,
+            gold=completion(mode, turn.reasoning, turn.answer),
+            stratum=stratum,
+            meta=meta,
+            split=split,
+        )
+
     def item_id(self, split: Split, index: int, rng: random.Random) -> str:
         return f"{self.name}-{self.version}-{split}-{index}-{rng.getrandbits(32):08x}"

@@ -167,17 +167,9 @@ class ChatFamily(TaskFamily):
         else:
             turn, value = self.repeat_turn(rng, split)
         messages: list[Message] = turns_to_messages(history, mode=mode)
-        return Item(
-            family=self.name,
-            id=self.item_id(split, index, rng),
-            messages=[*messages, {"role": "user", "content": turn.user}],
-            tools=None,
-            thinking_mode=mode,
-            gold=completion(mode, turn.reasoning, turn.answer),
-            stratum={"kind": kind, "label": label, "mode": mode},
-            meta={"value": value, "reasoning": turn.reasoning, "answer": turn.answer, "query": query},
-            split=split,
-        )
+        stratum = {"kind": kind, "label": label, "mode": mode}
+        meta = {"value": value, "reasoning": turn.reasoning, "answer": turn.answer, "query": query}
+        return self.chat_item(rng, split, index, mode, turn, stratum, meta, messages)
 
     def grade(self, item: Item, output_text: str) -> Grade:
         """Intents by required and forbidden words; tables, names and repeats by their exact value."""

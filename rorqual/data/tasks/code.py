@@ -49,6 +49,15 @@ def draw_spec(rng: random.Random, split: Split, kind: str | None = None) -> Spec
             return spec
 
 
+def grade_by_tests(source: str, item: Item, written: str) -> Grade:
+    """Grade `written` by whether `source` passes the tests of `item`; X when it needs more than the interpreter."""
+    try:
+        right, reason = passes(source, item.meta["name"], item.meta["tests"])
+    except Unsupported as error:
+        return Grade("X", 0.0, written, f"outside the interpreter's language: {error}")
+    return correct(written) if right else wrong(written, reason)
+
+
 def extract_code(answer: str) -> str | None:
     """The only fenced block of `answer`, or the whole text when it is bare code; None when there are
     several.
@@ -89,35 +98,23 @@ class CodeFamily(TaskFamily):
         spec = draw_spec(rng, split, list(KINDS)[index % len(KINDS)])
         tests, caught, escaped = draw_tests(rng, spec)
         turn = self.turn(rng, spec)
-        return Item(
-            family=self.name,
-            id=self.item_id(split, index, rng),
-            messages=[{"role": "user", "content": turn.user}],
-            tools=None,
-            thinking_mode=mode,
-            gold=completion(mode, turn.reasoning, turn.answer),
-            stratum={"kind": spec.kind, "function": spec.name, "mode": mode},
-            meta={
-                "name": spec.name,
-                "tests": tests,
-                "mutants": caught,
-                "mutation_score": len(caught) / max(1, len(caught) + escaped),
-                "reasoning": turn.reasoning,
-                "source": spec.source(),
-            },
-            split=split,
-        )
+        stratum = {"kind": spec.kind, "function": spec.name, "mode": mode}
+        meta = {
+            "name": spec.name,
+            "tests": tests,
+            "mutants": caught,
+            "mutation_score": len(caught) / max(1, len(caught) + escaped),
+            "reasoning": turn.reasoning,
+            "source": spec.source(),
+        }
+        return self.chat_item(rng, split, index, mode, turn, stratum, meta)
 
     def grade(self, item: Item, output_text: str) -> Grade:
         """All tests must hold, result types included. X when the code needs more than the interpreter."""
         code = extract_code(final_answer(output_text, item.thinking_mode))
         if code is None:
             return wrong(None, "the answer is not exactly one block of code")
-        try:
-            right, reason = passes(code, item.meta["name"], item.meta["tests"])
-        except Unsupported as error:
-            return Grade("X", 0.0, code, f"outside the interpreter's language: {error}")
-        return correct(code) if right else wrong(code, reason)
+        return grade_by_tests(code, item, code)
 
     def adversary(self, item: Item) -> list[str]:
         mode, source, name = item.thinking_mode, item.meta["source"], item.meta["name"]

@@ -152,22 +152,10 @@ class FactsFamily(TaskFamily):
             person, attribute = self._pick(rng, split, stratum, attribute)
             value = person.facts.get(attribute.name)
             turn = _turn(rng.choice(attribute.wordings(is_new)), attribute, person.name, value)
-        return Item(
-            family=self.name,
-            id=self.item_id(split, index, rng),
-            messages=[{"role": "user", "content": turn.user}],
-            tools=None,
-            thinking_mode=mode,
-            gold=completion(mode, turn.reasoning, turn.answer),
-            stratum={
-                "class": stratum,
-                "attribute": attribute.name,
-                "wording": "new" if is_new else "trained",
-                "mode": mode,
-            },
-            meta={"value": value, "attribute": attribute.name, "near": near, "reasoning": turn.reasoning},
-            split=split,
-        )
+        wording = "new" if is_new else "trained"
+        cell = {"class": stratum, "attribute": attribute.name, "wording": wording, "mode": mode}
+        meta = {"value": value, "attribute": attribute.name, "near": near, "reasoning": turn.reasoning}
+        return self.chat_item(rng, split, index, mode, turn, cell, meta)
 
     def _pick(self, rng: random.Random, split: Split, stratum: str, attribute: Attribute) -> tuple[Person, Attribute]:
         if stratum == "K-taught" or split == "train":

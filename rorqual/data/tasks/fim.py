@@ -15,9 +15,8 @@ from typing import Any
 from rorqual.chat import fim_prompt
 from rorqual.chat.markers import EOS
 from rorqual.data.tasks.base import Grade, Item, Piece, Split, TaskFamily, correct, wrong
-from rorqual.data.tasks.code import draw_spec
-from rorqual.data.tasks.code_spec import Spec, draw_tests, passes
-from rorqual.data.tasks.interpreter import Unsupported
+from rorqual.data.tasks.code import draw_spec, grade_by_tests
+from rorqual.data.tasks.code_spec import Spec, draw_tests
 
 HOLES = ("expression", "tail", "line", "body", "name")
 
@@ -102,11 +101,7 @@ class FimFamily(TaskFamily):
         if re.search(r"^(def|import|from) ", middle, re.MULTILINE):
             return wrong(middle, "starts another definition instead of filling the gap")
         source = item.meta["prefix"] + middle + item.meta["suffix"]
-        try:
-            right, reason = passes(source, item.meta["name"], item.meta["tests"])
-        except Unsupported as error:
-            return Grade("X", 0.0, middle, f"outside the interpreter's language: {error}")
-        return correct(middle) if right else wrong(middle, reason)
+        return grade_by_tests(source, item, middle)
 
     def adversary(self, item: Item) -> list[str]:
         gold = item.gold

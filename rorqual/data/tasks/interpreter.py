@@ -262,24 +262,26 @@ class _Run:
         for value in self.iterable(self.value(node.iter, scope)):
             self.tick()
             self.assign(node.target, value, scope)
-            try:
-                self.block(node.body, scope)
-            except _Break:
+            if self.is_broken_off(node.body, scope):
                 return
-            except _Continue:
-                continue
         self.block(node.orelse, scope)
 
     def while_loop(self, node: ast.While, scope: dict[str, Any]) -> None:
         while self.value(node.test, scope):
             self.tick()
-            try:
-                self.block(node.body, scope)
-            except _Break:
+            if self.is_broken_off(node.body, scope):
                 return
-            except _Continue:
-                continue
         self.block(node.orelse, scope)
+
+    def is_broken_off(self, body: list[ast.stmt], scope: dict[str, Any]) -> bool:
+        """Run the body of a loop once; whether it said `break`."""
+        try:
+            self.block(body, scope)
+        except _Break:
+            return True
+        except _Continue:
+            pass
+        return False
 
     # -- expressions --
 

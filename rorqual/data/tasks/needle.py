@@ -260,34 +260,26 @@ class NeedleFamily(TaskFamily):
         hay = self._draw(rng, split, task=task, kind=kind, length=length, depth=depth)
         turn, needle, value = self.turns(rng, split, hay, task)
         probes = [{"question": n.question(), "value": n.value} for n in hay.needles]
-        return Item(
-            family=self.name,
-            id=self.item_id(split, index, rng),
-            messages=[{"role": "user", "content": turn.user}],
-            tools=None,
-            thinking_mode=mode,
-            gold=completion(mode, turn.reasoning, turn.answer),
-            stratum={
-                "task": task,
-                "haystack": kind,
-                "value": hay.value_kind,
-                "length": length,
-                "depth": round(depth, 3),
-                "mode": mode,
-            },
-            meta={
-                "value": value,
-                "key": needle.key,
-                "label": needle.label,
-                "older": list(needle.updates),
-                "others": [n.value for n in hay.needles if n.value != value],
-                "reasoning": turn.reasoning,
-                "probes": probes,
-                "needle_offset": hay.text.find(needle.line(again=bool(needle.updates))) if value else None,
-                "tokens_estimate": hay.tokens,
-            },
-            split=split,
-        )
+        stratum = {
+            "task": task,
+            "haystack": kind,
+            "value": hay.value_kind,
+            "length": length,
+            "depth": round(depth, 3),
+            "mode": mode,
+        }
+        meta = {
+            "value": value,
+            "key": needle.key,
+            "label": needle.label,
+            "older": list(needle.updates),
+            "others": [n.value for n in hay.needles if n.value != value],
+            "reasoning": turn.reasoning,
+            "probes": probes,
+            "needle_offset": hay.text.find(needle.line(again=bool(needle.updates))) if value else None,
+            "tokens_estimate": hay.tokens,
+        }
+        return self.chat_item(rng, split, index, mode, turn, stratum, meta)
 
     def grade(self, item: Item, output_text: str) -> Grade:
         """STRICT: the answer holds exactly one candidate and it equals the planted value."""

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from rorqual.ops.native.library import call
 
+LANES = 16
+"""The kernels' vectors are whole ones of this many floats."""
+
 
 def hc_pre(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
@@ -107,15 +110,15 @@ class HcPre(torch.autograd.Function):
         streams, fn, base, scale, raw, rs = ctx.saved_tensors
         dy, dpost, dcomb = (g.contiguous() for g in grads)
         n, d = streams.shape[-2:]
-        tokens = raw.shape[0]
-        draw, dlogit, dmixed = torch.empty_like(raw), torch.empty_like(raw), torch.empty_like(raw)
-        dx = torch.empty_like(streams)
+        (tokens, rows), parts = raw.shape, torch.get_num_threads()
+        dlogit, dmixed, dx = torch.empty_like(raw), torch.empty_like(raw), torch.empty_like(streams)
+        dfn = torch.zeros(parts, rows, -(-n * d // LANES) * LANES)
         call(
             "hc_pre_backward", streams, fn, raw, base, scale, rs, dy, dpost, dcomb, tokens, n, d, ctx.iters, ctx.eps,
-            draw, dlogit, dmixed, dx,
+            parts, dlogit, dmixed, dfn, dx,
         )  # fmt: skip
         dscale = torch.stack([part.sum() for part in dmixed.sum(0).split([n, n, n * n])])
-        dfn = (draw.to(streams.dtype).t() @ streams.view(tokens, n * d)).to(fn.dtype)
+        dfn = (dfn[0] if parts == 1 else dfn.sum(0))[:, : n * d]
         return dx, dfn, dlogit.sum(0), dscale, None, None, None
 
 

@@ -1,51 +1,113 @@
-/* hyper_connections.py: the two halves of mHC around a sublayer, forward and backward. */
+/* hyper_connections.py: the two halves of mHC around a sublayer, forward and backward.
+ *
+ * The small matrices of 16 tokens are worked on side by side, one token a vector lane. */
 
 #include <stdlib.h>
 
-#include "common.h"
+#include "vectors.h"
 
-#define EACH_LANE for (int l = 0; l < LANES; l++)
-
-/* Sinkhorn on LANES n x n matrices, entry-major. `path` keeps the matrix before every division, `sums` the divisors. */
-INLINE void sinkhorn_lanes(float m[][LANES], int n, int iters, float eps, float (*path)[LANES], float (*sums)[LANES]) {
+/* One division of all columns or rows by their sums: out = in / (sum(in) + eps). */
+INLINE void divide_lanes(Vector *a, int n, int by_column, float eps, Vector *divisors) {
+#pragma GCC unroll 4
     for (int j = 0; j < n; j++) {
-        float top[LANES], total[LANES];
-        EACH_LANE top[l] = m[j * n][l];
-        for (int k = 1; k < n; k++) EACH_LANE top[l] = max_(top[l], m[j * n + k][l]);
-        EACH_LANE total[l] = 0.0f;
-        for (int k = 0; k < n; k++) EACH_LANE total[l] += m[j * n + k][l] = exp_(m[j * n + k][l] - top[l]);
-        for (int k = 0; k < n; k++) EACH_LANE m[j * n + k][l] = m[j * n + k][l] / total[l] + eps;
+        int first = by_column ? j : j * n, stride = by_column ? n : 1;
+        Vector s = (Vector){0} + eps;
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) s += a[first + i * stride];
+        Vector r = 1.0f / s;
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) a[first + i * stride] *= r;
+        if (divisors) divisors[j] = s;
     }
-    for (int step = 0; step < 2 * iters - 1; step++) {
-        int columns = step % 2 == 0;
-        if (path) memcpy(path + step * n * n, m, sizeof(float) * n * n * LANES);
-        for (int a = 0; a < n; a++) {
-            int first = columns ? a : a * n, stride = columns ? n : 1;
-            float s[LANES], r[LANES];
-            EACH_LANE s[l] = eps;
-            for (int i = 0; i < n; i++) EACH_LANE s[l] += m[first + i * stride][l];
-            EACH_LANE r[l] = 1.0f / s[l];
-            for (int i = 0; i < n; i++) EACH_LANE m[first + i * stride][l] *= r[l];
-            if (sums) memcpy(sums + step * n + a, r, sizeof(r));
+}
+
+/* Its gradient, in place of that of `out`; `a` goes from `out` back to `in`. */
+INLINE void divide_lanes_backward(Vector *a, Vector *g, int n, int by_column, const Vector *divisors) {
+#pragma GCC unroll 4
+    for (int j = 0; j < n; j++) {
+        int first = by_column ? j : j * n, stride = by_column ? n : 1;
+        Vector s = divisors[j], r = 1.0f / s, inner = {0};
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) inner += g[first + i * stride] * a[first + i * stride];
+#pragma GCC unroll 4
+        for (int i = 0; i < n; i++) {
+            g[first + i * stride] = (g[first + i * stride] - inner) * r;
+            a[first + i * stride] *= s;
         }
     }
 }
 
-/* What one block of tokens needs on the way: mix (RMS-scaled) and the coefficients, entry-major. */
+/* Softmax of the rows, then columns and rows by turns. `divisors` [2 * iters - 1][n] keeps what was divided by. */
+INLINE void sinkhorn_lanes(Vector *m, int n, int iters, float eps, Vector *divisors) {
+    Vector a[MAX_STREAMS * MAX_STREAMS];
+#pragma GCC unroll 4
+    for (int j = 0; j < n; j++) {
+        Vector top = m[j * n], total = {0};
+#pragma GCC unroll 4
+        for (int k = 1; k < n; k++) top = choose(top < m[j * n + k], m[j * n + k], top);
+#pragma GCC unroll 4
+        for (int k = 0; k < n; k++) total += a[j * n + k] = exp_lanes(m[j * n + k] - top);
+#pragma GCC unroll 4
+        for (int k = 0; k < n; k++) a[j * n + k] = a[j * n + k] / total + eps;
+    }
+    divide_lanes(a, n, 1, eps, divisors);
+    for (int i = 1; i < iters; i++) {
+        divide_lanes(a, n, 0, eps, divisors ? divisors + (2 * i - 1) * n : NULL);
+        divide_lanes(a, n, 1, eps, divisors ? divisors + 2 * i * n : NULL);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n * n; i++) m[i] = a[i];
+}
+
+/* `m` is what sinkhorn_lanes gave and `g` its gradient -> that of what it was given. */
+INLINE void sinkhorn_lanes_backward(const Vector *m, Vector *g, int n, int iters, float eps, const Vector *divisors) {
+    Vector a[MAX_STREAMS * MAX_STREAMS], d[MAX_STREAMS * MAX_STREAMS];
+#pragma GCC unroll 16
+    for (int i = 0; i < n * n; i++) a[i] = m[i], d[i] = g[i];
+    for (int i = iters - 1; i > 0; i--) {
+        divide_lanes_backward(a, d, n, 1, divisors + 2 * i * n);
+        divide_lanes_backward(a, d, n, 0, divisors + (2 * i - 1) * n);
+    }
+    divide_lanes_backward(a, d, n, 1, divisors);
+#pragma GCC unroll 4
+    for (int j = 0; j < n; j++) {
+        Vector inner = {0};
+#pragma GCC unroll 4
+        for (int k = 0; k < n; k++) inner += d[j * n + k] * (a[j * n + k] - eps);
+#pragma GCC unroll 4
+        for (int k = 0; k < n; k++) g[j * n + k] = (a[j * n + k] - eps) * (d[j * n + k] - inner);
+    }
+}
+
+/* What one block of tokens needs on the way: mix (RMS-scaled) and the coefficients. */
 typedef struct {
-    float mix[MAX_MIX][LANES], pre[MAX_STREAMS][LANES], post[MAX_STREAMS][LANES], comb[MAX_STREAMS * MAX_STREAMS][LANES];
+    Vector mix[MAX_MIX], pre[MAX_STREAMS], post[MAX_STREAMS], comb[MAX_STREAMS * MAX_STREAMS];
 } Coefficients;
 
-INLINE void coefficients_lanes(Coefficients *c, const float *raw, const float *rs, const float *base, const float *scale,
-                               long count, int n, int iters, float eps, float (*path)[LANES], float (*sums)[LANES]) {
+/* Rows of `count` (up to 16) tokens [count][m] -> a vector of tokens for each of the m; and back. */
+INLINE void to_lanes(const float *rows, long count, int m, Vector *out) {
+    float *lanes = (float *)out;
+    if (count < LANES) memset(out, 0, sizeof(Vector) * m);
+    for (long t = 0; t < count; t++)
+        for (int i = 0; i < m; i++) lanes[i * LANES + t] = rows[t * m + i];
+}
+INLINE void from_lanes(const Vector *in, long count, int m, float *rows) {
+    const float *lanes = (const float *)in;
+    for (long t = 0; t < count; t++)
+        for (int i = 0; i < m; i++) rows[t * m + i] = lanes[i * LANES + t];
+}
+
+INLINE void coefficients_lanes(Coefficients *c, const float *raw, Vector rs, const float *base, const float *scale,
+                               long count, int n, int iters, float eps, Vector *divisors) {
     int m = 2 * n + n * n;
-    for (int i = 0; i < m; i++) EACH_LANE c->mix[i][l] = l < count ? raw[l * m + i] * rs[l] : 0.0f;
+    to_lanes(raw, count, m, c->mix);
+    for (int i = 0; i < m; i++) c->mix[i] *= rs;
     for (int j = 0; j < n; j++) {
-        EACH_LANE c->pre[j][l] = sigmoid_(c->mix[j][l] * scale[0] + base[j]) + eps;
-        EACH_LANE c->post[j][l] = 2.0f * sigmoid_(c->mix[n + j][l] * scale[1] + base[n + j]);
+        c->pre[j] = sigmoid_lanes(c->mix[j] * scale[0] + base[j]) + eps;
+        c->post[j] = 2.0f * sigmoid_lanes(c->mix[n + j] * scale[1] + base[n + j]);
     }
-    for (int i = 0; i < n * n; i++) EACH_LANE c->comb[i][l] = c->mix[2 * n + i][l] * scale[2] + base[2 * n + i];
-    sinkhorn_lanes(c->comb, n, iters, eps, path, sums);
+    for (int i = 0; i < n * n; i++) c->comb[i] = c->mix[2 * n + i] * scale[2] + base[2 * n + i];
+    sinkhorn_lanes(c->comb, n, iters, eps, divisors);
 }
 
 #include "hyper_connections_body.h"

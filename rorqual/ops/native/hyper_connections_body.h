@@ -59,12 +59,12 @@ INLINE void NAME(hc_pre_block)(const T *x, const float *fn, float *wide, const f
     Coefficients c;
     int m = 2 * n + n * n;
     NAME(mix_block)(x, fn, count, m, n * d, norm_eps, wide, raw, rs);
-    coefficients_lanes(&c, raw, rs, base, scale, count, n, iters, eps, NULL, NULL);
+    coefficients_lanes(&c, raw, load(rs, count), base, scale, count, n, iters, eps, NULL);
+    from_lanes(c.post, count, n, post);
+    from_lanes(c.comb, count, n * n, comb);
     for (long t = 0; t < count; t++) {
         const T *restrict xt = x + t * n * d;
         T *restrict yt = y + t * d;
-        for (int j = 0; j < n; j++) post[t * n + j] = c.post[j][t];
-        for (int i = 0; i < n * n; i++) comb[t * n * n + i] = c.comb[i][t];
         EACH_VECTOR(i, d) {
             Vector s = {0};
             for (int j = 0; j < n; j++) s += c.pre[j][t] * LOAD(xt + j * d + i, d - i);
@@ -90,100 +90,110 @@ void NAME(hc_pre_forward)(const T *x, const float *fn, const float *base, const 
     });
 }
 
-INLINE void NAME(hc_pre_backward_block)(const T *x, const WORD *columns, const float *raw, const float *base,
-                                        const float *scale, const float *rs, const T *dy, const float *dpost,
-                                        const float *dcomb, long count, int n, long d, int iters, float eps, float *draw,
-                                        float *dlogit, float *dmixed, float *buffer, T *dx) {
+/* dfn [m][wide] += the products of draw [count][m] and x [count][k] over the tokens; `words` is zero beyond k. */
+INLINE void NAME(mix_gradient)(const T *x, const float *draw, long count, long m, long k, long wide, WORD *words,
+                               float *dfn) {
+    long steps = (count + PER_WORD - 1) / PER_WORD;
+    WORD rows[MAX_MIX * LANES / PER_WORD];
+    for (long s = 0; s < steps; s++) {
+        const T *restrict a = x + PER_WORD * s * k;
+        WORD *restrict out = words + s * wide;
+#ifdef ELEMENT_BF16
+        int is_pair = 2 * s + 1 < count;
+        const T *restrict b = is_pair ? a + k : a;
+        uint32_t keep = is_pair ? 0xffff0000u : 0;
+        for (long i = 0; i < k; i++) out[i] = (uint32_t)a[i] | ((uint32_t)b[i] << 16 & keep);
+        for (long i = 0; i < m; i++)
+            rows[i * steps + s] = (uint32_t)to_bf16(draw[2 * s * m + i]) |
+                                  (is_pair ? (uint32_t)to_bf16(draw[(2 * s + 1) * m + i]) << 16 : 0);
+#else
+        memcpy(out, a, sizeof(T) * k);
+        for (long i = 0; i < m; i++) rows[i * steps + s] = draw[s * m + i];
+#endif
+    }
+    NAME(gemm)(m, wide, steps, rows, NULL, steps, 1, words, wide, dfn, wide, 1);
+}
+
+typedef struct {
+    const T *x, *dy;
+    const WORD *columns;
+    const float *raw, *base, *scale, *rs, *dpost, *dcomb;
+    float *dlogit, *dmixed, *dfn;
+    T *dx;
+} NAME(HcPreBackward);
+
+/* Tokens from `first` on; `draw` [LANES][m], `through` [LANES][wide] and `words` are room to work in. */
+INLINE void NAME(hc_pre_backward_block)(const NAME(HcPreBackward) *o, long first, long count, int n, long d, int iters,
+                                        float eps, float *draw, float *through, WORD *words) {
     int nn = n * n, m = 2 * n + nn;
+    long k = n * d, wide = whole(k);
+    const T *x = o->x + first * k, *dy = o->dy + first * d;
     Coefficients c;
-    float path[(2 * iters - 1) * nn][LANES], sums[(2 * iters - 1) * n][LANES], g[nn][LANES], dl[m][LANES], drs[LANES];
-    coefficients_lanes(&c, raw, rs, base, scale, count, n, iters, eps, path, sums);
-    memset(dl, 0, sizeof(dl));
-    memset(g, 0, sizeof(g));
-    for (long t = 0; t < count; t++) {
-        const T *restrict dyt = dy + t * d;
+    Vector divisors[(2 * iters - 1) * n], dl[m], mixed[m], drs = {0}, rs = load(o->rs + first, count);
+    coefficients_lanes(&c, o->raw + first * m, rs, o->base, o->scale, count, n, iters, eps, divisors);
+    to_lanes(o->dpost + first * n, count, n, dl + n);
+    to_lanes(o->dcomb + first * nn, count, nn, dl + 2 * n);
+    for (int j = 0; j < n; j++) dl[j] = (Vector){0};
+    for (long t = 0; t < count; t++)
         for (int j = 0; j < n; j++) {
-            const T *restrict xt = x + (t * n + j) * d;
+            const T *restrict xt = x + t * k + j * d, *restrict dyt = dy + t * d;
             Vector s = {0};
             EACH_VECTOR(i, d) s += LOAD(dyt + i, d - i) * LOAD(xt + i, d - i);
-            dl[j][t] = sum_lanes(s);
-            dl[n + j][t] = dpost[t * n + j];
+            ((float *)(dl + j))[t] = sum_lanes(s);
         }
-        for (int i = 0; i < nn; i++) g[i][t] = dcomb[t * nn + i];
-    }
     for (int j = 0; j < n; j++) {
-        EACH_LANE dl[j][l] *= (c.pre[j][l] - eps) * (1.0f - (c.pre[j][l] - eps));
-        EACH_LANE dl[n + j][l] *= c.post[j][l] * (1.0f - 0.5f * c.post[j][l]);
+        dl[j] *= (c.pre[j] - eps) * (1.0f - (c.pre[j] - eps));
+        dl[n + j] *= c.post[j] * (1.0f - 0.5f * c.post[j]);
     }
-    for (int step = 2 * iters - 2; step >= 0; step--) { /* out = in * r, r = 1 / (sum(in) + eps) */
-        int by_column = step % 2 == 0;
-        for (int a = 0; a < n; a++) {
-            int first = by_column ? a : a * n, stride = by_column ? n : 1;
-            float inner[LANES], (*in)[LANES] = path + step * nn, *r = sums[step * n + a];
-            EACH_LANE inner[l] = 0.0f;
-            for (int i = 0; i < n; i++) EACH_LANE inner[l] += g[first + i * stride][l] * in[first + i * stride][l];
-            for (int i = 0; i < n; i++)
-                EACH_LANE g[first + i * stride][l] = (g[first + i * stride][l] - inner[l] * r[l]) * r[l];
-        }
+    sinkhorn_lanes_backward(c.comb, dl + 2 * n, n, iters, eps, divisors);
+    from_lanes(dl, count, m, o->dlogit + first * m);
+    for (int i = 0; i < m; i++) {
+        Vector up = dl[i] * o->scale[i < n ? 0 : i < 2 * n ? 1 : 2];
+        mixed[i] = dl[i] * c.mix[i];
+        drs += up * c.mix[i]; /* the gradient of the RMS factor, times the factor */
+        dl[i] = up * rs;
     }
-    for (int j = 0; j < n; j++) { /* softmax of a row: the first step's input minus eps */
-        float inner[LANES];
-        EACH_LANE inner[l] = 0.0f;
-        for (int k = 0; k < n; k++) EACH_LANE inner[l] += g[j * n + k][l] * (path[j * n + k][l] - eps);
-        for (int k = 0; k < n; k++)
-            EACH_LANE dl[2 * n + j * n + k][l] = (path[j * n + k][l] - eps) * (g[j * n + k][l] - inner[l]);
-    }
-    EACH_LANE drs[l] = 0.0f;
-    for (long t = 0; t < count; t++)
-        for (int i = 0; i < m; i++) {
-            float dm = dl[i][t] * scale[i < n ? 0 : i < 2 * n ? 1 : 2];
-            dlogit[t * m + i] = dl[i][t];
-            dmixed[t * m + i] = dl[i][t] * c.mix[i][t];
-            draw[t * m + i] = dm * rs[t];
-            drs[t] += dm * raw[t * m + i];
-        }
-    long wide = whole(n * d);
-    NAME(through_mix)(draw, columns, count, m, wide, buffer);
+    from_lanes(mixed, count, m, o->dmixed + first * m);
+    from_lanes(dl, count, m, draw);
+    NAME(mix_gradient)(x, draw, count, m, k, wide, words, o->dfn);
+    NAME(through_mix)(draw, o->columns, count, m, wide, through);
     for (long t = 0; t < count; t++) {
-        float k = -drs[t] * rs[t] * rs[t] * rs[t] / (float)(n * d);
+        float to_rms = -((float *)&drs)[t] * o->rs[first + t] * o->rs[first + t] / (float)k;
         const T *restrict dyt = dy + t * d;
         for (int j = 0; j < n; j++) {
-            const T *restrict xt = x + (t * n + j) * d;
-            const float *restrict through = buffer + t * wide + j * d;
-            T *restrict out = dx + (t * n + j) * d;
-            float p = c.pre[j][t];
+            const T *restrict xt = x + t * k + j * d;
+            const float *restrict more = through + t * wide + j * d;
+            T *restrict out = o->dx + (first + t) * k + j * d;
+            float p = ((float *)(c.pre + j))[t];
             EACH_VECTOR(i, d)
-            STORE(out + i, d - i, p * LOAD(dyt + i, d - i) + k * LOAD(xt + i, d - i) + load(through + i, d - i));
+            STORE(out + i, d - i, p * LOAD(dyt + i, d - i) + to_rms * LOAD(xt + i, d - i) + load(more + i, d - i));
         }
     }
 }
 
-/* Gradients of hc_pre. Outputs: draw [T, m] (of raw; the caller takes fn's from it), dlogit [T, m] (of mix*scale+base, for
- * base), dmixed [T, m] (dlogit * mix, for scale), and dx [T, n*D]. */
+/* Gradients of hc_pre. Outputs: dlogit [T, m] (of mix*scale+base, for base), dmixed [T, m] (dlogit * mix, for scale),
+ * dx [T, n*D] and, added to what is there, dfn [parts, m, n*D in whole vectors]; the tokens are cut into `parts`, one a
+ * thread. */
 void NAME(hc_pre_backward)(const T *x, const float *fn, const float *raw, const float *base, const float *scale,
                            const float *rs, const T *dy, const float *dpost, const float *dcomb, long tokens, int n,
-                           long d, int iters, float eps, float *draw, float *dlogit, float *dmixed, T *dx) {
-    int nn = n * n, m = 2 * n + nn;
-    long wide = whole(n * d);
+                           long d, int iters, float eps, long parts, float *dlogit, float *dmixed, float *dfn, T *dx) {
+    int m = 2 * n + n * n;
+    long wide = whole(n * d), blocks = (tokens + LANES - 1) / LANES, each = (blocks + parts - 1) / parts;
     WORD *columns = NAME(mix_rows)(fn, m, n * d);
-#pragma omp parallel
-    {
-        float *buffer = malloc(sizeof(float) * LANES * wide);
-#pragma omp for schedule(static)
-        for (long t = 0; t < tokens; t += LANES) {
-            long count = tokens - t < LANES ? tokens - t : LANES;
-            const T *xt = x + t * n * d, *dyt = dy + t * d;
-            const float *rt = raw + t * m, *dpt = dpost + t * n, *dct = dcomb + t * nn;
-            float *a = draw + t * m, *b = dlogit + t * m, *c = dmixed + t * m;
-            T *dxt = dx + t * n * d;
-            if (n == 4)
-                NAME(hc_pre_backward_block)(xt, columns, rt, base, scale, rs + t, dyt, dpt, dct, count, 4, d, iters, eps,
-                                            a, b, c, buffer, dxt);
-            else
-                NAME(hc_pre_backward_block)(xt, columns, rt, base, scale, rs + t, dyt, dpt, dct, count, n, d, iters, eps,
-                                            a, b, c, buffer, dxt);
+#pragma omp parallel for schedule(static)
+    for (long part = 0; part < parts; part++) {
+        NAME(HcPreBackward) o = {x, dy, columns, raw, base, scale, rs, dpost, dcomb, dlogit, dmixed,
+                                 dfn + part * m * wide, dx};
+        float *through = malloc(sizeof(float) * LANES * wide), *draw = malloc(sizeof(float) * LANES * m);
+        WORD *words = calloc(LANES / PER_WORD * wide, sizeof(WORD));
+        for (long b = part * each; b < blocks && b < (part + 1) * each; b++) {
+            long first = b * LANES, count = tokens - first < LANES ? tokens - first : LANES;
+            if (n == 4) NAME(hc_pre_backward_block)(&o, first, count, 4, d, iters, eps, draw, through, words);
+            else NAME(hc_pre_backward_block)(&o, first, count, n, d, iters, eps, draw, through, words);
         }
-        free(buffer);
+        free(words);
+        free(draw);
+        free(through);
     }
     free(columns);
 }

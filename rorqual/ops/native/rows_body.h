@@ -133,41 +133,52 @@ void NAME(index_reduce_backward)(const T *dots, const float *weights, const floa
 
 /* ---- rope.py: rotate the last r channels of rows in place; each table row serves `heads` consecutive rows ------- */
 
-INLINE void NAME(turn)(const T *x, const float *tab, long r, float sign, T *o) {
-    for (long i = 0; i < r; i += 2) {
-        float re = GET(x, i), im = GET(x, i + 1), c = tab[i], s = sign * tab[i + 1];
-        PUT(o, i, re * c - im * s);
-        PUT(o, i + 1, re * s + im * c);
-    }
+#ifndef RORQUAL_TURN
+#define RORQUAL_TURN
+/* Complex products of neighbouring pairs (re, im) with pairs (cos, sin) of the table; sign -1 turns back. */
+INLINE Vector turn(Vector x, Vector table, float sign) {
+    Vector cos = SHUFFLE(table, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
+    Vector sin = SHUFFLE(table, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
+    Vector other = SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    const Vector way = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    return x * cos + other * (sin * (way * sign));
 }
+#endif
 
 void NAME(rope_rotate)(const T *x, const float *table, long rows, long heads, long table_rows, long k, long r,
                        float sign, T *out) {
-    SHARED_OUT(rows * k > FORK_FROM, long t = 0; t < rows; t++, {
-        const T *xt = x + t * k;
-        T *o = out + t * k;
-        memcpy(o, xt, sizeof(T) * (k - r));
-        NAME(turn)(xt + k - r, table + (t / heads % table_rows) * r, r, sign, o + k - r);
+    long plain = k - r;
+    SHARED_OUT(rows * k > FORK_FROM, long t0 = 0; t0 < rows; t0 += heads, {
+        const float *tab = table + t0 / heads % table_rows * r;
+        for (long t = t0; t < t0 + heads; t++) {
+            const T *restrict xt = x + t * k;
+            T *restrict o = out + t * k;
+            memcpy(o, xt, sizeof(T) * plain);
+            EACH_VECTOR(i, r)
+            STORE(o + plain + i, r - i, turn(LOAD(xt + plain + i, r - i), load(tab + i, r - i), sign));
+        }
     });
 }
 
 /* rope.py: RMS norm (weight may be NULL), then rope, in one pass. */
 void NAME(norm_rope_forward)(const T *x, const float *weight, const float *table, long rows, long heads, long table_rows,
                              long k, long r, float eps, T *out, float *rs) {
-    SHARED_OUT(rows * k > FORK_FROM, long t = 0; t < rows; t++, {
-        const T *restrict xt = x + t * k;
-        const float *tab = table + (t / heads % table_rows) * r;
-        T *restrict o = out + t * k;
-        float f = 1.0f / sqrtf(NAME(sum_products)(xt, xt, k) / (float)k + eps);
-        rs[t] = f;
-        long plain = k - r;
-        if (weight) EACH_VECTOR(i, plain) STORE(o + i, plain - i, LOAD(xt + i, plain - i) * f * load(weight + i, plain - i));
-        else EACH_VECTOR(i, plain) STORE(o + i, plain - i, LOAD(xt + i, plain - i) * f);
-        for (long i = k - r; i < k; i += 2) {
-            float re = GET(xt, i) * f * (weight ? weight[i] : 1.0f), c = tab[i - k + r];
-            float im = GET(xt, i + 1) * f * (weight ? weight[i + 1] : 1.0f), s = tab[i - k + r + 1];
-            PUT(o, i, re * c - im * s);
-            PUT(o, i + 1, re * s + im * c);
+    long plain = k - r;
+    SHARED_OUT(rows * k > FORK_FROM, long t0 = 0; t0 < rows; t0 += heads, {
+        const float *tab = table + t0 / heads % table_rows * r;
+        for (long t = t0; t < t0 + heads; t++) {
+            const T *restrict xt = x + t * k;
+            T *restrict o = out + t * k;
+            float f = 1.0f / sqrtf(NAME(sum_products)(xt, xt, k) / (float)k + eps);
+            rs[t] = f;
+            if (weight)
+                EACH_VECTOR(i, plain) STORE(o + i, plain - i, LOAD(xt + i, plain - i) * f * load(weight + i, plain - i));
+            else EACH_VECTOR(i, plain) STORE(o + i, plain - i, LOAD(xt + i, plain - i) * f);
+            EACH_VECTOR(i, r) {
+                Vector v = LOAD(xt + plain + i, r - i) * f;
+                if (weight) v *= load(weight + plain + i, r - i);
+                STORE(o + plain + i, r - i, turn(v, load(tab + i, r - i), 1.0f));
+            }
         }
     });
 }

@@ -21,6 +21,13 @@ typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
 
 INLINE long whole(long n) { return (n + VECTOR - 1) / VECTOR * VECTOR; }
 
+/* Lanes in another order, given by 16 constants. */
+#ifdef __clang__
+#define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define SHUFFLE(x, ...) __builtin_shuffle(x, (Integers){__VA_ARGS__})
+#endif
+
 INLINE float sum_lanes(Vector x) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)x);
