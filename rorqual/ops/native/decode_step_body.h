@@ -272,7 +272,7 @@ void NAME(decode_step)(const T *embedding, const int64_t *tokens, const int64_t 
             int fn = part ? HC_FFN_FN : HC_ATTN_FN, base = part ? HC_FFN_BASE : HC_ATTN_BASE;
             int scale = part ? HC_FFN_SCALE : HC_ATTN_SCALE;
             NAME(hc_pre_forward)(in, PLACE(layer, fn), PLACE(layer, base), PLACE(layer, scale), rows, (int)n, hidden,
-                                 (int)shape[ITERS], norm_eps, eps, s.x, s.post, s.comb, s.raw, s.rs);
+                                 (int)shape[ITERS], norm_eps, eps, 0, s.x, s.post, s.comb, s.raw, s.rs);
             NAME(norm)(&s, s.x, PLACE(layer, part ? FFN_NORM : ATTN_NORM), hidden, s.normed);
             if (part) NAME(feed)(&s, layer);
             else NAME(attention)(&s, layer, memory + i * MEMORY_END);

@@ -21,17 +21,35 @@ def hc_pre(
     """`hyper_connections.hc_pre_reference`; without gradients no autograd node is made."""
     if torch.is_grad_enabled():
         return HcPre.apply(streams, fn, base, scale, iters, norm_eps, eps)
-    return _hc_pre(streams.contiguous(), fn, base, scale, iters, norm_eps, eps)[:3]
+    return _hc_pre(streams.contiguous(), fn, base, scale, iters, norm_eps, eps, training=False)[:3]
 
 
 def _hc_pre(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float, *, training: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *lead, n, d = streams.shape
     tokens = streams.numel() // (n * d)
     y, raw, rs = streams.new_empty(*lead, d), base.new_empty(tokens, base.numel()), base.new_empty(tokens)
     post, comb = base.new_empty(*lead, n), base.new_empty(*lead, n, n)
-    call("hc_pre_forward", streams, fn, base, scale, tokens, n, d, iters, norm_eps, eps, y, post, comb, raw, rs)
+    call(
+        "hc_pre_forward",
+        streams,
+        fn,
+        base,
+        scale,
+        tokens,
+        n,
+        d,
+        iters,
+        norm_eps,
+        eps,
+        int(training),
+        y,
+        post,
+        comb,
+        raw,
+        rs,
+    )
     return y, post, comb, raw, rs
 
 
@@ -100,7 +118,7 @@ class HcPre(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         streams = streams.contiguous()
-        y, post, comb, raw, rs = _hc_pre(streams, fn, base, scale, iters, norm_eps, eps)
+        y, post, comb, raw, rs = _hc_pre(streams, fn, base, scale, iters, norm_eps, eps, training=True)
         ctx.save_for_backward(streams, fn, base, scale, raw, rs)
         ctx.iters, ctx.eps = iters, eps
         return y, post, comb

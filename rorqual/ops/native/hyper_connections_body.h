@@ -5,23 +5,58 @@
 
 #define EACH_VECTOR(i, d) for (long i = 0; i < (d); i += VECTOR)
 
-/* x fn^T of `count` tokens in fp32 -> raw [count][m], and the RMS factor of each token. `wide` has room for the streams of
- * LANES tokens when they are bf16. */
-INLINE void NAME(mix_block)(const T *x, const float *fn, long count, long m, long k, float norm_eps, float *wide,
-                            float *raw, float *rs) {
-#ifdef ELEMENT_BF16
-    for (long t = 0; t < count; t++)
-        EACH_VECTOR(i, k) store(wide + t * k + i, k - i, LOAD(x + t * k + i, k - i));
-    const float *streams = wide;
-#else
-    const float *streams = x;
-    (void)wide;
+#ifndef ELEMENT_BF16
+/* Columns of the packed `fn`: its rows, and for bf16 streams what rounding them to bf16 lost, so that coefficients
+ * keep fp32 precision; padded to whole vectors. */
+INLINE long mix_columns(long m, int is_bf16) { return whole(is_bf16 ? 2 * m : m); }
 #endif
-    dots(count, m, k, streams, NULL, k, fn, NULL, k, raw, m);
+
+/* fn [m][k] fp32 -> words [k / PER_WORD][columns]. */
+static void NAME(pack_mix)(const float *fn, long m, long k, WORD *out) {
+    long columns = mix_columns(m, PER_WORD == 2);
+    memset(out, 0, sizeof(WORD) * columns * (k / PER_WORD));
+    for (long i = 0; i < m; i++)
+        for (long s = 0; s < k / PER_WORD; s++) {
+#ifdef ELEMENT_BF16
+            float a = fn[i * k + 2 * s], b = fn[i * k + 2 * s + 1];
+            uint16_t x = to_bf16(a), y = to_bf16(b);
+            out[s * columns + i] = (uint32_t)x | (uint32_t)y << 16;
+            out[s * columns + m + i] =
+                (uint32_t)to_bf16(a - from_bf16(x)) | (uint32_t)to_bf16(b - from_bf16(y)) << 16;
+#else
+            out[s * columns + i] = fn[i * k + s];
+#endif
+        }
+}
+
+/* Products of x with the packed fn, for training: [count][k] -> raw [count][m]. */
+INLINE void NAME(mix_packed)(const T *x, const WORD *mix, long count, long m, long k, float *raw) {
+    long columns = mix_columns(m, PER_WORD == 2);
+    float product[LANES * (2 * MAX_MIX + VECTOR)];
+    NAME(gemm)(count, columns, k / PER_WORD, (const WORD *)x, NULL, k / PER_WORD, 1, mix, columns, product, columns, 0);
+    for (long t = 0; t < count; t++)
+        for (long i = 0; i < m; i++)
+            raw[t * m + i] = product[t * columns + i] + (PER_WORD == 2 ? product[t * columns + m + i] : 0.0f);
+}
+
+/* The same in fp32 and, for inference, in the order of `dots`. `wide` has room for the streams of LANES tokens when they
+ * are bf16. */
+INLINE void NAME(mix_in_order)(const T *x, const float *fn, long count, long m, long k, float *wide, float *raw) {
+#ifdef ELEMENT_BF16
+    EACH_VECTOR(i, count * k) store(wide + i, count * k - i, LOAD(x + i, count * k - i));
+    dots(count, m, k, wide, NULL, k, fn, NULL, k, raw, m);
+#else
+    (void)wide;
+    dots(count, m, k, x, NULL, k, fn, NULL, k, raw, m);
+#endif
+}
+
+/* The RMS factor of each token. */
+INLINE void NAME(rms_factors)(const T *x, long count, long k, float norm_eps, float *rs) {
     for (long t = 0; t < count; t++) {
         Vector s = {0};
         EACH_VECTOR(i, k) {
-            Vector v = load(streams + t * k + i, k - i);
+            Vector v = LOAD(x + t * k + i, k - i);
             s += v * v;
         }
         rs[t] = 1.0f / sqrtf(sum_lanes(s) / (float)k + norm_eps);
@@ -53,12 +88,14 @@ static WORD *NAME(mix_rows)(const float *fn, long m, long k) {
     return columns;
 }
 
-INLINE void NAME(hc_pre_block)(const T *x, const float *fn, float *wide, const float *base, const float *scale,
-                               long count, int n, long d, int iters, float norm_eps, float eps, T *y, float *post,
-                               float *comb, float *raw, float *rs) {
+INLINE void NAME(hc_pre_block)(const T *x, const float *fn, const WORD *mix, float *wide, const float *base,
+                               const float *scale, long count, int n, long d, int iters, float norm_eps, float eps,
+                               T *y, float *post, float *comb, float *raw, float *rs) {
     Coefficients c;
     int m = 2 * n + n * n;
-    NAME(mix_block)(x, fn, count, m, n * d, norm_eps, wide, raw, rs);
+    if (mix) NAME(mix_packed)(x, mix, count, m, n * d, raw);
+    else NAME(mix_in_order)(x, fn, count, m, n * d, wide, raw);
+    NAME(rms_factors)(x, count, n * d, norm_eps, rs);
     coefficients_lanes(&c, raw, load(rs, count), base, scale, count, n, iters, eps, NULL);
     from_lanes(c.post, count, n, post);
     from_lanes(c.comb, count, n * n, comb);
@@ -74,20 +111,26 @@ INLINE void NAME(hc_pre_block)(const T *x, const float *fn, float *wide, const f
 }
 
 /* Sublayer input: x [T, n*D], fn [2n+nn, n*D] -> y [T, D], post [T, n], comb [T, nn]; raw = x fn^T [T, 2n+nn] and rs [T],
- * the RMS factor, are kept for the backward pass. n*D is even. */
+ * the RMS factor, are kept for the backward pass. `training` takes the fastest products; without it their bits do not
+ * depend on the number of tokens. n*D is even. */
 void NAME(hc_pre_forward)(const T *x, const float *fn, const float *base, const float *scale, long tokens, int n, long d,
-                          int iters, float norm_eps, float eps, T *y, float *post, float *comb, float *raw, float *rs) {
+                          int iters, float norm_eps, float eps, int training, T *y, float *post, float *comb, float *raw,
+                          float *rs) {
     int m = 2 * n + n * n;
+    WORD *mix = training ? malloc(sizeof(WORD) * mix_columns(m, PER_WORD == 2) * (n * d / PER_WORD)) : NULL;
+    if (mix) NAME(pack_mix)(fn, m, n * d, mix);
     SHARED_OUT(tokens * n * d * m > FORK_FROM, long t = 0; t < tokens; t += LANES, {
         long count = tokens - t < LANES ? tokens - t : LANES;
-        float *wide = PER_WORD == 2 ? malloc(sizeof(float) * count * n * d) : NULL;
+        float *wide = PER_WORD == 2 && !mix ? malloc(sizeof(float) * count * n * d) : NULL;
         const T *xt = x + t * n * d;
         T *yt = y + t * d;
         float *pt = post + t * n, *ct = comb + t * n * n, *w = raw + t * m, *r = rs + t;
-        if (n == 4) NAME(hc_pre_block)(xt, fn, wide, base, scale, count, 4, d, iters, norm_eps, eps, yt, pt, ct, w, r);
-        else NAME(hc_pre_block)(xt, fn, wide, base, scale, count, n, d, iters, norm_eps, eps, yt, pt, ct, w, r);
+        if (n == 4)
+            NAME(hc_pre_block)(xt, fn, mix, wide, base, scale, count, 4, d, iters, norm_eps, eps, yt, pt, ct, w, r);
+        else NAME(hc_pre_block)(xt, fn, mix, wide, base, scale, count, n, d, iters, norm_eps, eps, yt, pt, ct, w, r);
         free(wide);
     });
+    free(mix);
 }
 
 /* dfn [m][wide] += the products of draw [count][m] and x [count][k] over the tokens; `words` is zero beyond k. */
@@ -268,7 +311,8 @@ void NAME(hc_head_forward)(const T *x, const float *fn, const float *base, const
     SHARED_OUT(tokens * n * d * n > FORK_FROM, long t0 = 0; t0 < tokens; t0 += LANES, {
         long count = tokens - t0 < LANES ? tokens - t0 : LANES;
         float *wide = PER_WORD == 2 ? malloc(sizeof(float) * count * n * d) : NULL;
-        NAME(mix_block)(x + t0 * n * d, fn, count, n, n * d, norm_eps, wide, raw + t0 * n, rs + t0);
+        NAME(mix_in_order)(x + t0 * n * d, fn, count, n, n * d, wide, raw + t0 * n);
+        NAME(rms_factors)(x + t0 * n * d, count, n * d, norm_eps, rs + t0);
         for (long t = t0; t < t0 + count; t++) {
             const T *restrict xt = x + t * n * d;
             T *restrict yt = y + t * d;

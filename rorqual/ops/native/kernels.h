@@ -10,7 +10,8 @@ void NAME(norm_rope_forward)(const T *x, const float *weight, const float *table
                              long k, long r, float eps, T *out, float *rs);
 void NAME(swiglu_forward)(const T *a, const T *u, const float *weight, long rows, long d, float limit, T *out);
 void NAME(hc_pre_forward)(const T *x, const float *fn, const float *base, const float *scale, long tokens, int n, long d,
-                          int iters, float norm_eps, float eps, T *y, float *post, float *comb, float *raw, float *rs);
+                          int iters, float norm_eps, float eps, int training, T *y, float *post, float *comb, float *raw,
+                          float *rs);
 void NAME(hc_post_forward)(const T *x, const T *y, const float *post, const float *comb, long tokens, int n, long d,
                            T *out);
 void NAME(attend_query)(const T *q, const T *const *keys, long n, const float *sink, long first, long last, long width,
