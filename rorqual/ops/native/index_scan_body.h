@@ -78,7 +78,7 @@ void NAME(index_scan_scores)(const T *q, const float *weights, const T *keys, co
                 float score[TILE];
                 long n = entries - first < TILE ? entries - first : TILE;
                 NAME(fill_keys)(&s, first, entries, query.kernel, &tile);
-                score_tile(&s, &query, weights + row * heads, &tile, score);
+                score_tile(&s, &query, weights + row * heads, &tile, NULL, score);
                 memcpy(scores + row * entries + first, score, sizeof(float) * n);
             }
         }
@@ -104,13 +104,16 @@ static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, con
     for (int64_t first = lo; first < hi; first += TILE) {
         int64_t last = first + TILE < hi ? first + TILE : hi;
         int is_filled[3] = {0};
+        Ahead next = {.bytes = s->row_bytes}, *ahead = last < hi ? &next : NULL;
+        for (long r = 0; r < TILE; r++) next.row[r] = row_at(s, last + r < hi ? last + r : hi - 1);
         for (long i = 0; i < count; i++) {
             int64_t from = start && start[i] > first ? start[i] : first, to = end[i] < last ? end[i] : last;
             if (to <= from || end[i] - (start ? start[i] : 0) <= k) continue;
             float score[TILE];
             if (!is_filled[query[i].kernel]) NAME(fill_keys)(s, first, last, query[i].kernel, &keys);
             is_filled[query[i].kernel] = 1;
-            score_tile(s, query + i, weights + i * s->heads, &keys, score);
+            score_tile(s, query + i, weights + i * s->heads, &keys, ahead, score);
+            ahead = NULL;
             offer(best + i, score, first, from, to);
         }
     }
