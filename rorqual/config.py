@@ -105,9 +105,9 @@ class ModelConfig:
     """`v4`: round KV entries to FP8 and index queries and keys to FP4 as the released weights expect; `v4-inputs`: the
     inputs of FP8 and FP4 matrices to FP8 as well; or `none`."""
     cache_format: str = "auto"
-    """How a sequence's memory keeps compressed entries and index keys, and so to what they are rounded: `exact`, as they
-    are computed; `fp4-keys`, index keys (and queries) in FP4; `fp8`, that and entries in FP8 with bf16 rope, as released;
-    `auto`, whichever of these `activation_rounding` makes free of loss."""
+    """How memory keeps compressed entries and index keys, and so to what they are rounded: `exact`, as computed;
+    `fp4-keys`, index keys (and queries) in FP4; `fp8`, that and entries in FP8 with bf16 rope, as in the released
+    system; `auto`, as much of this as `activation_rounding` makes free of loss."""
     engram: EngramConfig | None = None
     """Memory of token runs in some blocks; V4 has none. A mapping of its settings is taken too."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -351,8 +351,8 @@ def _check(cfg: ModelConfig) -> None:
         raise ConfigError(f"cache_format is {cfg.cache_format!r}; use one of {', '.join(CACHE_FORMATS)}.")
     need(
         cfg.cache_format in ("auto", "exact") or cfg.index_head_dim % 2 == 0,
-        f"cache_format is {cfg.cache_format!r}, but index_head_dim {cfg.index_head_dim} is odd and two FP4 channels share a "
-        "byte; make it even, or use 'exact'.",
+        f"cache_format is {cfg.cache_format!r}, but index_head_dim {cfg.index_head_dim} is odd and two FP4 channels "
+        "share a byte; make it even, or use 'exact'.",
     )
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(cfg, name)

@@ -155,7 +155,6 @@ class Attention(nn.Module):
         if index is not None and trace is not None and trace.index_loss and self.indexer and entries is not None:
             assert visible is not None
             entries = unpacked(entries)
-            assert entries is not None
             every = layout.entries(self.spec.compress_ratio).visible
             loss, recall = self.indexer.loss(*index, visible, every, p.q, lse, entries, self.scale, layout)
             trace.index_losses.append(loss)

@@ -62,7 +62,7 @@ class PackedEntries:
         return decode_entries(rows, self.nope_dim, self.rope_dim, self.dtype).unsqueeze(0), places
 
 
-def unpacked(entries: "Tensor | PackedEntries | None") -> Tensor | None:
+def unpacked(entries: Tensor | PackedEntries) -> Tensor:
     """Entries [B, C, K], decoded if they are packed."""
     return entries.decode() if isinstance(entries, PackedEntries) else entries
 
