@@ -108,13 +108,19 @@ typedef struct {
 
 /* Rows of a tile that begins with entry `first`; the last entry again where the tile is longer. */
 INLINE void rows_from(const Scan *s, int64_t first, int64_t last, const uint8_t **row) {
-    int64_t page = s->table ? first / s->per_page : 0, at = s->table ? first % s->per_page : first;
-    const uint8_t *base = s->base + (s->table ? s->table[page] * s->per_page * s->row_bytes : 0);
-    for (long r = 0; r < TILE; r++) {
-        row[r] = base + at * s->row_bytes;
-        if (first + r + 1 >= last) continue;
-        if (++at == s->per_page && s->table) at = 0, base = s->base + s->table[++page] * s->per_page * s->row_bytes;
+    long n = last - first < TILE ? last - first : TILE, r = 0;
+    while (r < n) {
+        int64_t at = first + r, run = n - r;
+        if (s->table) {
+            int64_t page = at / s->per_page, place = at - page * s->per_page;
+            at = s->table[page] * s->per_page + place;
+            if (run > s->per_page - place) run = s->per_page - place;
+        }
+        const uint8_t *base = s->base + at * s->row_bytes;
+        for (long i = 0; i < run; i++) row[r + i] = base + i * s->row_bytes;
+        r += run;
     }
+    for (; r < TILE; r++) row[r] = row[n - 1];
 }
 
 static void make_keys(const Scan *s, Keys *keys) {
