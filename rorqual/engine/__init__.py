@@ -2,6 +2,7 @@
 
 from rorqual.engine.engine import Engine
 from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
+from rorqual.engine.exactness import Exactness
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.request import Request
@@ -12,6 +13,7 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineStats",
+    "Exactness",
     "FinishReason",
     "LanguageModel",
     "Request",

@@ -53,6 +53,8 @@ class Stepper:
             if not group:
                 continue
             ends = [job.num_read + count for job, count in group]
+            for job, _ in group:
+                job.request.mark_step(len(group), job.is_prefilling)
             try:
                 yield self._step(group)
             except Exception as error:

@@ -18,7 +18,7 @@ from rorqual import chat
 from rorqual.engine import TokenEvent, TokenScore
 from rorqual.errors import RequestError
 from rorqual.server.errors import named_as_sent
-from rorqual.server.replies import token_logprob, usage_body
+from rorqual.server.replies import exactness_body, token_logprob, usage_body
 from rorqual.server.schema import CompletionRequest
 from rorqual.server.served import Envelope, ServedModel, find_model
 from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
@@ -66,8 +66,8 @@ async def answer(
         "finish_reason": events[-1].finish_reason,
         "logprobs": _joined([piece["logprobs"] for piece in pieces]) if body.logprobs is not None else None,
     }
-    usage = usage_body(stream.request.usage, None)
-    return JSONResponse(Envelope("text_completion", served.name).body(choice, usage=usage))
+    usage, exactness = usage_body(stream.request.usage, None), exactness_body(stream.request)
+    return JSONResponse(Envelope("text_completion", served.name).body(choice, usage=usage, exactness=exactness))
 
 
 async def _lines(
@@ -89,9 +89,9 @@ async def _lines(
             for event in batch:
                 piece = writer.piece([event])
                 if event.finish_reason is not None:
-                    usage = usage_body(stream.request.usage, None)
+                    usage, exactness = usage_body(stream.request.usage, None), exactness_body(stream.request)
                     choice = {**piece, "finish_reason": event.finish_reason}
-                    yield sse(envelope.body(choice, usage=usage)) + DONE
+                    yield sse(envelope.body(choice, usage=usage, exactness=exactness)) + DONE
                 elif piece["text"] or piece["logprobs"]:
                     yield sse(envelope.body({**piece, "finish_reason": None}, **between))
     except RequestError as error:

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include "index_narrow.h"
+#include "select.h"
 
 #define QUERIES 8 /* that share a tile of keys */
 
@@ -28,28 +29,6 @@ INLINE float score_of(uint64_t rank) {
     return float_of(bits >> 31 ? bits & 0x7fffffffu : ~bits);
 }
 INLINE int64_t index_of(uint64_t rank) { return (uint32_t)~(uint32_t)rank; }
-
-/* The k-th largest (1-based) of n different numbers; reorders them. */
-static uint64_t kth_rank(uint64_t *v, long n, long k) {
-    long lo = 0, hi = n - 1, want = k - 1;
-    while (lo < hi) {
-        uint64_t pivot = v[lo + (hi - lo) / 2];
-        long i = lo, j = hi;
-        while (i <= j) {
-            while (v[i] > pivot) i++;
-            while (v[j] < pivot) j--;
-            if (i <= j) {
-                uint64_t swap = v[i];
-                v[i++] = v[j];
-                v[j--] = swap;
-            }
-        }
-        if (want <= j) hi = j;
-        else if (want >= i) lo = i;
-        else break;
-    }
-    return v[want];
-}
 
 static void keep_best(Best *best) {
     if (best->size <= best->k) return;
