@@ -85,6 +85,7 @@ class Engine:
         self.prefix_cache = prefix_cache
         self._stepper = Stepper(model, self._num_choices, prefix_cache)
         self._meter = Meter(log_steps)
+        self._scheduler.expected_wait_s = self._expected_wait_s
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
         self._closing = False
         self._broken: RequestError | None = None
@@ -218,6 +219,11 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _expected_wait_s(self) -> float | None:
+        """Until one of the running requests has likely ended: as long as the last ones ran, over how many run."""
+        stay = self._meter.mean_stay_s
+        return 1.0 if stay is None else stay / self._scheduler.max_running
+
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -313,6 +319,8 @@ class Engine:
         with self._changed:
             self._scheduler.remove(job)
             self._meter.finished[reason] += 1
+            if (seconds := job.request.running_s) is not None:
+                self._meter.add_stay(seconds)
             self._changed.notify_all()
         if self.prefix_cache is not None and job.lease is not None and reason != "error":
             try:

@@ -106,6 +106,11 @@ class Request:
             decode_s=max(0.0, self._last - self._first),
         )
 
+    @property
+    def running_s(self) -> float | None:
+        """Seconds since the request got its place; None while it waits for one."""
+        return time.monotonic() - self._started if self._started else None
+
     def result(self, timeout_s: float | None = None) -> Completion:
         """Wait for the end. Raises: the request's RequestError if it failed, or TimeoutError."""
         if not self._done.wait(timeout_s):
