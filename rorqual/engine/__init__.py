@@ -2,6 +2,7 @@
 
 from rorqual.engine.engine import Engine
 from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
+from rorqual.engine.exactness import Exactness
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.request import Request
@@ -15,6 +16,7 @@ __all__ = [
     "Engine",
     "EngineSettings",
     "EngineStats",
+    "Exactness",
     "FinishReason",
     "LanguageModel",
     "Request",

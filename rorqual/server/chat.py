@@ -18,7 +18,7 @@ from rorqual.errors import RequestError
 from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import build_prompt
 from rorqual.server.metadata import metadata
-from rorqual.server.replies import Piece, ReplyReader
+from rorqual.server.replies import Piece, ReplyReader, exactness_body
 from rorqual.server.schema import ChatRequest
 from rorqual.server.served import Envelope, ServedModel, find_model
 from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
@@ -60,8 +60,8 @@ async def answer(
         "finish_reason": reader.finish_reason,
     }
     envelope = Envelope("chat.completion", served.name)
-    usage = reader.usage(stream.request.usage)
-    return JSONResponse(envelope.body(choice, usage=usage, rorqual=metadata(stream.request)))
+    more = {"exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
+    return JSONResponse(envelope.body(choice, usage=reader.usage(stream.request.usage), **more))
 
 
 async def _lines(
@@ -78,9 +78,11 @@ async def _lines(
             for event in batch:
                 for piece in reader.read(event):
                     if reader.finish_reason:
-                        usage = reader.usage(stream.request.usage)
-                        last = body(piece, reader.finish_reason, usage=usage, rorqual=metadata(stream.request))
-                        yield sse(last) + DONE
+                        more = {
+                            "usage": reader.usage(stream.request.usage), "exactness": exactness_body(stream.request),
+                            "rorqual": metadata(stream.request),
+                        }  # fmt: skip
+                        yield sse(body(piece, reader.finish_reason, **more)) + DONE
                     else:
                         yield sse(body(piece, None, **between))
     except RequestError as error:

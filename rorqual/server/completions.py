@@ -19,7 +19,7 @@ from rorqual.engine import TokenEvent, TokenScore
 from rorqual.errors import RequestError
 from rorqual.server.errors import named_as_sent
 from rorqual.server.metadata import metadata
-from rorqual.server.replies import api_reason, token_logprob, usage_body
+from rorqual.server.replies import api_reason, exactness_body, token_logprob, usage_body
 from rorqual.server.schema import CompletionRequest
 from rorqual.server.served import Envelope, ServedModel, find_model
 from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
@@ -68,7 +68,7 @@ async def answer(
         "logprobs": _joined([piece["logprobs"] for piece in pieces]) if body.logprobs is not None else None,
     }
     usage = usage_body(stream.request.usage, None)
-    more = {"usage": usage, "rorqual": metadata(stream.request)}
+    more = {"usage": usage, "exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
     return JSONResponse(Envelope("text_completion", served.name).body(choice, **more))
 
 
@@ -93,7 +93,8 @@ async def _lines(
                 if event.finish_reason is not None:
                     usage = usage_body(stream.request.usage, None)
                     choice = {**piece, "finish_reason": api_reason(event.finish_reason)}
-                    yield sse(envelope.body(choice, usage=usage, rorqual=metadata(stream.request))) + DONE
+                    more = {"exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
+                    yield sse(envelope.body(choice, usage=usage, **more)) + DONE
                 elif piece["text"] or piece["logprobs"]:
                     yield sse(envelope.body({**piece, "finish_reason": None}, **between))
     except RequestError as error:

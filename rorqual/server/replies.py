@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rorqual import chat
-from rorqual.engine import FinishReason, TokenEvent, Usage
+from rorqual.engine import FinishReason, Request, TokenEvent, Usage
 from rorqual.tokenizer import Tokenizer
 from rorqual.tokenizer.special import END_THINK
 
@@ -138,6 +138,11 @@ def token_logprob(tokenizer: Tokenizer, token: int, logprob: float | None) -> di
         "logprob": max(logprob, IMPOSSIBLE) if logprob is not None else IMPOSSIBLE,
         "bytes": None if is_control else list(raw),
     }
+
+
+def exactness_body(request: Request) -> dict[str, Any] | None:
+    """What is promised about the bits of a finished answer, and what was done for it."""
+    return None if request.exactness is None else request.exactness.to_dict()
 
 
 def usage_body(usage: Usage, reasoning_tokens: int | None) -> dict[str, Any]:
