@@ -108,7 +108,7 @@ def ask(
     prompt = render(tokenizer, [*opening, {"role": "user", "content": content}], effort)
     check_length(file, len(prompt.ids), max_tokens, model, network.cfg.max_position_embeddings)
     del text, content
-    with reader(network, tokenizer, len(prompt.ids) + max_tokens, cache) as engine:
+    with reader(network, tokenizer, cache) as engine:
         bar = ReadingBar(sys.stderr, is_shown=not quiet and sys.stderr.isatty())
         began = time.perf_counter()
         reply = Reply(engine, tokenizer, prompt, params, on_progress=bar)
@@ -167,29 +167,24 @@ def check_length(file: str, num_tokens: int, max_tokens: int, model: str, limit:
 
 
 @contextlib.contextmanager
-def reader(network: Any, tokenizer: Any, num_tokens: int, cache: str | None) -> Iterator["Engine"]:
+def reader(network: Any, tokenizer: Any, cache: str | None) -> Iterator["Engine"]:
     """An engine for one long prompt; with a cache folder it starts from what was read before and keeps what it reads.
 
     Raises: ConfigError when the folder cannot be used.
     """
-    from rorqual.engine import Engine
-    from rorqual.engine.prefix_cache import PrefixCache
+    from rorqual.engine import CacheSettings, EngineSettings
 
-    store = None
-    if cache is not None:
+    store = None if cache is None else CacheSettings(folder=Path(cache).expanduser())
+    opened = EngineSettings(max_running=1, chunk=CHUNK, cache=store).open(network, tokenizer)
+    with contextlib.ExitStack() as stack:
         try:
-            store = PrefixCache(network, running_tokens=num_tokens, folder=Path(cache).expanduser())
+            engine = stack.enter_context(opened)
         except OSError as error:
             raise ConfigError(
                 f"--cache {cache} cannot be used ({error.strerror or error}), so nothing could be kept there. Name a "
                 "folder that you may write to."
             ) from None
-    try:
-        with Engine(network, tokenizer, chunk=CHUNK, max_running=1, prefix_cache=store) as engine:
-            yield engine
-    finally:
-        if store is not None:
-            store.close()
+        yield engine
 
 
 def cost_of(reply: "Reply", seconds: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rorqual.chat import Event, Finished, StreamParser, render_messages, resolve_effort, suppressed_ids
 from rorqual.cli.options import use_threads
-from rorqual.engine import Engine, SamplingParams, Timing, Usage
+from rorqual.engine import CacheSettings, Engine, EngineSettings, SamplingParams, Timing, Usage
 from rorqual.engine.request import Progress
 from rorqual.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ def open_engine(model: str, threads: int | None) -> Iterator[tuple[Engine, Token
 
     use_threads(threads)
     network, tokenizer = load(model)
-    with Engine(network, tokenizer) as engine:
+    with EngineSettings(max_running=1, cache=CacheSettings()).open(network, tokenizer) as engine:
         yield engine, tokenizer
 
 
@@ -57,7 +57,7 @@ class Reply:
     ) -> None:
         self._mode = prompt.mode
         params = params.replace(suppress_token_ids=suppressed_ids(tokenizer, thinking=prompt.mode == "thinking"))
-        self.request = engine.submit(prompt.ids, params, on_progress=on_progress)
+        self.request = engine.submit(prompt.ids, params, on_progress=on_progress, rendered=True)
 
     def __iter__(self) -> Iterator[Event]:
         parser = StreamParser(thinking_mode=self._mode)

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from mock_model import byte_tokenizer
+from plain_generation import alone
 from small_models import build, config
 
-from rorqual.engine import Completion, Engine, SamplingParams, sampler
+from rorqual.engine import Completion, Engine, SamplingParams
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.errors import ConfigError
 from rorqual.model import Transformer
@@ -23,19 +23,6 @@ PATIENCE_S = 300
 def model() -> Transformer:
     """Window, CSA, HCA, CSA."""
     return build(config(vocab_size=TOKENIZER.vocab_size))
-
-
-def alone(model: Transformer, ids: list[int], own: SamplingParams) -> list[int]:
-    """Plain generation without engine or cache."""
-    state, known, new = model.new_state(), list(ids), list(ids)
-    with torch.inference_mode():
-        while len(known) < len(ids) + (own.max_tokens or 0):
-            logits = model(torch.tensor([new]), state=state)[0, -1]
-            new = [sampler.sample(logits, own, own.seed or 0, len(known))]
-            known += new
-            if new[0] == TOKENIZER.eos_token_id:
-                break
-    return known[len(ids) :]
 
 
 def new_cache(model: Transformer, **options: Any) -> PrefixCache:
@@ -64,7 +51,7 @@ def run(engine: Engine, prompts: list[list[int]], max_tokens: int = 6) -> list[C
 
 def expected(model: Transformer, prompts: list[list[int]], max_tokens: int = 6) -> list[list[int]]:
     own = [SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=max_tokens) for i in range(len(prompts))]
-    return [alone(model, ids, one) for ids, one in zip(prompts, own, strict=True)]
+    return [alone(model, ids, one, TOKENIZER.eos_token_id) for ids, one in zip(prompts, own, strict=True)]
 
 
 @pytest.mark.parametrize("windows", ["full", "periodic", "zero"])

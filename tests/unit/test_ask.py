@@ -92,6 +92,11 @@ def test_what_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert code == 2 and out == "" and said in err, err
 
 
+def test_a_folder_that_cannot_be_used_is_named(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(QUESTION, "--file", str(book), "--cache", str(book), capsys=capsys)
+    assert code == 2 and f"--cache {book} cannot be used" in err
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "marked.txt"
     path.write_bytes(b"\xef\xbb\xbfWal")

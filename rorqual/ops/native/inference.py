@@ -8,6 +8,7 @@ same numbers do not exist. Shapes and meaning stand with the references (`linear
 import torch
 from torch import Tensor
 
+from rorqual.ops.native.assignments import assign
 from rorqual.ops.native.library import call
 
 
@@ -84,17 +85,11 @@ def experts_apply(
 ) -> Tensor:
     """`experts.experts_reference`; weights have x's dtype."""
     x, w1, w3, w2 = (t.contiguous() for t in (x, w1, w3, w2))
-    (tokens, active), (num_experts, inner, d) = experts.shape, w1.shape
-    rows = tokens * active
-    token, choice, slots = (torch.empty(rows, dtype=torch.int64) for _ in range(3))
-    bounds = torch.empty(num_experts + 1, dtype=torch.int64)
-    call("experts_sort", experts.contiguous(), tokens, active, num_experts, token, choice, bounds, slots)
-    gate = weights.flatten()[choice].float()
-    hidden, out = x.new_empty(rows, inner), x.new_empty(rows, d)
-    call("experts_apply", x, token, bounds, gate, w1, w3, w2, num_experts, d, inner, limit, hidden, out)
-    y = x.new_empty(tokens, d, dtype=torch.float32)
-    call("experts_combine", out, slots, tokens, active, d, y)
-    return y
+    num_experts, inner, d = w1.shape
+    to = assign(experts, weights, num_experts)
+    hidden, out = x.new_empty(experts.numel(), inner), x.new_empty(experts.numel(), d)
+    call("experts_apply", x, to.token, to.bounds, to.gate, w1, w3, w2, num_experts, d, inner, limit, hidden, out)
+    return to.combine(out)
 
 
 def sigmoid(x: Tensor) -> Tensor:
