@@ -7,9 +7,8 @@ the same folder. After each kill another engine opens the folder and serves prom
 tokens of both, as far as they came, are compared with those of the plain model, which has no cache. The network is
 random and its likeliest two tokens differ in the sixth digit (`rorqual.engine.selftest.subject`), so that state that is
 not the right one soon gives another token. Pages have 8 tokens and segments 128 KiB, so that records, indexes, ends of
-segments and deletions are all being written when the signal comes; every other
-process writes in pieces of 700 bytes with pauses between them, as a slow disk might. Conversations that come back as text use the file of
-sampled turns.
+segments and deletions are all being written when the signal comes; every other process writes in pieces of 700 bytes
+with pauses between them, as a slow disk might. Conversations that come back as text use the file of sampled turns.
 
 * `kill_disk_cache.kills`: wrong tokens in all, and what was seen: records that the kill had torn (each said once in the
   log), tokens that the restarts read from disk.
@@ -147,6 +146,7 @@ def slow_pwrite(fd: int, data: Any, offset: int, real: Callable[[int, Any, int],
 def serve_until_killed(world: World, folder: Path, seed: int, pipe: int) -> None:
     """The process that will be killed; reports every finished request as a line."""
     os.write(pipe, b"\n")
+    logging.disable(logging.CRITICAL)  # the restart that follows is the one that is listened to
     if seed % 2:
         os.pwrite = slow_pwrite
     draw, family, end = random.Random(seed), TEXTS * (seed // 8), time.monotonic() + 60
