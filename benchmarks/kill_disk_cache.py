@@ -110,6 +110,8 @@ class Tally:
     replaced_turns: int = 0
     failed: int = 0
     logged: Counter[str] = field(default_factory=Counter)
+    said: set[str] = field(default_factory=set)
+    """The different lines of the log: what stays torn is said again by each process that opens it."""
     first_wrong: str = ""
 
     def check(self, ids: list[int], truth: list[int], where: str) -> None:
@@ -165,7 +167,8 @@ def listening(tally: Tally) -> Iterator[None]:
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.levelno >= logging.WARNING:
-                tally.logged[str(record.msg)] += 1
+                tally.logged[str(record.msg)] += record.getMessage() not in tally.said
+                tally.said.add(record.getMessage())
 
     logger, ear = logging.getLogger("rorqual"), Ear()
     logger.addHandler(ear)
@@ -223,7 +226,7 @@ def kill_often(world: World, folder: Path, times: int, tally: Tally) -> None:
         if number % 20 == 19:
             measure.note(
                 f"{number + 1} kills: {tally.tokens} tokens, {tally.wrong_tokens} wrong, {tally.disk_tokens} prompt "
-                f"tokens from disk, {sum(tally.logged.values())} lines in the log"
+                f"tokens from disk, {len(tally.said)} different lines in the log"
             )
 
 
