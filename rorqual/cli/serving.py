@@ -2,11 +2,15 @@
 
 import importlib.util
 import json
+from typing import TYPE_CHECKING
 
 import typer
 
 from rorqual.cli.options import use_threads
 from rorqual.errors import MissingExtraError
+
+if TYPE_CHECKING:  # it brings torch, which takes seconds to import
+    from rorqual.engine import EngineSettings
 
 
 def start(
@@ -16,11 +20,13 @@ def start(
     port: int,
     name: str | None = None,
     revision: str = "2026-04",
-    max_running: int = 8,
+    settings: "EngineSettings | None" = None,
     threads: int | None = None,
     as_json: bool = False,
 ) -> None:
     """Load `model` (bundled name, folder or Hub id) and serve it until Ctrl-C; prints where once it listens.
+
+    settings: of the engine; without any, its own limits and a cache in memory.
 
     Raises: ConfigError when the address cannot be used, CheckpointError when the model cannot be loaded,
     MissingExtraError without the `serve` extra.
@@ -32,6 +38,7 @@ def start(
             'Install them with: pip install "rorqual[serve]"'
         )
     from rorqual.checkpoint import load
+    from rorqual.engine import CacheSettings, EngineSettings
     from rorqual.ops import native
     from rorqual.server import run
     from rorqual.server.run import bind
@@ -58,6 +65,6 @@ def start(
         port=port,
         model_name=served_as,
         revision=revision,
-        max_running=max_running,
+        settings=settings or EngineSettings(cache=CacheSettings()),
         on_ready=say_where,
     )

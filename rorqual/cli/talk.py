@@ -10,7 +10,7 @@ from typing import Any
 
 from rorqual.chat import Event, Finished, StreamParser, render_messages, resolve_effort, suppressed_ids
 from rorqual.cli.options import use_threads
-from rorqual.engine import Engine, SamplingParams, Timing, Usage
+from rorqual.engine import CacheSettings, Engine, EngineSettings, SamplingParams, Timing, Usage
 from rorqual.tokenizer import Tokenizer
 
 
@@ -21,7 +21,7 @@ def open_engine(model: str, threads: int | None) -> Iterator[tuple[Engine, Token
 
     use_threads(threads)
     network, tokenizer = load(model)
-    with Engine(network, tokenizer) as engine:
+    with EngineSettings(max_running=1, cache=CacheSettings()).open(network, tokenizer) as engine:
         yield engine, tokenizer
 
 
@@ -52,7 +52,7 @@ class Conversation:
         mode, effort = resolve_effort(self.effort)
         prompt = render_messages([*opening, *self.messages, asked], thinking_mode=mode, reasoning_effort=effort)
         params = self.params.replace(suppress_token_ids=suppressed_ids(self.tokenizer, thinking=mode == "thinking"))
-        request = self.engine.submit(self.tokenizer.encode_guarded(prompt.pieces()), params)
+        request = self.engine.submit(self.tokenizer.encode_guarded(prompt.pieces()), params, rendered=True)
         parser = StreamParser(thinking_mode=mode)
         reason = None
         try:
