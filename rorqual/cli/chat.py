@@ -3,11 +3,12 @@
 import io
 import json
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from rorqual.chat import ContentDelta, Finished, ReasoningDelta
+from rorqual.chat import ContentDelta, Event, Finished, ReasoningDelta
 from rorqual.cli.options import (
     MODEL,
     OUTPUT,
@@ -127,10 +128,16 @@ def follow(conversation: "Conversation", line: str, *, as_json: bool) -> Literal
 
 def reply(conversation: "Conversation", question: str, *, as_json: bool) -> None:
     """Ask, and print the reply while it comes; with `as_json` one object at the end."""
+    finish(conversation, show(conversation.ask(question), as_json=as_json), as_json=as_json)
+
+
+def show(events: Iterable[Event], *, as_json: bool) -> Finished:
+    """Print a reply's events, reasoning dim; with `as_json` nothing. Returns the last one."""
     was_reasoning = False
-    for event in conversation.ask(question):
+    finished: Finished | None = None
+    for event in events:
         if isinstance(event, Finished):
-            finish(conversation, event, as_json=as_json)
+            finished = event
         elif as_json:
             continue
         elif isinstance(event, ReasoningDelta):
@@ -142,6 +149,8 @@ def reply(conversation: "Conversation", question: str, *, as_json: bool) -> None
                 typer.echo("\n")
             if isinstance(event, ContentDelta):
                 typer.echo(printable(event.text), nl=False)
+    assert finished is not None, "a reply that does not raise ends with this event"
+    return finished
 
 
 def finish(conversation: "Conversation", event: Finished, *, as_json: bool) -> None:
