@@ -108,7 +108,7 @@ static int NAME(may_win)(const Scan *s, const Query *query, const float *weights
 #ifdef HAS_NARROW_CODES
     float bound[TILE];
     narrow_codes(s->heads, 1, query->bytes, query->scale, query->offset, keys->codes, keys->scales, weights, bound);
-    return any_exceeds(best, bound, base, first, last);
+    return hits_of(best, bound, base, first, last) != 0;
 #else
     (void)s, (void)query, (void)weights, (void)keys, (void)best, (void)base, (void)first, (void)last;
     return 1;
