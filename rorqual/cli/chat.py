@@ -13,6 +13,7 @@ from rorqual.cli.options import (
     MODEL,
     OUTPUT,
     SAMPLING,
+    CacheFormat,
     Effort,
     Json,
     MinP,
@@ -22,6 +23,7 @@ from rorqual.cli.options import (
     Threads,
     TopK,
     TopP,
+    Weights,
 )
 from rorqual.cli.terminal import printable
 from rorqual.errors import RequestError
@@ -47,6 +49,8 @@ def chat(
         typer.Option("--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL),
     ] = None,
     threads: Threads = None,
+    weights: Weights = None,
+    cache_format: CacheFormat = None,
     max_tokens: Annotated[
         int,
         typer.Option("--max-tokens", min=1, help="Longest reply, reasoning included.", rich_help_panel=SAMPLING),
@@ -70,7 +74,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
-    with open_engine(model, threads) as (engine, tokenizer):
+    with open_engine(model, threads, weights, cache_format) as (engine, tokenizer):
         conversation = Conversation(engine, tokenizer, params, effort, system)
         if message is not None:
             reply(conversation, message, as_json=as_json)

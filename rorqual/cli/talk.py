@@ -16,12 +16,14 @@ from rorqual.tokenizer import Tokenizer
 
 
 @contextmanager
-def open_engine(model: str, threads: int | None) -> Iterator[tuple[Engine, Tokenizer]]:
+def open_engine(
+    model: str, threads: int | None, weights: str | None = None, cache_format: str | None = None
+) -> Iterator[tuple[Engine, Tokenizer]]:
     """The named model, loaded and ready; closed on leaving. Raises: CheckpointError as `rorqual.load`."""
     from rorqual.checkpoint import load
 
     use_threads(threads)
-    network, tokenizer = load(model)
+    network, tokenizer = load(model, weights=weights, cache=cache_format)
     with EngineSettings(max_running=1, cache=CacheSettings()).open(network, tokenizer) as engine:
         yield engine, tokenizer
 
