@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rorqual import log
 from rorqual.engine import sampler
-from rorqual.engine.checks import check_request, check_timeout
+from rorqual.engine.checks import as_array, check_request, check_timeout
 from rorqual.engine.events import Completion, FinishReason, TokenEvent
 from rorqual.engine.exactness import describe, examine
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
@@ -89,6 +89,7 @@ class Engine:
         self.prefix_cache = prefix_cache
         self._stepper = Stepper(model, self._num_choices, prefix_cache)
         self._meter = Meter(log_steps)
+        self._scheduler.expected_wait_s = self._expected_wait_s
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
         self._closing = False
         self._broken: RequestError | None = None
@@ -125,11 +126,13 @@ class Engine:
         params = params or SamplingParams()
         if rendered and self.prefix_cache is not None:
             tokens = self.prefix_cache.as_sampled(tokens)
-        max_tokens = check_request(tokens, params, self._num_choices, self.context_limit, self._scheduler)
+        ids = as_array(tokens)
+        checked = tokens if ids is None else ids
+        max_tokens = check_request(checked, params, self._num_choices, self.context_limit, self._scheduler)
         check_timeout(timeout_s)
         seed = params.seed if params.seed is not None else secrets.randbits(SEED_BITS)
         request = Request(
-            tokens, params, max_tokens=max_tokens, seed=seed, priority=priority, timeout_s=timeout_s,
+            tokens, params, ids=ids, max_tokens=max_tokens, seed=seed, priority=priority, timeout_s=timeout_s,
             listener=listener, on_progress=on_progress, wake=self._notify,
         )  # fmt: skip
         job = Job(request, self.tokenizer.stream_decoder(), StopFilter(params.stop))
@@ -221,6 +224,11 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _expected_wait_s(self) -> float | None:
+        """Until one of the running requests has likely ended: as long as the last ones ran, over how many run."""
+        stay = self._meter.mean_stay_s
+        return 1.0 if stay is None else stay / self._scheduler.max_running
 
     def _notify(self) -> None:
         with self._changed:
@@ -317,6 +325,8 @@ class Engine:
         with self._changed:
             self._scheduler.remove(job)
             self._meter.finished[reason] += 1
+            if (seconds := job.request.running_s) is not None:
+                self._meter.add_stay(seconds)
             self._changed.notify_all()
         job.request.exactness = describe(examine(self.model), job.request)
         if self.prefix_cache is not None and job.lease is not None and reason != "error":

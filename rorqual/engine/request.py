@@ -7,6 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
 from rorqual.engine.exactness import Exactness
 from rorqual.engine.params import SamplingParams
@@ -30,6 +33,7 @@ class Request:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
+        ids: NDArray[np.int32] | None = None,
         max_tokens: int,
         seed: int,
         priority: int = 0,
@@ -39,6 +43,7 @@ class Request:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.prompt_ids = tuple(prompt_ids)
+        self.prompt_array = np.asarray(self.prompt_ids, dtype=np.int32) if ids is None else ids
         self.params = params
         self.max_tokens = max_tokens
         self.seed = seed
@@ -108,6 +113,11 @@ class Request:
             first_token_s=max(0.0, self._first - self._started),
             decode_s=max(0.0, self._last - self._first),
         )
+
+    @property
+    def running_s(self) -> float | None:
+        """Seconds since the request got its place; None while it waits for one."""
+        return time.monotonic() - self._started if self._started else None
 
     def result(self, timeout_s: float | None = None) -> Completion:
         """Wait for the end. Raises: the request's RequestError if it failed, or TimeoutError."""

@@ -83,6 +83,8 @@ class Scheduler:
         self.waiting: list[Job] = []  # by rank
         self.running: list[Job] = []
         self._arrivals = 0
+        self.expected_wait_s: Callable[[], float | None] = lambda: None
+        """When a place is likely to be free, for the refusal of one request too many."""
 
     @property
     def is_full(self) -> bool:
@@ -109,6 +111,7 @@ class Scheduler:
                 "this server takes. Try again when some have finished, or raise max_queued.",
                 status=429,
                 type="rate_limit_error",
+                retry_after_s=self.expected_wait_s(),
             )
         job.order, self._arrivals = self._arrivals, self._arrivals + 1
         self._wait(job)

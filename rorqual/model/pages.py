@@ -20,12 +20,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rorqual.config import ModelConfig
 from rorqual.errors import CacheError
+from rorqual.model.cache_format import row_of
 
 PAGE_TOKENS = 128
 """Tokens of a page, unless a layer's ratio does not divide them."""
@@ -33,6 +35,9 @@ PAGE_TOKENS = 128
 
 HUGE_BYTES = 16 << 20
 """Parts of at least this size ask for huge pages of the system."""
+
+_POPULATE_WRITE = 23
+"""Linux's MADV_POPULATE_WRITE, which Python's mmap does not name."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,8 @@ def page_parts(cfg: ModelConfig, dtype: torch.dtype, num_tokens: int | None = No
                 f"A page of {tokens} tokens cannot hold layer {spec.index}, whose entries cover {ratio} tokens each: "
                 f"an entry would lie in two pages. Use a multiple of {ratio}, or no size at all."
             )
-        parts.append(Part(spec.index, "entries", ratio, tokens // ratio, cfg.head_dim, dtype))
-        if spec.has_indexer:
-            parts.append(Part(spec.index, "index_keys", ratio, tokens // ratio, cfg.index_head_dim, dtype))
+        for name in ("entries", "index_keys") if spec.has_indexer else ("entries",):
+            parts.append(Part(spec.index, name, ratio, tokens // ratio, *row_of(cfg, name, dtype)))
     return tuple(parts)
 
 
@@ -101,17 +105,31 @@ class PagePool:
         self.device = like.device
         self.make_room: Callable[[int], None] | None = None
         with torch.inference_mode(False):  # usable in and out of inference mode
-            self._tensors = {
-                (part.layer, part.name): _reserve(part, self.num_pages, like.device) for part in self.parts
-            }
+            reserved = {(part.layer, part.name): _reserve(part, self.num_pages, like.device) for part in self.parts}
+        self._tensors = {name: tensor for name, (tensor, _) in reserved.items()}
+        self._memories = {name: memory for name, (_, memory) in reserved.items()}
         self._counts = [0] * self.num_pages
         self._free = list(range(self.num_pages))  # a heap: low ids first, so that runs of ids stay together
         self._lock = threading.RLock()  # re-entrant: a sequence may be collected while another takes pages
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         """Bytes of one page, all layers together."""
         return sum(part.nbytes for part in self.parts)
+
+    def prepare(self, num_bytes: int) -> None:
+        """Let the system bring the memory of the pages that are used first, so that the first to need them does not
+        wait for it. Does nothing where it cannot be asked for that.
+        """
+        pages = min(self.num_pages, num_bytes // max(1, self.page_bytes))
+        for part in self.parts:
+            memory = self._memories[part.layer, part.name]
+            if memory is None:
+                continue
+            end = pages * part.nbytes // mmap.PAGESIZE * mmap.PAGESIZE
+            for at in range(0, end, HUGE_BYTES):  # not all at once: other threads wait
+                with contextlib.suppress(OSError):  # a system that does not know the request
+                    memory.madvise(_POPULATE_WRITE, at, min(HUGE_BYTES, end - at))
 
     @property
     def num_free(self) -> int:
@@ -198,18 +216,18 @@ class PagePool:
         return out
 
 
-def _reserve(part: Part, num_pages: int, device: torch.device) -> Tensor:
+def _reserve(part: Part, num_pages: int, device: torch.device) -> tuple[Tensor, mmap.mmap | None]:
     """Memory for the pages of a part, in huge pages of the system where it has them: [pages, rows, K].
 
     They make the first use of a page of ours some times cheaper, and long scans too.
     """
     shape, size = (num_pages, part.rows, part.width), num_pages * part.nbytes
     if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE_BYTES:
-        return torch.empty(shape, dtype=part.dtype, device=device)
+        return torch.empty(shape, dtype=part.dtype, device=device), None
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=part.dtype).view(shape)  # which keeps the memory alive
+    return torch.frombuffer(memory, dtype=part.dtype).view(shape), memory
 
 
 class PageTable:

@@ -17,6 +17,7 @@ from rorqual.chat import suppressed_ids
 from rorqual.errors import RequestError
 from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import build_prompt
+from rorqual.server.metadata import metadata
 from rorqual.server.replies import Piece, ReplyReader, exactness_body
 from rorqual.server.schema import ChatRequest
 from rorqual.server.served import Envelope, ServedModel, find_model
@@ -44,7 +45,7 @@ async def answer(
             top_logprobs=body.top_logprobs or 0,
             suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
         )
-        stream = TokenStream(served.engine, prompt.tokens, params)
+        stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual)
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
     if body.stream:
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -59,8 +60,8 @@ async def answer(
         "finish_reason": reader.finish_reason,
     }
     envelope = Envelope("chat.completion", served.name)
-    usage, exactness = reader.usage(stream.request.usage), exactness_body(stream.request)
-    return JSONResponse(envelope.body(choice, usage=usage, exactness=exactness))
+    more = {"exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
+    return JSONResponse(envelope.body(choice, usage=reader.usage(stream.request.usage), **more))
 
 
 async def _lines(
@@ -78,7 +79,8 @@ async def _lines(
                 for piece in reader.read(event):
                     if reader.finish_reason:
                         more = {
-                            "usage": reader.usage(stream.request.usage), "exactness": exactness_body(stream.request)
+                            "usage": reader.usage(stream.request.usage), "exactness": exactness_body(stream.request),
+                            "rorqual": metadata(stream.request),
                         }  # fmt: skip
                         yield sse(body(piece, reader.finish_reason, **more)) + DONE
                     else:

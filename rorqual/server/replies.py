@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rorqual import chat
-from rorqual.engine import Request, TokenEvent, Usage
+from rorqual.engine import FinishReason, Request, TokenEvent, Usage
 from rorqual.tokenizer import Tokenizer
 from rorqual.tokenizer.special import END_THINK
 
@@ -58,7 +58,7 @@ class ReplyReader:
         if event.id is not None:
             self._count(event, was_reasoning)
         if event.finish_reason is not None:
-            events += self._parser.finish("length" if event.finish_reason == "length" else "stop")
+            events += self._parser.finish(api_reason(event.finish_reason))
         for parsed in events:
             if isinstance(parsed, chat.Finished):
                 yield self._close(parsed)
@@ -121,6 +121,11 @@ class ReplyReader:
             **token_logprob(self._tokenizer, event.id, event.logprob),
             "top_logprobs": [token_logprob(self._tokenizer, *pair) for pair in event.top_logprobs],
         }
+
+
+def api_reason(reason: FinishReason | None) -> Literal["stop", "length"]:
+    """The engine's finish reason in the API's words: an answer cut off by its deadline is one cut short."""
+    return "length" if reason in ("length", "timeout") else "stop"
 
 
 def token_logprob(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rorqual.engine import Engine
 
 def test_a_thinking_answer(client: TestClient) -> None:
     body = ask(client).json()
-    fields = {"id", "object", "created", "model", "system_fingerprint", "choices", "usage", "exactness"}
+    fields = {"id", "object", "created", "model", "system_fingerprint", "choices", "usage", "exactness", "rorqual"}
     assert set(body) == fields
     assert (body["object"], body["model"]) == ("chat.completion", "minke")
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", body["id"])
