@@ -2,7 +2,7 @@
 reads them.
 
 The layer code is the reference, and bit by bit the same; it runs whatever the step does not know: Engram memories,
-other residual paths, rounded weights or activations, experts elsewhere, other devices and dtypes, hooks, gradients.
+other residual paths, rounded weights or inputs, experts elsewhere, other devices and dtypes, hooks, gradients.
 
 L layers, R rows (sequences), N streams, D hidden.
 """
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rorqual.model.attention import Attention
 from rorqual.model.block import Block
+from rorqual.model.cache_format import packs_keys, row_of
 from rorqual.model.compressor import Compressor
 from rorqual.model.layer_state import LayerState
 from rorqual.model.moe import MoE
@@ -105,7 +105,9 @@ def _add_compressor(
 
 
 def _shape(model: "Transformer") -> Tensor:
-    cfg = model.cfg
+    cfg, dtype = model.cfg, model.reference.dtype
+    packed = {part: row_of(cfg, part, dtype) for part in ("entries", "index_keys")}
+    row_bytes = {part: width if kind == torch.uint8 else 0 for part, (width, kind) in packed.items()}
     values = {
         "layers": cfg.num_hidden_layers, "hidden": cfg.hidden_size, "streams": cfg.hc_mult,
         "heads": cfg.num_attention_heads, "width": cfg.head_dim, "rope": cfg.qk_rope_head_dim,
@@ -113,6 +115,9 @@ def _shape(model: "Transformer") -> Tensor:
         "window": cfg.sliding_window, "experts": cfg.n_routed_experts, "active": cfg.num_experts_per_tok,
         "expert_width": cfg.moe_intermediate_size, "index_heads": cfg.index_n_heads,
         "index_width": cfg.index_head_dim, "top_k": cfg.index_topk, "iters": cfg.hc_sinkhorn_iters,
+        "entry_bytes": row_bytes["entries"], "key_bytes": row_bytes["index_keys"],
+        "rounds_kv": int(cfg.activation_rounding != "none"),
+        "rounds_keys": int(cfg.activation_rounding != "none" or packs_keys(cfg)),
     }  # fmt: skip
     return torch.tensor([values[name] for name in columns("Shape")], dtype=torch.int64)
 
@@ -145,14 +150,12 @@ def _is_plain(module: nn.Module) -> bool:
         return False
     if isinstance(module, MoE):
         return module.exchange is None and not module.round_inputs
-    if isinstance(module, Attention):
-        return module.cfg.activation_rounding == "none" and not (module.indexer and module.indexer.rounding)
     return True
 
 
 def _signature(model: "Transformer") -> list[Any]:
     """Changes with whatever would make a plan wrong: weights that moved, modules that changed."""
-    out: list[Any] = [model.compute_dtype]
+    out: list[Any] = [model.compute_dtype, model.cfg.cache_format, model.cfg.activation_rounding]
     for module in model.modules():
         out.append((type(module), _is_plain(module)))
         for tensor in (*module._parameters.values(), *module._buffers.values()):

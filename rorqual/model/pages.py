@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rorqual.config import ModelConfig
 from rorqual.errors import CacheError
+from rorqual.model.cache_format import row_of
 from rorqual.model.page_memory import populate, reserve
 
 PAGE_TOKENS = 128
@@ -67,9 +68,8 @@ def page_parts(cfg: ModelConfig, dtype: torch.dtype, num_tokens: int | None = No
                 f"A page of {tokens} tokens cannot hold layer {spec.index}, whose entries cover {ratio} tokens each: "
                 f"an entry would lie in two pages. Use a multiple of {ratio}, or no size at all."
             )
-        parts.append(Part(spec.index, "entries", ratio, tokens // ratio, cfg.head_dim, dtype))
-        if spec.has_indexer:
-            parts.append(Part(spec.index, "index_keys", ratio, tokens // ratio, cfg.index_head_dim, dtype))
+        for name in ("entries", "index_keys") if spec.has_indexer else ("entries",):
+            parts.append(Part(spec.index, name, ratio, tokens // ratio, *row_of(cfg, name, dtype)))
     return tuple(parts)
 
 

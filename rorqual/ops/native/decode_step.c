@@ -7,6 +7,7 @@
 
 #include "attend.h"
 #include "compress.h"
+#include "row_codecs.h"
 
 #ifdef _OPENMP
 extern int omp_get_max_threads(void);
@@ -16,7 +17,9 @@ static int omp_get_max_threads(void) { return 1; }
 
 /* Names of what model/decode.py fills in; it reads them here. */
 enum Shape { LAYERS, HIDDEN, STREAMS, HEADS, WIDTH, ROPE, QUERY_RANK, GROUPS, OUTPUT_RANK, WINDOW, EXPERTS, ACTIVE,
-             EXPERT_WIDTH, INDEX_HEADS, INDEX_WIDTH, TOP_K, ITERS, SHAPE_END };
+             EXPERT_WIDTH, INDEX_HEADS, INDEX_WIDTH, TOP_K, ITERS, ENTRY_BYTES, KEY_BYTES, ROUNDS_KV, ROUNDS_KEYS, SHAPE_END };
+/* ENTRY_BYTES, KEY_BYTES: of a packed row in memory, 0 where rows are numbers. ROUNDS_KV, ROUNDS_KEYS: whether window keys
+ * and entries, index keys and queries are FP8 and FP4 numbers. */
 enum Number { NORM_EPS, HC_EPS, SCALE, INDEX_SCALE, ROUTE_SCALE, LIMIT, NUMBER_END };
 enum Layer { RATIO, OVERLAP, FREQUENCIES,
              HC_ATTN_FN, HC_ATTN_BASE, HC_ATTN_SCALE, ATTN_NORM, WQ_A, Q_NORM, WQ_B, WKV, KV_NORM, SINK, WO_A, WO_B,

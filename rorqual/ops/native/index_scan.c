@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 
-#include "index_tiles.h"
+#include "index_narrow.h"
 #include "select.h"
 
 #define QUERIES 8 /* that share a tile of keys */
@@ -41,11 +41,16 @@ static void keep_best(Best *best) {
     best->threshold = score_of(limit);
 }
 
-/* Scores of entries `first` to `last` (not included), of which `score` begins with entry `base`. */
-INLINE void offer(Best *best, const float *score, int64_t base, int64_t first, int64_t last) {
+/* Whether any score of entries `first` to `last` (not included) exceeds the threshold; `score` begins with entry `base`. */
+INLINE int any_exceeds(const Best *best, const float *score, int64_t base, int64_t first, int64_t last) {
     int any = 0;
     for (int64_t i = first - base; i < last - base; i++) any |= !(score[i] <= best->threshold);
-    if (!any) return;
+    return any;
+}
+
+/* The same entries' scores, for the list. */
+INLINE void offer(Best *best, const float *score, int64_t base, int64_t first, int64_t last) {
+    if (!any_exceeds(best, score, base, first, last)) return;
     for (int64_t i = first; i < last; i++) {
         if (score[i - base] <= best->threshold) continue;
         best->list[best->size++] = rank_of(score[i - base], i);
@@ -69,6 +74,7 @@ typedef struct {
     uint8_t *bytes; /* for CODES, with what follows */
     float *scale;
     int32_t *offset;
+    int is_bounded; /* for CODES: some heads can only lower a score */
 } Query;
 
 /* A tile of keys in the form of each kernel that asked for it. */
@@ -79,9 +85,21 @@ typedef struct {
     uint16_t *half_rows;
 } Keys;
 
-INLINE const uint8_t *row_at(const Scan *s, int64_t i) {
-    if (s->table) i = s->table[i / s->per_page] * s->per_page + i % s->per_page;
-    return s->base + i * s->row_bytes;
+/* Rows of a tile that begins with entry `first`; the last entry again where the tile is longer. */
+INLINE void rows_from(const Scan *s, int64_t first, int64_t last, const uint8_t **row) {
+    long n = last - first < TILE ? last - first : TILE, r = 0;
+    while (r < n) {
+        int64_t at = first + r, run = n - r;
+        if (s->table) {
+            int64_t page = at / s->per_page, place = at - page * s->per_page;
+            at = s->table[page] * s->per_page + place;
+            if (run > s->per_page - place) run = s->per_page - place;
+        }
+        const uint8_t *base = s->base + at * s->row_bytes;
+        for (long i = 0; i < run; i++) row[r + i] = base + i * s->row_bytes;
+        r += run;
+    }
+    for (; r < TILE; r++) row[r] = row[n - 1];
 }
 
 static void make_keys(const Scan *s, Keys *keys) {
@@ -132,6 +150,12 @@ static void score_tile(const Scan *s, const Query *query, const float *weights, 
     }
 #endif
 #ifdef HAS_CODE_PRODUCTS
+#ifdef HAS_NARROW_CODES
+    if (query->kernel == CODES && width == GROUP) {
+        narrow_codes(heads, 0, query->bytes, query->scale, query->offset, keys->codes, keys->scales, weights, score);
+        return;
+    }
+#endif
     if (query->kernel == CODES) {
         long groups = width / GROUP;
 #define RUN(n)                                                                                                       \
