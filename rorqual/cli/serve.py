@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rorqual.chat import REVISIONS
-from rorqual.cli.options import MODEL, NETWORK, Json, ModelArgument, Port, Threads
+from rorqual.cli.options import MODEL, NETWORK, CacheFormat, Json, ModelArgument, Port, Threads, Weights
 from rorqual.cli.serving import start
 from rorqual.cli.sizes import parse_bytes
 from rorqual.errors import ConfigError
@@ -99,6 +99,8 @@ def serve(
         ),
     ] = REVISIONS[0],
     threads: Threads = None,
+    weights: Weights = None,
+    cache_format: CacheFormat = None,
     as_json: Json = False,
 ) -> None:
     """Serve a checkpoint over an OpenAI-style HTTP API, with the web page.
@@ -106,6 +108,7 @@ def serve(
     \b
     rorqual serve minke
     rorqual serve runs/mine/model --name mine --port 8001
+    rorqual serve minke --weights fp4 --cache-format fp8
     rorqual serve minke --max-running 32 --cache-dir cache --cache-bytes 4GiB
     """
     if revision not in REVISIONS:
@@ -124,6 +127,8 @@ def serve(
         revision=revision,
         settings=settings,
         threads=threads,
+        weights=weights,
+        cache_format=cache_format,
         as_json=as_json,
     )
 

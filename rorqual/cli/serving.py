@@ -22,6 +22,8 @@ def start(
     revision: str = "2026-04",
     settings: "EngineSettings | None" = None,
     threads: int | None = None,
+    weights: str | None = None,
+    cache_format: str | None = None,
     as_json: bool = False,
 ) -> None:
     """Load `model` (bundled name, folder or Hub id) and serve it until Ctrl-C; prints where once it listens.
@@ -49,7 +51,7 @@ def start(
         if native.compiler() is None:
             typer.echo("No C compiler here: the plain torch code runs, which is slower. (apt install gcc)")
     use_threads(threads)
-    network, tokenizer = load(model)
+    network, tokenizer = load(model, weights=weights, cache=cache_format)
     served_as = name or model.rstrip("/").rsplit("/", 1)[-1]
 
     def say_where(url: str) -> None:

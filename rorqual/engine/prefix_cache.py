@@ -230,9 +230,9 @@ class PrefixCache:
         node, length = self._place(lease), state.lengths[0]
         full = length // size
         if node.depth < full:
-            data, pages = state.tokens[0, : full * size].numpy().tobytes(), state.table.pages
+            ids, pages = state.tokens[0].numpy(), state.table.pages
             while node.depth < full:
-                block = data[4 * size * node.depth : 4 * size * (node.depth + 1)]
+                block = ids[size * node.depth : size * (node.depth + 1)].tobytes()
                 parent, node = node, self.tree.insert(node, block, pages[node.depth])
                 if self.disk is not None and not self.disk.has_page(node.key):
                     content = self.pool.read([node.page])[0]

@@ -30,6 +30,7 @@ class EngineSettings:
 
     max_running: int = 8
     max_queued: int = 64
+    chunk: int = 512
     context_limit: int | None = None
     max_state_bytes: int | None = None
     cache: CacheSettings | None = None
@@ -46,6 +47,7 @@ class EngineSettings:
                 tokenizer,
                 max_running=self.max_running,
                 max_queued=self.max_queued,
+                chunk=self.chunk,
                 context_limit=self.context_limit,
                 max_state_bytes=self.max_state_bytes,
                 prefix_cache=cache,

@@ -22,6 +22,7 @@ from rorqual.model.pages import Paged
 from rorqual.ops.hadamard import scaled_hadamard
 from rorqual.ops.native import infers
 from rorqual.ops.native.decode_step import columns, decode_step
+from rorqual.ops.packed_weight import FORMATS, PackedWeight
 
 if TYPE_CHECKING:
     from rorqual.model.segments import Segment
@@ -64,7 +65,7 @@ class Plan(_Addresses):
             "hc_attn_fn": block.hc_attn_fn, "hc_attn_base": block.hc_attn_base, "hc_attn_scale": block.hc_attn_scale,
             "hc_ffn_fn": block.hc_ffn_fn, "hc_ffn_base": block.hc_ffn_base, "hc_ffn_scale": block.hc_ffn_scale,
         }  # fmt: skip
-        typed: dict[str, Tensor] = {
+        typed: dict[str, Tensor | PackedWeight] = {
             "attn_norm": block.attn_norm.weight, "ffn_norm": block.ffn_norm.weight, "wq_a": attn.wq_a.weight,
             "q_norm": attn.q_norm.weight, "wq_b": attn.wq_b.weight, "wkv": attn.wkv.weight,
             "kv_norm": attn.kv_norm.weight, "wo_a": attn.wo_a.weight, "wo_b": attn.wo_b.weight,
@@ -81,7 +82,13 @@ class Plan(_Addresses):
         values = {"ratio": block.spec.compress_ratio, "overlap": int(block.spec.overlap)}
         values["tid2eid"] = self._address(ffn.gate.tid2eid, torch.int64) if block.spec.hash_routed else 0
         values |= {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
-        values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
+        for name, weight in typed.items():
+            if isinstance(weight, PackedWeight):
+                values[name] = self._address(weight.codes, torch.uint8)
+                scale = weight.scale
+                values[f"{name}_scale"] = 0 if scale is None else self._address(scale, scale.dtype)
+            else:
+                values[name] = self._address(weight, dtype)
         return [values.get(name, 0) for name in columns("Layer")]
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
@@ -98,7 +105,7 @@ def _bias(ffn: MoE) -> Tensor | None:
 
 
 def _add_compressor(
-    name: str, compressor: Compressor, exact: dict[str, Tensor | None], typed: dict[str, Tensor]
+    name: str, compressor: Compressor, exact: dict[str, Tensor | None], typed: dict[str, Tensor | PackedWeight]
 ) -> None:
     exact[f"{name}_ape"], typed[f"{name}_norm"] = compressor.ape, compressor.norm.weight
     typed[f"{name}_wkv"], typed[f"{name}_wgate"] = compressor.wkv.weight, compressor.wgate.weight
@@ -106,6 +113,7 @@ def _add_compressor(
 
 def _shape(model: "Transformer") -> Tensor:
     cfg, dtype = model.cfg, model.reference.dtype
+    first = next(layer for layer in model.layers if isinstance(layer, Block))
     packed = {part: row_of(cfg, part, dtype) for part in ("entries", "index_keys")}
     row_bytes = {part: width if kind == torch.uint8 else 0 for part, (width, kind) in packed.items()}
     values = {
@@ -117,9 +125,15 @@ def _shape(model: "Transformer") -> Tensor:
         "index_width": cfg.index_head_dim, "top_k": cfg.index_topk, "iters": cfg.hc_sinkhorn_iters,
         "entry_bytes": row_bytes["entries"], "key_bytes": row_bytes["index_keys"],
         "rounds_kv": int(cfg.activation_rounding != "none"),
+        "projections": _format(first.attn.wq_a.weight), "expert_format": _format(first.ffn.experts.w1),
         "rounds_keys": int(cfg.activation_rounding != "none" or packs_keys(cfg)),
     }  # fmt: skip
     return torch.tensor([values[name] for name in columns("Shape")], dtype=torch.int64)
+
+
+def _format(weight: Tensor | PackedWeight) -> int:
+    """0 of a parameter, 1 + the format of a packed weight; all of a model's projections, and all experts, are alike."""
+    return 1 + FORMATS.index(weight.format) if isinstance(weight, PackedWeight) else 0
 
 
 def _numbers(model: "Transformer") -> Tensor:

@@ -3,7 +3,8 @@
 The device is called `second`. Its numbers lie in main memory and its operations are those of the CPU, but nothing else
 treats it as the CPU: its tensors have no address and no numpy view, their `is_cpu` is False, and an operation that
 mixes them with a CPU tensor (other than a single number) fails, as on a GPU. So it finds tensors made without
-`device=`, and code that takes every tensor for the CPU's. What it cannot find: waits that are missing, and numerics of real chips.
+`device=`, and code that takes every tensor for the CPU's. What it cannot find: waits that are missing, and
+numerics of real chips.
 
     python -m pytest -p second_backend tests/property/test_state.py
 

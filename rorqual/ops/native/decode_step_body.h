@@ -72,6 +72,16 @@ static const float *NAME(angles_of)(NAME(Step) * s, const int64_t *layer) {
     return angles;
 }
 
+/* x [rows, groups, in] times a projection, whose column (and behind it that of its scales) is `weight`. */
+static void NAME(project)(NAME(Step) * s, const T *x, const int64_t *weight, long groups, long out, long in, T *y) {
+    long format = s->shape[PROJECTIONS] - 1;
+    void *scales = PLACE(weight, 1);
+    if (format < 0) NAME(linear)(x, PLACE(weight, 0), s->rows, groups, out, in, y, NULL);
+    else
+        NAME(packed_matvec)(x, PLACE(weight, 0), format == FORMAT_FP4 ? scales : NULL, format == FORMAT_FP4 ? NULL : scales,
+                            format, s->rows, groups, out, in, y);
+}
+
 /* ---- rounded and packed rows ------------------------------------------------------------------------------------ */
 
 INLINE void NAME(to_floats)(const T *x, long n, float *out) {
@@ -169,7 +179,7 @@ static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const int
     long heads = n[INDEX_HEADS], width = n[INDEX_WIDTH], longest = 0;
     for (long row = 0; row < s->rows; row++) longest = most(longest, (s->positions[row] + 1) / layer[RATIO]);
     if (longest <= n[TOP_K]) return;
-    NAME(linear)(s->latent_normed, PLACE(layer, INDEX_WQ_B), s->rows, 1, heads * width, n[QUERY_RANK], s->index_q, NULL);
+    NAME(project)(s, s->latent_normed, layer + INDEX_WQ_B, 1, heads * width, n[QUERY_RANK], s->index_q);
     NAME(rope_rotate)(s->index_q, angles, s->rows * heads, heads, s->rows, width, n[ROPE], 1.0f, s->index_turned);
     NAME(linear)(s->index_turned, PLACE(layer, HADAMARD), s->rows * heads, 1, width, width, s->index_out, NULL);
     for (long i = 0; n[ROUNDS_KEYS] && i < s->rows * heads; i++) NAME(round_key)(s, s->index_out + i * width);
@@ -256,11 +266,11 @@ static void NAME(attention)(NAME(Step) * s, const int64_t *layer, const int64_t 
     long rows = s->rows, heads = n[HEADS], width = n[WIDTH], rope = n[ROPE], hidden = n[HIDDEN], rank = n[QUERY_RANK];
     float eps = s->numbers[NORM_EPS];
     const float *angles = NAME(angles_of)(s, layer);
-    NAME(linear)(s->normed, PLACE(layer, WQ_A), rows, 1, rank, hidden, s->latent, NULL);
+    NAME(project)(s, s->normed, layer + WQ_A, 1, rank, hidden, s->latent);
     NAME(norm)(s, s->latent, PLACE(layer, Q_NORM), rank, s->latent_normed);
-    NAME(linear)(s->latent_normed, PLACE(layer, WQ_B), rows, 1, heads * width, rank, s->q, NULL);
+    NAME(project)(s, s->latent_normed, layer + WQ_B, 1, heads * width, rank, s->q);
     NAME(norm_rope_forward)(s->q, NULL, angles, rows * heads, heads, rows, width, rope, eps, s->q_turned, s->rs);
-    NAME(linear)(s->normed, PLACE(layer, WKV), rows, 1, width, hidden, s->kv, NULL);
+    NAME(project)(s, s->normed, layer + WKV, 1, width, hidden, s->kv);
     NAME(norm_rope_forward)(s->kv, NAME(widened)(s, PLACE(layer, KV_NORM), width), angles, rows, 1, rows, width, rope, eps,
                             s->kv_turned, s->rs);
     for (long row = 0; n[ROUNDS_KV] && row < rows; row++) NAME(round_kv)(s, s->kv_turned + row * width);
@@ -277,8 +287,8 @@ static void NAME(attention)(NAME(Step) * s, const int64_t *layer, const int64_t 
     }
     NAME(attend_rows)(s, layer, memory);
     NAME(rope_rotate)(s->o, angles, rows * heads, heads, rows, width, rope, -1.0f, s->q);
-    NAME(linear)(s->q, PLACE(layer, WO_A), rows, n[GROUPS], n[OUTPUT_RANK], heads * width / n[GROUPS], s->z, NULL);
-    NAME(linear)(s->z, PLACE(layer, WO_B), rows, 1, hidden, n[GROUPS] * n[OUTPUT_RANK], s->y, NULL);
+    NAME(project)(s, s->q, layer + WO_A, n[GROUPS], n[OUTPUT_RANK], heads * width / n[GROUPS], s->z);
+    NAME(project)(s, s->z, layer + WO_B, 1, hidden, n[GROUPS] * n[OUTPUT_RANK], s->y);
 }
 
 /* ---- experts ---------------------------------------------------------------------------------------------------- */
@@ -290,18 +300,27 @@ static void NAME(feed)(NAME(Step) * s, const int64_t *layer) {
     const int64_t *n = s->shape, *by_token = PLACE(layer, TID2EID);
     long rows = s->rows, hidden = n[HIDDEN], inner = n[EXPERT_WIDTH], active = n[ACTIVE];
     float limit = s->numbers[LIMIT];
-    NAME(linear)(s->normed, PLACE(layer, SHARED_W1), rows, 1, inner, hidden, s->gate, NULL);
-    NAME(linear)(s->normed, PLACE(layer, SHARED_W3), rows, 1, inner, hidden, s->up, NULL);
+    NAME(project)(s, s->normed, layer + SHARED_W1, 1, inner, hidden, s->gate);
+    NAME(project)(s, s->normed, layer + SHARED_W3, 1, inner, hidden, s->up);
     NAME(swiglu_forward)(s->gate, s->up, NULL, rows, inner, limit, s->inner);
-    NAME(linear)(s->inner, PLACE(layer, SHARED_W2), rows, 1, hidden, inner, s->shared, NULL);
+    NAME(project)(s, s->inner, layer + SHARED_W2, 1, hidden, inner, s->shared);
     for (long row = 0; by_token && row < rows; row++)
         memcpy(s->chosen + row * active, by_token + s->tokens[row] * active, sizeof(int64_t) * active);
     NAME(router)(s->normed, PLACE(layer, GATE), PLACE(layer, BIAS), rows, hidden, n[EXPERTS], active,
                  s->numbers[ROUTE_SCALE], s->router_scores, s->chosen, s->routing);
     experts_sort(s->chosen, rows, active, n[EXPERTS], s->token, s->choice, s->bounds, s->slots);
     for (long i = 0; i < rows * active; i++) s->sorted[i] = s->routing[s->choice[i]];
-    NAME(experts_apply)(s->normed, s->token, s->bounds, s->sorted, PLACE(layer, W1), PLACE(layer, W3), PLACE(layer, W2),
-                        n[EXPERTS], hidden, inner, limit, s->expert_inner, s->expert_out);
+    long format = n[EXPERT_FORMAT] - 1, is_fp4 = format == FORMAT_FP4;
+    if (format < 0)
+        NAME(experts_apply)(s->normed, s->token, s->bounds, s->sorted, PLACE(layer, W1), PLACE(layer, W3),
+                            PLACE(layer, W2), n[EXPERTS], hidden, inner, limit, s->expert_inner, s->expert_out);
+    else {
+        void *s1 = PLACE(layer, W1_SCALE), *s3 = PLACE(layer, W3_SCALE), *s2 = PLACE(layer, W2_SCALE);
+        NAME(packed_experts)(s->normed, s->token, s->bounds, s->sorted, PLACE(layer, W1), is_fp4 ? s1 : NULL,
+                             is_fp4 ? NULL : s1, PLACE(layer, W3), is_fp4 ? s3 : NULL, is_fp4 ? NULL : s3,
+                             PLACE(layer, W2), is_fp4 ? s2 : NULL, is_fp4 ? NULL : s2, format, rows, n[EXPERTS], hidden,
+                             inner, limit, s->expert_out);
+    }
     NAME(experts_join)(s->expert_out, s->slots, s->shared, rows, active, hidden, s->y);
 }
 

@@ -7,6 +7,13 @@
  * not depend on other queries. */
 static void NAME(read_query)(const Scan *s, const T *q, Query *query) {
     long size = s->heads * s->width;
+#ifdef HAS_BF16_PRODUCTS
+    if (PER_WORD == 2 && s->width % 2 == 0 && !s->is_packed) { /* both sides are bf16 numbers */
+        query->kernel = PAIRS;
+        memcpy(query->halves, q, sizeof(T) * size);
+        return;
+    }
+#endif
     for (long i = 0; i < size; i++) query->floats[i] = GET(q, i);
     query->kernel = FLOATS;
     int is_exact = 0;
@@ -108,7 +115,7 @@ static int NAME(may_win)(const Scan *s, const Query *query, const float *weights
 #ifdef HAS_NARROW_CODES
     float bound[TILE];
     narrow_codes(s->heads, 1, query->bytes, query->scale, query->offset, keys->codes, keys->scales, weights, bound);
-    return any_exceeds(best, bound, base, first, last);
+    return hits_of(best, bound, base, first, last) != 0;
 #else
     (void)s, (void)query, (void)weights, (void)keys, (void)best, (void)base, (void)first, (void)last;
     return 1;

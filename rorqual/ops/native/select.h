@@ -6,28 +6,25 @@
 #include "common.h"
 
 /* The k-th largest of n values (1-based); reorders `v`. */
-#define KTH_LARGEST(name, type)                                                                                         \
-    static inline type name(type *v, long n, long k) {                                                                  \
-        long lo = 0, hi = n - 1, want = k - 1;                                                                          \
-        while (lo < hi) {                                                                                               \
-            type pivot = v[lo + (hi - lo) / 2];                                                                         \
-            long i = lo, j = hi;                                                                                        \
-            while (i <= j) {                                                                                            \
-                while (v[i] > pivot) i++;                                                                               \
-                while (v[j] < pivot) j--;                                                                               \
-                if (i <= j) {                                                                                           \
-                    type swap = v[i];                                                                                   \
-                    v[i++] = v[j];                                                                                      \
-                    v[j--] = swap;                                                                                      \
-                }                                                                                                       \
-            }                                                                                                           \
-            if (want <= j) hi = j;                                                                                      \
-            else if (want >= i) lo = i;                                                                                 \
-            else break;                                                                                                 \
-        }                                                                                                               \
-        return v[want];                                                                                                 \
+INLINE float kth_largest(float *v, long n, long k) {
+    long lo = 0, hi = n - 1, want = k - 1;
+    while (lo < hi) {
+        float pivot = v[lo + (hi - lo) / 2];
+        long i = lo, j = hi;
+        while (i <= j) {
+            while (v[i] > pivot) i++;
+            while (v[j] < pivot) j--;
+            if (i <= j) {
+                float swap = v[i];
+                v[i++] = v[j];
+                v[j--] = swap;
+            }
+        }
+        if (want <= j) hi = j;
+        else if (want >= i) lo = i;
+        else break;
     }
-KTH_LARGEST(kth_largest, float)
-KTH_LARGEST(kth_rank, uint64_t)
+    return v[want];
+}
 
 #endif
