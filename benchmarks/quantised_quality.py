@@ -11,8 +11,8 @@ each, in one call; the first 128 tokens, which no indexer needs to choose for, c
     weight_bytes     of all parameters; state_bytes_per_token: entries and index keys of a long sequence
     step_ms          one token of one sequence after 2,048 tokens, median; by turns with the exact model's
 
-`weights/...` keep matrices packed (`rorqual.load(weights=...)`), `cache/...` the memory (`load(cache=...)`), `all` is the
-released combination of both. The model was trained without any of this rounding, so these are costs of rounding
+`weights/...` keep matrices packed (`rorqual.load(weights=...)`), `cache/...` the memory (`load(cache=...)`), `all` is
+the released combination of both. The model was trained without any of this rounding, so these are costs of rounding
 afterwards; `qat.py` measures training with it.
 """
 
