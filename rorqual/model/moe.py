@@ -111,6 +111,9 @@ class MoE(nn.Module):
         first: object = e.w1
         if isinstance(first, PackedWeight):  # see `packed_weights.py`
             run = packed_experts
+        if run is grouped_experts and not torch.is_grad_enabled():  # without the sum in between
+            shared = self.shared_experts(flat)
+            return grouped_experts(flat, experts, weights, e.w1, e.w3, e.w2, self.limit, shared).view_as(x)
         routed = run(flat, experts, weights, e.w1, e.w3, e.w2, self.limit)
         return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
 

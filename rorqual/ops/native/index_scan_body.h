@@ -7,6 +7,13 @@
  * not depend on other queries. */
 static void NAME(read_query)(const Scan *s, const T *q, Query *query) {
     long size = s->heads * s->width;
+#ifdef HAS_BF16_PRODUCTS
+    if (PER_WORD == 2 && s->width % 2 == 0 && !s->is_packed) { /* both sides are bf16 numbers */
+        query->kernel = PAIRS;
+        memcpy(query->halves, q, sizeof(T) * size);
+        return;
+    }
+#endif
     for (long i = 0; i < size; i++) query->floats[i] = GET(q, i);
     query->kernel = FLOATS;
     int is_exact = 0;

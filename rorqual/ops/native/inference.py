@@ -81,15 +81,19 @@ def router(
 
 
 def experts_apply(
-    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
+    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float, shared: Tensor | None
 ) -> Tensor:
-    """`experts.experts_reference`; weights have x's dtype."""
+    """`experts.grouped_experts`; weights have x's dtype."""
     x, w1, w3, w2 = (t.contiguous() for t in (x, w1, w3, w2))
     num_experts, inner, d = w1.shape
     to = assign(experts, weights, num_experts)
     hidden, out = x.new_empty(experts.numel(), inner), x.new_empty(experts.numel(), d)
     call("experts_apply", x, to.token, to.bounds, to.gate, w1, w3, w2, num_experts, d, inner, limit, hidden, out)
-    return to.combine(out)
+    if shared is None:
+        return to.combine(out)
+    y = torch.empty_like(x)
+    call("experts_join", out, to.slots, shared.contiguous(), *to.slots.shape, d, y)
+    return y
 
 
 def sigmoid(x: Tensor) -> Tensor:
