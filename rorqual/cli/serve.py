@@ -33,7 +33,7 @@ def serve(
     max_running: Annotated[
         int,
         typer.Option("--max-running", min=1, help="Requests that run at a time.", rich_help_panel=LOAD),
-    ] = 8,
+    ] = 32,
     max_queue: Annotated[
         int,
         typer.Option(

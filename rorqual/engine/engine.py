@@ -26,7 +26,7 @@ from rorqual.engine.events import Completion, FinishReason, TokenEvent
 from rorqual.engine.exactness import describe, examine
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.job import Job
-from rorqual.engine.memory import StateCost
+from rorqual.engine.memory import PagedCost, StateCost
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.engine.request import Listener, Progress, Request
@@ -47,8 +47,10 @@ class Engine:
 
     max_running: requests that share the model at a time; each holds a State.
     max_queued: requests that may wait; one more is refused with a RequestError of status 429.
-    chunk: most prompt tokens of one step, best a multiple of 128. Smaller: decoding neighbours wait less for a step
-        with a long prompt in it; larger: prompts are read faster.
+    chunk: most prompt tokens of one step, best a multiple of 128.
+    gap_s: how long a step should take at most while requests decode; by what earlier steps took, the chunk is cut down
+        to that, though not below 128 tokens. None: whatever it takes. Smaller: tokens come more evenly; larger: prompts
+        are read faster.
     step_tokens: most tokens of one step, prompts' and decoding requests' together (the latter come first), which
         bounds the time between two tokens; `max_running + chunk` unless given.
     context_limit: most tokens of prompt and output together; `max_position_embeddings` unless given.
@@ -68,28 +70,33 @@ class Engine:
         max_running: int = 8,
         max_queued: int = 64,
         chunk: int = 512,
+        gap_s: float | None = 0.03,
         step_tokens: int | None = None,
         context_limit: int | None = None,
         max_state_bytes: int | None = None,
         log_steps: int = 0,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
-        cost = None if max_state_bytes is None else StateCost(model)
-        self._scheduler = Scheduler(max_running, max_queued, chunk, step_tokens, max_bytes=max_state_bytes, cost=cost)
-        self.model, self.tokenizer = model, tokenizer
-        self.vocab_size = int(model.cfg.vocab_size)
-        # padding rows of the head's table have no text, so they are never chosen, nor read or scored
-        self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
-        self.context_limit = context_limit or int(model.cfg.max_position_embeddings)
         if prefix_cache is not None and prefix_cache.model is not model:
             raise ConfigError(
                 "The prefix cache was made for another model object, whose state means nothing here. Make it with "
                 "PrefixCache(model) of the model that the engine runs."
             )
+        cost = None
+        if max_state_bytes is not None:
+            cost = StateCost(model) if prefix_cache is None else PagedCost(prefix_cache)
+        self._scheduler = Scheduler(
+            max_running, max_queued, chunk, step_tokens, max_bytes=max_state_bytes, cost=cost, gap_s=gap_s
+        )
+        self.model, self.tokenizer = model, tokenizer
+        self.vocab_size = int(model.cfg.vocab_size)
+        # padding rows of the head's table have no text, so they are never chosen, nor read or scored
+        self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
+        self.context_limit = context_limit or int(model.cfg.max_position_embeddings)
         self.prefix_cache = prefix_cache
         self._stepper = Stepper(model, self._num_choices, prefix_cache)
         self._meter = Meter(log_steps)
-        self._scheduler.expected_wait_s = self._expected_wait_s
+        self._scheduler.expected_wait_s = lambda: self._meter.mean_stay_s / max_running
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
         self._closing = False
         self._broken: RequestError | None = None
@@ -225,11 +232,6 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _expected_wait_s(self) -> float | None:
-        """Until one of the running requests has likely ended: as long as the last ones ran, over how many run."""
-        stay = self._meter.mean_stay_s
-        return 1.0 if stay is None else stay / self._scheduler.max_running
-
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -280,6 +282,7 @@ class Engine:
     def _record(self, plan: Round, decoding: int, prompt_tokens: int, seconds: float) -> None:
         with self._changed:
             scheduler = self._scheduler
+            scheduler.pace.observe(prompt_tokens, decoding, seconds)
             self._meter.add(
                 StepRecord(
                     number=self._meter.rounds,

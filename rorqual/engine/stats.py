@@ -90,10 +90,10 @@ class Meter:
         self._stays.append(seconds)
 
     @property
-    def mean_stay_s(self) -> float | None:
-        """Seconds that the last requests ran; None before the first has ended."""
+    def mean_stay_s(self) -> float:
+        """Seconds that the last requests ran; 1 before the first has ended."""
         stays = list(self._stays)
-        return sum(stays) / len(stays) if stays else None
+        return sum(stays) / len(stays) if stays else 1.0
 
     @property
     def tokens_per_step(self) -> float:
