@@ -11,7 +11,8 @@ real chips.
 runs tests there: tensors that test code makes without naming a device, and every `Transformer`, lie on the device; the
 package has to place what it makes itself. `torch.accelerator` names it, as it names a GPU.
 
-Needs a torch that takes back ends written in Python (`AVAILABLE`; tried with 2.13). Registering it cannot be undone in a process.
+Needs a torch that takes back ends written in Python (`AVAILABLE`; tried with 2.13). Registering it cannot be undone in
+a process.
 """
 
 import sys
