@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 MOST_STREAMS, MOST_ITERS = 8, 64
 """MAX_STREAMS and MAX_ITERS of the C code."""
 
+MOST_TOKENS = 16
+"""Tokens of one sequence up to which the step is faster than the layer code: drafts to verify, and ends of prompts."""
+
 
 class _Addresses:
     """Tables of addresses: a copy would point at the original's tensors, so copies and pickles hold None."""
@@ -246,7 +249,7 @@ def step_rows(model: "Transformer", tokens: Tensor, state: "State") -> Tensor | 
         return None
     model.check_ids(tokens)
     state.check(1)
-    return _decode(model, plan, tokens[:, 0], [state]).unsqueeze(1)
+    return _decode(model, plan, tokens[:, 0], [state], [1]).unsqueeze(1)
 
 
 def step(
@@ -254,56 +257,70 @@ def step(
     segments: Sequence["Segment"],
     by_layers: Callable[["Transformer", Sequence["Segment"]], Tensor],
 ) -> Tensor:
-    """Checked segments' streams [1, T, N, D]: those of one token by the fused step, the others by the layer code."""
-    is_single = [len(segment.tokens) == 1 and not segment.state.is_replaying for segment in segments]
-    singles = [segment for segment, single in zip(segments, is_single, strict=True) if single]
-    plan = plan_of(model, [segment.state for segment in singles]) if singles else None
+    """Checked segments' streams [1, T, N, D]: those of a few tokens by the fused step, the others by the layer code."""
+    is_short = [len(segment.tokens) <= MOST_TOKENS and not segment.state.is_replaying for segment in segments]
+    short = [segment for segment, fits in zip(segments, is_short, strict=True) if fits]
+    plan = plan_of(model, [segment.state for segment in short]) if short else None
     if plan is None:
         return by_layers(model, segments)
-    ids = torch.cat([segment.tokens for segment in singles])
-    decoded = _decode(model, plan, ids, [segment.state for segment in singles]).unsqueeze(0)
-    if len(singles) == len(segments):
+    ids = torch.cat([segment.tokens for segment in short])
+    counts = [len(segment.tokens) for segment in short]
+    decoded = _decode(model, plan, ids, [segment.state for segment in short], counts).unsqueeze(0)
+    if len(short) == len(segments):
         return decoded
-    rest = [segment for segment, single in zip(segments, is_single, strict=True) if not single]
+    rest = [segment for segment, fits in zip(segments, is_short, strict=True) if not fits]
     read = iter(by_layers(model, rest).split([len(segment.tokens) for segment in rest], 1))
-    alone = iter(decoded.split(1, 1))
-    return torch.cat([next(alone if single else read) for single in is_single], 1)
+    alone = iter(decoded.split(counts, 1))
+    return torch.cat([next(alone if fits else read) for fits in is_short], 1)
 
 
-def _decode(model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["State"]) -> Tensor:
-    """One token for every row of checked states, in order: ids int64 [R] -> streams [R, N, D]."""
+def _decode(
+    model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["State"], counts: Sequence[int]
+) -> Tensor:
+    """The next `counts` tokens of every row of checked states, in order: ids int64 [R] -> streams [R, N, D].
+
+    A count beyond 1 is for a state of one row.
+    """
     for state in states:
         state.begin()
-    lengths = [length for state in states for length in state.lengths]
-    memory = [_memory(state, plan) for state in states]
-    tables = [0 if state.table is None else state.table.tensor.data_ptr() for state in states for _ in state.lengths]
+    memory = [_memory(state, plan, count) for state, count in zip(states, counts, strict=True)]
+    positions, first, tables = [], [], []
+    for state, count in zip(states, counts, strict=True):
+        table = 0 if state.table is None else state.table.tensor.data_ptr()
+        for length in state.lengths:
+            first += [len(positions)] * count
+            positions += range(length, length + count)
+            tables += [table] * count
     streams = decode_step(
-        model.embed.weight.detach(), ids.contiguous(), torch.tensor(lengths), plan.shape, plan.numbers, plan.layers,
-        memory[0] if len(memory) == 1 else torch.cat(memory), torch.tensor(tables), model.cfg.hc_mult,
+        model.embed.weight.detach(), ids.contiguous(), torch.tensor(positions), torch.tensor(first), plan.shape,
+        plan.numbers, plan.layers, memory[0] if len(memory) == 1 else torch.cat(memory), torch.tensor(tables),
+        model.cfg.hc_mult,
     )  # fmt: skip
-    taken = iter(ids.tolist())
-    for state in states:
+    taken, at = ids.tolist(), 0
+    for state, count in zip(states, counts, strict=True):
         if state.table is not None:
-            _count_pages(state)
-        state.advance_each([next(taken) for _ in state.lengths])
+            _count_pages(state, count)
+        mine = count * len(state.lengths)
+        state.advance_each(taken[at : at + mine], count)
+        at += mine
     return streams
 
 
-def _memory(state: "State", plan: Plan) -> Tensor:
-    """The state's table, with room for the entries that its next tokens complete."""
-    longest = max(state.lengths) + 1
+def _memory(state: "State", plan: Plan, count: int) -> Tensor:
+    """The state's table, once for each token of its next `count`, with room for the entries that these complete."""
+    longest = max(state.lengths) + count
     if state.table is None:
         for layer, spec in zip(state.layers, state.model.cfg.layers, strict=True):
-            if spec.compress_ratio and longest % spec.compress_ratio == 0:
+            if spec.compress_ratio and longest % spec.compress_ratio < count:
                 layer.make_room(longest // spec.compress_ratio)
     if state.decoding is None or not state.decoding.holds_for(state, plan):
         state.decoding = Memory(state, plan)
     rows: Tensor = state.decoding.rows
-    return rows
+    return rows if count == 1 else rows.repeat_interleave(count, 0)
 
 
-def _count_pages(state: "State") -> None:
-    length = state.lengths[0] + 1
+def _count_pages(state: "State", count: int) -> None:
+    length = state.lengths[0] + count
     for layer in state.layers:
         for part in layer.paged().values():
             part.length = max(length // part.ratio, part.frozen)

@@ -1,4 +1,4 @@
-/* model/decode.py: one token each of several sequences through all layers, in one call.
+/* model/decode.py: the next token or tokens of several sequences through all layers, in one call.
  *
  * Every number comes from the kernels that the layer code calls, in the same order, so the two agree bit by bit; what is
  * saved is the way between them. Threads share the work inside kernels, and rows or heads of attention. */

@@ -1,4 +1,4 @@
-"""The fused decode step: one token each of several sequences through all layers in one C call.
+"""The fused decode step: the next token or tokens of several sequences through all layers in one C call.
 
 What it reads is found through tables of addresses. Their columns are the enums of `decode_step.c`, read from its text
 so that they stand in one place.
@@ -27,14 +27,14 @@ def columns(name: str) -> tuple[str, ...]:
 
 
 def decode_step(
-    embedding: Tensor, tokens: Tensor, positions: Tensor, shape: Tensor, numbers: Tensor, layers: Tensor,
+    embedding: Tensor, tokens: Tensor, positions: Tensor, first: Tensor, shape: Tensor, numbers: Tensor, layers: Tensor,
     memory: Tensor, tables: Tensor, streams: int,
 ) -> Tensor:  # fmt: skip
-    """Streams [R, N, D] after all layers; tokens and positions int64 [R], tables as the C source says.
+    """Streams [R, N, D] after all layers; tokens, positions and first int64 [R], tables as the C source says.
 
     The sequences' memory has taken the tokens in afterwards. Every address must be that of a living tensor.
     """
     rows = tokens.shape[0]
     out = torch.empty(rows, streams, embedding.shape[1], dtype=embedding.dtype)
-    call("decode_step", embedding, tokens, positions, rows, shape, numbers, layers, memory, tables, out)
+    call("decode_step", embedding, tokens, positions, first, rows, shape, numbers, layers, memory, tables, out)
     return out
