@@ -18,6 +18,7 @@ from rorqual.model.block import Block
 from rorqual.model.compressor import Compressor
 from rorqual.model.layer_state import LayerState
 from rorqual.model.moe import MoE
+from rorqual.model.mtp import MTPModule
 from rorqual.model.pages import Paged
 from rorqual.ops.hadamard import scaled_hadamard
 from rorqual.ops.native import infers
@@ -55,6 +56,7 @@ class Plan(_Addresses):
             rows = [self._layer(layer, model.reference.dtype) for layer in model.layers if isinstance(layer, Block)]
             if self.is_usable:
                 self.layers = torch.tensor(rows, dtype=torch.int64)
+        self.drafter = self._drafter(model) if self.is_usable and len(model.mtp) else None
 
     def holds_for(self, model: "Transformer") -> bool:
         """Whether weights and modules are still those that this was made from."""
@@ -86,6 +88,23 @@ class Plan(_Addresses):
         values |= {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
         values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
         return [values.get(name, 0) for name in columns("Layer")]
+
+    def _drafter(self, model: "Transformer") -> tuple[Tensor, Tensor, Tensor] | None:
+        """Shape, layer and addresses of the first MTP module, for `ops/native/draft_body.h`."""
+        module, dtype = model.mtp[0], model.reference.dtype
+        assert isinstance(module, MTPModule)
+        exact = {"head_fn": module.hc_head_fn, "head_base": module.hc_head_base, "head_scale": module.hc_head_scale}
+        typed = {
+            "embed": model.embed.weight, "e_proj": module.e_proj.weight, "h_proj": module.h_proj.weight,
+            "e_norm": module.enorm.weight, "h_norm": module.hnorm.weight, "norm": module.norm.weight,
+            "head": model.head.weight,
+        }  # fmt: skip
+        values = {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
+        values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
+        layer, shape = self._layer(module, dtype), self.shape.clone()
+        shape[columns("Shape").index("layers")] = 1
+        tables = torch.tensor(layer), torch.tensor([values[name] for name in columns("Draft")])
+        return (shape, *tables) if self.is_usable else None
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
         if tensor is None:
@@ -169,8 +188,8 @@ class Memory(_Addresses):
     def __init__(self, state: "State", plan: Plan) -> None:
         self.plan = plan
         self.parts = [part for layer in state.layers for part in _parts(layer)]
-        base = torch.tensor([[address for address, _ in _columns(layer)] for layer in state.layers])
-        step = torch.tensor([[step for _, step in _columns(layer)] for layer in state.layers])
+        base = torch.tensor([[address for address, _ in memory_columns(layer)] for layer in state.layers])
+        step = torch.tensor([[step for _, step in memory_columns(layer)] for layer in state.layers])
         self.rows = base + torch.arange(state.batch_size)[:, None, None] * step
 
     def holds_for(self, state: "State", plan: Plan) -> bool:
@@ -196,7 +215,7 @@ def _parts(layer: LayerState) -> tuple[Any, ...]:
     )
 
 
-def _columns(layer: LayerState) -> list[tuple[int, int]]:
+def memory_columns(layer: LayerState) -> list[tuple[int, int]]:
     """A layer's columns for its first row, and how much each grows by with the row."""
     values: dict[str, tuple[int, int]] = {}
 

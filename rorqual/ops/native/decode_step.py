@@ -18,7 +18,7 @@ _SOURCE = Path(__file__).with_name("decode_step.c")
 
 @lru_cache(maxsize=4)
 def columns(name: str) -> tuple[str, ...]:
-    """Columns of the table `Shape`, `Number`, `Layer` or `Memory`, in order, in lower case."""
+    """Columns of the table `Shape`, `Number`, `Layer`, `Memory` or `Draft`, in order, in lower case."""
     found = re.search(rf"enum {name} \{{([^}}]*)\}}", _SOURCE.read_text())
     assert found is not None, name
     names = [word.strip().lower() for word in found.group(1).split(",")]
@@ -38,3 +38,22 @@ def decode_step(
     out = torch.empty(rows, streams, embedding.shape[1], dtype=embedding.dtype)
     call("decode_step", embedding, tokens, positions, first, rows, shape, numbers, layers, memory, tables, out)
     return out
+
+
+def draft_step(
+    trunk: Tensor, tokens: Tensor, position: int, most: int, choices: int, shape: Tensor, numbers: Tensor,
+    layer: Tensor, memory: Tensor, module: Tensor, kept: Tensor, least: float,
+) -> tuple[list[int], list[float]]:  # fmt: skip
+    """Drafts after trunk streams [R, N, D] of tokens that are followed by `tokens` int64 [R], and their probabilities.
+
+    `kept` and `least` say when to stop: see the C source, as for the tables. The module's memory holds R tokens more.
+    """
+    rows = trunk.shape[0]
+    room = torch.cat([tokens, tokens.new_zeros(most)])
+    chances, count = torch.empty(most), torch.empty(1, dtype=torch.int64)
+    call(
+        "draft_step", trunk, room, position, rows, most, choices, shape, numbers, layer, memory, module, kept,
+        kept.shape[0], least, chances, count,
+    )  # fmt: skip
+    made = int(count)
+    return room[rows : rows + made].tolist(), chances[:made].tolist()

@@ -7,7 +7,7 @@ typedef struct {
     const int64_t *shape, *tokens, *positions, *first, *tables; /* first [rows]: where the row's sequence begins */
     const float *numbers;
     long rows;
-    T *x, *normed, *y, *latent, *latent_normed, *q, *q_turned, *kv, *kv_turned, *o, *z, *index_q, *index_turned, *index_out;
+    T *other, *x, *normed, *y, *latent, *latent_normed, *q, *q_turned, *kv, *kv_turned, *o, *z, *index_q, *index_turned, *index_out;
     T *gate, *up, *inner, *shared, *expert_inner, *expert_out;
     float *post, *comb, *raw, *rs, *weight, *lse, *blocks, *scores, *head_weights, *angles, *plain_angles, *one_angle, *pooled;
     float *router_scores, *routing, *sorted;
@@ -25,7 +25,7 @@ static void NAME(make_room)(NAME(Step) * s) {
     struct {
         T **place;
         long size;
-    } typed[] = {{&s->x, hidden}, {&s->normed, hidden}, {&s->y, hidden}, {&s->latent, n[QUERY_RANK]},
+    } typed[] = {{&s->other, streams * hidden}, {&s->x, hidden}, {&s->normed, hidden}, {&s->y, hidden}, {&s->latent, n[QUERY_RANK]},
                  {&s->latent_normed, n[QUERY_RANK]}, {&s->q, all}, {&s->q_turned, all}, {&s->kv, n[WIDTH]},
                  {&s->kv_turned, n[WIDTH]}, {&s->o, all}, {&s->z, n[GROUPS] * n[OUTPUT_RANK]},
                  {&s->index_q, most(index, channels)}, {&s->index_turned, most(index, channels)},
@@ -36,7 +36,7 @@ static void NAME(make_room)(NAME(Step) * s) {
         float **place;
         long size;
     } floats[] = {{&s->post, streams}, {&s->comb, streams * streams}, {&s->raw, streams * (streams + 2)},
-                  {&s->rs, n[HEADS] + n[INDEX_HEADS] + 1}, {&s->weight, most(hidden, most(all, n[QUERY_RANK]))},
+                  {&s->rs, n[HEADS] + n[INDEX_HEADS] + streams}, {&s->weight, most(hidden, most(all, n[QUERY_RANK]))},
                   {&s->lse, n[HEADS]}, {&s->blocks, channels}, {&s->scores, channels},
                   {&s->head_weights, n[INDEX_HEADS]}, {&s->angles, n[ROPE]}, {&s->plain_angles, n[ROPE]},
                   {&s->one_angle, n[ROPE]}, {&s->pooled, channels}, {&s->router_scores, n[EXPERTS]},
@@ -260,7 +260,7 @@ static void NAME(run_layers)(NAME(Step) * s, const int64_t *layers, const int64_
     const int64_t *shape = s->shape;
     long rows = s->rows, hidden = shape[HIDDEN], n = shape[STREAMS];
     float norm_eps = s->numbers[NORM_EPS], eps = s->numbers[HC_EPS];
-    T *other = NAME(room)(s, sizeof(T) * rows * n * hidden), *in = streams, *out = other;
+    T *in = streams, *out = s->other;
     for (long i = 0; i < shape[LAYERS]; i++) {
         const int64_t *layer = layers + i * LAYER_END;
         for (int part = 0; part < 2; part++) { /* attention, experts */
