@@ -30,6 +30,7 @@ from rorqual.engine.params import SamplingParams
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.engine.request import Listener, Progress, Request
 from rorqual.engine.scheduler import Round, Scheduler
+from rorqual.engine.speculation import MOST_DRAFTS, OwnDrafter, Speculation, choose, has_mtp
 from rorqual.engine.stats import EngineStats, Meter, StepRecord
 from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
@@ -51,6 +52,8 @@ class Engine:
     max_state_bytes: most memory of all running requests' states; no limit unless given. Requests that do not fit wait,
         and when running ones outgrow it, the lowest-ranked give up their states and are computed again later.
     log_steps: how many of the last steps `step_log` remembers.
+    speculate: verify drafts of the next tokens (`speculation.py`), which changes no token; on by default where the
+        model has an MTP module. A function from the tokens so far and a number to at most so many drafts in its place.
 
     Use as a context manager or call `close()`. A failure while running a request ends that request with a
     RequestError; the engine goes on.
@@ -69,6 +72,7 @@ class Engine:
         max_state_bytes: int | None = None,
         log_steps: int = 0,
         prefix_cache: PrefixCache | None = None,
+        speculate: bool | OwnDrafter | None = None,
     ) -> None:
         cost = None if max_state_bytes is None else StateCost(model)
         self._scheduler = Scheduler(max_running, max_queued, chunk, step_tokens, max_bytes=max_state_bytes, cost=cost)
@@ -83,7 +87,12 @@ class Engine:
                 "PrefixCache(model) of the model that the engine runs."
             )
         self.prefix_cache = prefix_cache
-        self._stepper = Stepper(model, self._num_choices, prefix_cache)
+        self.speculation: Speculation | None = None
+        if has_mtp(model) if speculate is None else speculate:
+            own = speculate if callable(speculate) else None
+            self.speculation = Speculation(model, self._num_choices, own)
+        watch = None if self.speculation is None else self.speculation.remember
+        self._stepper = Stepper(model, self._num_choices, prefix_cache, watch)
         self._meter = Meter(log_steps)
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
         self._closing = False
@@ -197,6 +206,9 @@ class Engine:
                 state_bytes=dict(held),
                 charged_bytes=scheduler.used_bytes,
                 max_state_bytes=scheduler.max_bytes,
+                drafted_tokens=meter.drafted_tokens,
+                accepted_tokens=meter.accepted_tokens,
+                accepted_length=meter.accepted_length,
             )
 
     def step_log(self) -> list[StepRecord]:
@@ -258,11 +270,17 @@ class Engine:
             job.request.mark_started()
         began = time.perf_counter()
         decoding = sum(not job.is_prefilling for job, _ in plan.work)
+        if self.speculation is not None and decoding:
+            self.speculation.propose(plan.work, self._scheduler.room_for_drafts(plan.work, MOST_DRAFTS))
+        before = self._meter.drafted_tokens
         read = 0  # less than planned where the prefix cache knew the beginning
         for outcome in self._stepper.run(plan.work):
             read += sum(count for _, count in outcome.work)
             self._handle(outcome)
-        self._record(plan, decoding, max(0, read - decoding), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._record(plan, decoding, max(0, read - decoding), seconds)
+        if self.speculation is not None and decoding == len(plan.work) == read:
+            self.speculation.end_round(plan.work, self._meter.drafted_tokens - before, seconds)
         return True
 
     def _record(self, plan: Round, decoding: int, prompt_tokens: int, seconds: float) -> None:
@@ -292,15 +310,32 @@ class Engine:
                 job.request.report_progress(job.num_read)
         if outcome.logits is None:
             return
-        choices = [sampler.Choice(job.request.params, job.request.seed, job.num_tokens) for job in outcome.sampling]
-        tokens = sampler.choose(outcome.logits, choices)
-        for job, token, logits_V in zip(outcome.sampling, tokens, outcome.logits, strict=True):
+        rows = outcome.logits.split([1 + len(job.drafts) for job in outcome.sampling])
+        for job, tokens, logits_RV in zip(outcome.sampling, choose(outcome), rows, strict=True):
             try:
-                if isinstance(token, RequestError):
-                    raise token
-                self._emit(job, token, logits_V)
+                self._take(job, tokens, logits_RV)
             except Exception as error:
                 self._fail(job, error)
+
+    def _take(self, job: Job, tokens: Sequence[int | RequestError], logits_RV: Tensor) -> None:
+        """Deliver the tokens that a step brought a request, up to its end, and take back what else was drafted."""
+        drafted, before = len(job.drafts), len(job.ids)
+        if drafted:
+            job.request.drafted += drafted
+            self._meter.drafted_tokens += drafted
+            self._meter.verifications += 1
+        for i, (token, logits_V) in enumerate(zip(tokens, logits_RV, strict=False)):
+            if isinstance(token, RequestError):
+                raise token
+            if i:  # the draft before it was right
+                job.request.accepted += 1
+                self._meter.accepted_tokens += 1
+            self._emit(job, token, logits_V)
+            if job.request.finished:
+                return
+        job.settle()
+        if self.speculation is not None:
+            self.speculation.count(job, job.ids[before:], drafted)
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._remove(job, "error")
@@ -310,6 +345,7 @@ class Engine:
         job.request.fail(error)
 
     def _remove(self, job: Job, reason: FinishReason) -> None:
+        job.settle()
         with self._changed:
             self._scheduler.remove(job)
             self._meter.finished[reason] += 1

@@ -293,9 +293,7 @@ def step(
     return torch.cat([next(alone if fits else read) for fits in is_short], 1)
 
 
-def _decode(
-    model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["State"], counts: Sequence[int]
-) -> Tensor:
+def _decode(model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["State"], counts: Sequence[int]) -> Tensor:
     """The next `counts` tokens of every row of checked states, in order: ids int64 [R] -> streams [R, N, D].
 
     A count beyond 1 is for a state of one row.
@@ -303,7 +301,9 @@ def _decode(
     for state in states:
         state.begin()
     memory = [_memory(state, plan, count) for state, count in zip(states, counts, strict=True)]
-    positions, first, tables = [], [], []
+    positions: list[int] = []
+    first: list[int] = []
+    tables: list[int] = []
     for state, count in zip(states, counts, strict=True):
         table = 0 if state.table is None else state.table.tensor.data_ptr()
         for length in state.lengths:
@@ -312,7 +312,7 @@ def _decode(
             tables += [table] * count
     streams = decode_step(
         model.embed.weight.detach(), ids.contiguous(), torch.tensor(positions), torch.tensor(first), plan.shape,
-        plan.numbers, plan.layers, memory[0] if len(memory) == 1 else torch.cat(memory), torch.tensor(tables),
+        plan.numbers, plan.layers, memory[0].contiguous() if len(memory) == 1 else torch.cat(memory), torch.tensor(tables),
         model.cfg.hc_mult,
     )  # fmt: skip
     taken, at = ids.tolist(), 0
@@ -335,7 +335,7 @@ def _memory(state: "State", plan: Plan, count: int) -> Tensor:
     if state.decoding is None or not state.decoding.holds_for(state, plan):
         state.decoding = Memory(state, plan)
     rows: Tensor = state.decoding.rows
-    return rows if count == 1 else rows.repeat_interleave(count, 0)
+    return rows if count == 1 else rows.expand(count, -1, -1)
 
 
 def _count_pages(state: "State", count: int) -> None:

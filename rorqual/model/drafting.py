@@ -1,10 +1,10 @@
-"""Drafts of a sequence's next tokens by the MTP module, for speculative decoding (V3 report section 2.2: MTP in inference).
+"""Drafts of a sequence's next tokens by the MTP module, for speculative decoding (V3 report section 2.2).
 
-Row i of the module joins the trunk's streams of token i with token i + 1 and predicts token i + 2; for further drafts it
-reads its own streams in place of the trunk's and its own draft as the next token. What it remembers of a sequence is its
-window, kept here and not in the `State`: nothing that the trunk computes depends on a draft, so a memory that starts in
-the middle of a text (behind cached tokens, after a pause) makes drafts worse for a while and changes nothing else.
-A model with several modules drafts with the first.
+Row i of the module joins the trunk's streams of token i with token i + 1 and predicts token i + 2; for further drafts
+it reads its own streams in place of the trunk's and its own draft as the next token. What it remembers of a sequence is
+its window, kept here and not in the `State`: nothing that the trunk computes depends on a draft, so a memory that
+starts in the middle of a text (behind cached tokens, after a pause) makes drafts worse for a while and changes nothing
+else. A model with several modules drafts with the first.
 
 n rows, N streams, D hidden.
 """
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class DraftMemory:
     """What drafting needs of one sequence: the module's window, and streams of tokens that it has not read yet.
 
-    most_drafts: most drafts at a time. most_waiting: most tokens to read at a time, the latest; unless given the window and what may be taken back.
+    most_drafts: most drafts at a time. most_waiting: most tokens to read at a time, the latest; unless given those of
+    the window and what may be taken back.
     Positions are those of the text; the module counts its own from where its memory starts, as rope is relative.
     """
 

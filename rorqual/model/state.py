@@ -177,8 +177,11 @@ class State:
         self._make_room(max(self.lengths) + count)
         self.interrupted = False
         for row, length in enumerate(self.lengths):
-            for i, token in enumerate(ids[row * count : (row + 1) * count]):
-                self.tokens[row, length + i] = token
+            if count == 1:
+                self.tokens[row, length] = ids[row]
+            else:
+                mine = ids[row * count : (row + 1) * count]
+                self.tokens[row, length : length + count] = torch.tensor(mine, dtype=self.tokens.dtype)
             self.lengths[row] = length + count
             self.floor[row] = max(self.floor[row], length + count - self.rewind)
 

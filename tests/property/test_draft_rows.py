@@ -1,4 +1,4 @@
-"""Several tokens of one sequence by the fused step, and taking some back: the same bits as one token after the other."""
+"""Several tokens of one sequence by the fused step, and taking some back: the bits of one token after the other."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Drafts of the MTP module: those of a full pass, however its memory was fed, by the fused call and by the layer code."""
+"""Drafts of the MTP module: those of a full pass, however its memory was fed, by the fused call and by layer code."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_models import build, config, drawn, some_tokens
 from torch import Tensor
 
-from rorqual.model import Transformer, next_tokens
+from rorqual.model import Transformer
 from rorqual.model.drafting import DraftMemory
 from rorqual.ops import registry
 
