@@ -63,7 +63,7 @@ class Times:
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=SAMPLES)
-        self.typical = 0.0
+        self._typical: float | None = None
 
     def __len__(self) -> int:
         return len(self._last)
@@ -71,7 +71,13 @@ class Times:
     def add(self, seconds: float) -> None:
         """One more."""
         self._last.append(seconds)
-        self.typical = sorted(self._last)[len(self._last) // 4]
+        self._typical = None
+
+    @property
+    def typical(self) -> float:
+        if self._typical is None:
+            self._typical = sorted(self._last)[len(self._last) // 4]
+        return self._typical
 
 
 class Costs:
@@ -80,12 +86,10 @@ class Costs:
     def __init__(self) -> None:
         self._rounds: dict[int, dict[int, Times]] = {}
         self._drafts: dict[int, Times] = {}
-        self._rows: dict[int, float | None] = {}
 
     def add_round(self, requests: int, extra: int, seconds: float) -> None:
         """A round of one token for each of `requests`, and `extra` drafts that were verified."""
         self._rounds.setdefault(requests, {}).setdefault(extra, Times()).add(seconds)
-        self._rows[requests] = self._row(requests)
 
     def add_drafts(self, count: int, seconds: float) -> None:
         """One call that made `count` drafts."""
@@ -98,13 +102,10 @@ class Costs:
 
     def row(self, requests: int) -> float | None:
         """What a row more costs: a line through the plain round and those with drafts; None while these are too few."""
-        return self._rows.get(requests)
-
-    def _row(self, requests: int) -> float | None:
         plain = self.plain(requests)
         known = [
             (extra, times.typical)
-            for extra, times in self._rounds[requests].items()
+            for extra, times in self._rounds.get(requests, {}).items()
             if extra and len(times) >= ENOUGH
         ]  # fmt: skip
         if plain is None or not known:
@@ -161,6 +162,7 @@ class Policy:
     _last: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(), False: Trial()})
     _rounds: int = 0
     _looked: int = 0
+    _plain: int = 0
 
     def new_trial(self, greedy: bool) -> Trial:
         """For a new request: where the last one of its kind stands."""
@@ -179,6 +181,11 @@ class Policy:
         worth = plain / requests
         further = max(0.0, self.costs.drafts(2) - self.costs.drafts(1))
         return Terms(self.most, min(1.0, (row + further) / worth), min(1.0, row / worth))
+
+    def wants_plain(self, requests: int) -> bool:
+        """Whether a round without drafts is to be counted: few of them do, while drafts rest."""
+        self._plain += 1
+        return self._plain % 8 == 0 or self.costs.plain(requests) is None
 
     def keep(self, terms: Terms, chances: Sequence[float], greedy: bool) -> int:
         """How many of the drafts to verify."""

@@ -200,10 +200,8 @@ class Scheduler:
 
     def room_for_drafts(self, work: list[tuple[Job, int]], most: int) -> int:
         """How many drafts this round's step may hold besides; none where `most` for each would be too many bytes."""
-        if (
-            self.max_bytes is not None
-            and sum(self.cost(job.num_tokens + most) for job in self.running) > self.max_bytes
-        ):
+        wanted = sum(self.cost(job.num_tokens + most) for job in self.running)
+        if self.max_bytes is not None and wanted > self.max_bytes:
             return 0
         return self.step_tokens - sum(count for _, count in work)
 

@@ -24,6 +24,10 @@ from rorqual.model.drafting import DraftMemory
 MOST_DRAFTS = 5
 """Drafts of a request at a time."""
 
+MOST_READ = 16
+"""Tokens of a prompt, or of a pause, that the module reads before it drafts: a part of its window, as for short outputs
+reading all of it would cost more than better drafts save."""
+
 OwnDrafter = Callable[[Sequence[int], int], Sequence[int]]
 """From the tokens of a request so far and a number to at most so many drafts."""
 
@@ -61,7 +65,12 @@ class Speculation:
         """Put drafts on decoding jobs of a round, at most `room` in all."""
         self._draft_s, self._requests, self._is_odd = 0.0, len(work), False
         jobs = [job for job, _ in work if not job.is_prefilling]
-        terms = self.policy.terms(len(jobs)) if self._drafter is None and len(jobs) == len(work) else None
+        terms = None
+        if self._drafter is None:
+            jobs = [job for job in jobs if self._is_on(job)]
+            terms = self.policy.terms(len(work)) if jobs and not any(job.is_prefilling for job, _ in work) else None
+            if terms is None:
+                return
         for job in jobs:
             most = min(room, MOST_DRAFTS, job.request.max_tokens - len(job.ids) - 1)
             if most < 1 or not self._can_draft(job):
@@ -73,6 +82,12 @@ class Speculation:
             elif terms is not None:
                 job.drafts = self._draft(job, min(most, terms.most), terms)
             room -= len(job.drafts)
+
+    def _is_on(self, job: Job) -> bool:
+        """Whether drafts are tried for a job now; called once a round while it decodes."""
+        trial = self.of(job).trial
+        trial.wait = max(0, trial.wait - 1)
+        return trial.wait == 0
 
     def _can_draft(self, job: Job) -> bool:
         """Whether the job's state can take drafts in and give them back."""
@@ -94,9 +109,6 @@ class Speculation:
         begin, end = mine.memory.waiting
         if begin == end or end != job.num_read:
             return ()
-        if mine.trial.wait > 0:
-            mine.trial.wait -= 1
-            return ()
         began = time.perf_counter()
         odds = self.policy.odds[greedy]
         ids, chances = mine.memory.draft(
@@ -114,16 +126,16 @@ class Speculation:
     def of(self, job: Job) -> Drafts:
         """What is kept for a job; made when it is asked for."""
         if job.drafting is None:
-            memory = DraftMemory(self._model, MOST_DRAFTS) if self._drafter is None else None
+            memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ) if self._drafter is None else None
             job.drafting = Drafts(memory, self.policy.new_trial(job.request.params.temperature == 0))
         drafts: Drafts = job.drafting
         return drafts
 
     def remember(self, job: Job, streams: Any) -> None:
         """The trunk's streams [n, N, D] of what a job has just read."""
-        memory = self.of(job).memory
-        if memory is not None:
-            memory.remember(streams, job.num_read)
+        mine = self.of(job)
+        if mine.memory is not None and mine.trial.wait <= mine.memory.most_waiting:
+            mine.memory.remember(streams, job.num_read)
 
     def count(self, job: Job, tokens: Sequence[int], verified: int) -> None:
         """Learn from what a job's drafts came to: the tokens chosen in this round, after `verified` of its drafts."""
@@ -135,7 +147,7 @@ class Speculation:
 
     def end_round(self, work: Work, extra: int, seconds: float) -> None:
         """Account for a round in which all jobs decoded; `seconds` with everything, `extra` drafts among its rows."""
-        if not self._is_odd:
+        if not self._is_odd and (self._draft_s or self.policy.wants_plain(len(work))):
             self.policy.costs.add_round(len(work), extra, seconds - self._draft_s)
 
 
@@ -152,6 +164,9 @@ def can_verify(model: Any) -> bool:
 def choose(outcome: Outcome) -> list[list[int | RequestError]]:
     """The next tokens of each sampling job: one, and one more for each draft that was right."""
     assert outcome.logits is not None
+    if not any(job.drafts for job in outcome.sampling):
+        plain = [sampler.Choice(job.request.params, job.request.seed, job.num_tokens) for job in outcome.sampling]
+        return [[token] for token in sampler.choose(outcome.logits, plain)]
     first = [sum(1 + len(job.drafts) for job in outcome.sampling[:i]) for i in range(len(outcome.sampling))]
 
     def choice(job: Job, i: int) -> sampler.Choice:

@@ -312,8 +312,8 @@ def _decode(model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["Sta
             tables += [table] * count
     streams = decode_step(
         model.embed.weight.detach(), ids.contiguous(), torch.tensor(positions), torch.tensor(first), plan.shape,
-        plan.numbers, plan.layers, memory[0].contiguous() if len(memory) == 1 else torch.cat(memory), torch.tensor(tables),
-        model.cfg.hc_mult,
+        plan.numbers, plan.layers, memory[0].contiguous() if len(memory) == 1 else torch.cat(memory),
+        torch.tensor(tables), model.cfg.hc_mult,
     )  # fmt: skip
     taken, at = ids.tolist(), 0
     for state, count in zip(states, counts, strict=True):

@@ -9,6 +9,7 @@ else. A model with several modules drafts with the first.
 n rows, N streams, D hidden.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -42,40 +43,42 @@ class DraftMemory:
             self._layer = new_layer(cfg, cfg.mtp_layers[0], 1, most_drafts, model.reference)
         self._table = torch.tensor([address for address, _ in decode.memory_columns(self._layer)])
         self._held = 0  # rows in the module's window
-        self._end = 0  # position behind the last of them
-        self._begin = 0  # position of the first waiting row
-        self._waiting: list[Tensor] = []  # [n, N, D] each
+        self._read = 0  # position behind the last of them
+        self._begin = self._end = 0  # positions of the rows that wait
+        self._waiting: deque[Tensor] = deque()  # [n, N, D] each
 
     @property
-    def end(self) -> int:
-        """The position behind the last token whose streams are here."""
-        return self._begin + sum(len(part) for part in self._waiting) if self._waiting else self._end
+    def waiting(self) -> tuple[int, int]:
+        """Positions [begin, end) of the tokens whose streams wait to be read."""
+        return self._begin, self._end
 
     def remember(self, streams: Tensor, position: int) -> None:
         """Take in the trunk's streams [n, N, D] of tokens from `position` on."""
-        if position != self.end:
+        if position != self._end:
             self._waiting.clear()
-        if not self._waiting:
             self._begin = position
         self._waiting.append(streams)
-        surplus = self.end - self._begin - self.most_waiting
-        while surplus >= len(self._waiting[0]):
-            surplus -= len(self._waiting[0])
-            self._begin += len(self._waiting.pop(0))
-        if surplus > 0:  # a copy of what is left, lest a long prompt's streams stay in memory for a few of them
-            self._waiting[0] = self._waiting[0][surplus:].clone()
-            self._begin += surplus
+        self._end = position + streams.shape[0]
+        surplus = self._end - self._begin - self.most_waiting
+        while surplus > 0:
+            oldest = self._waiting.popleft()
+            count = min(surplus, oldest.shape[0])
+            if count < oldest.shape[0]:  # a copy, lest a long prompt's streams stay in memory for a few of them
+                self._waiting.appendleft(oldest[count:].clone())
+            self._begin += count
+            surplus -= count
 
     def truncate(self, length: int) -> None:
         """Forget what belongs to tokens from position `length` on."""
-        surplus = self.end - length
-        while self._waiting and surplus > 0:
-            last = self._waiting.pop()
-            if surplus < len(last):
-                self._waiting.append(last[:-surplus])
-            surplus -= len(last)
-        if self._end > length:  # slots of the ring may have been written over
-            self._held, self._end = 0, length
+        while self._waiting and self._end > length:
+            newest = self._waiting.pop()
+            count = min(self._end - length, newest.shape[0])
+            if count < newest.shape[0]:
+                self._waiting.append(newest[:-count])
+            self._end -= count
+        if self._read > length:  # slots of the ring may have been written over
+            self._held, self._read = 0, length
+            self._begin = self._end = length
 
     def draft(
         self, tokens: Sequence[int], most: int, kept: Tensor, least: float, choices: int
@@ -88,11 +91,12 @@ class DraftMemory:
         """
         if not self._waiting:
             return [], []
-        if self._begin != self._end:
+        if self._begin != self._read:
             self._held = 0  # rows are missing: the memory starts anew
-        streams = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
-        assert len(tokens) == len(streams), "one next token for each waiting row"
-        plan = decode.plan_of(self.model, []) if len(streams) <= decode.MOST_TOKENS else None
+        streams = self._waiting[0] if len(self._waiting) == 1 else torch.cat(list(self._waiting))
+        rows = streams.shape[0]
+        assert len(tokens) == rows, "one next token for each waiting row"
+        plan = decode.plan_of(self.model, []) if rows <= decode.MOST_TOKENS else None
         following = torch.tensor(tokens, device=streams.device)
         if plan is not None and plan.drafter is not None:
             shape, layer, module = plan.drafter
@@ -102,15 +106,10 @@ class DraftMemory:
             )  # fmt: skip
         else:
             out = self._by_layers(streams, following, min(most, self.most_drafts), kept, least, choices)
-        self._held += len(streams)
-        self._begin = self._end = self._begin + len(streams)
+        self._held += rows
+        self._begin = self._read = self._end
         self._waiting.clear()
         return out
-
-    @property
-    def waiting(self) -> tuple[int, int]:
-        """Positions [begin, end) of the tokens whose streams wait to be read."""
-        return self._begin, self.end
 
     def _by_layers(
         self, streams: Tensor, following: Tensor, most: int, kept: Tensor, least: float, choices: int
