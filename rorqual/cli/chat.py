@@ -17,6 +17,7 @@ from rorqual.cli.options import (
     MinP,
     ModelArgument,
     Seed,
+    Speculate,
     Temperature,
     Threads,
     TopK,
@@ -45,6 +46,7 @@ def chat(
         Effort | None,
         typer.Option("--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL),
     ] = None,
+    speculate: Speculate = None,
     threads: Threads = None,
     max_tokens: Annotated[
         int,
@@ -69,7 +71,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
-    with open_engine(model, threads) as (engine, tokenizer):
+    with open_engine(model, threads, speculate) as (engine, tokenizer):
         conversation = Conversation(engine, tokenizer, params, effort, system)
         if message is not None:
             reply(conversation, message, as_json=as_json)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from rorqual.chat import REVISIONS
-from rorqual.cli.options import MODEL, NETWORK, Json, ModelArgument, Port, Threads
+from rorqual.cli.options import MODEL, NETWORK, Json, ModelArgument, Port, Speculate, Threads
 from rorqual.cli.serving import start
 from rorqual.errors import ConfigError
 
@@ -37,6 +37,7 @@ def serve(
             rich_help_panel=MODEL,
         ),
     ] = REVISIONS[0],
+    speculate: Speculate = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -57,6 +58,7 @@ def serve(
         name=name,
         revision=revision,
         max_running=max_running,
+        speculate=speculate,
         threads=threads,
         as_json=as_json,
     )

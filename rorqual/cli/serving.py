@@ -17,13 +17,14 @@ def start(
     name: str | None = None,
     revision: str = "2026-04",
     max_running: int = 8,
+    speculate: bool | None = None,
     threads: int | None = None,
     as_json: bool = False,
 ) -> None:
     """Load `model` (bundled name, folder or Hub id) and serve it until Ctrl-C; prints where once it listens.
 
-    Raises: ConfigError when the address cannot be used, CheckpointError when the model cannot be loaded,
-    MissingExtraError without the `serve` extra.
+    Raises: ConfigError when the address cannot be used or nothing can draft, CheckpointError when the model cannot be
+    loaded, MissingExtraError without the `serve` extra.
     """
     absent = [package for package in ("fastapi", "uvicorn") if importlib.util.find_spec(package) is None]
     if absent:
@@ -59,5 +60,6 @@ def start(
         model_name=served_as,
         revision=revision,
         max_running=max_running,
+        speculate=speculate,
         on_ready=say_where,
     )

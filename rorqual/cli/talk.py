@@ -15,13 +15,13 @@ from rorqual.tokenizer import Tokenizer
 
 
 @contextmanager
-def open_engine(model: str, threads: int | None) -> Iterator[tuple[Engine, Tokenizer]]:
+def open_engine(model: str, threads: int | None, speculate: bool | None = None) -> Iterator[tuple[Engine, Tokenizer]]:
     """The named model, loaded and ready; closed on leaving. Raises: CheckpointError as `rorqual.load`."""
     from rorqual.checkpoint import load
 
     use_threads(threads)
     network, tokenizer = load(model)
-    with Engine(network, tokenizer) as engine:
+    with Engine(network, tokenizer, speculate=speculate) as engine:
         yield engine, tokenizer
 
 

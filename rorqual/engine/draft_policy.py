@@ -18,10 +18,16 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-BINS = 16
+BINS = 8
 """Classes of the module's probability."""
-MEMORY = 256.0
+PLACES = 3
+"""The first draft, the second, and those behind it are counted apart."""
+START = 2.0
+"""Drafts that the module's own probability counts for."""
+MEMORY = 128.0
 """Drafts that a class's share of right ones looks back at."""
+MARGIN = 1.2
+"""How much more a draft has to promise than it costs: costs and odds are estimates."""
 SAMPLES = 24
 """Rounds of a kind that its cost is taken from."""
 ENOUGH = 4
@@ -30,32 +36,41 @@ PLAIN_EVERY = 32
 """One round in so many is made without drafts, so that its cost stays known."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 64, 1024
 """Tokens."""
-INERTIA = 1 / 8
-"""Weight of the newest round in what drafting gains."""
+PATIENCE, CREDIT = 5.0, 5.0
+"""A try ends when so many rounds' time is lost; what it gained before counts for no more than the other. Single rounds
+gain or lose about one round's time, so their mean shows only over many."""
 
 
 class Odds:
-    """How likely a draft is to be right, by the module's probability: counted, at first that probability itself."""
+    """How likely a draft is to be right, by its place and the module's probability: counted, at first the latter.
+
+    The module is surer of itself than it should be where it reads its own streams, behind the first draft.
+    """
 
     def __init__(self) -> None:
-        self._right = [2 * (i + 0.5) / BINS for i in range(BINS)]
-        self._all = [2.0] * BINS
-        self.kept = torch.tensor([(i + 0.5) / BINS for i in range(BINS)])
-        """The shares as fp32 [BINS], for `DraftMemory.draft`."""
+        middles = [(i + 0.5) / BINS for i in range(BINS)]
+        self._all = [[START] * BINS for _ in range(PLACES)]
+        self._right = [[START * middle ** (1 + place / 2) for middle in middles] for place in range(PLACES)]
+        self.kept = torch.tensor(self._right) / START
+        """The shares as fp32 [PLACES, BINS], for `DraftMemory.draft`."""
 
-    def of(self, chance: float) -> float:
-        """The share of right drafts among those of this probability."""
-        i = min(int(chance * BINS), BINS - 1)
-        return self._right[i] / self._all[i]
+    def of(self, place: int, chance: float) -> float:
+        """The share of right drafts among those at this place and of this probability."""
+        place, i = _class_of(place, chance)
+        return self._right[place][i] / self._all[place][i]
 
-    def count(self, chance: float, is_right: bool) -> None:
+    def count(self, place: int, chance: float, is_right: bool) -> None:
         """One more."""
-        i = min(int(chance * BINS), BINS - 1)
-        if self._all[i] >= MEMORY:
-            self._right[i], self._all[i] = self._right[i] / 2, self._all[i] / 2
-        self._right[i] += is_right
-        self._all[i] += 1
-        self.kept[i] = self._right[i] / self._all[i]
+        place, i = _class_of(place, chance)
+        if self._all[place][i] >= MEMORY:
+            self._right[place][i], self._all[place][i] = self._right[place][i] / 2, self._all[place][i] / 2
+        self._right[place][i] += is_right
+        self._all[place][i] += 1
+        self.kept[place, i] = self._right[place][i] / self._all[place][i]
+
+
+def _class_of(place: int, chance: float) -> tuple[int, int]:
+    return min(place, PLACES - 1), min(int(chance * BINS), BINS - 1)
 
 
 class Times:
@@ -124,20 +139,21 @@ class Costs:
 class Trial:
     """How drafting goes for one request.
 
-    gain: mean seconds that a round with drafts saved; wait: tokens until the next try; pause: what it will be if that
-    fails too.
+    length: most drafts now, one more after a round in which all were right, one less after another. gain: time
+    saved in this try, in rounds without drafts. wait: tokens until the next try; pause: what it will be if that fails.
     """
 
+    length: int = 1
     gain: float = 0.0
     wait: int = 0
     pause: int = SHORTEST_PAUSE
 
-    def add(self, gained: float, loss: float) -> None:
-        """Count a round that gained so many seconds; `loss`: what one costs in which every draft is wrong."""
-        self.gain += INERTIA * (gained - self.gain)
-        if self.gain > 0:
+    def add(self, gained: float, plain: float) -> None:
+        """Count a round that gained so many seconds where one without drafts takes `plain`."""
+        self.gain = min(self.gain + gained / plain, CREDIT)
+        if self.gain == CREDIT:
             self.pause = SHORTEST_PAUSE
-        elif self.gain < -loss / 2:
+        elif self.gain < -PATIENCE:
             self.gain, self.wait = 0.0, self.pause
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
@@ -166,7 +182,7 @@ class Policy:
 
     def new_trial(self, greedy: bool) -> Trial:
         """For a new request: where the last one of its kind stands."""
-        return replace(self._last[greedy])
+        return replace(self._last[greedy], length=1)
 
     def terms(self, requests: int) -> Terms | None:
         """For the next round, in which so many requests decode; None: no drafts, so that its cost becomes known."""
@@ -178,7 +194,7 @@ class Policy:
         if row is None:  # look what a row costs, with one draft and with two by turns of `ENOUGH`
             self._looked += 1
             return Terms(1 + self._looked // ENOUGH % 2, 0.0, 0.0)
-        worth = plain / requests
+        worth = plain / requests / MARGIN
         further = max(0.0, self.costs.drafts(2) - self.costs.drafts(1))
         return Terms(self.most, min(1.0, (row + further) / worth), min(1.0, row / worth))
 
@@ -190,8 +206,8 @@ class Policy:
     def keep(self, terms: Terms, chances: Sequence[float], greedy: bool) -> int:
         """How many of the drafts to verify."""
         product, count = 1.0, 0
-        for chance in chances:
-            product *= self.odds[greedy].of(chance)
+        for place, chance in enumerate(chances):
+            product *= self.odds[greedy].of(place, chance)
             if product < terms.to_verify:
                 break
             count += 1
@@ -199,16 +215,23 @@ class Policy:
 
     def learn(self, ids: Sequence[int], chances: Sequence[float], tokens: Sequence[int], greedy: bool) -> None:
         """Drafts and their probabilities, verified or not, against the tokens that came, as far as both go."""
-        for draft, chance, token in zip(ids, chances, tokens, strict=False):
-            self.odds[greedy].count(chance, draft == token)
+        for place, (draft, chance, token) in enumerate(zip(ids, chances, tokens, strict=False)):
+            self.odds[greedy].count(place, chance, draft == token)
             if draft != token:
                 return
 
-    def judge(self, trial: Trial, requests: int, made: int, verified: int, accepted: int, greedy: bool) -> None:
-        """What drafts gained a request in a round with `requests` of them."""
-        plain, row = self.costs.plain(requests), self.costs.row(requests)
-        if plain is None or row is None:
-            return
-        loss = self.costs.drafts(made) + verified * row
-        trial.add(accepted * plain / requests - loss, loss)
-        self._last[greedy] = replace(trial)
+    def adapt(self, trial: Trial, verified: int, accepted: int) -> None:
+        """The length after a round in which `accepted` of `verified` drafts were right."""
+        if verified:
+            trial.length = min(trial.length + 1, self.most) if accepted == verified else max(1, trial.length - 1)
+
+    def judge(self, trials: Sequence[tuple[Trial, bool]], requests: int, tokens: int, seconds: float) -> None:
+        """What a round gained for the requests with drafts in it, by what it really took: also the time for making
+        them, for reading a prompt's end before the first, and whatever else came with them.
+        """
+        plain = self.costs.plain(requests)
+        for trial, greedy in trials if plain else ():
+            assert plain is not None
+            each = tokens * plain / requests - seconds
+            trial.add(max(each, -plain) / len(trials), plain / requests)
+            self._last[greedy] = replace(trial)

@@ -272,7 +272,7 @@ class Engine:
         decoding = sum(not job.is_prefilling for job, _ in plan.work)
         if self.speculation is not None and decoding:
             self.speculation.propose(plan.work, self._scheduler.room_for_drafts(plan.work, MOST_DRAFTS))
-        before = self._meter.drafted_tokens
+        before = self._meter.drafted_tokens, self._meter.sampled_tokens
         read = 0  # less than planned where the prefix cache knew the beginning
         for outcome in self._stepper.run(plan.work):
             read += sum(count for _, count in outcome.work)
@@ -280,7 +280,8 @@ class Engine:
         seconds = time.perf_counter() - began
         self._record(plan, decoding, max(0, read - decoding), seconds)
         if self.speculation is not None and decoding == len(plan.work) == read:
-            self.speculation.end_round(plan.work, self._meter.drafted_tokens - before, seconds)
+            extra, tokens = self._meter.drafted_tokens - before[0], self._meter.sampled_tokens - before[1]
+            self.speculation.end_round(plan.work, extra, tokens, seconds)
         return True
 
     def _record(self, plan: Round, decoding: int, prompt_tokens: int, seconds: float) -> None:

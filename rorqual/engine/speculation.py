@@ -58,12 +58,12 @@ class Speculation:
         self._model, self._num_choices, self._drafter = model, num_choices, drafter
         self.policy = Policy(MOST_DRAFTS)
         self._draft_s = 0.0
-        self._requests = 0
         self._is_odd = False
+        self._tried: list[tuple[Trial, bool]] = []
 
     def propose(self, work: Work, room: int) -> None:
         """Put drafts on decoding jobs of a round, at most `room` in all."""
-        self._draft_s, self._requests, self._is_odd = 0.0, len(work), False
+        self._draft_s, self._is_odd, self._tried = 0.0, False, []
         jobs = [job for job, _ in work if not job.is_prefilling]
         terms = None
         if self._drafter is None:
@@ -80,7 +80,7 @@ class Speculation:
                 found = list(self._drafter(known, most))[:most]
                 job.drafts = tuple(token for token in found if 0 <= token < self._num_choices)
             elif terms is not None:
-                job.drafts = self._draft(job, min(most, terms.most), terms)
+                job.drafts = self._draft(job, min(most, terms.most, self.of(job).trial.length), terms)
             room -= len(job.drafts)
 
     def _is_on(self, job: Job) -> bool:
@@ -116,6 +116,7 @@ class Speculation:
         )
         seconds = time.perf_counter() - began
         self._draft_s += seconds
+        self._tried.append((mine.trial, greedy))
         if end - begin <= 1 + MOST_DRAFTS:
             self.policy.costs.add_drafts(len(ids), seconds)
         else:  # the first time, or behind a pause: a whole window was read, which says nothing about other rounds
@@ -142,11 +143,13 @@ class Speculation:
         if self._drafter is None and job.drafting is not None and job.drafting.ids:
             mine, greedy = self.of(job), job.request.params.temperature == 0
             self.policy.learn(mine.ids, mine.chances, tokens, greedy)
-            self.policy.judge(mine.trial, self._requests, len(mine.ids), verified, len(tokens) - 1, greedy)
+            self.policy.adapt(mine.trial, verified, len(tokens) - 1)
             mine.ids, mine.chances = [], []
 
-    def end_round(self, work: Work, extra: int, seconds: float) -> None:
-        """Account for a round in which all jobs decoded; `seconds` with everything, `extra` drafts among its rows."""
+    def end_round(self, work: Work, extra: int, tokens: int, seconds: float) -> None:
+        """Account for a round in which all jobs decoded: `seconds` for `tokens`, with `extra` drafts among its rows."""
+        if self._tried:
+            self.policy.judge(self._tried, len(work), tokens, seconds)
         if not self._is_odd and (self._draft_s or self.policy.wants_plain(len(work))):
             self.policy.costs.add_round(len(work), extra, seconds - self._draft_s)
 

@@ -86,7 +86,8 @@ class DraftMemory:
         """Up to `most` drafts and the module's probability of each; none without waiting rows.
 
         tokens: ids of the text from position `_begin + 1` on, one for each waiting row, of which the last row's was
-        sampled last. kept, least: drafting ends when the product of kept[bin of the probability] falls below `least`.
+        sampled last. kept, least: drafting ends when the product of kept[place, bin of the probability] falls below
+        `least`; the last place stands for those behind it.
         choices: ids from 0 that may be drafted.
         """
         if not self._waiting:
@@ -133,6 +134,7 @@ class DraftMemory:
             chance = float(1 / torch.exp(logits - logits[best]).sum())
             ids.append(best)
             chances.append(chance)
-            product *= float(kept[min(int(chance * len(kept)), len(kept) - 1)])
+            place = min(len(ids), kept.shape[0]) - 1
+            product *= float(kept[place, min(int(chance * kept.shape[1]), kept.shape[1] - 1)])
             following = following.new_tensor([[best]])
         return ids, chances

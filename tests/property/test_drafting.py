@@ -14,7 +14,7 @@ from rorqual.model.drafting import DraftMemory
 from rorqual.ops import registry
 
 MOST = 4
-CERTAIN = torch.ones(8)
+CERTAIN = torch.ones(1, 8)
 """No draft is ever the last."""
 
 
@@ -75,7 +75,7 @@ def test_both_ways_agree_on_probabilities_and_where_to_stop() -> None:
     plain.register_forward_hook(lambda *_: None)
     row = some_tokens(model, 30)
     streams = model.forward_streams(row[None])[0]
-    kept = torch.linspace(0.1, 0.9, 8)
+    kept = torch.linspace(0.1, 0.9, 16).view(2, 8)
     for least in (0.0, 0.05, 0.3, 1.0):
         memories = [DraftMemory(one, MOST) for one in (model, plain)]
         outs = []

@@ -53,7 +53,7 @@ def draft_step(
     chances, count = torch.empty(most), torch.empty(1, dtype=torch.int64)
     call(
         "draft_step", trunk, room, position, rows, most, choices, shape, numbers, layer, memory, module, kept,
-        kept.shape[0], least, chances, count,
+        kept.shape[0], kept.shape[1], least, chances, count,
     )  # fmt: skip
     made = int(count)
     return room[rows : rows + made].tolist(), chances[:made].tolist()

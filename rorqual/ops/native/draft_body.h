@@ -40,12 +40,13 @@ static int64_t NAME(likeliest)(NAME(Step) * s, const int64_t *module, const T *s
 
 /* trunk [rows, N, D]: streams of a sequence's latest tokens; tokens [rows + most]: the token after each of them, behind
  * which drafts are put; chances [most]: the module's probability of each. The rows stand at `position` and on in the
- * module's own memory. Draft after draft the product of kept[bins] (by probability, how likely it is to be right) goes
- * down, and the first draft that brings it below `least` is the last. `choices`: ids from 0 that may be drafted.
+ * module's own memory. Draft after draft the product of kept[places][bins] (by place and probability, how likely it is
+ * to be right; the last place stands for those behind it) goes down, and the first draft that brings it below `least` is
+ * the last. `choices`: ids from 0 that may be drafted.
  * -> count [1]: drafts made, at least one. */
 void NAME(draft_step)(const T *trunk, int64_t *tokens, long position, long rows, long most_drafts, long choices,
                       const int64_t *shape, const float *numbers, const int64_t *layer, const int64_t *memory,
-                      const int64_t *module, const float *kept, long bins, float least, float *chances, int64_t *count) {
+                      const int64_t *module, const float *kept, long places, long bins, float least, float *chances, int64_t *count) {
     long n = shape[STREAMS], hidden = shape[HIDDEN], size = n * hidden;
     int64_t *positions = calloc(3 * rows, sizeof(int64_t)), *first = positions + rows, *tables = first + rows;
     int64_t *memories = malloc(sizeof(int64_t) * MEMORY_END * rows);
@@ -66,7 +67,7 @@ void NAME(draft_step)(const T *trunk, int64_t *tokens, long position, long rows,
         float *chance = chances + *count;
         tokens[rows + *count] = NAME(likeliest)(&s, module, last, choices, logits, chance);
         long bin = (long)(*chance * (float)bins);
-        product *= kept[bin < bins ? bin : bins - 1];
+        product *= kept[(*count < places ? *count : places - 1) * bins + (bin < bins ? bin : bins - 1)];
         memmove(joined, last, sizeof(T) * size); /* the module's own streams stand in for those of the trunk */
         streams = joined;
         positions[0] = position + rows + *count, s.tokens = tokens + rows + *count;
