@@ -9,6 +9,10 @@ Ours is what the engine runs for a request that is alone: `Transformer.step`, fi
   filled with random entries, keys and windows of the sizes that so many tokens leave: a step reads and computes as
   much whatever the values are, and nothing is said about what it answers.
 
+Both cache formats are measured: `exact` keeps what is computed; `fp4-keys` packs index keys, of which a step reads
+all, into FP4 (what that costs in quality: `quantised_quality.py`). The line `decode.growth` is the step at 1M over the
+step at 8K of the same format.
+
 The bound of a line is the measured rate of reading memory over the bytes that a step cannot do without: every matrix a
 token is multiplied with, all index keys, all entries of heavily compressed layers, picked entries and windows of the
 others. The rate is that of matrix-vector products over a matrix of that size, so caches count for both.
@@ -28,22 +32,33 @@ from versus_transformers import CONFIG, PEER, activated_weights, build_pair
 
 import rorqual
 from rorqual.model import Segment, State, Transformer
+from rorqual.model.cache_format import row_of
+from rorqual.model.quantised import keep_cache_as
+from rorqual.ops.cache_codec import encode_entries, encode_index_keys
 
 CONTEXTS = (1024, 8192, 32768, 262144, 1048576)
 PEER_UP_TO = 8192
 CHUNK = 2048
+CACHES = ("exact", "fp4-keys")
+PARTS = ("entries", "index_keys")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def filled_state(model: Transformer, length: int) -> State:
     """A state as after `length` tokens, with random values in it."""
-    draw = torch.Generator().manual_seed(length)
+    draw, cfg = torch.Generator().manual_seed(length), model.cfg
     state = model.new_state()
     for layer, spec in zip(state.layers, model.cfg.layers, strict=True):
         if spec.compress_ratio:
             layer.make_room(length // spec.compress_ratio + 1024)
-        for tensor in layer.tensors().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=draw, dtype=torch.float32))
+        for name, tensor in layer.tensors().items():
+            if tensor.dtype != torch.uint8:
+                tensor.copy_(torch.randn(tensor.shape, generator=draw, dtype=torch.float32))
+                continue
+            width = cfg.head_dim if name == "entries" else cfg.index_head_dim
+            values = torch.randn((*tensor.shape[:-1], width), generator=draw)
+            pack = partial(encode_entries, nope_dim=cfg.nope_head_dim) if name == "entries" else encode_index_keys
+            tensor.copy_(pack(values))
     state.hold(torch.randint(0, model.cfg.vocab_size, (length,), generator=draw))
     state.floor = [length]
     return state
@@ -59,16 +74,16 @@ def read_state(model: Transformer, tokens: Tensor) -> State:
 
 def state_bytes(model: Transformer, length: int) -> int:
     """Bytes of a sequence's memory that a step reads: windows, index keys, and entries as far as they are used."""
-    cfg, size = model.cfg, model.reference.element_size()
+    cfg, dtype = model.cfg, model.reference.dtype
+    entry, key = (width * kind.itemsize for width, kind in (row_of(cfg, part, dtype) for part in PARTS))
     total = 0
     for spec in cfg.layers:
-        rows = min(length, cfg.sliding_window)
+        total += min(length, cfg.sliding_window) * cfg.head_dim * dtype.itemsize
         if spec.compress_ratio:
             entries = length // spec.compress_ratio
-            rows += min(entries, cfg.index_topk) if spec.has_indexer else entries
+            total += (min(entries, cfg.index_topk) if spec.has_indexer else entries) * entry
             if spec.has_indexer and entries > cfg.index_topk:
-                total += entries * cfg.index_head_dim * size
-        total += rows * cfg.head_dim * size
+                total += entries * key
     return total
 
 
@@ -137,7 +152,7 @@ def measure_context(
     mine_s, peer_s = measure.middle(walls[0]), measure.middle(walls[1]) if b else None
     return {
         "name": "decode",
-        "case": f"{length_name(length)}/{name}/{torch.get_num_threads()}t/{dtype}",
+        "case": f"{length_name(length)}/{name}/{torch.get_num_threads()}t/{dtype}/{ours.cfg.cache_format}",
         "unit": "tokens/s",
         "ours": mine_s,
         "peer": peer_s,
@@ -209,6 +224,24 @@ def measure_engine(model: Transformer, name: str, length: int, dtype: str, count
     }
 
 
+def growth(name: str, dtype: str, cache: str, steps: dict[int, float]) -> dict[str, Any]:
+    """How much longer a step takes at 1M tokens than at 8K."""
+    short, long = steps[PEER_UP_TO], steps[CONTEXTS[-1]]
+    return {
+        "name": "decode.growth",
+        "case": f"{name}/{torch.get_num_threads()}t/{dtype}/{cache}",
+        "unit": "times the step at 8K",
+        "ours": long / short,
+        "peer": None,
+        "peer_name": PEER,
+        "ratio": None,
+        "peer_failure": "not run: it cannot hold 1M tokens here",
+        "bound": 3.0,
+        "bound_share": 3.0 * short / long,
+        "config": {"step_ms": steps, **measure.machine()},
+    }
+
+
 def length_name(length: int) -> str:
     """`1048576` -> `1M`."""
     return "1M" if length == 1 << 20 else measure.length_name(length)
@@ -236,10 +269,17 @@ def main() -> None:
         for dtype in DTYPES:
             for name, ours, peer in models(dtype):
                 with torch.inference_mode():
-                    for length in CONTEXTS:
-                        count = 64 if length <= PEER_UP_TO else 32
-                        line = measure_context(ours, peer, name, length, dtype, count, repeats)
-                        measure.print_line(line, as_json=options.json)
+                    for cache in CACHES:
+                        keep_cache_as(ours, cache)
+                        rival = peer if cache == "exact" else None
+                        steps = {}
+                        for length in CONTEXTS if cache == "exact" else CONTEXTS[1:]:
+                            count = 64 if length <= PEER_UP_TO else 32
+                            line = measure_context(ours, rival, name, length, dtype, count, repeats)
+                            measure.print_line(line, as_json=options.json)
+                            steps[length] = line["config"]["step_ms"]
+                        measure.print_line(growth(name, dtype, cache, steps), as_json=options.json)
+                    keep_cache_as(ours, "exact")
                     line = measure_engine(ours, name, 8192, dtype, 128, repeats)
                     measure.print_line(line, as_json=options.json)
 

@@ -37,6 +37,7 @@ from typing import Any
 
 import measure
 import torch
+from ids_only import IdsOnly
 
 import rorqual
 from rorqual.engine import Engine, SamplingParams
@@ -51,28 +52,6 @@ GIB = 1 << 30
 CASES = (
     "warm-memory", "warm-memory/new-question", "warm-memory/next-question", "warm-disk", "warm-disk/new-question"
 )  # fmt: skip
-
-
-class IdsOnly:
-    """A tokenizer for an engine that is asked for ids alone: no text, and no end token."""
-
-    eos_token_id = -1
-    control_token_ids: frozenset[int] = frozenset()
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        raise NotImplementedError("this benchmark has no text")
-
-    def stream_decoder(self) -> "IdsOnly":
-        return self
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
 
 
 @dataclass

@@ -35,6 +35,7 @@ from typing import Any
 import measure
 import torch
 import versus_transformers
+from ids_only import IdsOnly
 from torch import Tensor
 
 import rorqual
@@ -74,28 +75,6 @@ class Side:
     run: Callable[[Sequence[Tensor]], Burst]
     bursts: list[Burst] = field(default_factory=list)
     failure: str = ""
-
-
-class IdsOnly:
-    """A tokenizer for an engine that is asked for ids alone: no text, and no end token."""
-
-    eos_token_id = -1
-    control_token_ids: frozenset[int] = frozenset()
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        raise NotImplementedError("this benchmark sends ids")
-
-    def stream_decoder(self) -> "IdsOnly":
-        return self
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
 
 
 def percentile(values: Sequence[float], share: float) -> float:

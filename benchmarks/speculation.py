@@ -164,7 +164,7 @@ def main() -> None:
     chosen = cases(tokenizer, options.prompts, options.tokens)
     for threads in options.threads:
         torch.set_num_threads(threads)
-        with Engine(model, tokenizer) as on, Engine(model, tokenizer, speculate=False) as off:
+        with Engine(model, tokenizer, speculate=True) as on, Engine(model, tokenizer) as off:
             for case in chosen:
                 if not options.only or case.name in options.only:
                     measure.note(f"{case.name}, {threads} threads ({time.perf_counter() - began:.0f} s)")

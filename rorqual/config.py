@@ -19,6 +19,7 @@ from rorqual.config_engram import EngramConfig, check_engram, read_engram
 from rorqual.errors import ConfigError
 
 CSA_RATIO = 4
+CACHE_FORMATS = ("auto", "exact", "fp4-keys", "fp8")
 """Checkpoint behaviour: compression ratio 4 means overlapping windows and an indexer; any other ratio has neither."""
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
@@ -103,6 +104,10 @@ class ModelConfig:
     activation_rounding: str = "none"
     """`v4`: round KV entries to FP8 and index queries and keys to FP4 as the released weights expect; `v4-inputs`: the
     inputs of FP8 and FP4 matrices to FP8 as well; or `none`."""
+    cache_format: str = "auto"
+    """How memory keeps compressed entries and index keys, and so to what they are rounded: `exact`, as computed;
+    `fp4-keys`, index keys (and queries) in FP4; `fp8`, that and entries in FP8 with bf16 rope, as in the released
+    system; `auto`, as much of this as `activation_rounding` makes free of loss."""
     engram: EngramConfig | None = None
     """Memory of token runs in some blocks; V4 has none. A mapping of its settings is taken too."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -201,6 +206,8 @@ class ModelConfig:
                 out[f.name] = getattr(self, f.name)
         if self.residual == "mhc":
             del out["residual"]
+        if self.cache_format == "auto":
+            del out["cache_format"]
         if self.engram is None:
             del out["engram"]
         else:
@@ -340,6 +347,13 @@ def _check(cfg: ModelConfig) -> None:
     )
     if cfg.activation_rounding not in ("none", "v4", "v4-inputs"):
         raise ConfigError(f"activation_rounding is {cfg.activation_rounding!r}; use 'none', 'v4' or 'v4-inputs'.")
+    if cfg.cache_format not in CACHE_FORMATS:
+        raise ConfigError(f"cache_format is {cfg.cache_format!r}; use one of {', '.join(CACHE_FORMATS)}.")
+    need(
+        cfg.cache_format in ("auto", "exact") or cfg.index_head_dim % 2 == 0,
+        f"cache_format is {cfg.cache_format!r}, but index_head_dim {cfg.index_head_dim} is odd and two FP4 channels "
+        "share a byte; make it even, or use 'exact'.",
+    )
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(cfg, name)
         need(0 <= value < cfg.vocab_size, f"{name} is {value}, outside the vocabulary of {cfg.vocab_size}; correct it.")

@@ -38,7 +38,8 @@ class RequestError(RorqualError):
     """A request that the engine or server refuses.
 
     Attributes: `status` (HTTP), `type`, `param` (the field at fault) and `code`, as in the error body of the
-    OpenAI-style APIs (`{"error": {"message", "type", "param", "code"}}`).
+    OpenAI-style APIs (`{"error": {"message", "type", "param", "code"}}`). `retry_after_s`: when it is worth asking
+    again, where that is known.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RequestError(RorqualError):
         type: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -56,6 +58,7 @@ class RequestError(RorqualError):
         self.type = type
         self.param = param
         self.code = code if code is not None else type
+        self.retry_after_s = retry_after_s
 
 
 class SandboxError(RorqualError):

@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 
 from rorqual import log
+from rorqual.checkpoint.collector import Collector
 from rorqual.checkpoint.report import LoadReport, cast_model, fill
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
 from rorqual.config import ModelConfig
 from rorqual.errors import CheckpointError
 from rorqual.model import Transformer
 from rorqual.model.ngram_hash import NgramHash
+from rorqual.model.packed_weights import pack_weights
 
 logger = log.get(__name__)
 
@@ -30,12 +32,18 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def build_and_fill(
-    folder: Path, config: ModelConfig, *, dtype: torch.dtype | None, device: str | torch.device, strict: bool
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    strict: bool,
+    weights: str | None = None,
 ) -> tuple[Transformer, LoadReport]:
     """Build `config` on `device`, cast it, and load the folder's weights (either layout) into it.
 
-    The report is also kept as `model.load_report`. Without `strict`, tensors that the files lack
-    keep their initial values.
+    The report is also kept as `model.load_report`. Without `strict`, tensors that the files lack keep their initial
+    values. With `weights` matrices are kept packed for inference (`model/packed_weights.py`).
     """
     device = torch.device(device)
     if dtype is None:
@@ -43,8 +51,13 @@ def build_and_fill(
         dtype = torch.float32 if device.type == "cpu" or named not in STORABLE else named
     with CheckpointFiles(folder) as files:
         model = Transformer(config, seed=None if strict else 0)  # strict: every tensor comes from the files
+        collector = Collector(model, weights) if weights is not None and strict else None
         cast_model(model, dtype)
-        report = fill(model.state_dict(), files, strict=strict)
+        report = fill(model.state_dict(), files, strict=strict, collector=collector)
+        if collector is not None:
+            collector.install(model)
+        elif weights is not None:
+            pack_weights(model, weights)
     _check_tables(model, config, folder)
     model.to(device)
     logger.info("%s", report.summary())

@@ -16,6 +16,7 @@ from rorqual.checkpoint.safetensors_io import CheckpointFiles
 from rorqual.checkpoint.transformers_layout import load_transformers
 from rorqual.errors import CheckpointError, MissingExtraError
 from rorqual.model import Transformer
+from rorqual.model.quantised import keep_cache_as
 
 if TYPE_CHECKING:
     from rorqual.tokenizer import Tokenizer
@@ -60,18 +61,26 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     strict: bool = True,
+    weights: str | None = None,
 ) -> Transformer:
     """Load a local folder in either layout (recognised by its tensor names); arguments as `load_official`."""
     with CheckpointFiles(folder) as files:
         loader = load_official if layout_of(files) == "official" else load_transformers
-    return loader(folder, dtype=dtype, device=device, strict=strict)
+    return loader(folder, dtype=dtype, device=device, strict=strict, weights=weights)
 
 
 def load(
-    name_or_path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    name_or_path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    weights: str | None = None,
+    cache: str | None = None,
 ) -> "tuple[Transformer, Tokenizer]":
     """A model ready to use (in eval mode) and its tokenizer.
 
+    weights: keep matrices packed for inference: "fp4" (experts FP4, projections FP8), "fp8", "int8" or "bf16".
+    cache: how sequences' memories are kept, `ModelConfig.cache_format`: "exact", "fp4-keys", "fp8" or "auto".
     Raises: CheckpointError (no such model, damaged files, no tokenizer.json), ConfigError, MissingExtraError.
 
         model, tokenizer = rorqual.load("minke")
@@ -84,7 +93,9 @@ def load(
             f"{folder} has no tokenizer.json, so text cannot be turned into tokens. Put the model's "
             "tokenizer.json there, or load the weights alone with rorqual.checkpoint.load_model."
         )
-    model = load_model(folder, dtype=dtype, device=device)
+    model = load_model(folder, dtype=dtype, device=device, weights=weights)
+    if cache is not None:
+        keep_cache_as(model, cache)
     model.eval()
     return model, Tokenizer.from_folder(folder)
 

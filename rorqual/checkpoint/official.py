@@ -28,17 +28,19 @@ def load_official(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     strict: bool = True,
+    weights: str | None = None,
 ) -> Transformer:
     """Build the model that `folder` describes and load its weights.
 
     `dtype` is that of the parameters in memory (those that V4 keeps in fp32 stay so); None means fp32 on a
-    CPU and the config's `torch_dtype` elsewhere. FP8 and FP4 weights become their exact values in it. The model carries
+    CPU and the config's `torch_dtype` elsewhere. FP8 and FP4 weights become their exact values in it,
+    or with `weights` ("fp4", "fp8", "int8", "bf16") matrices stay packed, for inference on a CPU. The model carries
     a `LoadReport` as `model.load_report`. Raises: ConfigError for an impossible config.json; CheckpointError for
     damaged files and, when `strict`, for any tensor that is missing, misshapen or unexpected (otherwise those are
     reported, and what the files lack keeps its initial values).
     """
     config = read_config(folder)
-    return build_and_fill(Path(folder), config, dtype=dtype, device=device, strict=strict)[0]
+    return build_and_fill(Path(folder), config, dtype=dtype, device=device, strict=strict, weights=weights)[0]
 
 
 def save_official(

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rorqual.checkpoint.collector import Collector
 from rorqual.checkpoint.layout import FileTensor, Shape, file_tensors, scatter
 from rorqual.checkpoint.names import DOWN, GATE_UP, split_expert, stays_fp32, to_official
 from rorqual.checkpoint.packed import (
@@ -141,9 +142,12 @@ def match(files: CheckpointFiles, shapes: Mapping[str, Shape]) -> Match:
     return result
 
 
-def fill(state: Mapping[str, Tensor], files: CheckpointFiles, *, strict: bool) -> LoadReport:
+def fill(
+    state: Mapping[str, Tensor], files: CheckpointFiles, *, strict: bool, collector: Collector | None = None
+) -> LoadReport:
     """Copy a checkpoint into `state` (our tensor name -> tensor of a built model), cast to its dtypes.
 
+    What the model keeps packed goes to `collector` instead, codes as they are stored.
     With `strict`, anything missing, misshapen or unexpected raises CheckpointError before a value is touched;
     without, it is listed in the report and those tensors keep the values they have.
     """
@@ -160,19 +164,27 @@ def fill(state: Mapping[str, Tensor], files: CheckpointFiles, *, strict: bool) -
     with torch.no_grad():
         for tensor, info in sorted(found.fitting, key=lambda pair: str(pair[1].path)):
             target, value = state[tensor.parts[0].ours], files.read(info.name)
+            is_packed = collector is not None and tensor.parts[0].ours in collector.formats
+            codes = scale = None
             report.loaded.append(tensor.name)
             report.nbytes += info.nbytes
             if tensor.name in found.scales:
-                scale = files.read(found.scales[tensor.name].name)
-                value = unpack(value, scale)
+                codes, scale = value, files.read(found.scales[tensor.name].name)
+                value = torch.empty(0) if is_packed else unpack(codes, scale)
                 report.nbytes += found.scales[tensor.name].nbytes
                 kept = exponents(scale)
-                if kept is not None:
+                if kept is not None and not is_packed:
                     report.scales[tensor.name] = kept
-                report.cast[tensor.name] = f"{_packed_format(info.dtype)} -> {_word(target.dtype)}"
+                wanted = collector.formats[tensor.parts[0].ours] if is_packed and collector else _word(target.dtype)
+                if _packed_format(info.dtype) != wanted:
+                    report.cast[tensor.name] = f"{_packed_format(info.dtype)} -> {wanted}"
             elif target.dtype != _TORCH[info.dtype]:
                 report.cast[tensor.name] = f"{_word(_TORCH[info.dtype])} -> {_word(target.dtype)}"
-            scatter(state, tensor, value)
+            if is_packed and collector is not None:
+                for part in tensor.parts:
+                    collector.take(part, value, codes, scale)
+            else:
+                scatter(state, tensor, value)
     return report
 
 

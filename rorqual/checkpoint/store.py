@@ -23,6 +23,7 @@ from rorqual.checkpoint.safetensors_io import write_checkpoint, write_text
 from rorqual.config import ModelConfig
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.model import Transformer
+from rorqual.model.packed_weights import refuse_packed
 from rorqual.model.quantised import ExpertFormat, used_values
 from rorqual.ops.quant import decode_e8m0
 
@@ -61,7 +62,8 @@ def write_model(
     """Save `model` to `folder` in `layout`; `dtype` None keeps the parameters' own. Returns the weight files.
 
     `experts` writes an FP8 and FP4 file (official names only). Raises: ConfigError for another dtype than fp32 or
-    bf16, or when the layout cannot express the config; CheckpointError when the disk refuses.
+    bf16, weights packed for inference, or a config that the layout cannot express; CheckpointError when the disk
+    refuses.
     """
     if experts is not None and dtype is not None:
         raise ConfigError(
@@ -73,6 +75,7 @@ def write_model(
             f"checkpoints are written in float32 or bfloat16, but {dtype} was asked for, which no loader of "
             "these layouts expects. Choose one of the two."
         )
+    refuse_packed(model, "saved")
     folder = Path(folder)
     state: dict[str, Tensor] = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

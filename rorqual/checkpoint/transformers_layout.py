@@ -31,6 +31,7 @@ def load_transformers(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     strict: bool = True,
+    weights: str | None = None,
 ) -> Transformer:
     """Load a model that transformers or `save_transformers` saved; arguments and errors as `load_official`.
 
@@ -41,7 +42,7 @@ def load_transformers(
     config = read_config(folder)
     with CheckpointFiles(folder) as files:
         present = without_absent_mtp(config, files)
-    model, report = build_and_fill(folder, present, dtype=dtype, device=device, strict=strict)
+    model, report = build_and_fill(folder, present, dtype=dtype, device=device, strict=strict, weights=weights)
     dropped = config.num_nextn_predict_layers - present.num_nextn_predict_layers
     if dropped:
         report.notes.append(

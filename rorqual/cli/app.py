@@ -29,6 +29,7 @@ TALK, LEARN, LOOK = "Talk to a model", "Train", "Look inside"
 COMMANDS: dict[str, Command] = {
     "up": Command("Start the bundled model, its server and the web page; works offline.", TALK),
     "chat": Command("Chat with a model in the terminal.", TALK),
+    "ask": Command("Ask a question about a long text file, up to a million tokens.", TALK),
     "complete": Command("Complete code or text, before a cursor or between two pieces.", TALK),
     "serve": Command("Serve any checkpoint over HTTP, with the web page.", TALK),
     "train": Command("Train a model from a recipe.", LEARN),

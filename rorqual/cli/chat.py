@@ -3,15 +3,17 @@
 import io
 import json
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
-from rorqual.chat import ContentDelta, Finished, ReasoningDelta
+from rorqual.chat import ContentDelta, Event, Finished, ReasoningDelta
 from rorqual.cli.options import (
     MODEL,
     OUTPUT,
     SAMPLING,
+    CacheFormat,
     Effort,
     Json,
     MinP,
@@ -22,6 +24,7 @@ from rorqual.cli.options import (
     Threads,
     TopK,
     TopP,
+    Weights,
 )
 from rorqual.cli.terminal import printable
 from rorqual.errors import RequestError
@@ -46,8 +49,10 @@ def chat(
         Effort | None,
         typer.Option("--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL),
     ] = None,
-    speculate: Speculate = None,
+    speculate: Speculate = False,
     threads: Threads = None,
+    weights: Weights = None,
+    cache_format: CacheFormat = None,
     max_tokens: Annotated[
         int,
         typer.Option("--max-tokens", min=1, help="Longest reply, reasoning included.", rich_help_panel=SAMPLING),
@@ -71,7 +76,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
-    with open_engine(model, threads, speculate) as (engine, tokenizer):
+    with open_engine(model, threads, weights, cache_format, speculate) as (engine, tokenizer):
         conversation = Conversation(engine, tokenizer, params, effort, system)
         if message is not None:
             reply(conversation, message, as_json=as_json)
@@ -125,10 +130,16 @@ def follow(conversation: "Conversation", line: str, *, as_json: bool) -> Literal
 
 def reply(conversation: "Conversation", question: str, *, as_json: bool) -> None:
     """Ask, and print the reply while it comes; with `as_json` one object at the end."""
+    finish(conversation, show(conversation.ask(question), as_json=as_json), as_json=as_json)
+
+
+def show(events: Iterable[Event], *, as_json: bool) -> Finished:
+    """Print a reply's events, reasoning dim; with `as_json` nothing. Returns the last one."""
     was_reasoning = False
-    for event in conversation.ask(question):
+    finished: Finished | None = None
+    for event in events:
         if isinstance(event, Finished):
-            finish(conversation, event, as_json=as_json)
+            finished = event
         elif as_json:
             continue
         elif isinstance(event, ReasoningDelta):
@@ -140,6 +151,8 @@ def reply(conversation: "Conversation", question: str, *, as_json: bool) -> None
                 typer.echo("\n")
             if isinstance(event, ContentDelta):
                 typer.echo(printable(event.text), nl=False)
+    assert finished is not None, "a reply that does not raise ends with this event"
+    return finished
 
 
 def finish(conversation: "Conversation", event: Finished, *, as_json: bool) -> None:

@@ -15,6 +15,7 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn"),
     "plots": ("matplotlib",),
     "hub": ("huggingface_hub",),
+    "gpu": ("triton",),
     "test": ("pytest", "hypothesis", "httpx2", "openai", "transformers", "deepseek_recipe"),
 }
 CORE = ("numpy", "safetensors", "tokenizers", "pydantic", "typer", "rich")
@@ -47,17 +48,12 @@ def _torch() -> list[Finding]:
         return [Finding("torch", "missing", "not installed; run: make install")]
     import torch
 
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    if torch.cuda.is_available():
-        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    elif torch.version.cuda:
-        device = "no usable GPU, so the CPU is used"
-    else:
-        device = "CPU; for a GPU: make install TORCH=cuda"
+    from rorqual.ops import device
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
-        Finding("torch", "ok", f"{torch.__version__} ({build})"),
-        Finding("device", "ok", device),
+        Finding("torch", "ok", f"{torch.__version__} ({device.build()})"),
+        Finding("device", "ok", device.describe()),
         Finding(
             "threads",
             "ok",

@@ -15,16 +15,31 @@ ModelArgument = Annotated[
 ModelOption = Annotated[
     str, typer.Option("--model", help="Bundled name, checkpoint folder, or Hub id.", rich_help_panel=MODEL)
 ]
+Weights = Annotated[
+    Literal["fp4", "fp8", "int8", "bf16"] | None,
+    typer.Option(
+        "--weights",
+        help="Keep matrices packed: fp4 (experts; the rest fp8), fp8, int8 or bf16. As in the files otherwise.",
+        rich_help_panel=MODEL,
+    ),
+]
+CacheFormat = Annotated[
+    Literal["auto", "exact", "fp4-keys", "fp8"] | None,
+    typer.Option(
+        "--cache-format",
+        help="Keep a sequence's memory exact, with fp4 index keys, or with fp8 entries too.",
+        rich_help_panel=MODEL,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads for the model; torch chooses otherwise.", rich_help_panel=MODEL),
 ]
 Speculate = Annotated[
-    bool | None,
+    bool,
     typer.Option(
         "--speculate/--no-speculate",
-        help="Draft tokens with the model's MTP module; the output is the same. On where it has one.",
-        show_default=False,
+        help="Draft tokens with the model's MTP module: the same output, sooner where it is easily foretold.",
         rich_help_panel=MODEL,
     ),
 ]

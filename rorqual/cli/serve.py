@@ -1,13 +1,22 @@
 """`rorqual serve`: any checkpoint over HTTP, with the web page."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rorqual.chat import REVISIONS
-from rorqual.cli.options import MODEL, NETWORK, Json, ModelArgument, Port, Speculate, Threads
+from rorqual.cli.options import MODEL, NETWORK, CacheFormat, Json, ModelArgument, Port, Speculate, Threads, Weights
 from rorqual.cli.serving import start
+from rorqual.cli.sizes import parse_bytes
 from rorqual.errors import ConfigError
+
+if TYPE_CHECKING:  # it brings torch, which takes seconds to import
+    from rorqual.engine import EngineSettings
+
+LOAD, CACHE = "Load", "Cache"
+
+Policy = Literal["full", "periodic", "zero"]
 
 
 def serve(
@@ -23,8 +32,60 @@ def serve(
     port: Port = 8000,
     max_running: Annotated[
         int,
-        typer.Option("--max-running", min=1, help="Requests that run at a time.", rich_help_panel=NETWORK),
-    ] = 8,
+        typer.Option("--max-running", min=1, help="Requests that run at a time.", rich_help_panel=LOAD),
+    ] = 32,
+    max_queue: Annotated[
+        int,
+        typer.Option(
+            "--max-queue", min=1, help="Requests that may wait; one more is refused (429).", rich_help_panel=LOAD
+        ),
+    ] = 64,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            min=2,
+            help="Most tokens of prompt and output.",
+            rich_help_panel=LOAD,
+        ),
+    ] = None,
+    state_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--state-bytes",
+            help="Most memory of running requests' states, such as 4GiB; no limit otherwise.",
+            rich_help_panel=LOAD,
+        ),
+    ] = None,
+    cache_bytes: Annotated[
+        str,
+        typer.Option(
+            "--cache-bytes", help="Memory for what later requests may share; 0: no cache.", rich_help_panel=CACHE
+        ),
+    ] = "1GiB",
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option("--cache-dir", help="Folder that keeps it over restarts.", rich_help_panel=CACHE),
+    ] = None,
+    cache_disk_bytes: Annotated[
+        str, typer.Option("--cache-disk-bytes", help="Most bytes in that folder.", rich_help_panel=CACHE)
+    ] = "8GiB",
+    cache_writes: Annotated[
+        str | None,
+        typer.Option("--cache-writes-per-hour", help="Most bytes written there in an hour.", rich_help_panel=CACHE),
+    ] = None,
+    cache_policy: Annotated[
+        Policy,
+        typer.Option(
+            "--cache-policy",
+            help="Window checkpoints inside a text: at every page, every period, or none (run tokens again).",
+            rich_help_panel=CACHE,
+        ),
+    ] = "zero",
+    cache_period: Annotated[
+        int | None,
+        typer.Option("--cache-period", help="Tokens between checkpoints of `periodic`.", rich_help_panel=CACHE),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option("--name", help="Name clients ask for; the folder's otherwise.", rich_help_panel=MODEL),
@@ -37,8 +98,10 @@ def serve(
             rich_help_panel=MODEL,
         ),
     ] = REVISIONS[0],
-    speculate: Speculate = None,
+    speculate: Speculate = False,
     threads: Threads = None,
+    weights: Weights = None,
+    cache_format: CacheFormat = None,
     as_json: Json = False,
 ) -> None:
     """Serve a checkpoint over an OpenAI-style HTTP API, with the web page.
@@ -46,19 +109,66 @@ def serve(
     \b
     rorqual serve minke
     rorqual serve runs/mine/model --name mine --port 8001
+    rorqual serve minke --weights fp4 --cache-format fp8
+    rorqual serve minke --max-running 32 --cache-dir cache --cache-bytes 4GiB
     """
     if revision not in REVISIONS:
         raise ConfigError(
             f"--revision is {revision!r}, which is no prompt format known here. Use {' or '.join(REVISIONS)}."
         )
+    settings = _settings(
+        max_running, max_queue, context, state_bytes, cache_bytes, cache_dir, cache_disk_bytes, cache_writes,
+        cache_policy, cache_period, speculate,
+    )  # fmt: skip
     start(
         model,
         host=host,
         port=port,
         name=name,
         revision=revision,
-        max_running=max_running,
-        speculate=speculate,
+        settings=settings,
         threads=threads,
+        weights=weights,
+        cache_format=cache_format,
         as_json=as_json,
+    )
+
+
+def _settings(
+    max_running: int,
+    max_queue: int,
+    context: int | None,
+    state_bytes: str | None,
+    cache_bytes: str,
+    cache_dir: Path | None,
+    cache_disk_bytes: str,
+    cache_writes: str | None,
+    cache_policy: Policy,
+    cache_period: int | None,
+    speculate: bool,
+) -> "EngineSettings":
+    """The options as the engine takes them. Raises: ConfigError for sizes that are none, or options that clash."""
+    from rorqual.engine import CacheSettings, EngineSettings
+
+    memory_bytes = parse_bytes(cache_bytes, "--cache-bytes")
+    if not memory_bytes and cache_dir is not None:
+        raise ConfigError(
+            "--cache-bytes 0 switches the cache off, and --cache-dir says where it is kept. Give it some memory, in "
+            "which pages from disk are used, or leave the folder out."
+        )
+    cache = CacheSettings(
+        memory_bytes=memory_bytes,
+        folder=cache_dir,
+        disk_bytes=parse_bytes(cache_disk_bytes, "--cache-disk-bytes"),
+        write_bytes_per_hour=None if cache_writes is None else parse_bytes(cache_writes, "--cache-writes-per-hour"),
+        windows=cache_policy,
+        period=cache_period,
+    )
+    return EngineSettings(
+        max_running=max_running,
+        max_queued=max_queue,
+        context_limit=context,
+        max_state_bytes=None if state_bytes is None else parse_bytes(state_bytes, "--state-bytes"),
+        cache=cache if memory_bytes else None,
+        speculate=speculate,
     )

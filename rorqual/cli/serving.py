@@ -2,11 +2,15 @@
 
 import importlib.util
 import json
+from typing import TYPE_CHECKING
 
 import typer
 
 from rorqual.cli.options import use_threads
 from rorqual.errors import MissingExtraError
+
+if TYPE_CHECKING:  # it brings torch, which takes seconds to import
+    from rorqual.engine import EngineSettings
 
 
 def start(
@@ -16,15 +20,18 @@ def start(
     port: int,
     name: str | None = None,
     revision: str = "2026-04",
-    max_running: int = 8,
-    speculate: bool | None = None,
+    settings: "EngineSettings | None" = None,
     threads: int | None = None,
+    weights: str | None = None,
+    cache_format: str | None = None,
     as_json: bool = False,
 ) -> None:
     """Load `model` (bundled name, folder or Hub id) and serve it until Ctrl-C; prints where once it listens.
 
-    Raises: ConfigError when the address cannot be used or nothing can draft, CheckpointError when the model cannot be
-    loaded, MissingExtraError without the `serve` extra.
+    settings: of the engine; without any, its own limits and a cache in memory.
+
+    Raises: ConfigError when the address cannot be used, CheckpointError when the model cannot be loaded,
+    MissingExtraError without the `serve` extra.
     """
     absent = [package for package in ("fastapi", "uvicorn") if importlib.util.find_spec(package) is None]
     if absent:
@@ -33,6 +40,7 @@ def start(
             'Install them with: pip install "rorqual[serve]"'
         )
     from rorqual.checkpoint import load
+    from rorqual.engine import CacheSettings, EngineSettings
     from rorqual.ops import native
     from rorqual.server import run
     from rorqual.server.run import bind
@@ -43,7 +51,7 @@ def start(
         if native.compiler() is None:
             typer.echo("No C compiler here: the plain torch code runs, which is slower. (apt install gcc)")
     use_threads(threads)
-    network, tokenizer = load(model)
+    network, tokenizer = load(model, weights=weights, cache=cache_format)
     served_as = name or model.rstrip("/").rsplit("/", 1)[-1]
 
     def say_where(url: str) -> None:
@@ -59,7 +67,6 @@ def start(
         port=port,
         model_name=served_as,
         revision=revision,
-        max_running=max_running,
-        speculate=speculate,
+        settings=settings or EngineSettings(cache=CacheSettings()),
         on_ready=say_where,
     )

@@ -10,19 +10,72 @@ from typing import Any
 
 from rorqual.chat import Event, Finished, StreamParser, render_messages, resolve_effort, suppressed_ids
 from rorqual.cli.options import use_threads
-from rorqual.engine import Engine, SamplingParams, Timing, Usage
+from rorqual.engine import CacheSettings, Engine, EngineSettings, SamplingParams, Timing, Usage
+from rorqual.engine.request import Progress
 from rorqual.tokenizer import Tokenizer
 
 
 @contextmanager
-def open_engine(model: str, threads: int | None, speculate: bool | None = None) -> Iterator[tuple[Engine, Tokenizer]]:
+def open_engine(
+    model: str,
+    threads: int | None,
+    weights: str | None = None,
+    cache_format: str | None = None,
+    speculate: bool = False,
+) -> Iterator[tuple[Engine, Tokenizer]]:
     """The named model, loaded and ready; closed on leaving. Raises: CheckpointError as `rorqual.load`."""
     from rorqual.checkpoint import load
 
     use_threads(threads)
-    network, tokenizer = load(model)
-    with Engine(network, tokenizer, speculate=speculate) as engine:
+    network, tokenizer = load(model, weights=weights, cache=cache_format)
+    settings = EngineSettings(max_running=1, cache=CacheSettings(), speculate=speculate)
+    with settings.open(network, tokenizer) as engine:
         yield engine, tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation that waits for a reply."""
+
+    ids: list[int]
+    mode: str
+
+
+def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], effort: str | None) -> Prompt:
+    """Messages by the model's template. Raises: RequestError for messages that cannot be."""
+    mode, effort = resolve_effort(effort)
+    text = render_messages(messages, thinking_mode=mode, reasoning_effort=effort)
+    return Prompt(tokenizer.encode_guarded(text.pieces()), mode)
+
+
+class Reply:
+    """A submitted prompt; iterate once for the reply's events. When left early the request is cancelled.
+
+    Raises: RequestError as `Engine.submit`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prompt: Prompt,
+        params: SamplingParams,
+        on_progress: Progress | None = None,
+    ) -> None:
+        self._mode = prompt.mode
+        params = params.replace(suppress_token_ids=suppressed_ids(tokenizer, thinking=prompt.mode == "thinking"))
+        self.request = engine.submit(prompt.ids, params, on_progress=on_progress, rendered=True)
+
+    def __iter__(self) -> Iterator[Event]:
+        parser = StreamParser(thinking_mode=self._mode)
+        reason = None
+        try:
+            for token in self.request:
+                yield from parser.feed(token.text)
+                reason = token.finish_reason
+        finally:
+            self.request.cancel()
+        yield from parser.finish(reason)
 
 
 @dataclass
@@ -49,20 +102,10 @@ class Conversation:
         """
         asked = {"role": "user", "content": question}
         opening = [{"role": "system", "content": self.system}] if self.system else []
-        mode, effort = resolve_effort(self.effort)
-        prompt = render_messages([*opening, *self.messages, asked], thinking_mode=mode, reasoning_effort=effort)
-        params = self.params.replace(suppress_token_ids=suppressed_ids(self.tokenizer, thinking=mode == "thinking"))
-        request = self.engine.submit(self.tokenizer.encode_guarded(prompt.pieces()), params)
-        parser = StreamParser(thinking_mode=mode)
-        reason = None
-        try:
-            for token in request:
-                yield from parser.feed(token.text)
-                reason = token.finish_reason
-        finally:
-            request.cancel()
-        self.usage, self.timing = request.usage, request.timing
-        for event in parser.finish(reason):
+        prompt = render(self.tokenizer, [*opening, *self.messages, asked], self.effort)
+        reply = Reply(self.engine, self.tokenizer, prompt, self.params)
+        for event in reply:
             if isinstance(event, Finished):
+                self.usage, self.timing = reply.request.usage, reply.request.timing
                 self.messages += [asked, event.message]
             yield event

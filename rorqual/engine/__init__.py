@@ -2,16 +2,21 @@
 
 from rorqual.engine.engine import Engine
 from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
+from rorqual.engine.exactness import Exactness
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.request import Request
+from rorqual.engine.settings import CacheSettings, EngineSettings
 from rorqual.engine.stats import EngineStats, StepRecord
 from rorqual.engine.trajectory import Trajectory
 
 __all__ = [
+    "CacheSettings",
     "Completion",
     "Engine",
+    "EngineSettings",
     "EngineStats",
+    "Exactness",
     "FinishReason",
     "LanguageModel",
     "Request",

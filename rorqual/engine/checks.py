@@ -5,13 +5,30 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.scheduler import Scheduler
 from rorqual.errors import RequestError
 
 
+def as_array(tokens: Sequence[int]) -> NDArray[np.int32] | None:
+    """A prompt's ids as int32 [n]; None for what does not fit, which `check_request` then refuses by name."""
+    try:
+        wide = np.asarray(tokens, dtype=np.int64)
+    except (OverflowError, TypeError, ValueError):
+        return None
+    fits = wide.ndim == 1 and wide.size and -(1 << 31) <= wide.min() <= wide.max() < 1 << 31
+    return wide.astype(np.int32) if fits else None
+
+
 def check_request(
-    tokens: Sequence[int], params: SamplingParams, num_choices: int, context_limit: int, scheduler: Scheduler
+    tokens: Sequence[int] | NDArray[np.int32],
+    params: SamplingParams,
+    num_choices: int,
+    context_limit: int,
+    scheduler: Scheduler,
 ) -> int:
     """The number of tokens the request may generate.
 
@@ -29,6 +46,8 @@ def check_request(
         ("stop_token_ids", params.stop_token_ids),
         ("suppress_token_ids", params.suppress_token_ids),
     ):
+        if isinstance(ids, np.ndarray) and 0 <= ids.min() <= ids.max() < num_choices:
+            continue  # a long prompt, looked at as a whole
         bad = next((i for i in ids if not 0 <= i < num_choices), None)
         if bad is not None:
             raise RequestError(

@@ -21,16 +21,17 @@ from torch import Tensor
 
 from rorqual import log
 from rorqual.engine import sampler
-from rorqual.engine.checks import check_request, check_timeout
+from rorqual.engine.checks import as_array, check_request, check_timeout
 from rorqual.engine.events import Completion, FinishReason, TokenEvent
+from rorqual.engine.exactness import describe, examine
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.job import Job
-from rorqual.engine.memory import StateCost
+from rorqual.engine.memory import PagedCost, StateCost
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.engine.request import Listener, Progress, Request
 from rorqual.engine.scheduler import Round, Scheduler
-from rorqual.engine.speculation import MOST_DRAFTS, OwnDrafter, Speculation, choose, has_mtp
+from rorqual.engine.speculation import MOST_DRAFTS, OwnDrafter, Speculation, choose
 from rorqual.engine.stats import EngineStats, Meter, StepRecord
 from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
@@ -38,22 +39,27 @@ from rorqual.errors import ConfigError, RequestError
 
 logger = log.get(__name__)
 
+SEED_BITS = 53
+"""Of a seed drawn here: a number that every reader of JSON keeps as it is."""
+
 
 class Engine:
     """Runs many requests on one model.
 
     max_running: requests that share the model at a time; each holds a State.
     max_queued: requests that may wait; one more is refused with a RequestError of status 429.
-    chunk: most prompt tokens of one step, best a multiple of 128. Smaller: decoding neighbours wait less for a step
-        with a long prompt in it; larger: prompts are read faster.
+    chunk: most prompt tokens of one step, best a multiple of 128.
+    gap_s: how long a step should take at most while requests decode; by what earlier steps took, the chunk is cut down
+        to that, though not below 128 tokens. None: whatever it takes. Smaller: tokens come more evenly; larger: prompts
+        are read faster.
     step_tokens: most tokens of one step, prompts' and decoding requests' together (the latter come first), which
         bounds the time between two tokens; `max_running + chunk` unless given.
     context_limit: most tokens of prompt and output together; `max_position_embeddings` unless given.
     max_state_bytes: most memory of all running requests' states; no limit unless given. Requests that do not fit wait,
         and when running ones outgrow it, the lowest-ranked give up their states and are computed again later.
     log_steps: how many of the last steps `step_log` remembers.
-    speculate: verify drafts of the next tokens (`speculation.py`), which changes no token; on by default where the
-        model has an MTP module. A function from the tokens so far and a number to at most so many drafts in its place.
+    speculate: draft tokens with the model's MTP module and verify several in a step (`speculation.py`), which changes
+        no token. A function from the tokens so far and a number to at most so many drafts takes the module's place.
 
     Use as a context manager or call `close()`. A failure while running a request ends that request with a
     RequestError; the engine goes on.
@@ -67,33 +73,39 @@ class Engine:
         max_running: int = 8,
         max_queued: int = 64,
         chunk: int = 512,
+        gap_s: float | None = 0.03,
         step_tokens: int | None = None,
         context_limit: int | None = None,
         max_state_bytes: int | None = None,
         log_steps: int = 0,
         prefix_cache: PrefixCache | None = None,
-        speculate: bool | OwnDrafter | None = None,
+        speculate: bool | OwnDrafter = False,
     ) -> None:
-        cost = None if max_state_bytes is None else StateCost(model)
-        self._scheduler = Scheduler(max_running, max_queued, chunk, step_tokens, max_bytes=max_state_bytes, cost=cost)
-        self.model, self.tokenizer = model, tokenizer
-        self.vocab_size = int(model.cfg.vocab_size)
-        # padding rows of the head's table have no text, so they are never chosen, nor read or scored
-        self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
-        self.context_limit = context_limit or int(model.cfg.max_position_embeddings)
         if prefix_cache is not None and prefix_cache.model is not model:
             raise ConfigError(
                 "The prefix cache was made for another model object, whose state means nothing here. Make it with "
                 "PrefixCache(model) of the model that the engine runs."
             )
+        cost = None
+        if max_state_bytes is not None:
+            cost = StateCost(model) if prefix_cache is None else PagedCost(prefix_cache)
+        self._scheduler = Scheduler(
+            max_running, max_queued, chunk, step_tokens, max_bytes=max_state_bytes, cost=cost, gap_s=gap_s
+        )
+        self.model, self.tokenizer = model, tokenizer
+        self.vocab_size = int(model.cfg.vocab_size)
+        # padding rows of the head's table have no text, so they are never chosen, nor read or scored
+        self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
+        self.context_limit = context_limit or int(model.cfg.max_position_embeddings)
         self.prefix_cache = prefix_cache
         self.speculation: Speculation | None = None
-        if has_mtp(model) if speculate is None else speculate:
+        if speculate:
             own = speculate if callable(speculate) else None
             self.speculation = Speculation(model, self._num_choices, own)
         watch = None if self.speculation is None else self.speculation.remember
         self._stepper = Stepper(model, self._num_choices, prefix_cache, watch)
         self._meter = Meter(log_steps)
+        self._scheduler.expected_wait_s = lambda: self._meter.mean_stay_s / max_running
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
         self._closing = False
         self._broken: RequestError | None = None
@@ -130,11 +142,13 @@ class Engine:
         params = params or SamplingParams()
         if rendered and self.prefix_cache is not None:
             tokens = self.prefix_cache.as_sampled(tokens)
-        max_tokens = check_request(tokens, params, self._num_choices, self.context_limit, self._scheduler)
+        ids = as_array(tokens)
+        checked = tokens if ids is None else ids
+        max_tokens = check_request(checked, params, self._num_choices, self.context_limit, self._scheduler)
         check_timeout(timeout_s)
-        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        seed = params.seed if params.seed is not None else secrets.randbits(SEED_BITS)
         request = Request(
-            tokens, params, max_tokens=max_tokens, seed=seed, priority=priority, timeout_s=timeout_s,
+            tokens, params, ids=ids, max_tokens=max_tokens, seed=seed, priority=priority, timeout_s=timeout_s,
             listener=listener, on_progress=on_progress, wake=self._notify,
         )  # fmt: skip
         job = Job(request, self.tokenizer.stream_decoder(), StopFilter(params.stop))
@@ -287,6 +301,7 @@ class Engine:
     def _record(self, plan: Round, decoding: int, prompt_tokens: int, seconds: float) -> None:
         with self._changed:
             scheduler = self._scheduler
+            scheduler.pace.observe(prompt_tokens, decoding, seconds)
             self._meter.add(
                 StepRecord(
                     number=self._meter.rounds,
@@ -350,7 +365,10 @@ class Engine:
         with self._changed:
             self._scheduler.remove(job)
             self._meter.finished[reason] += 1
+            if (seconds := job.request.running_s) is not None:
+                self._meter.add_stay(seconds)
             self._changed.notify_all()
+        job.request.exactness = describe(examine(self.model), job.request)
         if self.prefix_cache is not None and job.lease is not None and reason != "error":
             try:
                 self.prefix_cache.end_of_output(job.lease, job.request.prompt_ids, job.ids)

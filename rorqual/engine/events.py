@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rorqual.engine.exactness import Exactness
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
@@ -75,3 +78,4 @@ class Completion:
     logprobs: tuple[float, ...] | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_scores: tuple[TokenScore, ...] | None = field(default=None, repr=False)
+    exactness: Exactness | None = field(default=None, repr=False)

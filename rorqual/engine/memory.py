@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from rorqual.config import ModelConfig
+from rorqual.engine.job import Job
 from rorqual.errors import ConfigError
+from rorqual.model.cache_format import row_of
+
+if TYPE_CHECKING:
+    from rorqual.engine.prefix_cache import PrefixCache
 
 
-class StateCost:
+class Cost:
+    """What states hold at most, in bytes. `alone(num_tokens)`: one that shares nothing, after so many tokens."""
+
+    def __init__(self, alone: Callable[[int], int]) -> None:
+        self._alone = alone
+
+    def __call__(self, num_tokens: int) -> int:
+        return self._alone(num_tokens)
+
+    def together(self, jobs: Sequence[Job], gone: Sequence[Job] = ()) -> int:
+        """Of these running jobs, with all tokens known of them. `gone`: the other ones that run, taken as ended."""
+        return sum(self(job.num_tokens) for job in jobs)
+
+    def joining(self, job: Job, num_tokens: int) -> int:
+        """What a waiting job adds when it runs up to so many tokens."""
+        return self(num_tokens)
+
+
+def free_of_charge(num_tokens: int) -> int:
+    """The cost of states where nobody counts it."""
+    return 0
+
+
+class StateCost(Cost):
     """Most bytes that a new state of `model` holds after so many tokens, whatever chunks they came in.
 
     Rings are of fixed size; entries, index keys and token ids double their room when it runs out (`LayerState.append`),
@@ -18,13 +50,13 @@ class StateCost:
         try:
             empty = model.new_state(1)
             self._fixed = int(empty.nbytes()["total"])
-            width = model.reference.element_size()
-            cfg = model.cfg
+            cfg, dtype = model.cfg, model.reference.dtype
             self._rows = [
-                (spec.compress_ratio, width * (cfg.head_dim + (cfg.index_head_dim if spec.has_indexer else 0)))
+                (spec.compress_ratio, _row_bytes(cfg, "entries", dtype)
+                 + (_row_bytes(cfg, "index_keys", dtype) if spec.has_indexer else 0))
                 for spec in cfg.layers
                 if spec.compress_ratio
-            ]
+            ]  # fmt: skip
         except AttributeError as error:
             raise ConfigError(
                 f"max_state_bytes was given, but the states of {type(model).__name__} do not tell their size "
@@ -37,3 +69,46 @@ class StateCost:
             if entries := num_tokens // ratio:
                 total += row_bytes * max(16, 2 * entries)
         return total
+
+
+def _row_bytes(cfg: ModelConfig, part: str, dtype: torch.dtype) -> int:
+    width, kind = row_of(cfg, part, dtype)
+    return width * kind.itemsize
+
+
+class PagedCost(StateCost):
+    """The same for states whose entries lie in the pages of `cache`: pages in use, shared ones once.
+
+    Pages that only the store keeps for later requests are not counted; its own budget holds those.
+    """
+
+    def __init__(self, cache: PrefixCache) -> None:
+        super().__init__(cache.model)
+        self._cache, self._pool = cache, cache.pool
+
+    def __call__(self, num_tokens: int) -> int:
+        return self._rest(num_tokens) + self._pool.page_bytes * self._pages(num_tokens)
+
+    def together(self, jobs: Sequence[Job], gone: Sequence[Job] = ()) -> int:
+        pages = self._pool.num_in_use
+        for job in gone:
+            pages -= 0 if job.state is None else sum(self._pool.has_one_user(page) for page in job.state.table.pages)
+        for job in jobs:
+            held = self._shared(job) if job.state is None else len(job.state.table)
+            pages += max(0, self._pages(job.num_tokens) - held)
+        return self._pool.page_bytes * pages + sum(self._rest(job.num_tokens) for job in jobs)
+
+    def joining(self, job: Job, num_tokens: int) -> int:
+        return self._rest(num_tokens) + self._pool.page_bytes * (self._pages(num_tokens) - self._shared(job))
+
+    def _shared(self, job: Job) -> int:
+        """Pages that the job will find in use by others."""
+        nodes = self._cache.tree.match(job.request.prompt_array).nodes
+        return sum(self._pool.is_in_use(node.page) for node in nodes)
+
+    def _pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._pool.page_tokens)
+
+    def _rest(self, num_tokens: int) -> int:
+        """Rings and token ids."""
+        return self._fixed + 4 * max(64, 2 * num_tokens)

@@ -36,6 +36,11 @@ from rorqual.model.window_checkpoint import capture, install, install_without, r
 
 Windows = Literal["full", "periodic", "zero"]
 
+PREPARED_BYTES = 256 << 20
+"""Memory that is made ready at the start for what lies on disk; bringing it only when a prompt waits for its pages
+takes longer than reading them.
+"""
+
 
 @dataclass(eq=False)
 class Lease:
@@ -125,6 +130,8 @@ class PrefixCache:
         self.disk = (
             None if folder is None else DiskStore(folder, self.fingerprint, disk_bytes, write_bytes_per_hour)
         )  # fmt: skip
+        if self.disk is not None:
+            self.pool.prepare(min(self.disk.nbytes, memory_bytes, PREPARED_BYTES))
         path = None if self.disk is None or tokenizer is None else self.disk.folder / "turns"
         self.turns = None if tokenizer is None else TurnStore(tokenizer, path)
         self.stats = CacheStats()
@@ -223,9 +230,9 @@ class PrefixCache:
         node, length = self._place(lease), state.lengths[0]
         full = length // size
         if node.depth < full:
-            data, pages = state.tokens[0, : full * size].numpy().tobytes(), state.table.pages
+            ids, pages = state.tokens[0].numpy(), state.table.pages
             while node.depth < full:
-                block = data[4 * size * node.depth : 4 * size * (node.depth + 1)]
+                block = ids[size * node.depth : size * (node.depth + 1)].tobytes()
                 parent, node = node, self.tree.insert(node, block, pages[node.depth])
                 if self.disk is not None and not self.disk.has_page(node.key):
                     content = self.pool.read([node.page])[0]
@@ -237,9 +244,15 @@ class PrefixCache:
         self.tree.shrink()
 
     def end_of_prompt(self, lease: Lease, hidden: Tensor | None) -> None:
-        """Store a sequence that has just read its prompt; hidden [D] is the final hidden state of its last token."""
+        """Store a sequence that has just read its prompt; hidden [D] is the final hidden state of its last token.
+
+        A conversation's next prompt often leaves this one at its very last token (`<think>`, where it then says that
+        the reasoning was left out), so the page before that gets a checkpoint too.
+        """
         self.progress(lease)
         if self.ends:
+            size = self.pool.page_tokens
+            self._checkpoint(lease, None, is_last=False, position=(lease.state.lengths[0] - 1) // size * size)
             self._checkpoint(lease, hidden, is_last=False)
             self.tree.shrink()
 
@@ -252,20 +265,24 @@ class PrefixCache:
             self._checkpoint(lease, None, is_last=True)
             self.tree.shrink()
 
-    def _checkpoint(self, lease: Lease, hidden: Tensor | None, is_last: bool) -> None:
+    def _checkpoint(self, lease: Lease, hidden: Tensor | None, is_last: bool, position: int | None = None) -> None:
+        """Keep a window checkpoint at the sequence's end, or at an earlier `position` that its rings still reach."""
         state, size = lease.state, self.pool.page_tokens
-        length = state.lengths[0]
-        if state.interrupted or not state.is_exact or not length:
+        length = state.lengths[0] if position is None else position
+        if state.interrupted or not state.is_exact or length < max(1, state.floor[0]):
             return
         node = self._place(lease)
-        assert node.depth == length // size, "progress comes first"
+        assert node.depth == state.lengths[0] // size, "progress comes first"
+        while node.depth > length // size:
+            assert node.parent is not None
+            node = node.parent
         tail = state.tokens[0, node.depth * size : length].numpy().tobytes()
         old = node.points.get(tail)
         if old is not None and (hidden is None or old.hidden is not None):
             self.tree.touch(node, old)
             return
         kept = None if hidden is None else hidden.detach().float().cpu().clone()
-        point = self.tree.add_point(node, tail, capture(state), kept)
+        point = self.tree.add_point(node, tail, capture(state, length), kept)
         if self.disk is not None and length >= size:
             self.disk.put_point(node.key, tail, length, point.content, point.hidden, is_last)
 

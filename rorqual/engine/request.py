@@ -7,7 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
+from rorqual.engine.exactness import Exactness
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.store.explain import Explanation
 from rorqual.errors import RequestError
@@ -29,6 +33,7 @@ class Request:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
+        ids: NDArray[np.int32] | None = None,
         max_tokens: int,
         seed: int,
         priority: int = 0,
@@ -38,6 +43,7 @@ class Request:
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self.prompt_ids = tuple(prompt_ids)
+        self.prompt_array = np.asarray(self.prompt_ids, dtype=np.int32) if ids is None else ids
         self.params = params
         self.max_tokens = max_tokens
         self.seed = seed
@@ -46,6 +52,8 @@ class Request:
         self.error: RequestError | None = None
         self.cache: Explanation | None = None  # what the prefix cache did for it, once it runs
         self.drafted = self.accepted = 0  # tokens, by speculation
+        self.exactness: Exactness | None = None  # what is promised about its bits, once it ends
+        self.batched_with = self.prompt_steps = 0
         self.finish_reason: FinishReason | None = None
         self.events: list[TokenEvent] = []
         self.prompt_scores: list[TokenScore] = []
@@ -108,6 +116,11 @@ class Request:
             decode_s=max(0.0, self._last - self._first),
         )
 
+    @property
+    def running_s(self) -> float | None:
+        """Seconds since the request got its place; None while it waits for one."""
+        return time.monotonic() - self._started if self._started else None
+
     def result(self, timeout_s: float | None = None) -> Completion:
         """Wait for the end. Raises: the request's RequestError if it failed, or TimeoutError."""
         if not self._done.wait(timeout_s):
@@ -127,6 +140,7 @@ class Request:
             logprobs=tuple(event.logprob or 0.0 for event in tokens) if self.params.logprobs else None,
             top_logprobs=tuple(event.top_logprobs for event in tokens) if self.params.logprobs else None,
             prompt_scores=tuple(self.prompt_scores) if self.params.prompt_logprobs else None,
+            exactness=self.exactness,
         )
 
     # Called by the engine's thread only.
@@ -142,6 +156,11 @@ class Request:
                 self._on_progress(done, len(self.prompt_ids))
             except Exception:
                 self._cancelled.set()
+
+    def mark_step(self, num_sharing: int, is_prefilling: bool) -> None:
+        """A step of the model for so many requests, of which this is one, was done."""
+        self.batched_with = max(self.batched_with, num_sharing - 1)
+        self.prompt_steps += is_prefilling
 
     def mark_token(self) -> None:
         """A token was sampled (its event may still be held back)."""

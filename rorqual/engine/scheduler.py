@@ -4,15 +4,17 @@ Requests are ranked by priority (higher first), then by arrival. Up to `max_runn
 more is refused (429). A round is one step of the model:
 
 * every decoding request gets one token;
-* what is left of the step's tokens, at most `chunk`, goes to prompts by rank. The first takes as much as it can; those
-  behind it join when the whole rest of their prompt fits, or it up to the end of a page of `GRAIN` tokens.
+* what is left of the step's tokens, at most `chunk` and as many as its time allows (`pace.py`), goes to prompts by
+  rank. The first takes as much as it can; those behind it join when the whole rest of their prompt fits, or it up to
+  the end of a page of `GRAIN` tokens.
 
 So a step never holds more than `step_tokens` tokens, however long the prompts are, and that bounds the time between two
 tokens of a decoding request; the highest-ranked prompt moves on in every round.
 
-States count against `max_bytes` by the tokens known of each running request (`cost`). When they grow beyond it, the
-lowest-ranked running requests lose their states and wait again; they will read their tokens anew, which costs time and
-changes nothing. A waiting request of strictly higher priority takes place and memory from lower ones in the same way.
+States count against `max_bytes` by the tokens known of each running request (`cost`), what they share once. When they
+grow beyond it, the lowest-ranked running requests lose their states and wait again; they will read their tokens anew,
+which costs time and changes nothing. A waiting request of strictly higher priority takes place and memory from lower
+ones in the same way.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from rorqual.engine.grain import GRAIN
 from rorqual.engine.job import Job
+from rorqual.engine.memory import Cost, free_of_charge
+from rorqual.engine.pace import Pace
 from rorqual.errors import ConfigError, RequestError
-
-GRAIN = 128
-"""Tokens of a page of compressed entries: where a prompt is cut, as far as the step's tokens allow."""
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Scheduler:
     """Raises: ConfigError for limits that would let no request run.
 
     step_tokens: most tokens of one step; `max_running + chunk` unless given.
-    max_bytes, cost: most bytes of all running states together, and what a state of so many tokens holds at most.
+    max_bytes, cost: most bytes of all running states together, and what they hold at most.
+    gap_s: how long a step may take while requests decode, which shortens the chunk; None: whatever it takes.
     clock: seconds, as `Request` counts its deadline.
     """
 
@@ -61,6 +64,7 @@ class Scheduler:
         *,
         max_bytes: int | None = None,
         cost: Callable[[int], int] | None = None,
+        gap_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (("max_running", max_running), ("max_queued", max_queued), ("chunk", chunk)):
@@ -72,17 +76,20 @@ class Scheduler:
                 f"step_tokens is {step_tokens}, but {max_running} requests may run, and a step that they fill with one "
                 f"token each leaves none for prompts. Set it to {max_running + 1} or more, or lower max_running."
             )
-        self.max_bytes, self.cost = max_bytes, cost or _nothing
+        self.max_bytes, self.cost = max_bytes, cost if isinstance(cost, Cost) else Cost(cost or free_of_charge)
         if max_bytes is not None and self.cost(1) > max_bytes:
             raise ConfigError(
                 f"max_state_bytes is {max_bytes:,}, but the state of a single token takes {self.cost(1):,} bytes. "
                 "Set it to a multiple of that."
             )
         self.max_running, self.max_queued, self.chunk = max_running, max_queued, chunk
+        self.pace = Pace(chunk, gap_s)
         self._clock = clock
         self.waiting: list[Job] = []  # by rank
         self.running: list[Job] = []
         self._arrivals = 0
+        self.expected_wait_s: Callable[[], float | None] = lambda: None
+        """When a place is likely to be free, for the refusal of one request too many."""
 
     @property
     def is_full(self) -> bool:
@@ -95,7 +102,7 @@ class Scheduler:
     @property
     def used_bytes(self) -> int:
         """What the running requests are charged for."""
-        return sum(self.cost(job.num_tokens) for job in self.running)
+        return self.cost.together(self.running)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a request of so many tokens could run if it were alone."""
@@ -109,6 +116,7 @@ class Scheduler:
                 "this server takes. Try again when some have finished, or raise max_queued.",
                 status=429,
                 type="rate_limit_error",
+                retry_after_s=self.expected_wait_s(),
             )
         job.order, self._arrivals = self._arrivals, self._arrivals + 1
         self._wait(job)
@@ -180,12 +188,13 @@ class Scheduler:
             return True
         # Room to grow, lest it be thrown out again at once; more for a long one, which has more to read again.
         wanted = min(job.most_tokens, job.num_tokens + max(GRAIN, job.num_tokens // 4))
-        return self.cost(wanted) + sum(self.cost(one.num_tokens) for one in others) <= self.max_bytes
+        gone = [one for one in self.running if one not in others]
+        return self.cost.together(others, gone) + self.cost.joining(job, wanted) <= self.max_bytes
 
     def _share(self) -> list[tuple[Job, int]]:
         """Tokens of the step: one for each decoding job, the rest for prompts by rank."""
         work = [(job, 1) for job in self.running if not job.is_prefilling]
-        left = min(self.chunk, self.step_tokens - len(work))
+        left = min(self.pace(len(work)), self.step_tokens - len(work))
         is_first = True
         for job in sorted((job for job in self.running if job.is_prefilling), key=lambda one: one.rank):
             rest = job.num_tokens - job.num_read
@@ -199,13 +208,8 @@ class Scheduler:
         return work
 
     def room_for_drafts(self, work: list[tuple[Job, int]], most: int) -> int:
-        """How many drafts this round's step may hold besides; none where `most` for each would be too many bytes."""
-        wanted = sum(self.cost(job.num_tokens + most) for job in self.running)
-        if self.max_bytes is not None and wanted > self.max_bytes:
+        """How many drafts this round's step may hold besides; none where `most` for each might be too many bytes."""
+        grown = sum(self.cost(job.num_tokens + most) - self.cost(job.num_tokens) for job in self.running)
+        if self.max_bytes is not None and self.used_bytes + grown > self.max_bytes:
             return 0
         return self.step_tokens - sum(count for _, count in work)
-
-
-def _nothing(num_tokens: int) -> int:
-    """The cost of states where nobody counts it."""
-    return 0

@@ -82,6 +82,7 @@ class Meter:
     def __post_init__(self) -> None:
         self.steps: deque[StepRecord] = deque(maxlen=self.log)
         self._recent: deque[int] = deque(maxlen=RECENT)
+        self._stays: deque[float] = deque(maxlen=RECENT)
 
     def add(self, record: StepRecord) -> None:
         """Count a round."""
@@ -92,6 +93,16 @@ class Meter:
         if record.tokens:
             self._recent.append(record.tokens)
         self.steps.append(record)
+
+    def add_stay(self, seconds: float) -> None:
+        """Count how long a request that ended had run."""
+        self._stays.append(seconds)
+
+    @property
+    def mean_stay_s(self) -> float:
+        """Seconds that the last requests ran; 1 before the first has ended."""
+        stays = list(self._stays)
+        return sum(stays) / len(stays) if stays else 1.0
 
     @property
     def accepted_length(self) -> float:

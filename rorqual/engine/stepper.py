@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,8 @@ class Stepper:
             if not group:
                 continue
             ends = [job.num_read + count for job, count in group]
+            for job, _ in group:
+                job.request.mark_step(len(group), job.is_prefilling)
             try:
                 yield self._step(group)
             except Exception as error:
@@ -93,7 +96,9 @@ class Stepper:
                 job.state = self._model.new_state(1)
             return count
         if job.state is None:
-            known = (*job.request.prompt_ids, *job.ids)
+            known = job.request.prompt_array
+            if job.ids:
+                known = np.concatenate([known, np.asarray(job.ids, dtype=np.int32)])
             job.lease = cache.begin(known, ask=not job.request.params.prompt_logprobs)
             job.state, job.num_read = job.lease.state, job.lease.num_cached
             if job.request.cache is None:  # not after a preemption

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.config import LayerSpec, ModelConfig
+from rorqual.model.cache_format import kept_entries, pack_entries, packs_entries, unpacked_keys
 from rorqual.model.compressor import Compressor
 from rorqual.model.indexer import Indexer
 from rorqual.model.layer_state import LayerState
 from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear, RMSNorm
 from rorqual.model.trace import Trace
+from rorqual.ops.cache_codec import PackedEntries, unpacked
 from rorqual.ops.linear import linear
 from rorqual.ops.rope import apply_rope, norm_rope, rope_frequencies
-from rorqual.ops.rounding import round_kv_fp8
+from rorqual.ops.rounding import round_entry_fp8, round_kv_fp8
 from rorqual.ops.sparse_attention import Visible, sparse_attention
 
 
@@ -152,6 +154,7 @@ class Attention(nn.Module):
         )
         if index is not None and trace is not None and trace.index_loss and self.indexer and entries is not None:
             assert visible is not None
+            entries = unpacked(entries)
             every = layout.entries(self.spec.compress_ratio).visible
             loss, recall = self.indexer.loss(*index, visible, every, p.q, lse, entries, self.scale, layout)
             trace.index_losses.append(loss)
@@ -159,7 +162,7 @@ class Attention(nn.Module):
         if state is not None:
             state.write_window(p.kv, layout)
         if trace is not None and entries is not None:
-            trace.keep(f"{self.name}.entries", entries)
+            trace.keep(f"{self.name}.entries", unpacked(entries))
         return o
 
     def _round(self, kv: Tensor) -> Tensor:
@@ -167,7 +170,7 @@ class Attention(nn.Module):
             return round_kv_fp8(kv, self.cfg.nope_head_dim)
         return kv
 
-    def _entries(self, p: Projected, layout: Layout, state: LayerState | None) -> Tensor | None:
+    def _entries(self, p: Projected, layout: Layout, state: LayerState | None) -> Tensor | PackedEntries | None:
         """Compressed entries up to and including this call, [B, C, K]."""
         if self.compressor is None:
             return None
@@ -175,11 +178,14 @@ class Attention(nn.Module):
         if p.blocks is not None:
             pending = None if state is None else state.pending
             new = self.compressor(p.blocks, layout, self.frequencies, p.kv.dtype, pending)
+        plan, dtype = layout.entries(self.compressor.ratio), p.kv.dtype
+        if state is not None and packs_entries(self.cfg, dtype):
+            kept = state.append("entries", pack_entries(self.cfg, new), plan)
+            return kept_entries(self.cfg, kept, dtype)
         if new is not None:
-            new = self._round(new)
-        if state is None:
-            return layout.gather(new, self.compressor.ratio)
-        return state.append("entries", new, layout.entries(self.compressor.ratio))
+            is_packed = packs_entries(self.cfg, dtype)
+            new = round_entry_fp8(new, self.cfg.nope_head_dim) if is_packed else self._round(new)
+        return layout.gather(new, self.compressor.ratio) if state is None else state.append("entries", new, plan)
 
     def _scores_entries(self, layout: Layout, trace: Trace | None) -> bool:
         """Whether the indexer has to score: some query may see more entries than it picks, or somebody asks."""
@@ -216,6 +222,7 @@ class Attention(nn.Module):
             if trace is not None and picked.picks is not None:
                 trace.keep(f"{self.name}.index_topk", picked.picks)
         if trace is not None:
+            keys = unpacked_keys(self.cfg, keys, q.dtype)
             trace.keep(f"{self.name}.index_entries", keys)
         return (q, weights, keys), visible
 

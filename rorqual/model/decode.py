@@ -2,7 +2,7 @@
 reads them.
 
 The layer code is the reference, and bit by bit the same; it runs whatever the step does not know: Engram memories,
-other residual paths, rounded weights or activations, experts elsewhere, other devices and dtypes, hooks, gradients.
+other residual paths, rounded weights or inputs, experts elsewhere, other devices and dtypes, hooks, gradients.
 
 L layers, R rows (sequences), N streams, D hidden.
 """
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rorqual.model.attention import Attention
 from rorqual.model.block import Block
+from rorqual.model.cache_format import packs_keys, row_of
 from rorqual.model.compressor import Compressor
 from rorqual.model.layer_state import LayerState
 from rorqual.model.moe import MoE
@@ -23,6 +23,7 @@ from rorqual.model.pages import Paged
 from rorqual.ops.hadamard import scaled_hadamard
 from rorqual.ops.native import infers
 from rorqual.ops.native.decode_step import columns, decode_step
+from rorqual.ops.packed_weight import FORMATS, PackedWeight
 
 if TYPE_CHECKING:
     from rorqual.model.segments import Segment
@@ -69,7 +70,7 @@ class Plan(_Addresses):
             "hc_attn_fn": block.hc_attn_fn, "hc_attn_base": block.hc_attn_base, "hc_attn_scale": block.hc_attn_scale,
             "hc_ffn_fn": block.hc_ffn_fn, "hc_ffn_base": block.hc_ffn_base, "hc_ffn_scale": block.hc_ffn_scale,
         }  # fmt: skip
-        typed: dict[str, Tensor] = {
+        typed: dict[str, Tensor | PackedWeight] = {
             "attn_norm": block.attn_norm.weight, "ffn_norm": block.ffn_norm.weight, "wq_a": attn.wq_a.weight,
             "q_norm": attn.q_norm.weight, "wq_b": attn.wq_b.weight, "wkv": attn.wkv.weight,
             "kv_norm": attn.kv_norm.weight, "wo_a": attn.wo_a.weight, "wo_b": attn.wo_b.weight,
@@ -86,13 +87,21 @@ class Plan(_Addresses):
         values = {"ratio": block.spec.compress_ratio, "overlap": int(block.spec.overlap)}
         values["tid2eid"] = self._address(ffn.gate.tid2eid, torch.int64) if block.spec.hash_routed else 0
         values |= {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
-        values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
+        for name, weight in typed.items():
+            if isinstance(weight, PackedWeight):
+                values[name] = self._address(weight.codes, torch.uint8)
+                scale = weight.scale
+                values[f"{name}_scale"] = 0 if scale is None else self._address(scale, scale.dtype)
+            else:
+                values[name] = self._address(weight, dtype)
         return [values.get(name, 0) for name in columns("Layer")]
 
     def _drafter(self, model: "Transformer") -> tuple[Tensor, Tensor, Tensor] | None:
         """Shape, layer and addresses of the first MTP module, for `ops/native/draft_body.h`."""
         module, dtype = model.mtp[0], model.reference.dtype
         assert isinstance(module, MTPModule)
+        if any(_format(weight) for weight in (module.e_proj.weight, module.attn.wq_a.weight, module.ffn.experts.w1)):
+            return None  # packed weights: the layer code drafts
         exact = {"head_fn": module.hc_head_fn, "head_base": module.hc_head_base, "head_scale": module.hc_head_scale}
         typed = {
             "embed": model.embed.weight, "e_proj": module.e_proj.weight, "h_proj": module.h_proj.weight,
@@ -104,7 +113,8 @@ class Plan(_Addresses):
         layer, shape = self._layer(module, dtype), self.shape.clone()
         shape[columns("Shape").index("layers")] = 1
         tables = torch.tensor(layer), torch.tensor([values[name] for name in columns("Draft")])
-        return (shape, *tables) if self.is_usable else None
+        is_usable, self.is_usable = self.is_usable, True  # the trunk's layers can be run in any case
+        return (shape, *tables) if is_usable else None
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
         if tensor is None:
@@ -120,14 +130,17 @@ def _bias(ffn: MoE) -> Tensor | None:
 
 
 def _add_compressor(
-    name: str, compressor: Compressor, exact: dict[str, Tensor | None], typed: dict[str, Tensor]
+    name: str, compressor: Compressor, exact: dict[str, Tensor | None], typed: dict[str, Tensor | PackedWeight]
 ) -> None:
     exact[f"{name}_ape"], typed[f"{name}_norm"] = compressor.ape, compressor.norm.weight
     typed[f"{name}_wkv"], typed[f"{name}_wgate"] = compressor.wkv.weight, compressor.wgate.weight
 
 
 def _shape(model: "Transformer") -> Tensor:
-    cfg = model.cfg
+    cfg, dtype = model.cfg, model.reference.dtype
+    first = next(layer for layer in model.layers if isinstance(layer, Block))
+    packed = {part: row_of(cfg, part, dtype) for part in ("entries", "index_keys")}
+    row_bytes = {part: width if kind == torch.uint8 else 0 for part, (width, kind) in packed.items()}
     values = {
         "layers": cfg.num_hidden_layers, "hidden": cfg.hidden_size, "streams": cfg.hc_mult,
         "heads": cfg.num_attention_heads, "width": cfg.head_dim, "rope": cfg.qk_rope_head_dim,
@@ -135,8 +148,17 @@ def _shape(model: "Transformer") -> Tensor:
         "window": cfg.sliding_window, "experts": cfg.n_routed_experts, "active": cfg.num_experts_per_tok,
         "expert_width": cfg.moe_intermediate_size, "index_heads": cfg.index_n_heads,
         "index_width": cfg.index_head_dim, "top_k": cfg.index_topk, "iters": cfg.hc_sinkhorn_iters,
+        "entry_bytes": row_bytes["entries"], "key_bytes": row_bytes["index_keys"],
+        "rounds_kv": int(cfg.activation_rounding != "none"),
+        "projections": _format(first.attn.wq_a.weight), "expert_format": _format(first.ffn.experts.w1),
+        "rounds_keys": int(cfg.activation_rounding != "none" or packs_keys(cfg)),
     }  # fmt: skip
     return torch.tensor([values[name] for name in columns("Shape")], dtype=torch.int64)
+
+
+def _format(weight: Tensor | PackedWeight) -> int:
+    """0 of a parameter, 1 + the format of a packed weight; all of a model's projections, and all experts, are alike."""
+    return 1 + FORMATS.index(weight.format) if isinstance(weight, PackedWeight) else 0
 
 
 def _numbers(model: "Transformer") -> Tensor:
@@ -167,14 +189,12 @@ def _is_plain(module: nn.Module) -> bool:
         return False
     if isinstance(module, MoE):
         return module.exchange is None and not module.round_inputs
-    if isinstance(module, Attention):
-        return module.cfg.activation_rounding == "none" and not (module.indexer and module.indexer.rounding)
     return True
 
 
 def _signature(model: "Transformer") -> list[Any]:
     """Changes with whatever would make a plan wrong: weights that moved, modules that changed."""
-    out: list[Any] = [model.compute_dtype]
+    out: list[Any] = [model.compute_dtype, model.cfg.cache_format, model.cfg.activation_rounding]
     for module in model.modules():
         out.append((type(module), _is_plain(module)))
         for tensor in (*module._parameters.values(), *module._buffers.values()):

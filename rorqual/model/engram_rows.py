@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.ops.device import staged
+
 SPARSE_ABOVE = 10_000_000
 """Rows of a table above which its gradient is sparse and its optimizer touches only the rows in it."""
 
@@ -114,7 +116,7 @@ def fetch(table: nn.Parameter, source: RowSource, asked: Sequence[Tensor], devic
     if table.device == device:
         return Fetched(rows, values, rows)
     with torch.Stream(device):
-        there = [tensor.pin_memory().to(device, non_blocking=True) for tensor in (rows, values)]
+        there = [staged(tensor).to(device, non_blocking=True) for tensor in (rows, values)]
         ready = torch.accelerator.current_stream(device).record_event()
     return Fetched(there[0], there[1], rows, ready)
 

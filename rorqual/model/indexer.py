@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.config import LayerSpec, ModelConfig
+from rorqual.model.cache_format import pack_keys, packs_keys, unpacked_keys
 from rorqual.model.compressor import Compressor
 from rorqual.model.layer_state import LayerState
 from rorqual.model.layout import Layout
@@ -31,11 +32,16 @@ class Indexer(nn.Module):
     def __init__(self, cfg: ModelConfig, spec: LayerSpec) -> None:
         super().__init__()
         self.heads, self.width, self.top_k = cfg.index_n_heads, cfg.index_head_dim, cfg.index_topk
-        self.rounding = cfg.activation_rounding != "none"
+        self.cfg = cfg
         self.scale = self.width**-0.5 * self.heads**-0.5
         self.wq_b = Linear(cfg.q_lora_rank, self.heads * self.width)
         self.weights_proj = Linear(cfg.hidden_size, self.heads)
         self.compressor = Compressor(cfg, spec, self.width)
+
+    @property
+    def rounding(self) -> bool:
+        """Whether queries and keys are FP4 numbers."""
+        return self.cfg.activation_rounding != "none" or packs_keys(self.cfg)
 
     def keys(
         self,
@@ -45,7 +51,7 @@ class Indexer(nn.Module):
         dtype: torch.dtype,
         state: LayerState | None,
     ) -> Tensor | None:
-        """All index keys up to this call, rotated: [B, C, K]; None when there is none yet.
+        """All index keys up to this call, rotated: [B, C, K], or packed rows of the state; None when there is none yet.
 
         `projected` comes from the compressor's `project`, None where no block can be completed.
         """
@@ -54,10 +60,12 @@ class Indexer(nn.Module):
             pending = None if state is None else state.index_pending
             new = self.compressor(projected, layout, frequencies, dtype, pending)
         if new is not None:
-            new = self._rotate(new)
+            new = hadamard(new)
+        if state is None or not packs_keys(self.cfg):
+            new = round_index_fp4(new) if self.rounding and new is not None else new
         if state is None:
             return layout.gather(new, self.compressor.ratio)
-        return state.append("index_keys", new, layout.entries(self.compressor.ratio))
+        return state.append("index_keys", pack_keys(self.cfg, new), layout.entries(self.compressor.ratio))
 
     def queries(self, x: Tensor, latent: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, S, D], latent [B, S, Q] (after q_norm) -> queries [B, S, J, K] and head weights [B, S, J]."""
@@ -70,7 +78,10 @@ class Indexer(nn.Module):
 
     @torch.no_grad()
     def select(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible) -> Visible:
-        """Narrow `visible` to the top k entries per query; scores are computed in blocks of queries."""
+        """Narrow `visible` to the top k entries per query; scores are computed in blocks of queries.
+
+        keys: [B, C, K], or packed rows uint8 [B, C, Y].
+        """
         if infers(q):
             top_k, weights = min(self.top_k, keys.shape[1]), weights.float()
             picks = [
@@ -78,7 +89,7 @@ class Indexer(nn.Module):
                 for b, (start, end) in enumerate(zip(*visible.by_row(q.shape[0]), strict=True))
             ]
             return Visible(visible.end, visible.start, torch.stack(picks))
-        parts = []
+        keys, parts = unpacked_keys(self.cfg, keys, q.dtype), []
         for lo, hi in query_blocks(q.shape[0], q.shape[1], self.heads * max(1, keys.shape[1])):
             scores = index_scores(q[:, lo:hi], weights[:, lo:hi], keys)
             mask = visible.mask(lo, hi, keys.shape[1])

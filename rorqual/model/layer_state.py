@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rorqual.config import LayerSpec, ModelConfig
+from rorqual.model.cache_format import row_of
 from rorqual.model.layout import EntryPlan, Layout
 from rorqual.model.pages import Paged
 from rorqual.model.ring import ring_read, ring_write
@@ -62,7 +63,7 @@ class Recall:
 @dataclass
 class LayerState:
     """One layer's memory. `entries` [B, capacity, K] and `index_keys` are present only where the layer has them; in a
-    paged state they are `Paged`.
+    paged state they are `Paged`. Their rows are packed where the model's cache format says so (`cache_format.py`).
     """
 
     window: Tensor
@@ -176,9 +177,11 @@ def new_layer(cfg: ModelConfig, spec: LayerSpec, batch: int, rewind: int, like: 
 
     state = LayerState(window=zeros(max(1, cfg.sliding_window - 1) + rewind, cfg.head_dim))
     if spec.compress_ratio:
-        state.entries, state.pending = zeros(0, cfg.head_dim), pending(cfg.head_dim)
+        width, dtype = row_of(cfg, "entries", like.dtype)
+        state.entries, state.pending = zeros(0, width, dtype=dtype), pending(cfg.head_dim)
     if spec.has_indexer:
-        state.index_keys, state.index_pending = zeros(0, cfg.index_head_dim), pending(cfg.index_head_dim)
+        width, dtype = row_of(cfg, "index_keys", like.dtype)
+        state.index_keys, state.index_pending = zeros(0, width, dtype=dtype), pending(cfg.index_head_dim)
     if spec.engram and cfg.engram is not None:
         state.engram = Recall(zeros(max(1, cfg.engram.max_order - 1) + rewind, dtype=torch.int64))
         if cfg.engram.reach:

@@ -17,6 +17,8 @@ from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
 from rorqual.model.trace import RouterRecord, Trace
 from rorqual.ops.experts import grouped_experts, route
+from rorqual.ops.packed_experts import packed_experts
+from rorqual.ops.packed_weight import PackedWeight
 from rorqual.ops.rounded_experts import rounded_experts
 from rorqual.ops.swiglu import swiglu
 
@@ -105,7 +107,13 @@ class MoE(nn.Module):
                 flat, experts, weights, e.w1, e.w3, e.w2, self.limit, lambda: self.shared_experts(flat).float()
             )
             return y.to(x.dtype).view_as(x)
-        run = rounded_experts if self.round_inputs else grouped_experts
+        run: Callable[..., Tensor] = rounded_experts if self.round_inputs else grouped_experts
+        first: object = e.w1
+        if isinstance(first, PackedWeight):  # see `packed_weights.py`
+            run = packed_experts
+        if run is grouped_experts and not torch.is_grad_enabled():  # without the sum in between
+            shared = self.shared_experts(flat)
+            return grouped_experts(flat, experts, weights, e.w1, e.w3, e.w2, self.limit, shared).view_as(x)
         routed = run(flat, experts, weights, e.w1, e.w3, e.w2, self.limit)
         return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
 
@@ -121,7 +129,7 @@ class MoE(nn.Module):
         """Health figures of the router and of the routed experts' clamp."""
         probe, e = trace.probe(layout), self.experts
         watch_router(trace, self.name, scores, probe)
-        if e.w1.shape[0] == self.gate.weight.shape[0]:  # all experts are here
+        if isinstance(e.w1, Tensor) and e.w1.shape[0] == self.gate.weight.shape[0]:  # all experts are here
             watch_clamp(trace, self.name, x, experts, e.w1, e.w3, self.limit, probe)
 
     def _record(self, experts: Tensor, scores: Tensor, layout: Layout, with_ids: bool) -> RouterRecord:

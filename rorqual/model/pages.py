@@ -12,27 +12,24 @@ of lcm(m, m') tokens.
 P pages, R rows of a page, K width of a row, C entries of a sequence.
 """
 
-import contextlib
 import heapq
 import math
-import mmap
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from rorqual.config import ModelConfig
 from rorqual.errors import CacheError
+from rorqual.model.cache_format import row_of
+from rorqual.model.page_memory import populate, reserve
 
 PAGE_TOKENS = 128
 """Tokens of a page, unless a layer's ratio does not divide them."""
-
-
-HUGE_BYTES = 16 << 20
-"""Parts of at least this size ask for huge pages of the system."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,8 @@ def page_parts(cfg: ModelConfig, dtype: torch.dtype, num_tokens: int | None = No
                 f"A page of {tokens} tokens cannot hold layer {spec.index}, whose entries cover {ratio} tokens each: "
                 f"an entry would lie in two pages. Use a multiple of {ratio}, or no size at all."
             )
-        parts.append(Part(spec.index, "entries", ratio, tokens // ratio, cfg.head_dim, dtype))
-        if spec.has_indexer:
-            parts.append(Part(spec.index, "index_keys", ratio, tokens // ratio, cfg.index_head_dim, dtype))
+        for name in ("entries", "index_keys") if spec.has_indexer else ("entries",):
+            parts.append(Part(spec.index, name, ratio, tokens // ratio, *row_of(cfg, name, dtype)))
     return tuple(parts)
 
 
@@ -101,17 +97,32 @@ class PagePool:
         self.device = like.device
         self.make_room: Callable[[int], None] | None = None
         with torch.inference_mode(False):  # usable in and out of inference mode
-            self._tensors = {
-                (part.layer, part.name): _reserve(part, self.num_pages, like.device) for part in self.parts
+            reserved = {
+                (part.layer, part.name): reserve((self.num_pages, part.rows, part.width), part.dtype, like.device)
+                for part in self.parts
             }
+        self._tensors = {name: tensor for name, (tensor, _) in reserved.items()}
+        self._memories = {name: memory for name, (_, memory) in reserved.items()}
         self._counts = [0] * self.num_pages
+        self._kept = bytearray(self.num_pages)  # 1: one of its users is a store, for later sequences
+        self._num_idle = 0  # pages whose only user is a store
         self._free = list(range(self.num_pages))  # a heap: low ids first, so that runs of ids stay together
         self._lock = threading.RLock()  # re-entrant: a sequence may be collected while another takes pages
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         """Bytes of one page, all layers together."""
         return sum(part.nbytes for part in self.parts)
+
+    def prepare(self, num_bytes: int) -> None:
+        """Let the system bring the memory of the pages that are used first, so that the first to need them does not
+        wait for it. Does nothing where it cannot be asked for that.
+        """
+        pages = min(self.num_pages, num_bytes // max(1, self.page_bytes))
+        for part in self.parts:
+            memory = self._memories[part.layer, part.name]
+            if memory is not None:
+                populate(memory, pages * part.nbytes)
 
     @property
     def num_free(self) -> int:
@@ -121,6 +132,19 @@ class PagePool:
     def tensor(self, layer: int, name: str) -> Tensor:
         """The pages of one part: [pages, rows, K]."""
         return self._tensors[layer, name]
+
+    @property
+    def num_in_use(self) -> int:
+        """Pages with a user other than a store."""
+        return self.num_pages - len(self._free) - self._num_idle
+
+    def is_in_use(self, page: int) -> bool:
+        """Whether a page has a user other than a store."""
+        return self._counts[page] > self._kept[page]
+
+    def has_one_user(self, page: int) -> bool:
+        """Whether a page has exactly one user besides a store."""
+        return self._counts[page] == self._kept[page] + 1
 
     def count(self, page: int) -> int:
         """How many users a page has."""
@@ -150,7 +174,22 @@ class PagePool:
         with self._lock:
             for page in pages:
                 assert self._counts[page] > 0, f"page {page} is free and cannot be shared"
+                self._num_idle -= self._counts[page] == self._kept[page]
                 self._counts[page] += 1
+
+    def keep(self, page: int) -> None:
+        """One more user of a page that somebody uses: a store, which may have it for itself later."""
+        with self._lock:
+            assert self._counts[page] > 0 and not self._kept[page], f"page {page} is free, or kept already"
+            self._counts[page] += 1
+            self._kept[page] = 1
+
+    def drop(self, page: int) -> None:
+        """The inverse of `keep`."""
+        with self._lock:
+            self._num_idle -= self._counts[page] == self._kept[page]
+            self._kept[page] = 0
+            self.release([page])
 
     def release(self, pages: Iterable[int]) -> None:
         """One user less; a page without users is free."""
@@ -158,6 +197,7 @@ class PagePool:
             for page in pages:
                 assert self._counts[page] > 0, f"page {page} was released once too often"
                 self._counts[page] -= 1
+                self._num_idle += self._kept[page] and self._counts[page] == 1
                 if not self._counts[page]:
                     heapq.heappush(self._free, page)
 
@@ -196,20 +236,6 @@ class PagePool:
             out.append((part, view))
             at += part.nbytes
         return out
-
-
-def _reserve(part: Part, num_pages: int, device: torch.device) -> Tensor:
-    """Memory for the pages of a part, in huge pages of the system where it has them: [pages, rows, K].
-
-    They make the first use of a page of ours some times cheaper, and long scans too.
-    """
-    shape, size = (num_pages, part.rows, part.width), num_pages * part.nbytes
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or size < HUGE_BYTES:
-        return torch.empty(shape, dtype=part.dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=part.dtype).view(shape)  # which keeps the memory alive
 
 
 class PageTable:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from rorqual.config import ModelConfig
 from rorqual.errors import ConfigError
 from rorqual.model import decode
-from rorqual.model.indexer import Indexer
 from rorqual.model.linear import Linear
 from rorqual.model.moe import MoE
 from rorqual.ops.fake_quant import WeightFormat, fake_fp8_input, rounded_weight, straight_through
@@ -187,9 +186,19 @@ def round_activations(model: nn.Module, rounding: str) -> None:
         cfg = getattr(module, "cfg", None)
         if isinstance(cfg, ModelConfig):
             module.__dict__["cfg"] = cfg.replace(activation_rounding=rounding)
-        if isinstance(module, Indexer):
-            module.rounding = rounding != "none"
     round_inputs(model, is_on=rounding == "v4-inputs")
+
+
+def keep_cache_as(model: nn.Module, cache_format: str) -> None:
+    """Make `model` compute with, and its new states hold, entries and index keys as `ModelConfig.cache_format` says.
+
+    States and page pools made before cannot be used any more. Raises: ConfigError for another word.
+    """
+    decode.forget(model)
+    for module in model.modules():
+        cfg = getattr(module, "cfg", None)
+        if isinstance(cfg, ModelConfig):
+            module.__dict__["cfg"] = cfg.replace(cache_format=cache_format)
 
 
 def round_inputs(model: nn.Module, *, is_on: bool = True) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rorqual.config import ModelConfig
 from rorqual.errors import CacheError
+from rorqual.model.cache_format import is_lossless
 from rorqual.model.layer_state import LayerState, Pending, Recall, new_layer, recalls
 from rorqual.model.layout import Layout
 from rorqual.model.pages import Paged, PagePool, PageTable
@@ -70,8 +71,13 @@ class State:
     """The pages of a paged state: one row, whose entries and index keys lie in a `PagePool`."""
     decoding: Any = field(default=None, repr=False, compare=False)
     """Where the fused decode step finds this state's tensors (`decode.Memory`)."""
+    cache_format: str = ""
+    """The model's when this was made (see `cache_format.py`)."""
     frozen: int = 0
     """Tokens whose entries came from elsewhere, complete: up to there tokens are only run again for the windows."""
+
+    def __post_init__(self) -> None:
+        self.cache_format = self.cache_format or self.model.cfg.cache_format
 
     @classmethod
     def empty(cls, model: "Transformer", batch_size: int, rewind: int, pool: PagePool | None = None) -> "State":
@@ -152,6 +158,11 @@ class State:
             raise CacheError(
                 f"The state holds {window.dtype} on {window.device}, the model is {like.dtype} on {like.device} now. "
                 "Make the state after moving or casting the model."
+            )
+        if self.cache_format != self.model.cfg.cache_format:
+            raise CacheError(
+                f"The state keeps its rows in the cache format {self.cache_format!r}, and the model's is "
+                f"{self.model.cfg.cache_format!r} now. Make the state after choosing the format."
             )
         self.reserve(num_tokens)
 
@@ -406,9 +417,8 @@ def _whole_numbers(given: object, rows: int) -> list[int]:
 
 def fingerprint(cfg: ModelConfig) -> str:
     """Identifies what a state depends on: the configuration without `extra`, and without parts that V4 has not."""
-    known = (
-        f.name for f in dataclasses.fields(cfg) if f.name != "extra" and not (f.name == "engram" and not cfg.engram)
-    )
+    left_out = {"extra"} | ({"engram"} if not cfg.engram else set()) | ({"cache_format"} if is_lossless(cfg) else set())
+    known = (f.name for f in dataclasses.fields(cfg) if f.name not in left_out)
     settings = sorted((name, repr(getattr(cfg, name))) for name in known)
     return hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
 

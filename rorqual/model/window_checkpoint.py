@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.errors import CacheError
+from rorqual.model.cache_format import row_of
 from rorqual.model.pages import PageTable
 from rorqual.model.state import LayerState, State
 
@@ -58,7 +59,7 @@ def checkpoint_rows(cfg: ModelConfig, dtype: torch.dtype, position: int, page_to
                 first = position // page_tokens * page_tokens // spec.compress_ratio
                 count = position // spec.compress_ratio - first
                 if count:
-                    out.append(Rows(spec.index, entries, first, count, width, dtype))
+                    out.append(Rows(spec.index, entries, first, count, *row_of(cfg, entries, dtype)))
                 for name in ("kv", "score"):
                     channels = width * (2 if spec.overlap else 1)
                     last(spec.index, f"{pending}.{name}", _pending(spec, position), channels, torch.float32)

@@ -14,6 +14,7 @@ N no-rope channels, R rope channels, K index width, Y bytes of a row.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,6 +30,41 @@ from rorqual.ops.rounding import KV_GROUP
 
 ALIGNMENT = 4
 """Rows are padded to a multiple of this many bytes."""
+
+
+@dataclass(frozen=True)
+class PackedEntries:
+    """Compressed entries as they lie in memory, and the dtype that they are computed with."""
+
+    rows: Tensor
+    """uint8 [B, C, Y]."""
+    nope_dim: int
+    rope_dim: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the entries: [B, C, N + R]."""
+        return torch.Size((*self.rows.shape[:-1], self.nope_dim + self.rope_dim))
+
+    def decode(self) -> Tensor:
+        """All of them, [B, C, N + R]."""
+        return decode_entries(self.rows, self.nope_dim, self.rope_dim, self.dtype)
+
+    def picked(self, picks: Tensor) -> tuple[Tensor, Tensor]:
+        """Only those that `picks` int64 [1, T, k] (-1: none) names: [1, U, N + R] in their order, and where the picks
+        stand among them.
+        """
+        used, places = picks.unique(return_inverse=True)
+        if used.numel() and used[0] < 0:
+            used, places = used[1:], places - 1
+        rows = self.rows[0].index_select(0, used)
+        return decode_entries(rows, self.nope_dim, self.rope_dim, self.dtype).unsqueeze(0), places
+
+
+def unpacked(entries: Tensor | PackedEntries) -> Tensor:
+    """Entries [B, C, K], decoded if they are packed."""
+    return entries.decode() if isinstance(entries, PackedEntries) else entries
 
 
 def entry_bytes(nope_dim: int, rope_dim: int) -> int:

@@ -144,14 +144,23 @@ class _GroupedExperts(torch.autograd.Function):
 
 
 def grouped_experts(
-    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
-) -> Tensor:
-    """`experts_reference` in time proportional to the experts actually used. Weights are cast to x's dtype."""
+    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float,
+    shared: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`experts_reference` in time proportional to the experts actually used. Weights are cast to x's dtype.
+
+    With `shared` [T, D] that is added in fp32 and the sum comes in x's dtype.
+    """
+    if experts.numel() and infers(x):
+        w1, w3, w2 = (w if w.dtype is x.dtype else w.to(x.dtype) for w in (w1, w3, w2))
+        return inference.experts_apply(x, experts, weights, w1, w3, w2, limit, shared)
+    routed = _grouped(x, experts, weights, w1, w3, w2, limit)
+    return routed if shared is None else (routed + shared.float()).to(x.dtype)
+
+
+def _grouped(x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float) -> Tensor:
     if not experts.numel():
         return x.float()  # no tokens
-    if infers(x):
-        w1, w3, w2 = (w if w.dtype is x.dtype else w.to(x.dtype) for w in (w1, w3, w2))
-        return inference.experts_apply(x, experts, weights, w1, w3, w2, limit)
     if usable_typed(x) and w1.shape[2] % LANES == 0:
         if odd := -w1.shape[1] % LANES:  # zeros give zeros, and the kernel works in whole vectors
             w1, w3, w2 = F.pad(w1, (0, 0, 0, odd)), F.pad(w3, (0, 0, 0, odd)), F.pad(w2, (0, odd))

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from rorqual.ops import registry
 from rorqual.ops.grouped_linear import grouped_linear
+from rorqual.ops.matvec import packed_linear
 from rorqual.ops.native import inference, infers
+from rorqual.ops.packed_weight import PackedWeight
 
 
 def linear_reference(x: Tensor, weight: Tensor, groups: int = 1, *, exact: bool = False) -> Tensor:
@@ -24,8 +26,13 @@ def linear_reference(x: Tensor, weight: Tensor, groups: int = 1, *, exact: bool 
     return grouped_linear(x.flatten(0, -3), weight.view(groups, -1, weight.shape[-1])).unflatten(0, x.shape[:-2])
 
 
-def linear(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-    """`linear_reference` in x's dtype, to which the weight is cast, by the fastest implementation at hand."""
+def linear(x: Tensor, weight: Tensor | PackedWeight, groups: int = 1) -> Tensor:
+    """`linear_reference` in x's dtype, to which the weight is cast, by the fastest implementation at hand.
+
+    A packed weight is multiplied as it is, without gradient.
+    """
+    if isinstance(weight, PackedWeight):
+        return packed_linear(x, weight, groups)
     return registry.pick("linear", x)(x, weight if weight.dtype is x.dtype else weight.to(x.dtype), groups)
 
 

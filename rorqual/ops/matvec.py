@@ -16,14 +16,20 @@ from rorqual.ops.native.library import call
 from rorqual.ops.packed_weight import FORMATS, PackedWeight
 
 
-def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
-    """x [..., I] (fp32 or bf16) times the transpose of `weight` [O, I] -> [..., O] in x's dtype, without gradient."""
-    return registry.pick("packed_linear", x)(x, weight)
+def packed_linear(x: Tensor, weight: PackedWeight, groups: int = 1) -> Tensor:
+    """x [..., I] (fp32 or bf16) times the transpose of `weight` [O, I] -> [..., O] in x's dtype, without gradient.
+
+    With `groups` G each has its own rows of the weight: x [..., G, I] -> [..., G, O / G].
+    """
+    return registry.pick("packed_linear", x)(x, weight, groups)
 
 
-def packed_linear_reference(x: Tensor, weight: PackedWeight) -> Tensor:
+def packed_linear_reference(x: Tensor, weight: PackedWeight, groups: int = 1) -> Tensor:
     """See `packed_linear`: the dequantised weight, products and sums in fp32."""
-    return (x.float() @ weight.dequantise().t()).to(x.dtype)
+    numbers = weight.dequantise()
+    if groups == 1:
+        return (x.float() @ numbers.t()).to(x.dtype)
+    return torch.einsum("...gi,goi->...go", x.float(), numbers.unflatten(0, (groups, -1))).to(x.dtype)
 
 
 def code_arguments(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -35,11 +41,11 @@ def code_arguments(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor 
     )
 
 
-def _packed_linear_native(x: Tensor, weight: PackedWeight) -> Tensor:
+def _packed_linear_native(x: Tensor, weight: PackedWeight, groups: int = 1) -> Tensor:
     x, (out, width) = x.contiguous(), weight.shape
-    y = x.new_empty(*x.shape[:-1], out)
+    y, rows = x.new_empty(*x.shape[:-1], out // groups), x.numel() // (width * groups)
     arguments = code_arguments(weight)
-    call("packed_matvec", x, *arguments, FORMATS.index(weight.format), x.numel() // width, out, width, y)
+    call("packed_matvec", x, *arguments, FORMATS.index(weight.format), rows, groups, out // groups, width, y)
     return y
 
 

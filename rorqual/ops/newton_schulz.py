@@ -32,12 +32,12 @@ def newton_schulz(
     """Orthogonalise every matrix of a batch.
 
     Shapes: [..., n, m] -> [..., n, m] in the input's dtype; rows (or columns, whichever are fewer) come out
-    orthonormal. `dtype` is the working precision: float32 on CPUs and bfloat16 on GPUs unless given. `eps` is
+    orthonormal. `dtype` is the working precision: float32 on CPUs and bfloat16 elsewhere unless given. `eps` is
     added to the norm, so an all-zero matrix (an expert that saw no token) gives zeros, not NaN.
     """
     n, m = matrices.shape[-2:]
     if dtype is None:
-        dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
+        dtype = torch.float32 if matrices.is_cpu else torch.bfloat16
     x = matrices.reshape(-1, n, m)
     # The norm is taken in float32: bfloat16 squares of a wide matrix lose the small singular values.
     x = (x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) + eps)).to(dtype)

@@ -6,13 +6,13 @@ result does not depend on the tokens beside it.
 T tokens, D hidden, E experts, A active experts per token, I expert width.
 """
 
-import torch
 from torch import Tensor
 
 from rorqual.errors import ConfigError
 from rorqual.ops import registry
 from rorqual.ops.experts import experts_reference
 from rorqual.ops.matvec import code_arguments, works
+from rorqual.ops.native.assignments import assign
 from rorqual.ops.native.library import call
 from rorqual.ops.packed_weight import FORMATS, PackedWeight
 
@@ -46,20 +46,15 @@ def _packed_experts_native(
     x: Tensor, experts: Tensor, weights: Tensor, w1: PackedWeight, w3: PackedWeight, w2: PackedWeight, limit: float
 ) -> Tensor:
     x = x.contiguous()
-    (tokens, active), (num_experts, inner, d) = experts.shape, w1.shape
-    rows = tokens * active
-    token, choice, slots = (torch.empty(rows, dtype=torch.int64) for _ in range(3))
-    bounds = torch.empty(num_experts + 1, dtype=torch.int64)
-    call("experts_sort", experts.contiguous(), tokens, active, num_experts, token, choice, bounds, slots)
-    gate = weights.flatten()[choice].float()
-    out = x.new_empty(rows, d)
+    num_experts, inner, d = w1.shape
+    to = assign(experts, weights, num_experts)
+    out = x.new_empty(experts.numel(), d)
     call(
-        "packed_experts", x, token, bounds, gate, *code_arguments(w1), *code_arguments(w3), *code_arguments(w2),
-        FORMATS.index(w1.format), tokens, num_experts, d, inner, limit, out,
+        "packed_experts", x, to.token, to.bounds, to.gate,
+        *code_arguments(w1), *code_arguments(w3), *code_arguments(w2), FORMATS.index(w1.format), len(experts),
+        num_experts, d, inner, limit, out,
     )  # fmt: skip
-    y = x.new_empty(tokens, d, dtype=torch.float32)
-    call("experts_combine", out, slots, tokens, active, d, y)
-    return y
+    return to.combine(out)
 
 
 registry.register("packed_experts", "reference", packed_experts_reference)

@@ -5,7 +5,8 @@ say for which tensors they work. `RORQUAL_OPS=reference` switches all twins off.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,25 @@ def pick(operation: str, tensor: Tensor) -> Callable[..., Any]:
         if (name == "reference" or allows(name)) and works(tensor):
             return function
     raise KeyError(operation)  # our own mistake: every operation registers a reference that always works
+
+
+def chosen(operation: str, tensor: Tensor) -> str:
+    """The name of the implementation that `pick` gives."""
+    for name, _, works in _implementations[operation]:
+        if (name == "reference" or allows(name)) and works(tensor):
+            return name
+    raise KeyError(operation)
+
+
+@contextmanager
+def only(name: str) -> Iterator[None]:
+    """Let only family `name` (and references) run meanwhile, in all threads: for controls that must be without it."""
+    global _only
+    before, _only = _only, name
+    try:
+        yield
+    finally:
+        _only = before
 
 
 def implementations(operation: str) -> dict[str, Callable[..., Any]]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.ops.cache_codec import PackedEntries
 from rorqual.ops.native import fused, inference, infers, usable_typed
 
 BLOCK_BUDGET = 1 << 23
@@ -268,7 +269,7 @@ GATHER_FROM = 8
 
 def sparse_attention(
     q: Tensor, kv: Tensor, sink: Tensor, positions: Tensor, window: int, scale: float,
-    entries: Tensor | None = None, visible: Visible | None = None,
+    entries: Tensor | PackedEntries | None = None, visible: Visible | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention_reference` in linear memory; also returns the log-sum-exp of each row's scores (no gradient).
 
@@ -279,6 +280,8 @@ def sparse_attention(
     assert kv.shape[1] == window - 1 + q.shape[1]
     if entries is not None and not entries.shape[1]:
         entries = visible = None
+    if isinstance(entries, PackedEntries):
+        entries, visible = _unpacked(entries, visible)
     is_alike = q.dtype is kv.dtype and (entries is None or entries.dtype is q.dtype)
     start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
     if is_alike and infers(q):
@@ -290,6 +293,14 @@ def sparse_attention(
         gather = entries.shape[1] > GATHER_FROM * visible.picks.shape[-1]
     plan = _Plan(window, scale, positions, visible, min(window, q.shape[1]), gather)
     return _SparseAttention.apply(q, kv, entries, sink, plan)
+
+
+def _unpacked(entries: PackedEntries, visible: Visible | None) -> tuple[Tensor, Visible | None]:
+    """Packed entries as numbers: those that queries of one sequence picked, where they picked, or else all."""
+    if visible is None or visible.picks is None or len(entries.rows) > 1:
+        return entries.decode(), visible
+    some, picks = entries.picked(visible.picks)
+    return some, Visible(torch.full_like(visible.end, some.shape[1]), None, picks)
 
 
 def entry_mass(

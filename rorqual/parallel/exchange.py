@@ -80,7 +80,7 @@ class _Post:
         self.group, self.rank = group, dist.get_rank(group)
         self.peers = dist.get_process_group_ranks(group)
         # gloo matches messages by sender, so receives can wait from the beginning and a sender is never held up;
-        # NCCL works through them in the order given, so a receive must start together with its send
+        # accelerators' backends work through them in the order given, so a receive must start together with its send
         self._is_early = dist.get_backend(group) == "gloo"
         self._sent: list[tuple[_Delivery, list[Tensor]]] = []
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
@@ -15,6 +15,7 @@ from rorqual.engine import Engine
 from rorqual.errors import ConfigError
 from rorqual.server import chat, completions, errors
 from rorqual.server.guard import Guard
+from rorqual.server.metadata import metrics, statistics
 from rorqual.server.schema import ChatRequest, CompletionRequest
 from rorqual.server.served import ServedModel, find_model
 
@@ -87,6 +88,16 @@ def create_app(
             running, waiting = model.engine.occupancy()
             state[name] = {"running": running, "waiting": waiting}
         return JSONResponse({"status": "ok" if alive else "failed", "models": state}, 200 if alive else 503)
+
+    @app.get("/stats")
+    async def stats() -> JSONResponse:
+        """What every engine and its cache have done and are doing, in numbers."""
+        return JSONResponse({name: statistics(model) for name, model in models.items()})
+
+    @app.get("/metrics", include_in_schema=False)
+    async def prometheus() -> PlainTextResponse:
+        """The same for Prometheus."""
+        return PlainTextResponse(metrics(models), media_type="text/plain; version=0.0.4")
 
     @app.get("/", include_in_schema=False)
     @app.head("/", include_in_schema=False)

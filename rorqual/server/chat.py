@@ -17,7 +17,8 @@ from rorqual.chat import suppressed_ids
 from rorqual.errors import RequestError
 from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import build_prompt
-from rorqual.server.replies import Piece, ReplyReader
+from rorqual.server.metadata import metadata
+from rorqual.server.replies import Piece, ReplyReader, exactness_body
 from rorqual.server.schema import ChatRequest
 from rorqual.server.served import Envelope, ServedModel, find_model
 from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
@@ -44,7 +45,7 @@ async def answer(
             top_logprobs=body.top_logprobs or 0,
             suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
         )
-        stream = TokenStream(served.engine, prompt.tokens, params)
+        stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual)
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
     if body.stream:
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -59,7 +60,8 @@ async def answer(
         "finish_reason": reader.finish_reason,
     }
     envelope = Envelope("chat.completion", served.name)
-    return JSONResponse(envelope.body(choice, usage=reader.usage(stream.request.usage)))
+    more = {"exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
+    return JSONResponse(envelope.body(choice, usage=reader.usage(stream.request.usage), **more))
 
 
 async def _lines(
@@ -76,14 +78,17 @@ async def _lines(
             for event in batch:
                 for piece in reader.read(event):
                     if reader.finish_reason:
-                        usage = reader.usage(stream.request.usage)
-                        yield sse(body(piece, reader.finish_reason, usage=usage)) + DONE
+                        more = {
+                            "usage": reader.usage(stream.request.usage), "exactness": exactness_body(stream.request),
+                            "rorqual": metadata(stream.request),
+                        }  # fmt: skip
+                        yield sse(body(piece, reader.finish_reason, **more)) + DONE
                     else:
                         yield sse(body(piece, None, **between))
     except RequestError as error:
         yield sse_error(error)
 
 
-def _chunk(envelope: Envelope, piece: Piece, finish_reason: str | None, **usage: object) -> dict[str, object]:
+def _chunk(envelope: Envelope, piece: Piece, finish_reason: str | None, **more: object) -> dict[str, object]:
     choice = {"delta": piece.delta, "logprobs": piece.logprobs, "finish_reason": finish_reason}
-    return envelope.body(choice, **usage)
+    return envelope.body(choice, **more)

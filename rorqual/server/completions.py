@@ -18,7 +18,8 @@ from rorqual import chat
 from rorqual.engine import TokenEvent, TokenScore
 from rorqual.errors import RequestError
 from rorqual.server.errors import named_as_sent
-from rorqual.server.replies import token_logprob, usage_body
+from rorqual.server.metadata import metadata
+from rorqual.server.replies import api_reason, exactness_body, token_logprob, usage_body
 from rorqual.server.schema import CompletionRequest
 from rorqual.server.served import Envelope, ServedModel, find_model
 from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
@@ -54,7 +55,7 @@ async def answer(
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
     with named_as_sent(messages="prompt"):
-        stream = TokenStream(served.engine, tokens, params)
+        stream = TokenStream(served.engine, tokens, params, body.rorqual)
     writer = _Writer(served.tokenizer, body)
     if body.stream:
         return EventStream(_lines(stream, writer, body, served.name, keep_alive_s), stream.request)
@@ -63,11 +64,12 @@ async def answer(
     pieces += [writer.piece([event]) for event in events]
     choice = {
         "text": "".join(piece["text"] for piece in pieces),
-        "finish_reason": events[-1].finish_reason,
+        "finish_reason": api_reason(events[-1].finish_reason),
         "logprobs": _joined([piece["logprobs"] for piece in pieces]) if body.logprobs is not None else None,
     }
     usage = usage_body(stream.request.usage, None)
-    return JSONResponse(Envelope("text_completion", served.name).body(choice, usage=usage))
+    more = {"usage": usage, "exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
+    return JSONResponse(Envelope("text_completion", served.name).body(choice, **more))
 
 
 async def _lines(
@@ -90,8 +92,9 @@ async def _lines(
                 piece = writer.piece([event])
                 if event.finish_reason is not None:
                     usage = usage_body(stream.request.usage, None)
-                    choice = {**piece, "finish_reason": event.finish_reason}
-                    yield sse(envelope.body(choice, usage=usage)) + DONE
+                    choice = {**piece, "finish_reason": api_reason(event.finish_reason)}
+                    more = {"exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
+                    yield sse(envelope.body(choice, usage=usage, **more)) + DONE
                 elif piece["text"] or piece["logprobs"]:
                     yield sse(envelope.body({**piece, "finish_reason": None}, **between))
     except RequestError as error:

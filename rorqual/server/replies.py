@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rorqual import chat
-from rorqual.engine import TokenEvent, Usage
+from rorqual.engine import FinishReason, Request, TokenEvent, Usage
 from rorqual.tokenizer import Tokenizer
 from rorqual.tokenizer.special import END_THINK
 
@@ -58,7 +58,7 @@ class ReplyReader:
         if event.id is not None:
             self._count(event, was_reasoning)
         if event.finish_reason is not None:
-            events += self._parser.finish("length" if event.finish_reason == "length" else "stop")
+            events += self._parser.finish(api_reason(event.finish_reason))
         for parsed in events:
             if isinstance(parsed, chat.Finished):
                 yield self._close(parsed)
@@ -123,6 +123,11 @@ class ReplyReader:
         }
 
 
+def api_reason(reason: FinishReason | None) -> Literal["stop", "length"]:
+    """The engine's finish reason in the API's words: an answer cut off by its deadline is one cut short."""
+    return "length" if reason in ("length", "timeout") else "stop"
+
+
 def token_logprob(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict[str, Any]:
     """One entry of a log-probability list; control tokens have doubled bars, as on the hosted API."""
     raw = tokenizer.token_bytes(token)
@@ -133,6 +138,11 @@ def token_logprob(tokenizer: Tokenizer, token: int, logprob: float | None) -> di
         "logprob": max(logprob, IMPOSSIBLE) if logprob is not None else IMPOSSIBLE,
         "bytes": None if is_control else list(raw),
     }
+
+
+def exactness_body(request: Request) -> dict[str, Any] | None:
+    """What is promised about the bits of a finished answer, and what was done for it."""
+    return None if request.exactness is None else request.exactness.to_dict()
 
 
 def usage_body(usage: Usage, reasoning_tokens: int | None) -> dict[str, Any]:

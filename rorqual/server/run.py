@@ -11,7 +11,7 @@ from typing import Any
 
 import uvicorn
 
-from rorqual.engine import Engine
+from rorqual.engine import Engine, EngineSettings
 from rorqual.errors import ConfigError
 from rorqual.server.app import create_app
 
@@ -26,19 +26,19 @@ def run(
     port: int = 8000,
     model_name: str = "minke",
     revision: str = "2026-04",
-    max_running: int = 8,
-    speculate: bool | None = None,
+    settings: EngineSettings | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serve the API and the page until Ctrl-C; what is being generated then ends with an error (503).
 
-    port: 0 takes a free one. speculate: as `Engine`. on_ready: called with the URL once the server listens.
+    port: 0 takes a free one. settings: of the engine and its cache. on_ready: called with the URL once the server
+    listens.
     Raises: ConfigError when the address cannot be used.
     """
     listener = bind(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     is_loopback = host in ("127.0.0.1", "localhost", "::1")
-    with Engine(model, tokenizer, max_running=max_running, speculate=speculate) as engine:
+    with (settings or EngineSettings()).open(model, tokenizer) as engine:
         app = create_app(engine, model_name, revision=revision, allowed_hosts=LOOPBACK if is_loopback else None)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
         server = _Server(config, engine)

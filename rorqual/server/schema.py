@@ -39,6 +39,13 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+class Extension(Body):
+    """What this server takes beyond the API, in the body's `rorqual` object."""
+
+    priority: int | None = Field(None, ge=-100, le=100, description="Higher goes first; 0 unless given.")
+    timeout_s: float | None = Field(None, description="Seconds after which the answer ends with what it has.")
+
+
 class ResponseFormat(Body):
     type: str
     json_schema: Any = None
@@ -86,6 +93,7 @@ class Sampling(Body):
     n: int | None = Field(None, description="Only 1.")
     user: str | None = Field(None, description="No effect: nothing is kept or shared between requests.")
     user_id: str | None = Field(None, description="As `user`.")
+    rorqual: Extension | None = Field(None, description="Our own: `priority` and `timeout_s`.")
 
     @field_validator("presence_penalty", "frequency_penalty")
     @classmethod

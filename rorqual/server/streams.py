@@ -13,7 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from rorqual.engine import Engine, Request, SamplingParams, TokenEvent
 from rorqual.errors import RequestError
-from rorqual.server.errors import ClientGone, error_body
+from rorqual.server.errors import ClientGone, error_body, named_as_sent
+from rorqual.server.schema import Extension
 
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
@@ -22,17 +23,29 @@ KEEP_ALIVE = ": keep-alive\n\n"
 class TokenStream:
     """One engine request seen from the event loop; make it inside the loop.
 
+    more: what the body's `rorqual` object asks for.
     Raises: RequestError as `Engine.submit`.
     """
 
-    def __init__(self, engine: Engine, tokens: Sequence[int], params: SamplingParams) -> None:
+    def __init__(
+        self, engine: Engine, tokens: Sequence[int], params: SamplingParams, more: Extension | None = None
+    ) -> None:
         loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
 
         def listener(event: TokenEvent) -> None:
             loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
-        self.request: Request = engine.submit(tokens, params, listener=listener, rendered=True)
+        more = more or Extension.model_validate({})
+        with named_as_sent(timeout_s="rorqual.timeout_s"):
+            self.request: Request = engine.submit(
+                tokens,
+                params,
+                priority=more.priority or 0,
+                timeout_s=more.timeout_s,
+                listener=listener,
+                rendered=True,
+            )
 
     async def batches(self, patience_s: float) -> AsyncIterator[list[TokenEvent]]:
         """Events in order, those that are ready together; an empty list after `patience_s` without any.

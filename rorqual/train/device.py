@@ -3,6 +3,7 @@
 import torch
 
 from rorqual.errors import ConfigError
+from rorqual.ops.device import accelerator
 from rorqual.parallel.launch import is_joined_from_outside, local_world
 
 
@@ -20,7 +21,7 @@ def check_device(name: str, processes: int) -> torch.device:
         ) from None
     if device.type == "cpu":
         return device
-    here = _accelerator()
+    here = accelerator()
     count = torch.accelerator.device_count() if here is not None else 0
     if here is None or here.type != device.type or (device.index or 0) >= count:
         found = "none" if here is None else f"{count} of type {here.type}"
@@ -42,10 +43,6 @@ def check_device(name: str, processes: int) -> torch.device:
     return device
 
 
-def _accelerator() -> torch.device | None:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-
-
 def _choice() -> str:
-    here = _accelerator()
+    here = accelerator()
     return "Set run.device=cpu" + (f" or run.device={here.type}." if here is not None else ".")

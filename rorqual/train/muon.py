@@ -135,7 +135,7 @@ class Muon:
         return (float(torch.stack(squares).sum()) if squares else 0.0), float(count)
 
     def _orthogonalise(self, matrices: Tensor) -> Tensor:
-        if matrices.is_cuda:
+        if not matrices.is_cpu:
             return newton_schulz(matrices, self.steps, dtype=self.compute_dtype)
         per_chunk = max(1, CHUNK_BYTES // (4 * matrices.shape[1] * matrices.shape[2]))
         chunks = [newton_schulz(c, self.steps, dtype=self.compute_dtype) for c in matrices.split(per_chunk)]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from rorqual import log
+from rorqual.ops.device import name as device_name
 
 logger = log.get(__name__)
 
@@ -154,7 +155,7 @@ def environment(seed: int, device: str, threads: int, processes: int) -> dict[st
         "system": platform.system(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "device": _device_name(torch.device(device)),
+        "device": device_name(torch.device(device)),
         "threads": threads,
         "processes": processes,
         "seed": seed,
@@ -170,13 +171,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return str(device)
-    name = getattr(torch.get_device_module(device), "get_device_name", None)
-    return str(name(device)) if name is not None else str(device)
 
 
 def _processor() -> str | None:

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mock_model import byte_tokenizer
+from plain_generation import alone
 from small_models import build, chunkings, config, drawn, some_tokens
 from torch import Tensor
 
-from rorqual.engine import Completion, Engine, SamplingParams, TokenEvent, sampler
+from rorqual.engine import Completion, Engine, SamplingParams, TokenEvent
 from rorqual.engine.memory import StateCost
 from rorqual.errors import ConfigError, RequestError
 from rorqual.model import Segment, Transformer
@@ -46,19 +47,6 @@ def params(number: int, max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.8, seed=number, max_tokens=max_tokens, **filters)
 
 
-def alone(model: Transformer, ids: list[int], own: SamplingParams) -> list[int]:
-    """Plain generation: the whole prompt in one call, then one token after another."""
-    state, known, new = model.new_state(), list(ids), list(ids)
-    with torch.inference_mode():
-        while len(known) < len(ids) + (own.max_tokens or 0):
-            logits = model(torch.tensor([new]), state=state)[0, -1]
-            new = [sampler.sample(logits, own, own.seed or 0, len(known))]
-            known += new
-            if new[0] == TOKENIZER.eos_token_id:
-                break
-    return known[len(ids) :]
-
-
 def submit_all(engine: Engine, many: Sequence[tuple[list[int], SamplingParams]], **more: Any) -> list[Completion]:
     requests = [engine.submit(ids, own, wait=True, **more) for ids, own in many]
     return [request.result(PATIENCE_S) for request in requests]
@@ -82,7 +70,7 @@ def test_sixteen_at_once_equal_each_alone(model: Transformer) -> None:
     with Engine(model, TOKENIZER, max_running=16, chunk=24) as engine:
         together = submit_all(engine, many)
         stats = engine.stats()
-    assert [list(out.ids) for out in together] == [alone(model, *one) for one in many]
+    assert [list(out.ids) for out in together] == [alone(model, *one, TOKENIZER.eos_token_id) for one in many]
     assert stats.tokens_per_step > 4, "they did share steps"
     assert stats.sampled_tokens == sum(len(out.ids) for out in together)
     assert stats.prompt_tokens == sum(len(ids) for ids, _ in many)
@@ -97,7 +85,7 @@ def test_sixty_four_at_once_equal_each_alone(kind: str) -> None:
     many = batch(64, 300, 40)
     with Engine(model, TOKENIZER, max_running=64, chunk=128) as engine:
         together = submit_all(engine, many)
-    assert [list(out.ids) for out in together] == [alone(model, *one) for one in many]
+    assert [list(out.ids) for out in together] == [alone(model, *one, TOKENIZER.eos_token_id) for one in many]
 
 
 @drawn(4)
@@ -121,7 +109,7 @@ def test_cancelling_some_changes_nothing_for_the_others(
         outs = [request.result(PATIENCE_S) for request in requests]
         assert engine.occupancy() == (0, 0)
     for i, (out, one) in enumerate(zip(outs, many, strict=True)):
-        expected = alone(model, *one)
+        expected = alone(model, *one, TOKENIZER.eos_token_id)
         if out.finish_reason == "cancelled":
             assert i in cancelled and list(out.ids) == expected[: len(out.ids)]
         else:
@@ -167,7 +155,7 @@ def test_a_budget_of_bytes_is_kept_by_waiting_and_by_starting_again() -> None:
             time.sleep(0.001)
         outs = [request.result() for request in requests]
         stats, steps = engine.stats(), engine.step_log()
-    assert [list(out.ids) for out in outs] == [alone(model, *one) for one in many]
+    assert [list(out.ids) for out in outs] == [alone(model, *one, TOKENIZER.eos_token_id) for one in many]
     assert stats.preemptions > 0 and most > budget / 2
     assert max(step.charged_bytes for step in steps) <= budget
     assert len(steps) == stats.rounds
@@ -238,7 +226,7 @@ def test_a_request_that_breaks_a_shared_step_fails_alone() -> None:
     many = [(prompt(10 + 7 * i, i), params(i, 12)) for i in range(6)]
     many = [([65 if token == 66 else token for token in ids], own) for ids, own in many]
     suppressed = [(ids, own.replace(suppress_token_ids=(66,))) for ids, own in many]
-    expected = [alone(model, *one) for one in suppressed]
+    expected = [alone(model, *one, TOKENIZER.eos_token_id) for one in suppressed]
     model.__class__ = Poisoned
     with Engine(model, TOKENIZER, max_running=8, chunk=16) as engine:
         good = [engine.submit(ids, own) for ids, own in suppressed]

@@ -116,7 +116,7 @@ def test_rows_of_one_state() -> None:
 
 def other_models() -> list[tuple[str, Transformer]]:
     """Models that only the layer code can run."""
-    rounded = build(config(activation_rounding="v4"))
+    rounded = build(config(activation_rounding="v4-inputs"))
     stored = build(config())
     quantised.quantise(stored, "fp4")
     hooked = build(config())

@@ -1,15 +1,17 @@
 """An engine with a prefix cache on tiny random networks: each request gets the tokens it would have got alone."""
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from mock_model import byte_tokenizer
+from plain_generation import alone
 from small_models import build, config
 
-from rorqual.engine import Completion, Engine, SamplingParams, sampler
+from rorqual.engine import Completion, Engine, SamplingParams
+from rorqual.engine.memory import PagedCost
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.errors import ConfigError
 from rorqual.model import Transformer
@@ -23,19 +25,6 @@ PATIENCE_S = 300
 def model() -> Transformer:
     """Window, CSA, HCA, CSA."""
     return build(config(vocab_size=TOKENIZER.vocab_size))
-
-
-def alone(model: Transformer, ids: list[int], own: SamplingParams) -> list[int]:
-    """Plain generation without engine or cache."""
-    state, known, new = model.new_state(), list(ids), list(ids)
-    with torch.inference_mode():
-        while len(known) < len(ids) + (own.max_tokens or 0):
-            logits = model(torch.tensor([new]), state=state)[0, -1]
-            new = [sampler.sample(logits, own, own.seed or 0, len(known))]
-            known += new
-            if new[0] == TOKENIZER.eos_token_id:
-                break
-    return known[len(ids) :]
 
 
 def new_cache(model: Transformer, **options: Any) -> PrefixCache:
@@ -64,7 +53,7 @@ def run(engine: Engine, prompts: list[list[int]], max_tokens: int = 6) -> list[C
 
 def expected(model: Transformer, prompts: list[list[int]], max_tokens: int = 6) -> list[list[int]]:
     own = [SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=max_tokens) for i in range(len(prompts))]
-    return [alone(model, ids, one) for ids, one in zip(prompts, own, strict=True)]
+    return [alone(model, ids, one, TOKENIZER.eos_token_id) for ids, one in zip(prompts, own, strict=True)]
 
 
 @pytest.mark.parametrize("windows", ["full", "periodic", "zero"])
@@ -176,3 +165,48 @@ def test_a_cache_belongs_to_its_model(model: Transformer) -> None:
         new_cache(model, windows="periodic", period=12)
     with pytest.raises(ConfigError, match="which has none"):
         new_cache(model, period=16)
+
+
+def test_a_budget_counts_what_requests_share_once(model: Transformer) -> None:
+    endless = (TOKENIZER.eos_token_id,)
+    draw = random.Random(1)
+    stem = [draw.randrange(3, 259) for _ in range(240)]
+    prompts = [[*stem, *(draw.randrange(3, 259) for _ in range(5))] for _ in range(6)]
+    own = SamplingParams(temperature=0, max_tokens=20, suppress_token_ids=endless)
+    cache = new_cache(model)
+    cost, page = PagedCost(cache), cache.pool.page_bytes
+    alone_bytes = cost(245 + 20)
+    budget = alone_bytes + 5 * (cost(1) + 10 * page)  # one whole state, and what each more has for itself
+    assert budget < 6 * cost(246), "six that share nothing would not fit, even before they say anything"
+    with Engine(
+        model, TOKENIZER, max_running=6, chunk=64, prefix_cache=cache, max_state_bytes=budget, log_steps=10_000
+    ) as engine:
+        engine.submit(prompts[0], own).result(PATIENCE_S)
+        requests = [engine.submit(ids, own) for ids in prompts]
+        outs = [request.result(PATIENCE_S) for request in requests]
+        steps = engine.step_log()
+        assert engine.stats().preemptions == 0
+    assert max(step.running for step in steps) == 6, "they ran together"
+    assert max(step.charged_bytes for step in steps) <= budget
+    assert [list(out.ids) for out in outs] == [alone(model, ids, own, TOKENIZER.eos_token_id) for ids in prompts]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_budget_with_a_cache_is_kept(model: Transformer, seed: int) -> None:
+    prompts, own = family(10, seed), SamplingParams(temperature=0, max_tokens=40, seed=seed)
+    cache = new_cache(model, memory_bytes=1 << 16)
+    cost, page = PagedCost(cache), cache.pool.page_bytes
+    budget = 2 * cost(110)
+    with Engine(
+        model, TOKENIZER, max_running=5, chunk=16, prefix_cache=cache, max_state_bytes=budget, log_steps=10_000
+    ) as engine:
+        requests = [engine.submit(ids, own) for ids in prompts]
+        while not all(request.finished for request in requests):
+            assert cache.pool.num_in_use * page <= budget
+            time.sleep(0.002)
+        outs = [request.result(PATIENCE_S) for request in requests]
+        steps = engine.step_log()
+    assert max(step.charged_bytes for step in steps) <= budget
+    assert [list(out.ids) for out in outs] == [alone(model, ids, own, TOKENIZER.eos_token_id) for ids in prompts]
+    cache.clear()
+    assert cache.pool.num_in_use == 0 and cache.pool.num_free == cache.pool.num_pages

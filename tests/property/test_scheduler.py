@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from small_models import drawn
 
 from rorqual.engine.job import Job
+from rorqual.engine.pace import Pace
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.request import Request
 from rorqual.engine.scheduler import GRAIN, Round, Scheduler
@@ -212,3 +213,32 @@ def test_cancelled_and_late_requests_leave_at_the_next_round() -> None:
 def test_limits_that_let_nothing_run_are_refused(limits: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         Scheduler(4, 4, **limits)  # type: ignore[arg-type]
+
+
+def test_a_step_reads_as_much_as_its_time_allows() -> None:
+    pace = Pace(1024, gap_s=0.05)
+    assert pace(8) == 1024, "nothing is known yet"
+    for _ in range(40):
+        pace.observe(0, 10, 0.010)  # a millisecond for each that decodes
+        pace.observe(512, 10, 0.010 + 512 * 1e-4)
+    assert pace(0) == 1024, "nobody waits"
+    assert pace(10) == 384, "40 ms are left, of 0.1 ms a token: 400, in whole pages"
+    assert pace(30) == GRAIN, "20 ms are 200 tokens"
+    assert pace(60) == GRAIN, "no time is left, and the prompt moves on"
+    for _ in range(40):
+        pace.observe(256, 0, 256 * 4e-5)  # the machine is quicker now
+    assert pace(10) == 896
+    assert Pace(1024, None)(10) == 1024
+
+
+@given(
+    gap_s=st.floats(1e-4, 1.0),
+    steps=st.lists(st.tuples(st.integers(0, 600), st.integers(0, 70), st.floats(1e-6, 10.0)), max_size=20),
+    chunk=st.sampled_from([1, 100, 128, 500, 512]),
+)
+def test_whatever_was_measured_a_prompt_moves_on(gap_s: float, steps: list[tuple[int, int, float]], chunk: int) -> None:
+    pace = Pace(chunk, gap_s)
+    for prompt_tokens, decoding, seconds in steps:
+        pace.observe(prompt_tokens, decoding, seconds)
+        for others in (0, 1, 64):
+            assert min(chunk, GRAIN) <= pace(others) <= chunk

@@ -138,7 +138,7 @@ def test_drafts_of_the_module(model: Transformer, has_cache: bool) -> None:
     prompts = prompts_of(12, 7)
     expected = plain(model, prompts, 20)
     cache = PrefixCache(model, memory_bytes=1 << 22, running_tokens=4096, page_tokens=8) if has_cache else None
-    with Engine(model, TOKENIZER, max_running=4, chunk=16, prefix_cache=cache) as engine:
+    with Engine(model, TOKENIZER, max_running=4, chunk=16, prefix_cache=cache, speculate=True) as engine:
         same(run(engine, prompts, 20), expected)
         assert engine.stats().drafted_tokens > 100
 
@@ -151,7 +151,7 @@ def test_random_loads(model: Transformer, seed: int, max_tokens: int, max_runnin
     prompts = prompts_of(6, seed)
     expected = plain(model, prompts, max_tokens)
     limit = 5 * StateCost(model)(60) // 2
-    with Engine(model, TOKENIZER, max_running=max_running, chunk=16, max_state_bytes=limit) as engine:
+    with Engine(model, TOKENIZER, max_running=max_running, chunk=16, max_state_bytes=limit, speculate=True) as engine:
         requests = [
             engine.submit(ids, params_of(i, max_tokens), wait=True, priority=i % 3) for i, ids in enumerate(prompts)
         ]
@@ -162,7 +162,7 @@ def test_random_loads(model: Transformer, seed: int, max_tokens: int, max_runnin
 def test_preemption_and_cancelled_requests(model: Transformer) -> None:
     prompts = [ids * 3 for ids in prompts_of(6, 11)]
     expected = plain(model, prompts, 30)
-    with Engine(model, TOKENIZER, max_running=3, chunk=16, max_queued=99) as engine:
+    with Engine(model, TOKENIZER, max_running=3, chunk=16, max_queued=99, speculate=True) as engine:
         low = [engine.submit(ids, params_of(i, 30)) for i, ids in enumerate(prompts)]
         next(iter(low[0]))  # it decodes now
         doomed = engine.submit(prompts[0], SamplingParams(max_tokens=500), priority=1)
@@ -189,7 +189,7 @@ def test_a_step_that_fails_with_drafts_is_made_again_without(
         return real(self, segments)
 
     monkeypatch.setattr(Transformer, "step", fails)
-    with Engine(model, TOKENIZER, max_running=2, chunk=64) as engine:
+    with Engine(model, TOKENIZER, max_running=2, chunk=64, speculate=True) as engine:
         same(run(engine, prompts), expected)
         assert engine.stats().failed_steps > 0
 
@@ -231,8 +231,8 @@ def test_sampled_tokens_have_the_model_s_distribution(model: Transformer) -> Non
 
 def test_where_speculation_is_on(model: Transformer) -> None:
     bare = build(config(vocab_size=TOKENIZER.vocab_size))
-    for network, asked, is_on in ((model, None, True), (model, False, False), (bare, None, False)):
-        with Engine(network, TOKENIZER, speculate=asked) as engine:
+    for is_on in (True, False):
+        with Engine(model, TOKENIZER, speculate=is_on) as engine:
             assert (engine.speculation is not None) == is_on
     with pytest.raises(ConfigError, match="needs a model with an MTP module"):
         Engine(bare, TOKENIZER, speculate=True)

@@ -194,7 +194,9 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, where: str, caplog: pytest.Log
     store.close()
 
 
-def test_an_index_beside_a_segment_saves_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_beside_a_segment_saves_the_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     store = open_store(tmp_path)
     write(store, 1, 30)
     store.close()
@@ -213,7 +215,10 @@ def test_an_index_beside_a_segment_saves_the_scan(tmp_path: Path, monkeypatch: p
     store.close()
     for damage in (b"", indexes[0].read_bytes()[:-1], indexes[0].read_bytes()[:500] + b"?" + b"x" * 50):
         indexes[0].write_bytes(damage)
-        store = open_store(tmp_path)
+        with caplog.at_level(logging.WARNING):
+            caplog.clear()
+            store = open_store(tmp_path)
+        assert "is damaged and has been discarded" in caplog.text and not indexes[0].exists()
         assert read_all(store, 1, 30) == (30, 10), "without a sound index the segment is scanned"
         store.close()
 
@@ -242,6 +247,27 @@ def test_garbage_in_the_folder_does_no_harm(tmp_path: Path) -> None:
         (folder / f"{number}.pages").write_bytes(draw.randbytes(draw.choice([0, 10, 64, 4000])))
     (folder / "notes.txt").write_text("mine")
     store = open_store(tmp_path)
+    assert read_all(store, 1, 6) == (6, 2)
+    store.close()
+
+
+def test_what_a_writer_left_as_it_began_is_said_once_and_deleted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 6)
+    store.close()
+    folder = files(tmp_path)[0].parent
+    begun, old, foreign = folder / "1.pages", folder / "2.points", folder / "3.pages"
+    for path, size in ((begun, 0), (old, 20), (foreign, 300)):
+        path.write_bytes(b"x" * size)
+    os.utime(old, (1e9, 1e9))
+    with caplog.at_level(logging.WARNING):
+        store = open_store(tmp_path)
+        for _ in range(3):
+            store.refresh(force=True)
+    assert sorted(Path(record.args[0]).name for record in caplog.records) == ["2.points", "3.pages"]  # type: ignore[index,arg-type]
+    assert begun.exists() and foreign.exists() and not old.exists()
     assert read_all(store, 1, 6) == (6, 2)
     store.close()
 

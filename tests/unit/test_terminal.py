@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from mock_model import ScriptModel, byte_tokenizer
@@ -157,9 +158,9 @@ def test_markers_in_a_question_stay_text(prompts: list[str], run: Callable[..., 
     ids: list[list[int]] = []
     submit = Engine.submit
 
-    def spy(self: Engine, tokens: list[int], params: SamplingParams) -> object:
+    def spy(self: Engine, tokens: list[int], params: SamplingParams, **more: Any) -> object:
         ids.append(tokens)
-        return submit(self, tokens, params)
+        return submit(self, tokens, params, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "submit", spy)

@@ -95,6 +95,7 @@ class DiskStore:
         self._per_hour = write_bytes_per_hour
         self._allowance, self._refilled = float(write_bytes_per_hour or 0), time.monotonic()
         self._segments: dict[str, Segment] = {}
+        self._strangers: set[str] = set()  # files that are no segments of this cache
         self._own: dict[str, Segment] = {}  # by suffix: those this process appends to
         self._pages: dict[bytes, Stored] = {}
         self._points: dict[bytes, dict[bytes, Stored]] = {}  # by key of the page before, then tail
@@ -124,7 +125,11 @@ class DiskStore:
             for name in set(self._segments) - set(names):
                 self._forget(self._segments[name])
             for name in names:
-                segment = self._segments.get(name) or segments.open_segment(self.folder / name, self.fingerprint)
+                if name in self._strangers:
+                    continue
+                segment = self._segments.get(name) or segments.open_segment(
+                    self.folder / name, self.fingerprint, self._strangers
+                )
                 if segment is None or segment.is_own:
                     continue
                 self._segments[name] = segment

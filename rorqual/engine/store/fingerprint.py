@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rorqual.engine.store.checksum import checksum
+from rorqual.model.packed_weights import packed
 from rorqual.model.pages import tokens_per_page
 from rorqual.model.state import fingerprint
 from rorqual.ops import registry
@@ -39,6 +40,10 @@ def store_fingerprint(model: Transformer, page_tokens: int | None = None) -> byt
     for item in (FORMAT, fingerprint(model.cfg), size, like.dtype, model.compute_dtype, arithmetic()):
         digest.update(f"{item}\n".encode())
     state = model.state_dict()
+    for name, weight in packed(model):
+        state[f"{name} {weight.format} codes"] = weight.codes
+        if weight.scale is not None:
+            state[f"{name} {weight.format} scale"] = weight.scale
     whole = sum(t.nbytes for t in state.values()) <= WHOLE_BYTES
     for name in sorted(state):
         tensor = state[name]

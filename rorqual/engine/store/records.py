@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -56,17 +57,17 @@ class Header:
     content_sum: int = 0
     is_alive: bool = True
 
-    @property
+    @cached_property
     def data_at(self) -> int:
         """Where hidden state and content begin, from the record's start."""
         return HEADER + padded(len(self.tokens))
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         """Bytes of hidden state and content, padding included."""
         return padded(self.hidden_bytes + self.content_bytes)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole record."""
         return self.data_at + self.data_bytes

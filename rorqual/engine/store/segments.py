@@ -33,6 +33,9 @@ SUFFIXES = (".pages", ".points")
 _MAGIC = b"rorqual cache 1\n"
 _HEAD = struct.Struct("<16s16s8s")
 HEAD_BYTES = 64
+BEGUN_S = 60.0
+"""A file without a whole head is younger than this while its writer may still be beginning it."""
+
 _INDEX_MAGIC = b"rorqual index 1\n"
 _INDEX = struct.Struct("<16sQ16s")
 """Magic, bytes of the segment, digest of the rest: offset and number of tokens of each record, and its head."""
@@ -90,8 +93,12 @@ def create(folder: Path, suffix: str, fingerprint: bytes, number: int) -> Segmen
     return Segment(path, fd, used=time.time(), is_own=True)
 
 
-def open_segment(path: Path, fingerprint: bytes) -> Segment | None:
-    """An existing segment; None (with a log line) when its head is damaged or another model's."""
+def open_segment(path: Path, fingerprint: bytes, strangers: set[str]) -> Segment | None:
+    """An existing segment; None when its head is damaged or another model's, said once: its name goes to `strangers`.
+
+    A file that ends within its head holds nothing, for its writer was killed as it began: it is deleted when it is old
+    enough that no writer can be about to lock it.
+    """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except PermissionError:
@@ -99,8 +106,12 @@ def open_segment(path: Path, fingerprint: bytes) -> Segment | None:
     except FileNotFoundError:  # deleted by another process meanwhile
         return None
     if os.pread(fd, HEAD_BYTES, 0) != _head(fingerprint):
-        if not is_locked(fd):
+        found = os.fstat(fd)
+        if (found.st_size >= HEAD_BYTES or time.time() - found.st_mtime > BEGUN_S) and not is_locked(fd):
+            strangers.add(path.name)
             logger.warning("%s is not a segment of this cache (its head is damaged or another's); ignored", path)
+            if found.st_size < HEAD_BYTES:
+                path.unlink(missing_ok=True)
         os.close(fd)
         return None
     return Segment(path, fd, used=os.fstat(fd).st_mtime)
@@ -178,26 +189,41 @@ def finish(segment: Segment) -> None:
 
 
 def read_index(segment: Segment, size: int) -> list[tuple[int, Header]] | None:
-    """What `finish` wrote beside a segment of so many bytes; None when there is no sound index for it."""
+    """What `finish` wrote beside a segment of so many bytes; None when there is no sound index for it.
+
+    A damaged one is discarded with a line in the log; one for another length says that the segment was cut.
+    """
+    path = _index_path(segment)
     try:
-        data = _index_path(segment).read_bytes()
+        data = path.read_bytes()
     except OSError:
         return None
+    length, records_of = _parse_index(data)
+    if records_of is None:
+        logger.warning("%s is damaged and has been discarded; the segment itself is read instead", path)
+        with contextlib.suppress(OSError):  # another user's file
+            path.unlink(missing_ok=True)
+    return records_of if length == size else None
+
+
+def _parse_index(data: bytes) -> tuple[int, list[tuple[int, Header]] | None]:
+    """Bytes of the segment that an index was written for, and its records; None for a damaged one."""
     if len(data) < _INDEX.size:
-        return None
+        return 0, None
     magic, length, digest = _INDEX.unpack_from(data)
     body = data[_INDEX.size :]
-    if magic != _INDEX_MAGIC or length != size or digest != _sum(body):
-        return None
-    out, at = [], 0
+    if magic != _INDEX_MAGIC or digest != _sum(body):
+        return length, None
+    out: list[tuple[int, Header]] = []
+    at = 0
     while at < len(body):
         offset, count = _AT.unpack_from(body, at)
         head, at = at + _AT.size, at + _AT.size + records.HEADER + 4 * count
         header = records.decode(body[head : head + records.HEADER], body[head + records.HEADER : at])
         if header is None:
-            return None
+            return length, None
         out.append((offset, header))
-    return out
+    return length, out
 
 
 def _index_path(segment: Segment) -> Path:

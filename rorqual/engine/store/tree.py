@@ -149,7 +149,7 @@ class PrefixTree:
         if child is not None:
             return child
         child = Node(node, block, key or chain_key(node.key, block), node.depth + 1, page)
-        self.pool.retain([page])
+        self.pool.keep(page)
         node.children[block] = child
         self._nodes[child] = None
         self.page_bytes += self._page_cost
@@ -219,7 +219,7 @@ class PrefixTree:
         del node.parent.children[node.block]
         del self._nodes[node]
         node.is_alive = False
-        self.pool.release([node.page])
+        self.pool.drop(node.page)
         self.page_bytes -= self._page_cost
         self.evicted_pages += 1
         self._forgotten[node.key] = None

@@ -7,6 +7,7 @@
 
 #include "attend.h"
 #include "compress.h"
+#include "packed_products.h"
 
 #ifdef _OPENMP
 extern int omp_get_max_threads(void);
@@ -16,14 +17,19 @@ static int omp_get_max_threads(void) { return 1; }
 
 /* Names of what model/decode.py fills in; it reads them here. */
 enum Shape { LAYERS, HIDDEN, STREAMS, HEADS, WIDTH, ROPE, QUERY_RANK, GROUPS, OUTPUT_RANK, WINDOW, EXPERTS, ACTIVE,
-             EXPERT_WIDTH, INDEX_HEADS, INDEX_WIDTH, TOP_K, ITERS, SHAPE_END };
+             EXPERT_WIDTH, INDEX_HEADS, INDEX_WIDTH, TOP_K, ITERS, ENTRY_BYTES, KEY_BYTES, ROUNDS_KV, ROUNDS_KEYS,
+             PROJECTIONS, EXPERT_FORMAT, SHAPE_END };
+/* ENTRY_BYTES, KEY_BYTES: of a packed row in memory, 0 where rows are numbers. ROUNDS_KV, ROUNDS_KEYS: whether window keys
+ * and entries, index keys and queries are FP8 and FP4 numbers. PROJECTIONS, EXPERT_FORMAT: 0 for weights
+ * of the activations' type, or 1 + the format of packed ones (packed_products.h), whose scales are the columns _SCALE. */
 enum Number { NORM_EPS, HC_EPS, SCALE, INDEX_SCALE, ROUTE_SCALE, LIMIT, NUMBER_END };
 enum Layer { RATIO, OVERLAP, FREQUENCIES,
-             HC_ATTN_FN, HC_ATTN_BASE, HC_ATTN_SCALE, ATTN_NORM, WQ_A, Q_NORM, WQ_B, WKV, KV_NORM, SINK, WO_A, WO_B,
+             HC_ATTN_FN, HC_ATTN_BASE, HC_ATTN_SCALE, ATTN_NORM, WQ_A, WQ_A_SCALE, Q_NORM, WQ_B, WQ_B_SCALE, WKV, WKV_SCALE,
+             KV_NORM, SINK, WO_A, WO_A_SCALE, WO_B, WO_B_SCALE,
              ENTRY_WKV, ENTRY_WGATE, ENTRY_APE, ENTRY_NORM,
-             INDEX_WKV, INDEX_WGATE, INDEX_APE, INDEX_NORM, INDEX_WQ_B, INDEX_WEIGHTS, HADAMARD,
-             HC_FFN_FN, HC_FFN_BASE, HC_FFN_SCALE, FFN_NORM, GATE, BIAS, TID2EID, W1, W2, W3, SHARED_W1, SHARED_W2,
-             SHARED_W3, LAYER_END };
+             INDEX_WKV, INDEX_WGATE, INDEX_APE, INDEX_NORM, INDEX_WQ_B, INDEX_WQ_B_SCALE, INDEX_WEIGHTS, HADAMARD,
+             HC_FFN_FN, HC_FFN_BASE, HC_FFN_SCALE, FFN_NORM, GATE, BIAS, TID2EID, W1, W1_SCALE, W2, W2_SCALE, W3, W3_SCALE,
+             SHARED_W1, SHARED_W1_SCALE, SHARED_W2, SHARED_W2_SCALE, SHARED_W3, SHARED_W3_SCALE, LAYER_END };
 enum Memory { RING, RING_SIZE, BLOCKS_KV, BLOCKS_SCORE, BLOCKS_SIZE, ENTRIES, ENTRY_ROWS,
               INDEX_BLOCKS_KV, INDEX_BLOCKS_SCORE, INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, MEMORY_END };
 

@@ -7,10 +7,12 @@ typedef struct {
     const int64_t *shape, *tokens, *positions, *first, *tables; /* first [rows]: where the row's sequence begins */
     const float *numbers;
     long rows;
-    T *other, *x, *normed, *y, *latent, *latent_normed, *q, *q_turned, *kv, *kv_turned, *o, *z, *index_q, *index_turned, *index_out;
+    T *other, *x, *normed, *y, *latent, *latent_normed, *q, *q_turned, *kv, *kv_turned, *o, *z, *index_q,
+        *index_turned, *index_out, *unpacked;
     T *gate, *up, *inner, *shared, *expert_inner, *expert_out;
     float *post, *comb, *raw, *rs, *weight, *lse, *blocks, *scores, *head_weights, *angles, *plain_angles, *one_angle, *pooled;
-    float *router_scores, *routing, *sorted;
+    float *router_scores, *routing, *sorted, *one_row;
+    uint8_t *codes;
     int64_t *chosen, *token, *choice, *bounds, *slots, *picks;
     void *all[48];
     int count, has_angles, has_plain_angles;
@@ -29,7 +31,7 @@ static void NAME(make_room)(NAME(Step) * s) {
                  {&s->latent_normed, n[QUERY_RANK]}, {&s->q, all}, {&s->q_turned, all}, {&s->kv, n[WIDTH]},
                  {&s->kv_turned, n[WIDTH]}, {&s->o, all}, {&s->z, n[GROUPS] * n[OUTPUT_RANK]},
                  {&s->index_q, most(index, channels)}, {&s->index_turned, most(index, channels)},
-                 {&s->index_out, most(index, channels)}, {&s->gate, n[EXPERT_WIDTH]}, {&s->up, n[EXPERT_WIDTH]},
+                 {&s->index_out, most(index, channels)}, {&s->unpacked, most(n[WIDTH], n[INDEX_WIDTH])}, {&s->gate, n[EXPERT_WIDTH]}, {&s->up, n[EXPERT_WIDTH]},
                  {&s->inner, n[EXPERT_WIDTH]}, {&s->shared, hidden}, {&s->expert_inner, n[ACTIVE] * n[EXPERT_WIDTH]},
                  {&s->expert_out, n[ACTIVE] * hidden}};
     struct {
@@ -40,13 +42,14 @@ static void NAME(make_room)(NAME(Step) * s) {
                   {&s->lse, n[HEADS]}, {&s->blocks, channels}, {&s->scores, channels},
                   {&s->head_weights, n[INDEX_HEADS]}, {&s->angles, n[ROPE]}, {&s->plain_angles, n[ROPE]},
                   {&s->one_angle, n[ROPE]}, {&s->pooled, channels}, {&s->router_scores, n[EXPERTS]},
-                  {&s->routing, n[ACTIVE]}, {&s->sorted, n[ACTIVE]}};
+                  {&s->routing, n[ACTIVE]}, {&s->sorted, n[ACTIVE]}, {&s->one_row, most(n[WIDTH], n[INDEX_WIDTH])}};
     for (unsigned i = 0; i < sizeof(typed) / sizeof(*typed); i++)
         *typed[i].place = NAME(room)(s, sizeof(T) * typed[i].size * rows);
     for (unsigned i = 0; i < sizeof(floats) / sizeof(*floats); i++)
         *floats[i].place = NAME(room)(s, sizeof(float) * floats[i].size * rows);
     int64_t **whole_numbers[] = {&s->chosen, &s->token, &s->choice, &s->slots};
     for (int i = 0; i < 4; i++) *whole_numbers[i] = NAME(room)(s, sizeof(int64_t) * active);
+    s->codes = NAME(room)(s, 4 * (n[WIDTH] + n[INDEX_WIDTH]));
     s->bounds = NAME(room)(s, sizeof(int64_t) * (n[EXPERTS] + 1));
     s->picks = NAME(room)(s, sizeof(int64_t) * n[TOP_K] * rows);
 }
@@ -70,24 +73,66 @@ static const float *NAME(angles_of)(NAME(Step) * s, const int64_t *layer) {
     return angles;
 }
 
+/* x [rows, groups, in] times a projection, whose column (and behind it that of its scales) is `weight`. */
+static void NAME(project)(NAME(Step) * s, const T *x, const int64_t *weight, long groups, long out, long in, T *y) {
+    long format = s->shape[PROJECTIONS] - 1;
+    void *scales = PLACE(weight, 1);
+    if (format < 0) NAME(linear)(x, PLACE(weight, 0), s->rows, groups, out, in, y, NULL);
+    else
+        NAME(packed_matvec)(x, PLACE(weight, 0), format == FORMAT_FP4 ? scales : NULL, format == FORMAT_FP4 ? NULL : scales,
+                            format, s->rows, groups, out, in, y);
+}
+
+/* ---- rounded and packed rows ------------------------------------------------------------------------------------ */
+
+INLINE void NAME(to_floats)(const T *x, long n, float *out) {
+    for (long i = 0; i < n; i += VECTOR) store(out + i, n - i, LOAD(x + i, n - i));
+}
+INLINE void NAME(from_floats)(const float *x, long n, T *out) {
+    for (long i = 0; i < n; i += VECTOR) STORE(out + i, n - i, load(x + i, n - i));
+}
+
+/* The row as it comes back from FP8 (the channels without rope) or FP4. */
+static void NAME(round_kv)(NAME(Step) * s, T *x) {
+    long rope = s->shape[ROPE], nope = s->shape[WIDTH] - rope;
+    NAME(to_floats)(x, nope + rope, s->one_row);
+    encode_entry(s->one_row, nope, rope, s->codes);
+    decode_entry(s->codes, nope, rope, s->one_row);
+    NAME(from_floats)(s->one_row, nope, x);
+}
+static void NAME(round_key)(NAME(Step) * s, T *x) {
+    NAME(to_floats)(x, s->shape[INDEX_WIDTH], s->one_row);
+    encode_key(s->one_row, s->shape[INDEX_WIDTH], s->codes);
+    decode_key(s->codes, s->shape[INDEX_WIDTH], s->one_row);
+    NAME(from_floats)(s->one_row, s->shape[INDEX_WIDTH], x);
+}
+
 /* ---- compressed entries ----------------------------------------------------------------------------------------- */
 
 /* The fields of one of a layer's compressors, and of its memory. */
 typedef struct {
     int wkv, wgate, ape, norm, ring_kv, ring_score, ring_size, stored, stored_rows;
-    long width;
+    long width, row_bytes; /* 0: rows are numbers */
 } NAME(Compressor);
 
-/* Rounds, norms and turns the pooled block of `row` that begins at position `first`: -> out [width]. */
-static void NAME(finish_entry)(NAME(Step) * s, const int64_t *layer, const NAME(Compressor) * c, int64_t first, T *out) {
+/* Norms and turns the pooled block of `row` that begins at position `first`, and puts it to `stored` as it is kept. */
+static void NAME(finish_entry)(NAME(Step) * s, const int64_t *layer, const NAME(Compressor) * c, int64_t first,
+                               uint8_t *stored) {
     T *pooled = s->index_turned;
-    for (long i = 0; i < c->width; i += VECTOR) STORE(pooled + i, c->width - i, load(s->pooled + i, c->width - i));
+    NAME(from_floats)(s->pooled, c->width, pooled);
     rope_angles(&first, PLACE(layer, FREQUENCIES), 1, s->shape[ROPE] / 2, s->one_angle);
     const float *weight = NAME(widened)(s, PLACE(layer, c->norm), c->width);
     int is_key = c->stored == INDEX_KEYS;
+    T *out = c->row_bytes ? s->unpacked : (T *)stored;
     NAME(norm_rope_forward)(pooled, weight, s->one_angle, 1, 1, 1, c->width, s->shape[ROPE], s->numbers[NORM_EPS],
                             is_key ? s->index_out : out, s->rs);
     if (is_key) NAME(linear)(s->index_out, PLACE(layer, HADAMARD), 1, 1, c->width, c->width, out, NULL);
+    if (c->row_bytes) {
+        NAME(to_floats)(out, c->width, s->one_row);
+        if (is_key) encode_key(s->one_row, c->width, stored);
+        else encode_entry(s->one_row, c->width - s->shape[ROPE], s->shape[ROPE], stored);
+    } else if (is_key && s->shape[ROUNDS_KEYS]) NAME(round_key)(s, out);
+    else if (!is_key && s->shape[ROUNDS_KV]) NAME(round_kv)(s, out);
 }
 
 /* The token's projections (`kv` and `score`, [channels]) complete a block of `row` or wait for it. */
@@ -104,10 +149,10 @@ static void NAME(compress_row)(NAME(Step) * s, const int64_t *layer, const int64
             b[count] = t == position ? score + half : ring_score + at;
         }
         compress_entry(a, b, count, c->width, s->pooled);
-        T *stored = PLACE(memory, c->stored);
+        uint8_t *stored = PLACE(memory, c->stored);
         const int64_t *table = (const int64_t *)(uintptr_t)s->tables[row];
-        NAME(finish_entry)(s, layer, c, block * ratio,
-                           stored + entry_row(table, memory[c->stored_rows], block) * c->width);
+        long bytes = c->row_bytes ? c->row_bytes : (long)sizeof(T) * c->width;
+        NAME(finish_entry)(s, layer, c, block * ratio, stored + entry_row(table, memory[c->stored_rows], block) * bytes);
     }
     memcpy(ring_kv + position % size * channels, kv, sizeof(float) * channels);
     memcpy(ring_score + position % size * channels, score, sizeof(float) * channels);
@@ -135,9 +180,10 @@ static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const int
     long heads = n[INDEX_HEADS], width = n[INDEX_WIDTH], longest = 0;
     for (long row = 0; row < s->rows; row++) longest = most(longest, (s->positions[row] + 1) / layer[RATIO]);
     if (longest <= n[TOP_K]) return;
-    NAME(linear)(s->latent_normed, PLACE(layer, INDEX_WQ_B), s->rows, 1, heads * width, n[QUERY_RANK], s->index_q, NULL);
+    NAME(project)(s, s->latent_normed, layer + INDEX_WQ_B, 1, heads * width, n[QUERY_RANK], s->index_q);
     NAME(rope_rotate)(s->index_q, angles, s->rows * heads, heads, s->rows, width, n[ROPE], 1.0f, s->index_turned);
     NAME(linear)(s->index_turned, PLACE(layer, HADAMARD), s->rows * heads, 1, width, width, s->index_out, NULL);
+    for (long i = 0; n[ROUNDS_KEYS] && i < s->rows * heads; i++) NAME(round_key)(s, s->index_out + i * width);
     NAME(linear)(s->normed, PLACE(layer, INDEX_WEIGHTS), s->rows, 1, heads, n[HIDDEN], s->index_q, NULL);
     for (long i = 0; i < s->rows * heads; i++) {
         T scaled;
@@ -150,51 +196,67 @@ static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const int
         const int64_t *mine = memory + row * n[LAYERS] * MEMORY_END;
         int64_t end = (s->positions[row] + 1) / layer[RATIO];
         if (end <= n[TOP_K]) continue;
-        NAME(index_scan)(s->index_out + row * heads * width, s->head_weights + row * heads, PLACE(mine, INDEX_KEYS), NULL,
-                         (const int64_t *)(uintptr_t)s->tables[row], NULL, &end, 1, heads, width, mine[KEY_ROWS], n[TOP_K],
-                         threads, s->picks + row * n[TOP_K]);
+        void *keys = PLACE(mine, INDEX_KEYS);
+        NAME(index_scan)(s->index_out + row * heads * width, s->head_weights + row * heads, n[KEY_BYTES] ? NULL : keys,
+                         n[KEY_BYTES] ? keys : NULL, (const int64_t *)(uintptr_t)s->tables[row], NULL, &end, 1, heads,
+                         width, mine[KEY_ROWS], n[TOP_K], threads, s->picks + row * n[TOP_K]);
     });
 }
 
-/* The keys of a row's token: its window, oldest first (the ring, then rows of this call), then the entries it uses. */
-static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, const int64_t *memory, long row, const T **keys) {
+/* Entries that a row's token uses: all it sees, or the indexer's choice. */
+INLINE long NAME(used_entries)(const NAME(Step) * s, const int64_t *layer, long row) {
+    long end = layer[RATIO] ? (s->positions[row] + 1) / layer[RATIO] : 0;
+    return layer[INDEX_WKV] && end > s->shape[TOP_K] ? s->shape[TOP_K] : end;
+}
+
+/* The keys of a row's token: its window, oldest first (the ring, then rows of this call), then the entries it uses;
+ * packed ones go to `unpacked`. */
+static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, const int64_t *memory, long row, T *unpacked,
+                          const T **keys) {
     const int64_t *n = s->shape, *table = (const int64_t *)(uintptr_t)s->tables[row];
     long position = s->positions[row], first = most(0, position - n[WINDOW] + 1), count = 0, width = n[WIDTH];
     const T *ring = PLACE(memory, RING), *entries = PLACE(memory, ENTRIES);
     for (long t = first; t <= position; t++)
         keys[count++] = t < s->positions[s->first[row]] ? ring + t % memory[RING_SIZE] * width
                                                         : s->kv_turned + (row - (position - t)) * width;
-    long end = layer[RATIO] ? (position + 1) / layer[RATIO] : 0;
-    if (layer[INDEX_WKV] && end > n[TOP_K]) {
-        const int64_t *picks = s->picks + row * n[TOP_K];
-        for (long i = 0; i < n[TOP_K]; i++)
-            if (picks[i] >= 0) keys[count++] = entries + entry_row(table, memory[ENTRY_ROWS], picks[i]) * width;
-    } else {
-        for (long i = 0; i < end; i++) keys[count++] = entries + entry_row(table, memory[ENTRY_ROWS], i) * width;
+    long used = NAME(used_entries)(s, layer, row);
+    int is_choice = used && layer[INDEX_WKV] && (position + 1) / layer[RATIO] > n[TOP_K];
+    for (long i = 0; i < used; i++) {
+        long entry = is_choice ? s->picks[row * n[TOP_K] + i] : i;
+        if (entry < 0) continue;
+        long place = entry_row(table, memory[ENTRY_ROWS], entry);
+        if (n[ENTRY_BYTES]) {
+            float one[width];
+            decode_entry((const uint8_t *)entries + place * n[ENTRY_BYTES], width - n[ROPE], n[ROPE], one);
+            NAME(from_floats)(one, width, unpacked);
+            keys[count++] = unpacked;
+            unpacked += width;
+        } else keys[count++] = entries + place * width;
     }
     return count;
 }
 
 static void NAME(attend_rows)(NAME(Step) * s, const int64_t *layer, const int64_t *memory) {
     const int64_t *n = s->shape;
-    long heads = n[HEADS], width = n[WIDTH], room = 0, threads = omp_get_max_threads();
-    for (long row = 0; row < s->rows; row++) {
-        long end = layer[RATIO] ? (s->positions[row] + 1) / layer[RATIO] : 0;
-        room = most(room, n[WINDOW] + (layer[INDEX_WKV] && end > n[TOP_K] ? n[TOP_K] : end));
-    }
+    long heads = n[HEADS], width = n[WIDTH], used = 0, threads = omp_get_max_threads(), counts[s->rows];
+    for (long row = 0; row < s->rows; row++) used = most(used, NAME(used_entries)(s, layer, row));
+    long room = n[WINDOW] + used;
     int is_much = s->rows * heads * room * width > FORK_FROM;
     long parts = !is_much || s->rows >= threads ? 1 : heads < threads ? heads : threads, each = (heads + parts - 1) / parts;
+    const T **all_keys = malloc(sizeof(T *) * room * s->rows);
+    T *unpacked = n[ENTRY_BYTES] ? malloc(sizeof(T) * used * width * s->rows + 64) : NULL;
+    SHARED_OUT(n[ENTRY_BYTES] && is_much, long row = 0; row < s->rows; row++, {
+        counts[row] = NAME(keys_of)(s, layer, memory + row * n[LAYERS] * MEMORY_END, row,
+                                    unpacked ? unpacked + row * used * width : NULL, all_keys + row * room);
+    });
     SHARED_OUT(is_much, long job = 0; job < s->rows * parts; job++, {
         long row = job / parts, first = job % parts * each, last = first + each < heads ? first + each : heads;
-        const int64_t *mine = memory + row * n[LAYERS] * MEMORY_END;
-        const T **keys = malloc(sizeof(T *) * room);
         float *work = malloc(sizeof(float) * attend_work(each, room, width));
-        long count = NAME(keys_of)(s, layer, mine, row, keys);
-        if (first < last)
-            NAME(attend_query)(s->q_turned + row * heads * width, keys, count, PLACE(layer, SINK), first, last, width,
-                               s->numbers[SCALE], work, s->o + row * heads * width, s->lse + row * heads);
-        free(keys), free(work);
+        NAME(attend_query)(s->q_turned + row * heads * width, all_keys + row * room, counts[row], PLACE(layer, SINK), first,
+                           last, width, s->numbers[SCALE], work, s->o + row * heads * width, s->lse + row * heads);
+        free(work);
     });
+    free(all_keys), free(unpacked);
     for (long row = 0; row < s->rows; row++) {
         const int64_t *mine = memory + row * n[LAYERS] * MEMORY_END;
         memcpy((T *)PLACE(mine, RING) + s->positions[row] % mine[RING_SIZE] * width, s->kv_turned + row * width,
@@ -207,28 +269,29 @@ static void NAME(attention)(NAME(Step) * s, const int64_t *layer, const int64_t 
     long rows = s->rows, heads = n[HEADS], width = n[WIDTH], rope = n[ROPE], hidden = n[HIDDEN], rank = n[QUERY_RANK];
     float eps = s->numbers[NORM_EPS];
     const float *angles = NAME(angles_of)(s, layer);
-    NAME(linear)(s->normed, PLACE(layer, WQ_A), rows, 1, rank, hidden, s->latent, NULL);
+    NAME(project)(s, s->normed, layer + WQ_A, 1, rank, hidden, s->latent);
     NAME(norm)(s, s->latent, PLACE(layer, Q_NORM), rank, s->latent_normed);
-    NAME(linear)(s->latent_normed, PLACE(layer, WQ_B), rows, 1, heads * width, rank, s->q, NULL);
+    NAME(project)(s, s->latent_normed, layer + WQ_B, 1, heads * width, rank, s->q);
     NAME(norm_rope_forward)(s->q, NULL, angles, rows * heads, heads, rows, width, rope, eps, s->q_turned, s->rs);
-    NAME(linear)(s->normed, PLACE(layer, WKV), rows, 1, width, hidden, s->kv, NULL);
+    NAME(project)(s, s->normed, layer + WKV, 1, width, hidden, s->kv);
     NAME(norm_rope_forward)(s->kv, NAME(widened)(s, PLACE(layer, KV_NORM), width), angles, rows, 1, rows, width, rope, eps,
                             s->kv_turned, s->rs);
+    for (long row = 0; n[ROUNDS_KV] && row < rows; row++) NAME(round_kv)(s, s->kv_turned + row * width);
     if (layer[RATIO]) {
         NAME(Compressor) entries = {ENTRY_WKV, ENTRY_WGATE, ENTRY_APE, ENTRY_NORM, BLOCKS_KV, BLOCKS_SCORE, BLOCKS_SIZE,
-                                    ENTRIES, ENTRY_ROWS, width};
+                                    ENTRIES, ENTRY_ROWS, width, n[ENTRY_BYTES]};
         NAME(compress)(s, layer, memory, &entries);
     }
     if (layer[INDEX_WKV]) {
         NAME(Compressor) keys = {INDEX_WKV, INDEX_WGATE, INDEX_APE, INDEX_NORM, INDEX_BLOCKS_KV, INDEX_BLOCKS_SCORE,
-                                 INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, n[INDEX_WIDTH]};
+                                 INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, n[INDEX_WIDTH], n[KEY_BYTES]};
         NAME(compress)(s, layer, memory, &keys);
         NAME(select_entries)(s, layer, memory, angles);
     }
     NAME(attend_rows)(s, layer, memory);
     NAME(rope_rotate)(s->o, angles, rows * heads, heads, rows, width, rope, -1.0f, s->q);
-    NAME(linear)(s->q, PLACE(layer, WO_A), rows, n[GROUPS], n[OUTPUT_RANK], heads * width / n[GROUPS], s->z, NULL);
-    NAME(linear)(s->z, PLACE(layer, WO_B), rows, 1, hidden, n[GROUPS] * n[OUTPUT_RANK], s->y, NULL);
+    NAME(project)(s, s->q, layer + WO_A, n[GROUPS], n[OUTPUT_RANK], heads * width / n[GROUPS], s->z);
+    NAME(project)(s, s->z, layer + WO_B, 1, hidden, n[GROUPS] * n[OUTPUT_RANK], s->y);
 }
 
 /* ---- experts ---------------------------------------------------------------------------------------------------- */
@@ -240,18 +303,27 @@ static void NAME(feed)(NAME(Step) * s, const int64_t *layer) {
     const int64_t *n = s->shape, *by_token = PLACE(layer, TID2EID);
     long rows = s->rows, hidden = n[HIDDEN], inner = n[EXPERT_WIDTH], active = n[ACTIVE];
     float limit = s->numbers[LIMIT];
-    NAME(linear)(s->normed, PLACE(layer, SHARED_W1), rows, 1, inner, hidden, s->gate, NULL);
-    NAME(linear)(s->normed, PLACE(layer, SHARED_W3), rows, 1, inner, hidden, s->up, NULL);
+    NAME(project)(s, s->normed, layer + SHARED_W1, 1, inner, hidden, s->gate);
+    NAME(project)(s, s->normed, layer + SHARED_W3, 1, inner, hidden, s->up);
     NAME(swiglu_forward)(s->gate, s->up, NULL, rows, inner, limit, s->inner);
-    NAME(linear)(s->inner, PLACE(layer, SHARED_W2), rows, 1, hidden, inner, s->shared, NULL);
+    NAME(project)(s, s->inner, layer + SHARED_W2, 1, hidden, inner, s->shared);
     for (long row = 0; by_token && row < rows; row++)
         memcpy(s->chosen + row * active, by_token + s->tokens[row] * active, sizeof(int64_t) * active);
     NAME(router)(s->normed, PLACE(layer, GATE), PLACE(layer, BIAS), rows, hidden, n[EXPERTS], active,
                  s->numbers[ROUTE_SCALE], s->router_scores, s->chosen, s->routing);
     experts_sort(s->chosen, rows, active, n[EXPERTS], s->token, s->choice, s->bounds, s->slots);
     for (long i = 0; i < rows * active; i++) s->sorted[i] = s->routing[s->choice[i]];
-    NAME(experts_apply)(s->normed, s->token, s->bounds, s->sorted, PLACE(layer, W1), PLACE(layer, W3), PLACE(layer, W2),
-                        n[EXPERTS], hidden, inner, limit, s->expert_inner, s->expert_out);
+    long format = n[EXPERT_FORMAT] - 1, is_fp4 = format == FORMAT_FP4;
+    if (format < 0)
+        NAME(experts_apply)(s->normed, s->token, s->bounds, s->sorted, PLACE(layer, W1), PLACE(layer, W3),
+                            PLACE(layer, W2), n[EXPERTS], hidden, inner, limit, s->expert_inner, s->expert_out);
+    else {
+        void *s1 = PLACE(layer, W1_SCALE), *s3 = PLACE(layer, W3_SCALE), *s2 = PLACE(layer, W2_SCALE);
+        NAME(packed_experts)(s->normed, s->token, s->bounds, s->sorted, PLACE(layer, W1), is_fp4 ? s1 : NULL,
+                             is_fp4 ? NULL : s1, PLACE(layer, W3), is_fp4 ? s3 : NULL, is_fp4 ? NULL : s3,
+                             PLACE(layer, W2), is_fp4 ? s2 : NULL, is_fp4 ? NULL : s2, format, rows, n[EXPERTS], hidden,
+                             inner, limit, s->expert_out);
+    }
     NAME(experts_join)(s->expert_out, s->slots, s->shared, rows, active, hidden, s->y);
 }
 

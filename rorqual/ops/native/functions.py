@@ -32,24 +32,9 @@ def _hc_pre(
     y, raw, rs = streams.new_empty(*lead, d), base.new_empty(tokens, base.numel()), base.new_empty(tokens)
     post, comb = base.new_empty(*lead, n), base.new_empty(*lead, n, n)
     call(
-        "hc_pre_forward",
-        streams,
-        fn,
-        base,
-        scale,
-        tokens,
-        n,
-        d,
-        iters,
-        norm_eps,
-        eps,
-        int(training),
-        y,
-        post,
-        comb,
-        raw,
-        rs,
-    )
+        "hc_pre_forward", streams, fn, base, scale, tokens, n, d, iters, norm_eps, eps, int(training), y, post, comb,
+        raw, rs,
+    )  # fmt: skip
     return y, post, comb, raw, rs
 
 

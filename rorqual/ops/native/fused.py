@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rorqual.ops.native.assignments import Assignments, assign
 from rorqual.ops.native.library import call
 
 
@@ -62,38 +63,30 @@ class Experts(torch.autograd.Function):
     ) -> Tensor:
         x = x.contiguous()
         matrices = [w.to(x.dtype).contiguous() for w in (w1, w3, w2)]
-        (tokens, active), (num_experts, inner, d) = experts.shape, w1.shape
-        rows = tokens * active
-        token, choice, slots = (torch.empty(rows, dtype=torch.int64) for _ in range(3))
-        bounds = torch.empty(num_experts + 1, dtype=torch.int64)
-        call("experts_sort", experts.contiguous(), tokens, active, num_experts, token, choice, bounds, slots)
-        gate = weights.flatten()[choice].float()
+        (num_experts, inner, d), rows = w1.shape, experts.numel()
+        to = assign(experts, weights, num_experts)
         a, u, out = x.new_empty(rows, inner), x.new_empty(rows, inner), x.new_empty(rows, d)
-        call("experts_forward", x, token, bounds, gate, *matrices, num_experts, d, inner, limit, a, u, out)
-        y = x.new_empty(tokens, d, dtype=torch.float32)
-        call("experts_combine", out, slots, tokens, active, d, y)
-        ctx.save_for_backward(x, token, choice, bounds, slots, gate, *matrices, a, u)
+        call("experts_forward", x, to.token, to.bounds, to.gate, *matrices, num_experts, d, inner, limit, a, u, out)
+        ctx.save_for_backward(x, *to, *matrices, a, u)
         ctx.limit, ctx.dtypes = limit, (weights.dtype, w1.dtype, w3.dtype, w2.dtype)
-        return y
+        return to.combine(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, token, choice, bounds, slots, gate, w1, w3, w2, a, u = ctx.saved_tensors
-        num_experts, inner, d = w1.shape
-        dy, dxs, dgate = grads[0].to(x.dtype).contiguous(), x.new_empty(token.numel(), d), torch.empty_like(gate)
+        x, *sorted_, w1, w3, w2, a, u = ctx.saved_tensors
+        to, (num_experts, inner, d) = Assignments(*sorted_), w1.shape
+        dy, dxs, dgate = grads[0].to(x.dtype).contiguous(), x.new_empty(len(to.token), d), torch.empty_like(to.gate)
         dw1, dw3, dw2 = (torch.empty(w.shape, dtype=torch.float32) for w in (w1, w3, w2))
         call(
-            "experts_backward", x, token, bounds, gate, w1, w3, w2, a, u, dy, num_experts, d, inner, ctx.limit,
+            "experts_backward", x, to.token, to.bounds, to.gate, w1, w3, w2, a, u, dy, num_experts, d, inner, ctx.limit,
             dxs, dgate, dw1, dw3, dw2,
         )  # fmt: skip
-        dx, active = x.new_empty(x.shape, dtype=torch.float32), token.numel() // max(x.shape[0], 1)
-        call("experts_combine", dxs, slots, x.shape[0], active, d, dx)
-        dweights = torch.empty_like(gate)
-        dweights[choice] = dgate
+        dweights = torch.empty_like(to.gate)
+        dweights[to.choice] = dgate
         kinds = ctx.dtypes
         return (
-            dx.to(x.dtype), None, dweights.view(-1, active).to(kinds[0]), dw1.to(kinds[1]), dw3.to(kinds[2]),
-            dw2.to(kinds[3]), None,
+            to.combine(dxs).to(x.dtype), None, dweights.view(to.slots.shape).to(kinds[0]), dw1.to(kinds[1]),
+            dw3.to(kinds[2]), dw2.to(kinds[3]), None,
         )  # fmt: skip
 
 

@@ -3,9 +3,9 @@
 
 #include <stdlib.h>
 
-#include "index_tiles.h"
+#include "index_narrow.h"
 
-#define QUERIES 8 /* that share a tile of keys */
+#define QUERIES 32 /* that share a tile of keys */
 
 enum Kernel { FLOATS, PAIRS, CODES };
 
@@ -29,47 +29,53 @@ INLINE float score_of(uint64_t rank) {
 }
 INLINE int64_t index_of(uint64_t rank) { return (uint32_t)~(uint32_t)rank; }
 
-/* The k-th largest (1-based) of n different numbers; reorders them. */
-static uint64_t kth_rank(uint64_t *v, long n, long k) {
-    long lo = 0, hi = n - 1, want = k - 1;
-    while (lo < hi) {
-        uint64_t pivot = v[lo + (hi - lo) / 2];
-        long i = lo, j = hi;
-        while (i <= j) {
-            while (v[i] > pivot) i++;
-            while (v[j] < pivot) j--;
-            if (i <= j) {
-                uint64_t swap = v[i];
-                v[i++] = v[j];
-                v[j--] = swap;
-            }
-        }
-        if (want <= j) hi = j;
-        else if (want >= i) lo = i;
-        else break;
-    }
-    return v[want];
-}
-
+/* Leaves the best k. The limit among the ranks' upper halves, the scores, is found bit by bit: counting is done in vectors,
+ * where a selection by swaps would wait for mispredicted branches. Among equal scores the first ones stay. */
 static void keep_best(Best *best) {
     if (best->size <= best->k) return;
-    memcpy(best->scratch, best->list, sizeof(uint64_t) * best->size);
-    uint64_t limit = kth_rank(best->scratch, best->size, best->k);
-    long kept = 0;
-    for (long i = 0; i < best->size; i++)
-        if (best->list[i] >= limit) best->list[kept++] = best->list[i];
+    uint32_t *score = (uint32_t *)best->scratch, limit = 0;
+    long size = best->size, kept = 0, room = best->k;
+    for (long i = 0; i < size; i++) score[i] = (uint32_t)(best->list[i] >> 32);
+    for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+        uint32_t least = limit | bit, count = 0;
+        for (long i = 0; i < size; i++) count += score[i] >= least;
+        if (count >= best->k) limit = least;
+    }
+    for (long i = 0; i < size; i++) room -= score[i] > limit;
+    for (long i = 0; i < size; i++) {
+        int is_equal = score[i] == limit;
+        best->list[kept] = best->list[i];
+        kept += score[i] > limit || (is_equal && room > 0);
+        room -= is_equal;
+    }
     best->size = kept;
-    best->threshold = score_of(limit);
+    best->threshold = score_of((uint64_t)limit << 32);
 }
 
-/* Scores of entries `first` to `last` (not included), of which `score` begins with entry `base`. */
+/* Which scores of entries `first` to `last` (not included) exceed the threshold, a bit each; `score` [TILE] begins with entry
+ * `base`. */
+INLINE uint64_t hits_of(const Best *best, const float *score, int64_t base, int64_t first, int64_t last) {
+    uint64_t hits = 0;
+    for (int v = 0; v < TILE_VECTORS; v++) {
+#ifdef __AVX512F__
+        __m512 threshold = _mm512_set1_ps(best->threshold);
+        uint64_t found = _mm512_cmp_ps_mask((__m512)lanes_at(score + v * LANE_COUNT), threshold, _CMP_NLE_UQ);
+#else
+        uint64_t found = 0;
+        Wholes is_more = ~(lanes_at(score + v * LANE_COUNT) <= best->threshold);
+        for (int i = 0; i < LANE_COUNT; i++) found |= (uint64_t)(is_more[i] & 1) << i;
+#endif
+        hits |= found << v * LANE_COUNT;
+    }
+    return hits & ~(uint64_t)0 << (first - base) & (((uint64_t)1 << (last - base)) - 1); /* a tile is shorter than 64 */
+}
+
+/* The same entries' scores, for the list. */
 INLINE void offer(Best *best, const float *score, int64_t base, int64_t first, int64_t last) {
-    int any = 0;
-    for (int64_t i = first - base; i < last - base; i++) any |= !(score[i] <= best->threshold);
-    if (!any) return;
-    for (int64_t i = first; i < last; i++) {
-        if (score[i - base] <= best->threshold) continue;
-        best->list[best->size++] = rank_of(score[i - base], i);
+    for (uint64_t hits = hits_of(best, score, base, first, last); hits; hits &= hits - 1) {
+        long at = __builtin_ctzll(hits);
+        if (score[at] <= best->threshold) continue; /* which rises on the way */
+        best->list[best->size++] = rank_of(score[at], base + at);
         if (best->size == best->capacity) keep_best(best);
     }
 }
@@ -90,6 +96,7 @@ typedef struct {
     uint8_t *bytes; /* for CODES, with what follows */
     float *scale;
     int32_t *offset;
+    int is_bounded; /* for CODES: some heads can only lower a score */
 } Query;
 
 /* A tile of keys in the form of each kernel that asked for it. */
@@ -100,9 +107,21 @@ typedef struct {
     uint16_t *half_rows;
 } Keys;
 
-INLINE const uint8_t *row_at(const Scan *s, int64_t i) {
-    if (s->table) i = s->table[i / s->per_page] * s->per_page + i % s->per_page;
-    return s->base + i * s->row_bytes;
+/* Rows of a tile that begins with entry `first`; the last entry again where the tile is longer. */
+INLINE void rows_from(const Scan *s, int64_t first, int64_t last, const uint8_t **row) {
+    long n = last - first < TILE ? last - first : TILE, r = 0;
+    while (r < n) {
+        int64_t at = first + r, run = n - r;
+        if (s->table) {
+            int64_t page = at / s->per_page, place = at - page * s->per_page;
+            at = s->table[page] * s->per_page + place;
+            if (run > s->per_page - place) run = s->per_page - place;
+        }
+        const uint8_t *base = s->base + at * s->row_bytes;
+        for (long i = 0; i < run; i++) row[r + i] = base + i * s->row_bytes;
+        r += run;
+    }
+    for (; r < TILE; r++) row[r] = row[n - 1];
 }
 
 static void make_keys(const Scan *s, Keys *keys) {
@@ -153,6 +172,12 @@ static void score_tile(const Scan *s, const Query *query, const float *weights, 
     }
 #endif
 #ifdef HAS_CODE_PRODUCTS
+#ifdef HAS_NARROW_CODES
+    if (query->kernel == CODES && width == GROUP) {
+        narrow_codes(heads, 0, query->bytes, query->scale, query->offset, keys->codes, keys->scales, weights, score);
+        return;
+    }
+#endif
     if (query->kernel == CODES) {
         long groups = width / GROUP;
 #define RUN(n)                                                                                                       \

@@ -7,6 +7,13 @@
  * not depend on other queries. */
 static void NAME(read_query)(const Scan *s, const T *q, Query *query) {
     long size = s->heads * s->width;
+#ifdef HAS_BF16_PRODUCTS
+    if (PER_WORD == 2 && s->width % 2 == 0 && !s->is_packed) { /* both sides are bf16 numbers */
+        query->kernel = PAIRS;
+        memcpy(query->halves, q, sizeof(T) * size);
+        return;
+    }
+#endif
     for (long i = 0; i < size; i++) query->floats[i] = GET(q, i);
     query->kernel = FLOATS;
     int is_exact = 0;
@@ -32,8 +39,14 @@ static void NAME(read_query)(const Scan *s, const T *q, Query *query) {
 static void NAME(fill_keys)(const Scan *s, int64_t first, int64_t last, enum Kernel kernel, Keys *keys) {
     const uint8_t *row[TILE];
     long width = s->width;
-    for (long r = 0; r < TILE; r++) row[r] = row_at(s, first + r < last ? first + r : last - 1);
+    rows_from(s, first, last, row);
 #ifdef HAS_CODE_PRODUCTS
+#ifdef HAS_NARROW_CODES
+    if (kernel == CODES && width == GROUP) {
+        fill_narrow(row, keys->codes, keys->scales);
+        return;
+    }
+#endif
     if (kernel == CODES) {
         fill_codes(row, width, keys->codes, keys->scales);
         return;
@@ -87,6 +100,28 @@ void NAME(index_scan_scores)(const T *q, const float *weights, const T *keys, co
     }
 }
 
+/* Whether an upper bound of the scores is cheaper than they are. */
+static void NAME(look_for_bound)(const Scan *s, const float *weights, Query *query) {
+    query->is_bounded = 0;
+#ifdef HAS_NARROW_CODES
+    long lowering = 0;
+    for (long j = 0; j < s->heads; j++) lowering += weights[j] < 0.0f;
+    query->is_bounded = query->kernel == CODES && s->width == GROUP && 5 * lowering > s->heads;
+#endif
+    (void)s, (void)weights;
+}
+static int NAME(may_win)(const Scan *s, const Query *query, const float *weights, const Keys *keys, const Best *best,
+                         int64_t base, int64_t first, int64_t last) {
+#ifdef HAS_NARROW_CODES
+    float bound[TILE];
+    narrow_codes(s->heads, 1, query->bytes, query->scale, query->offset, keys->codes, keys->scales, weights, bound);
+    return hits_of(best, bound, base, first, last) != 0;
+#else
+    (void)s, (void)query, (void)weights, (void)keys, (void)best, (void)base, (void)first, (void)last;
+    return 1;
+#endif
+}
+
 /* The best of entries `lo` to `hi` for `count` queries that share their tiles: ranks in ascending order of index. */
 static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, const int64_t *start, const int64_t *end,
                             long count, int64_t lo, int64_t hi, long k, Best *best) {
@@ -97,6 +132,7 @@ static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, con
     for (long i = 0; i < count; i++) {
         make_query(s, query + i);
         NAME(read_query)(s, q + i * s->heads * s->width, query + i);
+        NAME(look_for_bound)(s, weights + i * s->heads, query + i);
         long capacity = 2 * k + 4 * TILE;
         best[i] = (Best){.list = malloc(sizeof(uint64_t) * capacity), .scratch = malloc(sizeof(uint64_t) * capacity),
                          .capacity = capacity, .k = k, .threshold = -INFINITY};
@@ -110,6 +146,8 @@ static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, con
             float score[TILE];
             if (!is_filled[query[i].kernel]) NAME(fill_keys)(s, first, last, query[i].kernel, &keys);
             is_filled[query[i].kernel] = 1;
+            if (query[i].is_bounded && !NAME(may_win)(s, query + i, weights + i * s->heads, &keys, best + i, first, from, to))
+                continue;
             score_tile(s, query + i, weights + i * s->heads, &keys, score);
             offer(best + i, score, first, from, to);
         }

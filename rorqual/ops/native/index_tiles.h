@@ -64,17 +64,21 @@ INLINE void turn_words(const uint8_t *const *row, long words, uint32_t *out) {
 #endif
 }
 
-/* The totals of a block lie in memory, [heads][TILE]: they are touched once a group, and the sums need the registers. */
-INLINE void add_sum(float *total, Lanes sum) { *(Lanes *)total = lanes_at(total) + sum; }
-
-/* score += the heads' weighted positive parts, heads in ascending order. */
-INLINE void add_heads(int heads, const float *total, const float *weights, float *score) {
+/* A group's sums, added to those of the groups before it (`total`, [heads][TILE], in memory: the registers are needed): kept
+ * there, or, with the last group, score += the heads' weighted positive parts, heads in ascending order. */
+INLINE void end_group(int heads, Lanes (*sum)[TILE_VECTORS], int is_first, int is_last, float *total,
+                      const float *weights, float *score) {
 #pragma GCC unroll 4
     for (int v = 0; v < TILE_VECTORS; v++) {
-        Lanes s = lanes_at(score + v * LANE_COUNT);
+        Lanes s = is_last ? lanes_at(score + v * LANE_COUNT) : (Lanes){0};
 #pragma GCC unroll 4
-        for (int i = 0; i < heads; i++) s += weights[i] * positive(lanes_at(total + i * TILE + v * LANE_COUNT));
-        *(Lanes *)(score + v * LANE_COUNT) = s;
+        for (int i = 0; i < heads; i++) {
+            float *kept = total + i * TILE + v * LANE_COUNT;
+            Lanes all = is_first ? sum[i][v] : lanes_at(kept) + sum[i][v];
+            if (is_last) s += weights[i] * positive(all);
+            else *(Lanes *)kept = all;
+        }
+        if (is_last) *(Lanes *)(score + v * LANE_COUNT) = s;
     }
 }
 
@@ -82,7 +86,6 @@ INLINE void add_heads(int heads, const float *total, const float *weights, float
 
 INLINE void block_floats(int heads, const float *q, long width, const float *tile, const float *weights, float *total,
                          float *score) {
-    memset(total, 0, sizeof(float) * heads * TILE);
     for (long first = 0; first < width; first += GROUP) {
         Lanes sum[TILE_HEADS][TILE_VECTORS];
         long last = first + GROUP < width ? first + GROUP : width;
@@ -104,12 +107,8 @@ INLINE void block_floats(int heads, const float *q, long width, const float *til
                 for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] += a * k[v];
             }
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < heads; i++)
-#pragma GCC unroll 4
-            for (int v = 0; v < TILE_VECTORS; v++) add_sum(total + i * TILE + v * LANE_COUNT, sum[i][v]);
+        end_group(heads, sum, first == 0, last == width, total, weights, score);
     }
-    add_heads(heads, total, weights, score);
 }
 
 /* ---- pairs: q [heads][width / 2], tile [width / 2][TILE] -------------------------------------------------------- */
@@ -117,14 +116,13 @@ INLINE void block_floats(int heads, const float *q, long width, const float *til
 #ifdef HAS_BF16_PRODUCTS
 INLINE void block_pairs(int heads, const uint32_t *q, long pairs, const uint32_t *tile, const float *weights,
                         float *total, float *score) {
-    memset(total, 0, sizeof(float) * heads * TILE);
     for (long first = 0; first < pairs; first += GROUP / 2) {
-        __m512 sum[TILE_HEADS][TILE_VECTORS];
+        Lanes sum[TILE_HEADS][TILE_VECTORS];
         long last = first + GROUP / 2 < pairs ? first + GROUP / 2 : pairs;
 #pragma GCC unroll 4
         for (int i = 0; i < heads; i++)
 #pragma GCC unroll 4
-            for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_setzero_ps();
+            for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = (Lanes){0};
         for (long c = first; c < last; c++) {
             __m512bh k[TILE_VECTORS];
 #pragma GCC unroll 4
@@ -133,15 +131,11 @@ INLINE void block_pairs(int heads, const uint32_t *q, long pairs, const uint32_t
             for (int i = 0; i < heads; i++) {
                 __m512bh a = (__m512bh)_mm512_set1_epi32((int)q[i * pairs + c]);
 #pragma GCC unroll 4
-                for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], a, k[v]);
+                for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = (Lanes)_mm512_dpbf16_ps((__m512)sum[i][v], a, k[v]);
             }
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < heads; i++)
-#pragma GCC unroll 4
-            for (int v = 0; v < TILE_VECTORS; v++) add_sum(total + i * TILE + v * LANE_COUNT, (Lanes)sum[i][v]);
+        end_group(heads, sum, first == 0, last == pairs, total, weights, score);
     }
-    add_heads(heads, total, weights, score);
 }
 #endif
 
@@ -232,7 +226,6 @@ INLINE void block_codes(int heads, const uint8_t *q, const float *q_scale, const
                         const uint32_t *tile, const float *scales, const float *weights, float *total,
                         float *score) {
     long groups = width / GROUP;
-    memset(total, 0, sizeof(float) * heads * TILE);
     for (long g = 0; g < groups; g++) {
         Words sum[TILE_HEADS][TILE_VECTORS];
 #pragma GCC unroll 4
@@ -249,15 +242,16 @@ INLINE void block_codes(int heads, const uint8_t *q, const float *q_scale, const
                 for (int v = 0; v < TILE_VECTORS; v++) sum[i][v] = add_codes(sum[i][v], tile + w * TILE + v * LANE_COUNT, four);
             }
         }
+        Lanes scaled[TILE_HEADS][TILE_VECTORS];
 #pragma GCC unroll 4
-        for (int i = 0; i < heads; i++)
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            Lanes scale = lanes_at(scales + g * TILE + v * LANE_COUNT);
 #pragma GCC unroll 4
-            for (int v = 0; v < TILE_VECTORS; v++)
-                add_sum(total + i * TILE + v * LANE_COUNT,
-                        finish_codes(sum[i][v], q_offset[i * groups + g]) *
-                            (lanes_at(scales + g * TILE + v * LANE_COUNT) * q_scale[i * groups + g]));
+            for (int i = 0; i < heads; i++)
+                scaled[i][v] = finish_codes(sum[i][v], q_offset[i * groups + g]) * (scale * q_scale[i * groups + g]);
+        }
+        end_group(heads, scaled, g == 0, g + 1 == groups, total, weights, score);
     }
-    add_heads(heads, total, weights, score);
 }
 #endif
 

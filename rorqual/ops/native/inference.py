@@ -8,6 +8,7 @@ same numbers do not exist. Shapes and meaning stand with the references (`linear
 import torch
 from torch import Tensor
 
+from rorqual.ops.native.assignments import assign
 from rorqual.ops.native.library import call
 
 
@@ -80,20 +81,18 @@ def router(
 
 
 def experts_apply(
-    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
+    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float, shared: Tensor | None
 ) -> Tensor:
-    """`experts.experts_reference`; weights have x's dtype."""
+    """`experts.grouped_experts`; weights have x's dtype."""
     x, w1, w3, w2 = (t.contiguous() for t in (x, w1, w3, w2))
-    (tokens, active), (num_experts, inner, d) = experts.shape, w1.shape
-    rows = tokens * active
-    token, choice, slots = (torch.empty(rows, dtype=torch.int64) for _ in range(3))
-    bounds = torch.empty(num_experts + 1, dtype=torch.int64)
-    call("experts_sort", experts.contiguous(), tokens, active, num_experts, token, choice, bounds, slots)
-    gate = weights.flatten()[choice].float()
-    hidden, out = x.new_empty(rows, inner), x.new_empty(rows, d)
-    call("experts_apply", x, token, bounds, gate, w1, w3, w2, num_experts, d, inner, limit, hidden, out)
-    y = x.new_empty(tokens, d, dtype=torch.float32)
-    call("experts_combine", out, slots, tokens, active, d, y)
+    num_experts, inner, d = w1.shape
+    to = assign(experts, weights, num_experts)
+    hidden, out = x.new_empty(experts.numel(), inner), x.new_empty(experts.numel(), d)
+    call("experts_apply", x, to.token, to.bounds, to.gate, w1, w3, w2, num_experts, d, inner, limit, hidden, out)
+    if shared is None:
+        return to.combine(out)
+    y = torch.empty_like(x)
+    call("experts_join", out, to.slots, shared.contiguous(), *to.slots.shape, d, y)
     return y
 
 

@@ -25,4 +25,11 @@ void NAME(router)(const T *x, const T *w, const float *bias, long tokens, long d
                   float *scores, int64_t *chosen, float *weights);
 void NAME(experts_apply)(const T *x, const int64_t *token, const int64_t *bounds, const float *gate, const T *w1,
                          const T *w3, const T *w2, long experts, long d, long inner, float limit, T *hidden, T *out);
+void NAME(packed_matvec)(const T *x, const uint8_t *codes, const uint8_t *exponents, const float *scales, long format,
+                         long rows, long groups, long out, long in, T *y);
+void NAME(packed_experts)(const T *x, const int64_t *token, const int64_t *bounds, const float *gate,
+                          const uint8_t *codes1, const uint8_t *exponents1, const float *scales1, const uint8_t *codes3,
+                          const uint8_t *exponents3, const float *scales3, const uint8_t *codes2,
+                          const uint8_t *exponents2, const float *scales2, long format, long tokens, long experts, long d,
+                          long inner, float limit, T *out);
 void NAME(experts_join)(const T *rows, const int64_t *slots, const T *shared, long tokens, long active, long d, T *y);

@@ -1,6 +1,7 @@
 /* Included twice by matvec.c, once for each element type. */
 
 #include "types.h"
+#include "kernels.h"
 
 INLINE Weight NAME(weight_of)(long format, const uint8_t *codes, const uint8_t *exponents, const float *scales, long out,
                               long in) {
@@ -13,28 +14,31 @@ INLINE Weight NAME(weight_of)(long format, const uint8_t *codes, const uint8_t *
 #define PREPARE_ROW prepare_float
 #endif
 
-/* y [rows, out] = x [rows, in] times the transpose of a weight [out, in] in `format` (packed_products.h), rounded once. */
+/* y [rows, groups, out] = x [rows, groups, in], each group times the transpose of its own rows of a weight [groups * out,
+ * in] in `format` (packed_products.h), rounded once. */
 void NAME(packed_matvec)(const T *x, const uint8_t *codes, const uint8_t *exponents, const float *scales, long format,
-                         long rows, long out, long in, T *y) {
-    Weight w = NAME(weight_of)(format, codes, exponents, scales, out, in);
+                         long rows, long groups, long out, long in, T *y) {
+    Weight w = NAME(weight_of)(format, codes, exponents, scales, groups * out, in);
     long bytes = prepared_bytes(&w);
     uint8_t *ready = aligned_alloc(64, (rows < CHUNK ? rows : CHUNK) * bytes + 64);
     const void *row[CHUNK];
     for (long m = 0; m < CHUNK; m++) row[m] = ready + m * bytes;
-#pragma omp parallel
-    for (long lo = 0; lo < rows; lo += CHUNK) {
-        long count = rows - lo < CHUNK ? rows - lo : CHUNK;
-        float part[CHUNK * RANGE];
+#pragma omp parallel if (rows * groups * out * in > FORK_FROM)
+    for (long lo = 0; lo < rows; lo += CHUNK)
+        for (long g = 0; g < groups; g++) {
+            long count = rows - lo < CHUNK ? rows - lo : CHUNK;
+            float part[CHUNK * RANGE];
 #pragma omp for schedule(static)
-        for (long m = 0; m < count; m++) PREPARE_ROW(&w, x + (lo + m) * in, ready + m * bytes);
+            for (long m = 0; m < count; m++) PREPARE_ROW(&w, x + ((lo + m) * groups + g) * in, ready + m * bytes);
 #pragma omp for schedule(static)
-        for (long first = 0; first < out; first += RANGE) {
-            long last = first + RANGE < out ? first + RANGE : out;
-            packed_products(&w, row, count, first, last, part, RANGE);
-            for (long m = 0; m < count; m++)
-                for (long i = 0; i < last - first; i++) PUT(y, (lo + m) * out + first + i, part[m * RANGE + i]);
+            for (long first = 0; first < out; first += RANGE) {
+                long last = first + RANGE < out ? first + RANGE : out;
+                packed_products(&w, row, count, g * out + first, g * out + last, part, RANGE);
+                for (long m = 0; m < count; m++)
+                    for (long i = 0; i < last - first; i++)
+                        PUT(y, ((lo + m) * groups + g) * out + first + i, part[m * RANGE + i]);
+            }
         }
-    }
     free(ready);
 }
 
@@ -61,7 +65,7 @@ void NAME(packed_experts)(const T *x, const int64_t *token, const int64_t *bound
             chunk[chunks].count = bounds[e + 1] - r < CHUNK ? bounds[e + 1] - r : CHUNK;
     uint8_t *ready = aligned_alloc(64, tokens * wide + 64), *ready_hidden = aligned_alloc(64, rows * thick + 64);
     T *hidden = malloc(sizeof(T) * rows * inner + 64);
-#pragma omp parallel
+#pragma omp parallel if (rows * d * inner > FORK_FROM)
     {
         float a[CHUNK * RANGE], u[CHUNK * RANGE];
         const void *row[CHUNK];

@@ -81,10 +81,11 @@ void NAME(experts_apply)(const T *x, const int64_t *token, const int64_t *bounds
 
 /* y[t] = the token's rows, in the order of its slots, and its shared part: [rows, d], [T, active], [T, d] -> [T, d]. */
 void NAME(experts_join)(const T *rows, const int64_t *slots, const T *shared, long tokens, long active, long d, T *y) {
-    for (long t = 0; t < tokens; t++)
+    SHARED_OUT(tokens * active * d > FORK_FROM, long t = 0; t < tokens; t++, {
         for (long i = 0; i < d; i += VECTOR) {
             Vector s = {0};
             for (long k = 0; k < active; k++) s += LOAD(rows + slots[t * active + k] * d + i, d - i);
             STORE(y + t * d + i, d - i, s + LOAD(shared + t * d + i, d - i));
         }
+    });
 }

@@ -13,7 +13,8 @@ from rorqual.engine import Engine
 
 def test_a_thinking_answer(client: TestClient) -> None:
     body = ask(client).json()
-    assert set(body) == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
+    fields = {"id", "object", "created", "model", "system_fingerprint", "choices", "usage", "exactness", "rorqual"}
+    assert set(body) == fields
     assert (body["object"], body["model"]) == ("chat.completion", "minke")
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", body["id"])
     assert re.fullmatch(r"[0-9a-f]{32}", body["system_fingerprint"])
@@ -46,7 +47,7 @@ def test_an_answer_without_thinking(client: TestClient, off: dict[str, Any]) -> 
 
 
 def test_a_thinking_stream_comes_in_the_documented_order(client: TestClient) -> None:
-    chunks = chunks_of(ask(client, stream=True, stream_options={"include_usage": True}))
+    chunks = chunks_of(ask(client, stream=True, stream_options={"include_usage": True}, seed=5))
     constant = {(c["id"], c["object"], c["created"], c["model"], c["system_fingerprint"]) for c in chunks}
     assert len(constant) == 1
     assert chunks[0]["object"] == "chat.completion.chunk"
@@ -62,7 +63,10 @@ def test_a_thinking_stream_comes_in_the_documented_order(client: TestClient) -> 
     assert [c["choices"][0]["finish_reason"] for c in chunks] == [None] * (len(chunks) - 1) + ["stop"]
     assert all(c["choices"][0]["logprobs"] is None and c["choices"][0]["index"] == 0 for c in chunks)
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
-    assert chunks[-1]["usage"] == ask(client).json()["usage"]
+    whole = ask(client, seed=5).json()
+    assert chunks[-1]["usage"] == whole["usage"] and chunks[-1]["exactness"] == whole["exactness"]
+    assert whole["exactness"]["level"] == "unknown", "a scripted model promises nothing"
+    assert ["exactness" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
 
 
 def test_a_stream_without_thinking_has_no_reasoning_key(client: TestClient) -> None:
