@@ -1,6 +1,7 @@
 """The progress line while a long prompt is read: how far, how fast, how long still."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO, TypeVar
 
@@ -8,6 +9,9 @@ Item = TypeVar("Item")
 
 WIDTH = 24
 """Characters of the bar."""
+
+RECENT = 8
+"""Calls that the present cost of a token is taken over."""
 
 
 class ReadingBar:
@@ -21,15 +25,16 @@ class ReadingBar:
     def __init__(self, out: TextIO, *, is_shown: bool, clock: Callable[[], float] = time.perf_counter) -> None:
         self._out, self._is_shown, self._clock = out, is_shown, clock
         self._begin: tuple[int, float] | None = None
-        self._last: tuple[int, float] | None = None
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._length = 0
 
     def __call__(self, done: int, total: int) -> None:
         now = self._clock()
-        if self._begin is None or self._last is None or done < self._last[0]:  # or all over again
-            self._begin = self._last = (done, now)
+        if self._begin is None or done < self._recent[-1][0]:  # or all over again
+            self._begin = (done, now)
+            self._recent.clear()
         line = self._line(done, total, now)
-        self._last = (done, now)
+        self._recent.append((done, now))
         if self._is_shown:
             self._out.write("\r" + line.ljust(self._length))
             self._out.flush()
@@ -38,7 +43,7 @@ class ReadingBar:
     def _line(self, done: int, total: int, now: float) -> str:
         filled = WIDTH * done // max(1, total)
         line = f"reading [{'#' * filled}{'.' * (WIDTH - filled)}] {done:,}/{total:,} tokens"
-        assert self._begin is not None and self._last is not None
+        assert self._begin is not None
         tokens, seconds = done - self._begin[0], now - self._begin[1]
         if tokens <= 0 or seconds <= 0:
             return line
@@ -46,12 +51,15 @@ class ReadingBar:
 
     def _left(self, done: int, total: int, now: float) -> float:
         """Seconds that the rest will take."""
-        assert self._begin is not None and self._last is not None
+        assert self._begin is not None
         tokens, rest = done - self._begin[0], total - done
         mean = (now - self._begin[1]) / tokens
-        present = (now - self._last[1]) / max(1, done - self._last[0])
-        growth = max(0.0, 2 * (present - mean) / tokens)
-        return rest * (max(present, mean) + growth * rest / 2)
+        earlier, then = self._recent[0]
+        present = (now - then) / max(1, done - earlier)
+        apart = (earlier - self._begin[0]) / 2  # the middle of what each of the two is the mean of
+        growth = max(0.0, (present - mean) / apart) if apart > 0 else 0.0
+        at_end = max(present, mean) + growth * (done - earlier) / 2
+        return rest * (at_end + growth * rest / 2)
 
     def close(self) -> None:
         """Take the line away."""
