@@ -393,7 +393,7 @@ class State:
             "segments": json.dumps(self.segments),
             "model": fingerprint(self.model.cfg),
         }
-        payload = safetensors.torch.save(tensors, meta)
+        payload = safetensors.torch.save({name: value.cpu() for name, value in tensors.items()}, meta)
         data = _MAGIC + hashlib.blake2b(payload, digest_size=_DIGEST).digest() + payload
         if remember:
             self._remember(data)
