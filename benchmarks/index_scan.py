@@ -9,8 +9,8 @@ FP4 keys on a processor, so its keys are the same numbers in bf16). Both sides r
 
 `ours` and `peer` are tokens per second for one layer. Two limits are measured in the same run: reading the keys once
 (their bytes over the measured bandwidth) and multiplying (2 x 64 x 128 x 262,144 operations over torch's best rate of a
-matrix product in fp32, or in bf16 for bf16 and FP4 keys); `bound` is the slower of the two and `config` has both. FP4
-keys are multiplied as 8-bit numbers, which a processor does faster than bf16, so their share can exceed 1.
+matrix product in fp32, in bf16, or in 8-bit numbers for FP4 keys, which are multiplied as such); `bound` is the slower
+of the two and `config` has both.
 
 `queries` lines score several queries in one call, as prefill and verification do.
 """
@@ -65,7 +65,7 @@ def line(
     cpus = [rate.cpu for rate in a], [rate.cpu for rate in b]
     mine, theirs = measure.middle(walls[0]), measure.middle(walls[1])
     memory = limits["bytes_per_s"] / rows.nbytes * queries
-    matrix = limits[str(dtype).removeprefix("torch.")] / (2 * HEADS * WIDTH * len(rows))
+    matrix = limits[form] / (2 * HEADS * WIDTH * len(rows))
     bound = min(memory, matrix)
     length = measure.length_name(4 * len(rows)) if 4 * len(rows) < 2**20 else f"{4 * len(rows) // 2**20}M"
     return {
@@ -92,8 +92,9 @@ def limits_of_the_machine(num_bytes: int, seconds: float) -> dict[str, float]:
     """Bytes per second for a read as large as the keys, and operations per second of matrix products."""
     return {
         "bytes_per_s": measure.weight_bytes_per_s(num_bytes, seconds),
-        "float32": measure.matmul_flops_per_s(seconds=seconds),
-        "bfloat16": measure.matmul_flops_per_s(seconds=seconds, dtype=torch.bfloat16),
+        "fp32": measure.matmul_flops_per_s(seconds=seconds),
+        "bf16": measure.matmul_flops_per_s(seconds=seconds, dtype=torch.bfloat16),
+        "fp4": measure.matmul_flops_per_s(seconds=seconds, dtype=torch.int8),
     }
 
 

@@ -93,12 +93,13 @@ def spread(ours: list[float], peer: list[float]) -> dict[str, list[float]]:
 
 
 def matmul_flops_per_s(size: int = 768, seconds: float = 1.0, dtype: torch.dtype = torch.float32) -> float:
-    """Best rate of a matrix product on the threads torch may use."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    """Best rate of a matrix product on the threads torch may use; int8 is summed in 32 bits."""
+    a, b = (10 * torch.randn(size, size)).to(dtype), (10 * torch.randn(size, size)).to(dtype)
+    product = torch._int_mm if dtype == torch.int8 else torch.mm
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
-        torch.mm(a, b)
+        product(a, b)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 

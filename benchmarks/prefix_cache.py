@@ -17,8 +17,11 @@ The bound is two decode steps at this context (measured in the same run) and the
 at which they can: of memory for a checkpoint, of the disk for pages (a plain sequential read of the same many bytes
 from files that the system has forgotten too).
 
-* `bytes/minke`, `bytes/v4-flash`: bytes a token on disk, against the formula of the configuration (the peer), which for
-  V4-Flash in bf16 is that of the report's dimensions: 21 x 1,280 / 4 + 20 x 1,024 / 128.
+* `bytes/minke`, `bytes/v4-flash`, `bytes/v4-flash-bf16`: bytes a token on disk, against the configuration's formula
+  (the peer). For V4-Flash that is 21 x (584 + 68) / 4 + 20 x 584 / 128 = 3,514 in the layout of its own cache, and in
+  bf16 21 x 1,280 / 4 + 20 x 1,024 / 128 = 6,880; the rest is a record's header and its token ids.
+* `policy/zero`, `policy/periodic`, `policy/full`: a question in the middle of a stored text: time to the first token
+  against none stored, and in `config` the bytes a token on disk and the tokens that were run again.
 * `disk-read/v4-flash`, `disk-write/v4-flash`: GiB/s of pages of V4-Flash's size from disk into the page pool, checksums
   and all, against a plain read or write of as many bytes, and the share of it that is reached.
 """
@@ -41,13 +44,13 @@ from ids_only import IdsOnly
 
 import rorqual
 from rorqual.engine import Engine, SamplingParams
-from rorqual.engine.prefix_cache import PrefixCache
+from rorqual.engine.prefix_cache import PrefixCache, Windows
 from rorqual.engine.store import DiskStore
 from rorqual.engine.store.tree import chain_key
 from rorqual.model import Transformer
 from rorqual.model.pages import PagePool
 
-QUESTION, CHECKED, CHUNK = 16, 8, 2048
+QUESTION, CHECKED, CHUNK, POLICY_LENGTH = 16, 8, 2048, 16_384
 GIB = 1 << 30
 CASES = (
     "warm-memory", "warm-memory/new-question", "warm-memory/next-question", "warm-disk", "warm-disk/new-question"
@@ -77,11 +80,11 @@ def ask(engine: Engine, prompt: list[int], num_new: int = CHECKED) -> Answer:
 
 
 @contextmanager
-def serving(model: Transformer, folder: Path | None, length: int) -> Iterator[Engine]:
+def serving(model: Transformer, folder: Path | None, length: int, windows: Windows = "zero") -> Iterator[Engine]:
     """An engine with a prefix cache in `folder` (without one: no cache), closed with all its files afterwards."""
     cache = None
     if folder is not None:
-        cache = PrefixCache(model, folder=folder, memory_bytes=2 * GIB, running_tokens=4 * length)
+        cache = PrefixCache(model, folder=folder, memory_bytes=2 * GIB, running_tokens=4 * length, windows=windows)
     with Engine(model, IdsOnly(model.cfg.vocab_size), chunk=CHUNK, prefix_cache=cache) as engine:
         yield engine
     if cache is not None:
@@ -183,6 +186,37 @@ def first_token_lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )  # fmt: skip
 
 
+def policy_lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A question in the middle of a stored text under each policy: seconds, tokens that are run again, bytes stored."""
+    model = Transformer(rorqual.ModelConfig.preset("minke"), seed=0).eval()
+    length = min(args.length, POLICY_LENGTH)
+    ids = torch.randint(3, 250, (length + QUESTION,), generator=torch.Generator().manual_seed(1)).tolist()
+    text, asked = ids[:length], [*ids[: length // 2], *ids[length:]]
+    with serving(model, None, length) as engine:
+        ask(engine, ids[:300])
+        cold = ask(engine, asked)
+    policies: tuple[Windows, ...] = ("zero", "periodic", "full")
+    for windows in policies:
+        folder = Path(tempfile.mkdtemp(dir=args.folder))
+        with serving(model, folder, length, windows) as engine:
+            ask(engine, ids[:300])
+            ask(engine, text)
+            cache = engine.prefix_cache
+            assert cache is not None and cache.disk is not None
+            cache.flush()
+            stored = cache.disk.nbytes / length
+            answer = ask(engine, asked)
+        shutil.rmtree(folder)
+        if answer.ids != cold.ids:
+            raise SystemExit(f"Policy {windows} gave {answer.ids}, the cold run {cold.ids}: the cache is not exact.")
+        bound = 2 * max(cold.step_s, answer.step_s)  # a client that is woken late sees its tokens in one go
+        yield line(
+            "prefix_cache.policy", f"policy/{windows}", "ms", 1e3 * answer.first_s, 1e3 * cold.first_s, "cold",
+            cold.first_s / answer.first_s, 1e3 * bound, bound / answer.first_s, {},
+            {"length": length, "disk_bytes_a_token": stored, "explanation": answer.cache.to_dict()},
+        )  # fmt: skip
+
+
 def drop_points(folder: Path) -> None:
     """Delete the checkpoints: a question after the document then restores the window by running tokens again."""
     for path in folder.rglob("*.points"):
@@ -209,9 +243,11 @@ def storage_lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Bytes a token, and rates of reading and writing pages of V4-Flash's size."""
     for preset, dtype, count in (
         ("minke", torch.float32, 800),
+        ("v4-flash-bf16", torch.bfloat16, 100),
         ("v4-flash", torch.bfloat16, 300 if args.quick else 600),
     ):
-        cfg = rorqual.ModelConfig.preset(preset)
+        cfg = rorqual.ModelConfig.preset(preset.removesuffix("-bf16"))
+        cfg = cfg.replace(cache_format="exact") if preset.endswith("-bf16") else cfg
         pool = PagePool(cfg, torch.empty(0, dtype=dtype), count * 128)
         pages = pool.take(count)
         pool.write(pages, torch.randint(0, 256, (count, pool.page_bytes), dtype=torch.uint8))
@@ -287,7 +323,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where the disk cache is put (default: the system's temporary folder)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    for one in (*storage_lines(args), *first_token_lines(args)):
+    for one in (*storage_lines(args), *policy_lines(args), *first_token_lines(args)):
         measure.print_line(one, as_json=args.json)
 
 

@@ -34,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("Serve any checkpoint over HTTP, with the web page.", TALK),
     "train": Command("Train a model from a recipe.", LEARN),
     "inspect": Command("Explain a preset, a config or a checkpoint: layers, parameters, names.", LOOK),
+    "selftest": Command("Prove that answers here do not depend on batch, cache or restarts.", LOOK),
     "doctor": Command("Check this machine: versions, threads, compiler, optional extras.", LOOK),
 }
 

@@ -19,6 +19,7 @@ from rorqual.cli.options import (
     MinP,
     ModelArgument,
     Seed,
+    Speculate,
     Temperature,
     Threads,
     TopK,
@@ -48,6 +49,7 @@ def chat(
         Effort | None,
         typer.Option("--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL),
     ] = None,
+    speculate: Speculate = False,
     threads: Threads = None,
     weights: Weights = None,
     cache_format: CacheFormat = None,
@@ -74,7 +76,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
-    with open_engine(model, threads, weights, cache_format) as (engine, tokenizer):
+    with open_engine(model, threads, weights, cache_format, speculate) as (engine, tokenizer):
         conversation = Conversation(engine, tokenizer, params, effort, system)
         if message is not None:
             reply(conversation, message, as_json=as_json)

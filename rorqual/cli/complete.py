@@ -14,6 +14,7 @@ from rorqual.cli.options import (
     MinP,
     ModelOption,
     Seed,
+    Speculate,
     Stop,
     Temperature,
     Threads,
@@ -40,6 +41,7 @@ def complete(
         str, typer.Option("--cursor", help="What marks the cursor in FILE.", rich_help_panel=TEXT)
     ] = CURSOR,
     model: ModelOption = "minke",
+    speculate: Speculate = False,
     threads: Threads = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Longest completion.", rich_help_panel=SAMPLING)
@@ -77,7 +79,7 @@ def complete(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
-    with open_engine(model, threads) as (engine, tokenizer):
+    with open_engine(model, threads, speculate=speculate) as (engine, tokenizer):
         if after is None:
             ids = [tokenizer.bos_token_id, *tokenizer.encode(before, allow_special=False)]
         else:

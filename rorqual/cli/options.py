@@ -35,6 +35,14 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads for the model; torch chooses otherwise.", rich_help_panel=MODEL),
 ]
+Speculate = Annotated[
+    bool,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Draft tokens with the model's MTP module: the same output, sooner where it is easily foretold.",
+        rich_help_panel=MODEL,
+    ),
+]
 Temperature = Annotated[
     float,
     typer.Option("--temperature", "-t", help="0 takes the likeliest token; higher is freer.", rich_help_panel=SAMPLING),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rorqual.chat import REVISIONS
-from rorqual.cli.options import MODEL, NETWORK, CacheFormat, Json, ModelArgument, Port, Threads, Weights
+from rorqual.cli.options import MODEL, NETWORK, CacheFormat, Json, ModelArgument, Port, Speculate, Threads, Weights
 from rorqual.cli.serving import start
 from rorqual.cli.sizes import parse_bytes
 from rorqual.errors import ConfigError
@@ -98,6 +98,7 @@ def serve(
             rich_help_panel=MODEL,
         ),
     ] = REVISIONS[0],
+    speculate: Speculate = False,
     threads: Threads = None,
     weights: Weights = None,
     cache_format: CacheFormat = None,
@@ -117,7 +118,7 @@ def serve(
         )
     settings = _settings(
         max_running, max_queue, context, state_bytes, cache_bytes, cache_dir, cache_disk_bytes, cache_writes,
-        cache_policy, cache_period,
+        cache_policy, cache_period, speculate,
     )  # fmt: skip
     start(
         model,
@@ -144,6 +145,7 @@ def _settings(
     cache_writes: str | None,
     cache_policy: Policy,
     cache_period: int | None,
+    speculate: bool,
 ) -> "EngineSettings":
     """The options as the engine takes them. Raises: ConfigError for sizes that are none, or options that clash."""
     from rorqual.engine import CacheSettings, EngineSettings
@@ -168,4 +170,5 @@ def _settings(
         context_limit=context,
         max_state_bytes=None if state_bytes is None else parse_bytes(state_bytes, "--state-bytes"),
         cache=cache if memory_bytes else None,
+        speculate=speculate,
     )

@@ -17,14 +17,19 @@ from rorqual.tokenizer import Tokenizer
 
 @contextmanager
 def open_engine(
-    model: str, threads: int | None, weights: str | None = None, cache_format: str | None = None
+    model: str,
+    threads: int | None,
+    weights: str | None = None,
+    cache_format: str | None = None,
+    speculate: bool = False,
 ) -> Iterator[tuple[Engine, Tokenizer]]:
     """The named model, loaded and ready; closed on leaving. Raises: CheckpointError as `rorqual.load`."""
     from rorqual.checkpoint import load
 
     use_threads(threads)
     network, tokenizer = load(model, weights=weights, cache=cache_format)
-    with EngineSettings(max_running=1, cache=CacheSettings()).open(network, tokenizer) as engine:
+    settings = EngineSettings(max_running=1, cache=CacheSettings(), speculate=speculate)
+    with settings.open(network, tokenizer) as engine:
         yield engine, tokenizer
 
 

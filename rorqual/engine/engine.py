@@ -31,6 +31,7 @@ from rorqual.engine.params import SamplingParams
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.engine.request import Listener, Progress, Request
 from rorqual.engine.scheduler import Round, Scheduler
+from rorqual.engine.speculation import MOST_DRAFTS, OwnDrafter, Speculation, choose
 from rorqual.engine.stats import EngineStats, Meter, StepRecord
 from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
@@ -57,6 +58,8 @@ class Engine:
     max_state_bytes: most memory of all running requests' states; no limit unless given. Requests that do not fit wait,
         and when running ones outgrow it, the lowest-ranked give up their states and are computed again later.
     log_steps: how many of the last steps `step_log` remembers.
+    speculate: draft tokens with the model's MTP module and verify several in a step (`speculation.py`), which changes
+        no token. A function from the tokens so far and a number to at most so many drafts takes the module's place.
 
     Use as a context manager or call `close()`. A failure while running a request ends that request with a
     RequestError; the engine goes on.
@@ -76,6 +79,7 @@ class Engine:
         max_state_bytes: int | None = None,
         log_steps: int = 0,
         prefix_cache: PrefixCache | None = None,
+        speculate: bool | OwnDrafter = False,
     ) -> None:
         if prefix_cache is not None and prefix_cache.model is not model:
             raise ConfigError(
@@ -94,7 +98,12 @@ class Engine:
         self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
         self.context_limit = context_limit or int(model.cfg.max_position_embeddings)
         self.prefix_cache = prefix_cache
-        self._stepper = Stepper(model, self._num_choices, prefix_cache)
+        self.speculation: Speculation | None = None
+        if speculate:
+            own = speculate if callable(speculate) else None
+            self.speculation = Speculation(model, self._num_choices, own)
+        watch = None if self.speculation is None else self.speculation.remember
+        self._stepper = Stepper(model, self._num_choices, prefix_cache, watch)
         self._meter = Meter(log_steps)
         self._scheduler.expected_wait_s = lambda: self._meter.mean_stay_s / max_running
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
@@ -211,6 +220,9 @@ class Engine:
                 state_bytes=dict(held),
                 charged_bytes=scheduler.used_bytes,
                 max_state_bytes=scheduler.max_bytes,
+                drafted_tokens=meter.drafted_tokens,
+                accepted_tokens=meter.accepted_tokens,
+                accepted_length=meter.accepted_length,
             )
 
     def step_log(self) -> list[StepRecord]:
@@ -272,11 +284,18 @@ class Engine:
             job.request.mark_started()
         began = time.perf_counter()
         decoding = sum(not job.is_prefilling for job, _ in plan.work)
+        if self.speculation is not None and decoding:
+            self.speculation.propose(plan.work, self._scheduler.room_for_drafts(plan.work, MOST_DRAFTS))
+        before = self._meter.drafted_tokens, self._meter.sampled_tokens
         read = 0  # less than planned where the prefix cache knew the beginning
         for outcome in self._stepper.run(plan.work):
             read += sum(count for _, count in outcome.work)
             self._handle(outcome)
-        self._record(plan, decoding, max(0, read - decoding), time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        self._record(plan, decoding, max(0, read - decoding), seconds)
+        if self.speculation is not None and decoding == len(plan.work) == read:
+            extra, tokens = self._meter.drafted_tokens - before[0], self._meter.sampled_tokens - before[1]
+            self.speculation.end_round(plan.work, extra, tokens, seconds)
         return True
 
     def _record(self, plan: Round, decoding: int, prompt_tokens: int, seconds: float) -> None:
@@ -307,15 +326,32 @@ class Engine:
                 job.request.report_progress(job.num_read)
         if outcome.logits is None:
             return
-        choices = [sampler.Choice(job.request.params, job.request.seed, job.num_tokens) for job in outcome.sampling]
-        tokens = sampler.choose(outcome.logits, choices)
-        for job, token, logits_V in zip(outcome.sampling, tokens, outcome.logits, strict=True):
+        rows = outcome.logits.split([1 + len(job.drafts) for job in outcome.sampling])
+        for job, tokens, logits_RV in zip(outcome.sampling, choose(outcome), rows, strict=True):
             try:
-                if isinstance(token, RequestError):
-                    raise token
-                self._emit(job, token, logits_V)
+                self._take(job, tokens, logits_RV)
             except Exception as error:
                 self._fail(job, error)
+
+    def _take(self, job: Job, tokens: Sequence[int | RequestError], logits_RV: Tensor) -> None:
+        """Deliver the tokens that a step brought a request, up to its end, and take back what else was drafted."""
+        drafted, before = len(job.drafts), len(job.ids)
+        if drafted:
+            job.request.drafted += drafted
+            self._meter.drafted_tokens += drafted
+            self._meter.verifications += 1
+        for i, (token, logits_V) in enumerate(zip(tokens, logits_RV, strict=False)):
+            if isinstance(token, RequestError):
+                raise token
+            if i:  # the draft before it was right
+                job.request.accepted += 1
+                self._meter.accepted_tokens += 1
+            self._emit(job, token, logits_V)
+            if job.request.finished:
+                return
+        job.settle()
+        if self.speculation is not None:
+            self.speculation.count(job, job.ids[before:], drafted)
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._remove(job, "error")
@@ -325,6 +361,7 @@ class Engine:
         job.request.fail(error)
 
     def _remove(self, job: Job, reason: FinishReason) -> None:
+        job.settle()
         with self._changed:
             self._scheduler.remove(job)
             self._meter.finished[reason] += 1

@@ -39,11 +39,16 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. `completion_tokens` counts every sampled token, the end token included."""
+    """Token counts. `completion_tokens` counts every sampled token, the end token included.
+
+    drafted_tokens, accepted_tokens: drafts that were verified, and those of them that became tokens.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from rorqual.engine.store.fingerprint import arithmetic
 from rorqual.model import Transformer
+from rorqual.model.packed_weights import packed
 from rorqual.model.quantised import is_quantised
 from rorqual.ops import native, registry
 
@@ -30,6 +31,8 @@ TYPED = ("linear", "rms_norm", "norm_rope", "rope", "route", "index_scan")
 EXACT = ("rope_table", "pool_rows")
 STREAMS = ("hc_pre", "hc_post", "hc_head")
 ENGRAM = ("sigmoid", "silu")
+
+PACKED = ("packed_linear", "packed_experts")
 
 MOST_ITERS = 64
 """Sinkhorn iterations that the C operation takes; more run as torch code."""
@@ -106,14 +109,17 @@ def chosen_operations(model: Transformer) -> dict[str, str]:
     streams = like.new_empty(1, 1, cfg.hc_mult, cfg.hidden_size, dtype=dtype)
     probes = [(name, typed) for name in TYPED]
     probes += [(name, exact) for name in (*EXACT, *(ENGRAM if cfg.engram is not None else ()))]
+    if next(packed(model), None) is not None:
+        probes += [(name, typed) for name in PACKED]
     probes += [(name, streams) for name in STREAMS if cfg.residual == "mhc"]
     return {name: registry.chosen(name, probe) for name, probe in probes}
 
 
 def weights_of(model: Transformer) -> str:
-    """How the weights are stored in memory: one dtype, or what `quantise` made of them."""
-    rounded = " rounded to the stored formats" if is_quantised(model) else ""
-    return _short(model.reference.dtype) + rounded
+    """How the weights are kept: their dtype, and what of them is packed, or rounded by `quantise`."""
+    formats = sorted({weight.format for _, weight in packed(model)})
+    more = f", packed {' and '.join(formats)}" if formats else ""
+    return _short(model.reference.dtype) + more + (" rounded to the stored formats" if is_quantised(model) else "")
 
 
 def _why_not(model: Transformer, found: dict[str, str]) -> str | None:

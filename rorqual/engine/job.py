@@ -25,6 +25,9 @@ class Job:
     lease: Any = None  # what the prefix cache knows of the state, where there is a cache
     num_read: int = 0
     ids: list[int] = field(default_factory=list)  # sampled so far
+    drafts: tuple[int, ...] = ()  # tokens that the next step reads besides, to be verified
+    drafting: Any = None  # what speculation keeps for this job, where it is on
+    may_draft: bool = True  # until a step with drafts failed
     alone_until: int = 0  # a step with others failed: no company until this many tokens are read
 
     @property
@@ -47,11 +50,25 @@ class Job:
         """Whether it still reads what is known, rather than the token it sampled last."""
         return not self.ids or self.num_read < self.num_tokens - 1
 
+    def known(self, begin: int, end: int) -> tuple[int, ...]:
+        """The known tokens from position `begin` to before `end`."""
+        prompt = self.request.prompt_ids
+        return prompt[begin:end] + tuple(self.ids[max(0, begin - len(prompt)) : max(0, end - len(prompt))])
+
     def next_ids(self, count: int) -> tuple[int, ...]:
         """The next `count` known tokens after those read."""
-        prompt, begin, end = self.request.prompt_ids, self.num_read, self.num_read + count
-        return prompt[begin:end] + tuple(self.ids[max(0, begin - len(prompt)) : max(0, end - len(prompt))])
+        return self.known(self.num_read, self.num_read + count)
+
+    def settle(self) -> None:
+        """Take back the drafts of the last step that did not become tokens: the state has read all but the last one."""
+        if not self.drafts:
+            return
+        self.drafts, self.num_read = (), self.num_tokens - 1
+        self.state.truncate(self.num_read)
+        if self.drafting is not None and self.drafting.memory is not None:
+            self.drafting.memory.truncate(self.num_read)
 
     def forget(self) -> None:
         """Drop the state; everything known will be read again."""
         self.state, self.lease, self.num_read = None, None, 0
+        self.drafts, self.drafting = (), None

@@ -51,6 +51,7 @@ class Request:
         self.timeout_s = timeout_s
         self.error: RequestError | None = None
         self.cache: Explanation | None = None  # what the prefix cache did for it, once it runs
+        self.drafted = self.accepted = 0  # tokens, by speculation
         self.exactness: Exactness | None = None  # what is promised about its bits, once it ends
         self.batched_with = self.prompt_steps = 0
         self.finish_reason: FinishReason | None = None
@@ -103,7 +104,8 @@ class Request:
     def usage(self) -> Usage:
         """Token counts so far."""
         cached = 0 if self.cache is None else self.cache.cached_tokens
-        return Usage(len(self.prompt_ids), sum(event.id is not None for event in self.events), cached)
+        sampled = sum(event.id is not None for event in self.events)
+        return Usage(len(self.prompt_ids), sampled, cached, self.drafted, self.accepted)
 
     @property
     def timing(self) -> Timing:

@@ -99,7 +99,7 @@ def choose(logits_RV: Tensor, choices: Sequence[Choice]) -> list[int | RequestEr
         logits_RV = logits_RV.clone()
         for logits_V, choice in zip(logits_RV, choices, strict=True):
             if choice.params.suppress_token_ids:
-                logits_V.index_fill_(0, choice.params.suppress_index, float("-inf"))
+                logits_V.index_fill_(0, choice.params.suppress_index.to(logits_V.device), float("-inf"))
     # numpy promises the first among equals, and takes NaN for the largest
     first_R = logits_RV.detach().cpu().numpy().argmax(-1)
     best_R = logits_RV.gather(1, torch.from_numpy(first_R).to(logits_RV.device).unsqueeze(1))[:, 0]

@@ -206,3 +206,10 @@ class Scheduler:
                 left -= count
             is_first = False
         return work
+
+    def room_for_drafts(self, work: list[tuple[Job, int]], most: int) -> int:
+        """How many drafts this round's step may hold besides; none where `most` for each might be too many bytes."""
+        grown = sum(self.cost(job.num_tokens + most) - self.cost(job.num_tokens) for job in self.running)
+        if self.max_bytes is not None and self.used_bytes + grown > self.max_bytes:
+            return 0
+        return self.step_tokens - sum(count for _, count in work)

@@ -34,6 +34,7 @@ class EngineSettings:
     context_limit: int | None = None
     max_state_bytes: int | None = None
     cache: CacheSettings | None = None
+    speculate: bool = False
 
     @contextmanager
     def open(self, model: Any, tokenizer: Any) -> Iterator[Engine]:  # Any: what Engine takes
@@ -51,6 +52,7 @@ class EngineSettings:
                 context_limit=self.context_limit,
                 max_state_bytes=self.max_state_bytes,
                 prefix_cache=cache,
+                speculate=self.speculate,
             ) as engine:
                 yield engine
         finally:

@@ -55,6 +55,12 @@ class EngineStats:
     """Held by the running requests' states, by kind (window, entries, index_keys, pending, ..., total)."""
     charged_bytes: int
     max_state_bytes: int | None
+    drafted_tokens: int = 0
+    """Drafts that were verified."""
+    accepted_tokens: int = 0
+    """Those of them that became tokens."""
+    accepted_length: float = 0.0
+    """Mean tokens that a request got from a step with drafts, at least 1; 0 before the first."""
 
 
 @dataclass
@@ -68,6 +74,9 @@ class Meter:
     busy_s: float = 0.0
     preemptions: int = 0
     failed_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    verifications: int = 0
     finished: Counter[FinishReason] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -94,6 +103,11 @@ class Meter:
         """Seconds that the last requests ran; 1 before the first has ended."""
         stays = list(self._stays)
         return sum(stays) / len(stays) if stays else 1.0
+
+    @property
+    def accepted_length(self) -> float:
+        """Mean tokens from a verification: the accepted drafts and the token after them."""
+        return 1 + self.accepted_tokens / self.verifications if self.verifications else 0.0
 
     @property
     def tokens_per_step(self) -> float:

@@ -7,7 +7,7 @@ until it has passed the place of the failure; then only the one at fault fails.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ Work = Sequence[tuple[Job, int]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step came to. `logits` fp32 [R, V] follow the last token of each job in `sampling`."""
+    """What a step came to. `logits` fp32 [R, V] follow the last token of each job in `sampling`, and its drafts."""
 
     work: Work
     sampling: Sequence[Job] = ()
@@ -41,8 +41,15 @@ class Outcome:
 class Stepper:
     """Feeds jobs to `model`. `num_choices`: ids from 0 that can be sampled."""
 
-    def __init__(self, model: Any, num_choices: int, cache: PrefixCache | None = None) -> None:  # Any: a LanguageModel
-        self._model, self._num_choices, self._cache = model, num_choices, cache
+    def __init__(
+        self,
+        model: Any,  # a LanguageModel
+        num_choices: int,
+        cache: PrefixCache | None = None,
+        watch: Callable[[Job, Tensor], None] | None = None,
+    ) -> None:
+        """`watch` is shown the streams [n, N, D] of what a job reads, before they are counted."""
+        self._model, self._num_choices, self._cache, self._watch = model, num_choices, cache, watch
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._can_share = hasattr(model, "step")
         self.failures = 0
@@ -60,13 +67,15 @@ class Stepper:
                 yield self._step(group)
             except Exception as error:
                 self.failures += 1
-                if len(group) == 1:
+                has_drafts = any(job.drafts for job, _ in group)
+                if len(group) == 1 and not has_drafts:
                     yield Outcome(group, error=error)
                     continue
                 logger.warning(
                     "a step of %d requests failed (%s: %s); each goes on alone", len(group), type(error).__name__, error
                 )
                 for (job, _), end in zip(group, ends, strict=True):
+                    job.may_draft = job.may_draft and not job.drafts
                     job.forget()
                     job.alone_until = end
 
@@ -113,9 +122,9 @@ class Stepper:
 
     def _feed(self, work: Work) -> tuple[list[Job], Tensor | None]:
         """Read tokens: who samples now, and the final hidden states [1, R, D] of their last tokens."""
-        ids = [one for job, count in work for one in job.next_ids(count)]
+        ids = [one for job, count in work for one in (*job.next_ids(count), *job.drafts)]
         tokens = torch.tensor(ids, dtype=torch.int64, device=self._device)
-        counts = [count for _, count in work]
+        counts = [count + len(job.drafts) for job, count in work]
         if self._can_share:
             parts = tokens.split(counts)
             segments = [Segment(job.state, part) for (job, _), part in zip(work, parts, strict=True)]
@@ -125,30 +134,35 @@ class Stepper:
         sampling: list[Job] = []
         rows: list[int] = []
         end = 0
-        for job, count in work:
+        places: list[int] = []
+        for (job, count), size in zip(work, counts, strict=True):
             if job.request.params.prompt_logprobs and not job.ids:
                 self._score_prompt(job, streams[:, end : end + count])
-            end += count
+            if self._watch is not None:
+                self._watch(job, streams[0, end : end + size])
+            end += size
             job.num_read += count
             if job.num_read == job.num_tokens:
                 sampling.append(job)
-                rows.append(end - 1)
+                places.append(len(rows))
+                rows += range(end - 1 - len(job.drafts), end)
         hidden = None
         if rows:
             last = streams if len(rows) == streams.shape[1] else streams[:, rows]
             hidden = self._model.final_hidden(last)
         if self._cache is not None:
-            self._store(self._cache, work, sampling, hidden)
+            place = dict(zip(map(id, sampling), places, strict=True))
+            for job, count in work:
+                self._store(self._cache, job, count, None if hidden is None else hidden[0], place.get(id(job)))
         return sampling, hidden
 
     @staticmethod
-    def _store(cache: PrefixCache, work: Work, sampling: list[Job], hidden: Tensor | None) -> None:
-        """Keep what prompts have become; decoding is kept at its end."""
-        for job, count in work:
-            if job not in sampling:
-                cache.progress(job.lease)
-            elif hidden is not None and (not job.ids or count > 1):
-                cache.end_of_prompt(job.lease, hidden[0, sampling.index(job)])
+    def _store(cache: PrefixCache, job: Job, count: int, hidden_RD: Tensor | None, place: int | None) -> None:
+        """Keep what a prompt has become; decoding is kept at its end. `place`: the row that follows its last token."""
+        if place is None:
+            cache.progress(job.lease)
+        elif hidden_RD is not None and (not job.ids or count > 1):
+            cache.end_of_prompt(job.lease, hidden_RD[place])
 
     def _score_prompt(self, job: Job, streams: Tensor) -> None:
         """Record the log probability of each prompt token that follows a token of this chunk, unless it is known."""

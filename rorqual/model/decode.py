@@ -18,6 +18,7 @@ from rorqual.model.cache_format import packs_keys, row_of
 from rorqual.model.compressor import Compressor
 from rorqual.model.layer_state import LayerState
 from rorqual.model.moe import MoE
+from rorqual.model.mtp import MTPModule
 from rorqual.model.pages import Paged
 from rorqual.ops.hadamard import scaled_hadamard
 from rorqual.ops.native import infers
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 MOST_STREAMS, MOST_ITERS = 8, 64
 """MAX_STREAMS and MAX_ITERS of the C code."""
+
+MOST_TOKENS = 16
+"""Tokens of one sequence up to which the step is faster than the layer code: drafts to verify, and ends of prompts."""
 
 
 class _Addresses:
@@ -53,6 +57,7 @@ class Plan(_Addresses):
             rows = [self._layer(layer, model.reference.dtype) for layer in model.layers if isinstance(layer, Block)]
             if self.is_usable:
                 self.layers = torch.tensor(rows, dtype=torch.int64)
+        self.drafter = self._drafter(model) if self.is_usable and len(model.mtp) else None
 
     def holds_for(self, model: "Transformer") -> bool:
         """Whether weights and modules are still those that this was made from."""
@@ -90,6 +95,26 @@ class Plan(_Addresses):
             else:
                 values[name] = self._address(weight, dtype)
         return [values.get(name, 0) for name in columns("Layer")]
+
+    def _drafter(self, model: "Transformer") -> tuple[Tensor, Tensor, Tensor] | None:
+        """Shape, layer and addresses of the first MTP module, for `ops/native/draft_body.h`."""
+        module, dtype = model.mtp[0], model.reference.dtype
+        assert isinstance(module, MTPModule)
+        if any(_format(weight) for weight in (module.e_proj.weight, module.attn.wq_a.weight, module.ffn.experts.w1)):
+            return None  # packed weights: the layer code drafts
+        exact = {"head_fn": module.hc_head_fn, "head_base": module.hc_head_base, "head_scale": module.hc_head_scale}
+        typed = {
+            "embed": model.embed.weight, "e_proj": module.e_proj.weight, "h_proj": module.h_proj.weight,
+            "e_norm": module.enorm.weight, "h_norm": module.hnorm.weight, "norm": module.norm.weight,
+            "head": model.head.weight,
+        }  # fmt: skip
+        values = {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
+        values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
+        layer, shape = self._layer(module, dtype), self.shape.clone()
+        shape[columns("Shape").index("layers")] = 1
+        tables = torch.tensor(layer), torch.tensor([values[name] for name in columns("Draft")])
+        is_usable, self.is_usable = self.is_usable, True  # the trunk's layers can be run in any case
+        return (shape, *tables) if is_usable else None
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
         if tensor is None:
@@ -183,8 +208,8 @@ class Memory(_Addresses):
     def __init__(self, state: "State", plan: Plan) -> None:
         self.plan = plan
         self.parts = [part for layer in state.layers for part in _parts(layer)]
-        base = torch.tensor([[address for address, _ in _columns(layer)] for layer in state.layers])
-        step = torch.tensor([[step for _, step in _columns(layer)] for layer in state.layers])
+        base = torch.tensor([[address for address, _ in memory_columns(layer)] for layer in state.layers])
+        step = torch.tensor([[step for _, step in memory_columns(layer)] for layer in state.layers])
         self.rows = base + torch.arange(state.batch_size)[:, None, None] * step
 
     def holds_for(self, state: "State", plan: Plan) -> bool:
@@ -210,7 +235,7 @@ def _parts(layer: LayerState) -> tuple[Any, ...]:
     )
 
 
-def _columns(layer: LayerState) -> list[tuple[int, int]]:
+def memory_columns(layer: LayerState) -> list[tuple[int, int]]:
     """A layer's columns for its first row, and how much each grows by with the row."""
     values: dict[str, tuple[int, int]] = {}
 
@@ -263,7 +288,7 @@ def step_rows(model: "Transformer", tokens: Tensor, state: "State") -> Tensor | 
         return None
     model.check_ids(tokens)
     state.check(1)
-    return _decode(model, plan, tokens[:, 0], [state]).unsqueeze(1)
+    return _decode(model, plan, tokens[:, 0], [state], [1]).unsqueeze(1)
 
 
 def step(
@@ -271,56 +296,70 @@ def step(
     segments: Sequence["Segment"],
     by_layers: Callable[["Transformer", Sequence["Segment"]], Tensor],
 ) -> Tensor:
-    """Checked segments' streams [1, T, N, D]: those of one token by the fused step, the others by the layer code."""
-    is_single = [len(segment.tokens) == 1 and not segment.state.is_replaying for segment in segments]
-    singles = [segment for segment, single in zip(segments, is_single, strict=True) if single]
-    plan = plan_of(model, [segment.state for segment in singles]) if singles else None
+    """Checked segments' streams [1, T, N, D]: those of a few tokens by the fused step, the others by the layer code."""
+    is_short = [len(segment.tokens) <= MOST_TOKENS and not segment.state.is_replaying for segment in segments]
+    short = [segment for segment, fits in zip(segments, is_short, strict=True) if fits]
+    plan = plan_of(model, [segment.state for segment in short]) if short else None
     if plan is None:
         return by_layers(model, segments)
-    ids = torch.cat([segment.tokens for segment in singles])
-    decoded = _decode(model, plan, ids, [segment.state for segment in singles]).unsqueeze(0)
-    if len(singles) == len(segments):
+    ids = torch.cat([segment.tokens for segment in short])
+    counts = [len(segment.tokens) for segment in short]
+    decoded = _decode(model, plan, ids, [segment.state for segment in short], counts).unsqueeze(0)
+    if len(short) == len(segments):
         return decoded
-    rest = [segment for segment, single in zip(segments, is_single, strict=True) if not single]
+    rest = [segment for segment, fits in zip(segments, is_short, strict=True) if not fits]
     read = iter(by_layers(model, rest).split([len(segment.tokens) for segment in rest], 1))
-    alone = iter(decoded.split(1, 1))
-    return torch.cat([next(alone if single else read) for single in is_single], 1)
+    alone = iter(decoded.split(counts, 1))
+    return torch.cat([next(alone if fits else read) for fits in is_short], 1)
 
 
-def _decode(model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["State"]) -> Tensor:
-    """One token for every row of checked states, in order: ids int64 [R] -> streams [R, N, D]."""
+def _decode(model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["State"], counts: Sequence[int]) -> Tensor:
+    """The next `counts` tokens of every row of checked states, in order: ids int64 [R] -> streams [R, N, D].
+
+    A count beyond 1 is for a state of one row.
+    """
     for state in states:
         state.begin()
-    lengths = [length for state in states for length in state.lengths]
-    memory = [_memory(state, plan) for state in states]
-    tables = [0 if state.table is None else state.table.tensor.data_ptr() for state in states for _ in state.lengths]
+    memory = [_memory(state, plan, count) for state, count in zip(states, counts, strict=True)]
+    positions: list[int] = []
+    first: list[int] = []
+    tables: list[int] = []
+    for state, count in zip(states, counts, strict=True):
+        table = 0 if state.table is None else state.table.tensor.data_ptr()
+        for length in state.lengths:
+            first += [len(positions)] * count
+            positions += range(length, length + count)
+            tables += [table] * count
     streams = decode_step(
-        model.embed.weight.detach(), ids.contiguous(), torch.tensor(lengths), plan.shape, plan.numbers, plan.layers,
-        memory[0] if len(memory) == 1 else torch.cat(memory), torch.tensor(tables), model.cfg.hc_mult,
+        model.embed.weight.detach(), ids.contiguous(), torch.tensor(positions), torch.tensor(first), plan.shape,
+        plan.numbers, plan.layers, memory[0].contiguous() if len(memory) == 1 else torch.cat(memory),
+        torch.tensor(tables), model.cfg.hc_mult,
     )  # fmt: skip
-    taken = iter(ids.tolist())
-    for state in states:
+    taken, at = ids.tolist(), 0
+    for state, count in zip(states, counts, strict=True):
         if state.table is not None:
-            _count_pages(state)
-        state.advance_each([next(taken) for _ in state.lengths])
+            _count_pages(state, count)
+        mine = count * len(state.lengths)
+        state.advance_each(taken[at : at + mine], count)
+        at += mine
     return streams
 
 
-def _memory(state: "State", plan: Plan) -> Tensor:
-    """The state's table, with room for the entries that its next tokens complete."""
-    longest = max(state.lengths) + 1
+def _memory(state: "State", plan: Plan, count: int) -> Tensor:
+    """The state's table, once for each token of its next `count`, with room for the entries that these complete."""
+    longest = max(state.lengths) + count
     if state.table is None:
         for layer, spec in zip(state.layers, state.model.cfg.layers, strict=True):
-            if spec.compress_ratio and longest % spec.compress_ratio == 0:
+            if spec.compress_ratio and longest % spec.compress_ratio < count:
                 layer.make_room(longest // spec.compress_ratio)
     if state.decoding is None or not state.decoding.holds_for(state, plan):
         state.decoding = Memory(state, plan)
     rows: Tensor = state.decoding.rows
-    return rows
+    return rows if count == 1 else rows.expand(count, -1, -1)
 
 
-def _count_pages(state: "State") -> None:
-    length = state.lengths[0] + 1
+def _count_pages(state: "State", count: int) -> None:
+    length = state.lengths[0] + count
     for layer in state.layers:
         for part in layer.paged().values():
             part.length = max(length // part.ratio, part.frozen)

@@ -16,6 +16,7 @@ from rorqual.model.compressor import Compressor
 from rorqual.model.layer_state import LayerState
 from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
+from rorqual.ops import triton
 from rorqual.ops.hadamard import hadamard
 from rorqual.ops.index_loss import index_loss, query_blocks
 from rorqual.ops.index_scan import IndexKeys, index_scan
@@ -82,7 +83,7 @@ class Indexer(nn.Module):
 
         keys: [B, C, K], or packed rows uint8 [B, C, Y].
         """
-        if infers(q):
+        if infers(q) or triton.usable(q):
             top_k, weights = min(self.top_k, keys.shape[1]), weights.float()
             picks = [
                 index_scan(q[b], weights[b], IndexKeys(keys[b], self.width), start, end, top_k)

@@ -183,14 +183,18 @@ class State:
             self.lengths[row] = start + count
             self.floor[row] = max(self.floor[row], start + count - self.rewind)
 
-    def advance_each(self, ids: Sequence[int]) -> None:
-        """As `advance`, for one token a row."""
-        self._make_room(max(self.lengths) + 1)
+    def advance_each(self, ids: Sequence[int], count: int = 1) -> None:
+        """As `advance`, for `count` tokens a row: those of the first row, then those of the next."""
+        self._make_room(max(self.lengths) + count)
         self.interrupted = False
         for row, length in enumerate(self.lengths):
-            self.tokens[row, length] = ids[row]
-            self.lengths[row] = length + 1
-            self.floor[row] = max(self.floor[row], length + 1 - self.rewind)
+            if count == 1:
+                self.tokens[row, length] = ids[row]
+            else:
+                mine = ids[row * count : (row + 1) * count]
+                self.tokens[row, length : length + count] = torch.tensor(mine, dtype=self.tokens.dtype)
+            self.lengths[row] = length + count
+            self.floor[row] = max(self.floor[row], length + count - self.rewind)
 
     def hold(self, tokens: Tensor) -> None:
         """Make this one row count as having seen `tokens`, int [n]; what they leave behind the caller fills in."""
@@ -389,7 +393,7 @@ class State:
             "segments": json.dumps(self.segments),
             "model": fingerprint(self.model.cfg),
         }
-        payload = safetensors.torch.save(tensors, meta)
+        payload = safetensors.torch.save({name: value.cpu() for name, value in tensors.items()}, meta)
         data = _MAGIC + hashlib.blake2b(payload, digest_size=_DIGEST).digest() + payload
         if remember:
             self._remember(data)

@@ -13,7 +13,7 @@ N streams, D hidden, M = 2N + N^2 coefficients.
 import torch
 from torch import Tensor
 
-from rorqual.ops import registry
+from rorqual.ops import registry, triton
 from rorqual.ops.native import functions, usable_typed
 
 
@@ -152,3 +152,5 @@ registry.register("hc_post", "reference", hc_post_reference)
 registry.register("hc_post", "native", functions.hc_post, _fits)
 registry.register("hc_head", "reference", hc_head_reference)
 registry.register("hc_head", "native", functions.hc_head, _fits)
+for _name in ("hc_pre", "hc_post", "hc_head"):
+    registry.register(_name, "triton", triton.later("hyper_connections", _name), triton.usable)

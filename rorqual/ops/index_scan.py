@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import ConfigError
-from rorqual.ops import cache_codec, registry
+from rorqual.ops import cache_codec, registry, triton
 from rorqual.ops.index_topk import index_scores, select_entries
 from rorqual.ops.native import load
 from rorqual.ops.native.library import call
@@ -131,3 +131,4 @@ for _name, _reference, _native in (
 ):
     registry.register(_name, "reference", _reference)
     registry.register(_name, "native", _native, _works)
+    registry.register(_name, "triton", triton.later("index_scan", _name), triton.usable)

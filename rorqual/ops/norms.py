@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.ops import registry
+from rorqual.ops import registry, triton
 from rorqual.ops.native import functions, usable_typed
 
 
@@ -26,3 +26,4 @@ def _native(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 registry.register("rms_norm", "reference", rms_norm_reference)
 registry.register("rms_norm", "native", _native, usable_typed)
+registry.register("rms_norm", "triton", triton.later("rows", "rms_norm"), triton.usable)

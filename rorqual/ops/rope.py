@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.ops import registry
+from rorqual.ops import registry, triton
 from rorqual.ops.native import functions, inference, infers, usable_typed
 from rorqual.ops.norms import rms_norm_reference
 
@@ -82,3 +82,5 @@ registry.register("norm_rope", "reference", norm_rope_reference)
 registry.register("norm_rope", "native", functions.norm_rope, usable_typed)
 registry.register("rope", "reference", apply_rope_reference)
 registry.register("rope", "native", functions.rope, usable_typed)
+registry.register("norm_rope", "triton", triton.later("rows", "norm_rope"), triton.usable)
+registry.register("rope", "triton", triton.later("rows", "rope"), triton.usable)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.ops import registry, triton
 from rorqual.ops.cache_codec import PackedEntries
 from rorqual.ops.native import fused, inference, infers, usable_typed
 
@@ -260,6 +261,8 @@ class _SparseAttention(torch.autograd.Function):
         return dq, dkv[:, : kv.shape[1]].to(kv.dtype), dentries, dsink, None
 
 
+_attend_triton = triton.later("attention", "attend")
+
 LANES = 16
 """The native kernel's vectors are whole ones of this many floats."""
 
@@ -286,6 +289,8 @@ def sparse_attention(
     start, end, picks = (visible.start, visible.end, visible.picks) if visible is not None else (None, None, None)
     if is_alike and infers(q):
         return inference.attend(q, kv, sink, positions, window, scale, entries, start, end, picks)
+    if is_alike and registry.allows("triton") and triton.usable(q):
+        return _attend_triton(q, kv, sink, positions, window, scale, entries, start, end, picks)
     if is_alike and q.shape[-1] % LANES == 0 and usable_typed(q):
         return fused.Attention.apply(q, kv, entries, sink, positions, start, end, picks, window, scale)
     gather = False

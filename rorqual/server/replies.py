@@ -155,6 +155,12 @@ def usage_body(usage: Usage, reasoning_tokens: int | None) -> dict[str, Any]:
         "prompt_cache_hit_tokens": usage.cached_tokens,
         "prompt_cache_miss_tokens": usage.prompt_tokens - usage.cached_tokens,
     }
+    details: dict[str, int] = {}
     if reasoning_tokens is not None:
-        body["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+        details["reasoning_tokens"] = reasoning_tokens
+    if usage.drafted_tokens:  # by the server itself
+        details["accepted_prediction_tokens"] = usage.accepted_tokens
+        details["rejected_prediction_tokens"] = usage.drafted_tokens - usage.accepted_tokens
+    if details:
+        body["completion_tokens_details"] = details
     return body

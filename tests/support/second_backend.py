@@ -3,8 +3,8 @@
 The device is called `second`. Its numbers lie in main memory and its operations are those of the CPU, but nothing else
 treats it as the CPU: its tensors have no address and no numpy view, their `is_cpu` is False, and an operation that
 mixes them with a CPU tensor (other than a single number) fails, as on a GPU. So it finds tensors made without
-`device=`, and code that takes every tensor for the CPU's. What it cannot find: waits that are missing, and
-numerics of real chips.
+`device=`, and code that takes every tensor for the CPU's. What it cannot find: waits that are missing, and numerics of
+real chips.
 
     python -m pytest -p second_backend tests/property/test_state.py
 
@@ -118,10 +118,16 @@ def wrapped(func: Any, out: Any, args: Any, kwargs: Any) -> Any:
     return tree_map(lambda x: There(x) if isinstance(x, Tensor) and not isinstance(x, There) else x, out)
 
 
+def is_registered() -> bool:
+    """Whether this process has the device."""
+    return hasattr(torch, NAME)
+
+
 def register() -> None:
     """Make the device known to torch; once a process."""
     backend_registration._setup_privateuseone_for_python_backend(NAME)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # `.data =` would leave `raw` behind
+    torch.inference_mode = _without_gradients  # type: ignore[misc, assignment]  # tensors written in Python know none
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
@@ -129,6 +135,10 @@ def register() -> None:
     for name in SIZED_BY_VALUE:
         library.impl(name, _made_on_cpu(getattr(torch.ops.aten, name.partition(".")[0]), name), "PrivateUse1")
     register.kept = library  # type: ignore[attr-defined]  # its operations go with it
+
+
+def _without_gradients(mode: bool = True) -> Any:
+    return torch.set_grad_enabled(not mode)
 
 
 def _empty(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None,

@@ -8,12 +8,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "property"))
 from mock_model import HashModel, byte_tokenizer
-from small_models import build, config, some_tokens
+from small_models import build, config, packable_config, some_tokens
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.exactness import ENGRAM, chosen_operations, examine
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.model import Transformer, quantised
+from rorqual.model.packed_weights import pack_weights
 from rorqual.ops import native, registry
 
 needs_c = pytest.mark.skipif(native.load() is None, reason="no C compiler on this machine: only the references exist")
@@ -72,6 +73,16 @@ def test_what_is_absent_is_said() -> None:
     stored = small()
     quantised.quantise(stored, "fp4")
     assert examine(stored).why is None and "rounded" in examine(stored).weights
+
+
+@needs_c
+def test_packed_weights_are_named_and_keep_the_promise() -> None:
+    model = build(packable_config())
+    pack_weights(model, "fp4")
+    facts = examine(model)
+    assert (facts.operations, facts.why, facts.weights) == ("native", None, "fp32, packed fp4 and fp8")
+    with torch.inference_mode():
+        assert chosen_operations(model)["packed_experts"] == "native"
 
 
 @needs_c

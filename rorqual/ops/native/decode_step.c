@@ -1,4 +1,4 @@
-/* model/decode.py: one token each of several sequences through all layers, in one call.
+/* model/decode.py: the next token or tokens of several sequences through all layers, in one call.
  *
  * Every number comes from the kernels that the layer code calls, in the same order, so the two agree bit by bit; what is
  * saved is the way between them. Threads share the work inside kernels, and rows or heads of attention. */
@@ -33,11 +33,15 @@ enum Layer { RATIO, OVERLAP, FREQUENCIES,
 enum Memory { RING, RING_SIZE, BLOCKS_KV, BLOCKS_SCORE, BLOCKS_SIZE, ENTRIES, ENTRY_ROWS,
               INDEX_BLOCKS_KV, INDEX_BLOCKS_SCORE, INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, MEMORY_END };
 
+enum Draft { EMBED, E_PROJ, H_PROJ, E_NORM, H_NORM, HEAD_FN, HEAD_BASE, HEAD_SCALE, NORM, HEAD, DRAFT_END };
+
 #define PLACE(table, field) ((void *)(uintptr_t)(table)[field])
 
 static long most(long a, long b) { return a > b ? a : b; }
 
 #include "decode_step_body.h"
+#include "draft_body.h"
 
 #define ELEMENT_BF16
 #include "decode_step_body.h"
+#include "draft_body.h"

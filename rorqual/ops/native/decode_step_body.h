@@ -4,10 +4,11 @@
 
 /* One call: what came in, and room for what lies between kernels. */
 typedef struct {
-    const int64_t *shape, *tokens, *positions, *tables;
+    const int64_t *shape, *tokens, *positions, *first, *tables; /* first [rows]: where the row's sequence begins */
     const float *numbers;
     long rows;
-    T *x, *normed, *y, *latent, *latent_normed, *q, *q_turned, *kv, *kv_turned, *o, *z, *index_q, *index_turned, *index_out, *unpacked;
+    T *other, *x, *normed, *y, *latent, *latent_normed, *q, *q_turned, *kv, *kv_turned, *o, *z, *index_q,
+        *index_turned, *index_out, *unpacked;
     T *gate, *up, *inner, *shared, *expert_inner, *expert_out;
     float *post, *comb, *raw, *rs, *weight, *lse, *blocks, *scores, *head_weights, *angles, *plain_angles, *one_angle, *pooled;
     float *router_scores, *routing, *sorted, *one_row;
@@ -26,7 +27,7 @@ static void NAME(make_room)(NAME(Step) * s) {
     struct {
         T **place;
         long size;
-    } typed[] = {{&s->x, hidden}, {&s->normed, hidden}, {&s->y, hidden}, {&s->latent, n[QUERY_RANK]},
+    } typed[] = {{&s->other, streams * hidden}, {&s->x, hidden}, {&s->normed, hidden}, {&s->y, hidden}, {&s->latent, n[QUERY_RANK]},
                  {&s->latent_normed, n[QUERY_RANK]}, {&s->q, all}, {&s->q_turned, all}, {&s->kv, n[WIDTH]},
                  {&s->kv_turned, n[WIDTH]}, {&s->o, all}, {&s->z, n[GROUPS] * n[OUTPUT_RANK]},
                  {&s->index_q, most(index, channels)}, {&s->index_turned, most(index, channels)},
@@ -37,7 +38,7 @@ static void NAME(make_room)(NAME(Step) * s) {
         float **place;
         long size;
     } floats[] = {{&s->post, streams}, {&s->comb, streams * streams}, {&s->raw, streams * (streams + 2)},
-                  {&s->rs, n[HEADS] + n[INDEX_HEADS] + 1}, {&s->weight, most(hidden, most(all, n[QUERY_RANK]))},
+                  {&s->rs, n[HEADS] + n[INDEX_HEADS] + streams}, {&s->weight, most(hidden, most(all, n[QUERY_RANK]))},
                   {&s->lse, n[HEADS]}, {&s->blocks, channels}, {&s->scores, channels},
                   {&s->head_weights, n[INDEX_HEADS]}, {&s->angles, n[ROPE]}, {&s->plain_angles, n[ROPE]},
                   {&s->one_angle, n[ROPE]}, {&s->pooled, channels}, {&s->router_scores, n[EXPERTS]},
@@ -208,14 +209,16 @@ INLINE long NAME(used_entries)(const NAME(Step) * s, const int64_t *layer, long 
     return layer[INDEX_WKV] && end > s->shape[TOP_K] ? s->shape[TOP_K] : end;
 }
 
-/* The keys of a row's token: its window, oldest first, then the entries it uses; packed ones go to `unpacked`. */
+/* The keys of a row's token: its window, oldest first (the ring, then rows of this call), then the entries it uses;
+ * packed ones go to `unpacked`. */
 static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, const int64_t *memory, long row, T *unpacked,
                           const T **keys) {
     const int64_t *n = s->shape, *table = (const int64_t *)(uintptr_t)s->tables[row];
     long position = s->positions[row], first = most(0, position - n[WINDOW] + 1), count = 0, width = n[WIDTH];
     const T *ring = PLACE(memory, RING), *entries = PLACE(memory, ENTRIES);
-    for (long t = first; t < position; t++) keys[count++] = ring + t % memory[RING_SIZE] * width;
-    keys[count++] = s->kv_turned + row * width;
+    for (long t = first; t <= position; t++)
+        keys[count++] = t < s->positions[s->first[row]] ? ring + t % memory[RING_SIZE] * width
+                                                        : s->kv_turned + (row - (position - t)) * width;
     long used = NAME(used_entries)(s, layer, row);
     int is_choice = used && layer[INDEX_WKV] && (position + 1) / layer[RATIO] > n[TOP_K];
     for (long i = 0; i < used; i++) {
@@ -324,33 +327,46 @@ static void NAME(feed)(NAME(Step) * s, const int64_t *layer) {
     NAME(experts_join)(s->expert_out, s->slots, s->shared, rows, active, hidden, s->y);
 }
 
-/* embedding [V, D]; tokens, positions [rows]; shape, numbers and layers [L, LAYER_END] of the model; memory [rows, L,
- * MEMORY_END] and tables [rows] (of pages; 0: none) of the sequences -> streams [rows, N, D]. */
-void NAME(decode_step)(const T *embedding, const int64_t *tokens, const int64_t *positions, long rows,
-                       const int64_t *shape, const float *numbers, const int64_t *layers, const int64_t *memory,
-                       const int64_t *tables, T *streams) {
-    NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = positions, .tables = tables, .numbers = numbers,
-                    .rows = rows};
-    long hidden = shape[HIDDEN], n = shape[STREAMS];
-    float norm_eps = numbers[NORM_EPS], eps = numbers[HC_EPS];
-    NAME(make_room)(&s);
-    T *other = NAME(room)(&s, sizeof(T) * rows * n * hidden), *in = streams, *out = other;
-    for (long i = 0; i < rows * n; i++) memcpy(in + i * hidden, embedding + tokens[i / n] * hidden, sizeof(T) * hidden);
+/* Streams [rows, N, D], in place, through `s->shape[LAYERS]` layers. */
+static void NAME(run_layers)(NAME(Step) * s, const int64_t *layers, const int64_t *memory, T *streams) {
+    const int64_t *shape = s->shape;
+    long rows = s->rows, hidden = shape[HIDDEN], n = shape[STREAMS];
+    float norm_eps = s->numbers[NORM_EPS], eps = s->numbers[HC_EPS];
+    T *in = streams, *out = s->other;
     for (long i = 0; i < shape[LAYERS]; i++) {
         const int64_t *layer = layers + i * LAYER_END;
         for (int part = 0; part < 2; part++) { /* attention, experts */
             int fn = part ? HC_FFN_FN : HC_ATTN_FN, base = part ? HC_FFN_BASE : HC_ATTN_BASE;
             int scale = part ? HC_FFN_SCALE : HC_ATTN_SCALE;
             NAME(hc_pre_forward)(in, PLACE(layer, fn), PLACE(layer, base), PLACE(layer, scale), rows, (int)n, hidden,
-                                 (int)shape[ITERS], norm_eps, eps, 0, s.x, s.post, s.comb, s.raw, s.rs);
-            NAME(norm)(&s, s.x, PLACE(layer, part ? FFN_NORM : ATTN_NORM), hidden, s.normed);
-            if (part) NAME(feed)(&s, layer);
-            else NAME(attention)(&s, layer, memory + i * MEMORY_END);
-            NAME(hc_post_forward)(in, s.y, s.post, s.comb, rows, (int)n, hidden, out);
+                                 (int)shape[ITERS], norm_eps, eps, 0, s->x, s->post, s->comb, s->raw, s->rs);
+            NAME(norm)(s, s->x, PLACE(layer, part ? FFN_NORM : ATTN_NORM), hidden, s->normed);
+            if (part) NAME(feed)(s, layer);
+            else NAME(attention)(s, layer, memory + i * MEMORY_END);
+            NAME(hc_post_forward)(in, s->y, s->post, s->comb, rows, (int)n, hidden, out);
             T *swap = in;
             in = out;
             out = swap;
         }
-    }
-    for (int i = 0; i < s.count; i++) free(s.all[i]); /* an even number of swaps: the result lies in streams */
+    } /* an even number of swaps: the result lies in streams */
+}
+
+static void NAME(clear)(NAME(Step) * s) {
+    for (int i = 0; i < s->count; i++) free(s->all[i]);
+}
+
+/* embedding [V, D]; tokens, positions [rows]; first [rows]: the row where each row's sequence begins (its rows stand one
+ * behind the other); shape, numbers and layers [L, LAYER_END] of the model; memory [rows, L, MEMORY_END] and tables [rows]
+ * (of pages; 0: none) of the sequences -> streams [rows, N, D]. */
+void NAME(decode_step)(const T *embedding, const int64_t *tokens, const int64_t *positions, const int64_t *first, long rows,
+                       const int64_t *shape, const float *numbers, const int64_t *layers, const int64_t *memory,
+                       const int64_t *tables, T *streams) {
+    NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = positions, .first = first, .tables = tables,
+                    .numbers = numbers, .rows = rows};
+    long hidden = shape[HIDDEN], n = shape[STREAMS];
+    NAME(make_room)(&s);
+    for (long i = 0; i < rows * n; i++)
+        memcpy(streams + i * hidden, embedding + tokens[i / n] * hidden, sizeof(T) * hidden);
+    NAME(run_layers)(&s, layers, memory, streams);
+    NAME(clear)(&s);
 }

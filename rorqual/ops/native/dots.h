@@ -65,7 +65,7 @@ typedef Vector Step;
 typedef Bits Step_bf16;
 #endif
 
-/* `height` rows of a times `width` rows of b over k elements (a block at most); height * width is 16. */
+/* `height` rows of a times `width` rows of b over k elements (a block at most); height * width is 16, or 15. */
 INLINE Vector NAME(dot_tile)(int height, int width, const T *const *a, const T *const *b, long k) {
     const long each = VECTOR * PER_WORD;
     Vector sum[16] = {0};
@@ -149,7 +149,7 @@ __attribute__((unused)) static void NAME(dots)(long m, long n, long k, const T *
         if (rest) ROWS_AT(i, rest)
         if (rest == 1) NAME(dot_strip)(1, 16, 1, n, count, rows, b, b_rows, b_row, from, c + i * c_row, c_row, add);
         if (rest == 2) NAME(dot_strip)(2, 8, 2, n, count, rows, b, b_rows, b_row, from, c + i * c_row, c_row, add);
-        if (rest == 3) NAME(dot_strip)(4, 4, 3, n, count, rows, b, b_rows, b_row, from, c + i * c_row, c_row, add);
+        if (rest == 3) NAME(dot_strip)(3, 5, 3, n, count, rows, b, b_rows, b_row, from, c + i * c_row, c_row, add);
 #undef ROWS_AT
     }
 }

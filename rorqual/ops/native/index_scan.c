@@ -124,6 +124,18 @@ INLINE void rows_from(const Scan *s, int64_t first, int64_t last, const uint8_t 
     for (; r < TILE; r++) row[r] = row[n - 1];
 }
 
+/* Rows that will be read next, fetched into the cache between the products of the tile at hand: without it a single
+ * query waits for memory whenever a tile begins. */
+typedef struct {
+    const uint8_t *row[TILE];
+    long bytes;
+} Ahead;
+
+INLINE void look_ahead(const Ahead *ahead, long from, long to) { /* in TILE rows, of which some may be left */
+    for (long r = from; r < to; r++)
+        for (long at = 0; at < ahead->bytes; at += 64) __builtin_prefetch(ahead->row[r] + at, 0, 2);
+}
+
 static void make_keys(const Scan *s, Keys *keys) {
     size_t cells = sizeof(float) * s->width * TILE;
     keys->floats = malloc(cells);
@@ -150,15 +162,28 @@ static void free_query(Query *query) {
     free(query->floats), free(query->halves), free(query->bytes), free(query->scale), free(query->offset);
 }
 
-/* score [TILE] of the keys in `keys`. */
-static void score_tile(const Scan *s, const Query *query, const float *weights, const Keys *keys, float *score) {
-    long heads = s->heads, width = s->width, j = 0;
+/* score [TILE] of the keys in `keys`; fetches the rows of `ahead`, if there are any, on the way. */
+static void score_tile(const Scan *s, const Query *query, const float *weights, const Keys *keys, const Ahead *ahead,
+                       float *score) {
+    long heads = s->heads, width = s->width, j = 0, fetched = 0;
     memset(score, 0, sizeof(float) * TILE);
-#define EVERY_HEAD(run)                                                  \
-    for (; j + TILE_HEADS <= heads; j += TILE_HEADS) run(TILE_HEADS);    \
-    for (; j < heads; j++) run(1);
+#define FETCH(done)                                         \
+    if (ahead) {                                            \
+        look_ahead(ahead, fetched, TILE * (done) / heads);  \
+        fetched = TILE * (done) / heads;                    \
+    }
+#define EVERY_HEAD(run)                                  \
+    for (; j + TILE_HEADS <= heads; j += TILE_HEADS) {   \
+        FETCH(j + TILE_HEADS)                            \
+        run(TILE_HEADS);                                 \
+    }                                                    \
+    for (; j < heads; j++) {                             \
+        FETCH(j + 1)                                     \
+        run(1);                                          \
+    }
 #ifdef HAS_MATRIX_TILES
     if (query->kernel == PAIRS && s->has_tiles) {
+        FETCH(heads)
         tile_pairs(heads, query->halves, width, keys->pairs, weights, score);
         return;
     }

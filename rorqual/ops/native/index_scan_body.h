@@ -91,7 +91,7 @@ void NAME(index_scan_scores)(const T *q, const float *weights, const T *keys, co
                 float score[TILE];
                 long n = entries - first < TILE ? entries - first : TILE;
                 NAME(fill_keys)(&s, first, entries, query.kernel, &tile);
-                score_tile(&s, &query, weights + row * heads, &tile, score);
+                score_tile(&s, &query, weights + row * heads, &tile, NULL, score);
                 memcpy(scores + row * entries + first, score, sizeof(float) * n);
             }
         }
@@ -140,6 +140,8 @@ static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, con
     for (int64_t first = lo; first < hi; first += TILE) {
         int64_t last = first + TILE < hi ? first + TILE : hi;
         int is_filled[3] = {0};
+        Ahead next = {.bytes = s->row_bytes}, *ahead = last < hi ? &next : NULL;
+        if (ahead) rows_from(s, last, hi, next.row);
         for (long i = 0; i < count; i++) {
             int64_t from = start && start[i] > first ? start[i] : first, to = end[i] < last ? end[i] : last;
             if (to <= from || end[i] - (start ? start[i] : 0) <= k) continue;
@@ -148,7 +150,8 @@ static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, con
             is_filled[query[i].kernel] = 1;
             if (query[i].is_bounded && !NAME(may_win)(s, query + i, weights + i * s->heads, &keys, best + i, first, from, to))
                 continue;
-            score_tile(s, query + i, weights + i * s->heads, &keys, score);
+            score_tile(s, query + i, weights + i * s->heads, &keys, ahead, score);
+            ahead = NULL;
             offer(best + i, score, first, from, to);
         }
     }

@@ -14,6 +14,8 @@ void NAME(hc_pre_forward)(const T *x, const float *fn, const float *base, const 
                           float *rs);
 void NAME(hc_post_forward)(const T *x, const T *y, const float *post, const float *comb, long tokens, int n, long d,
                            T *out);
+void NAME(hc_head_forward)(const T *x, const float *fn, const float *base, const float *scale, long tokens, int n, long d,
+                           float norm_eps, float eps, T *y, float *pre, float *raw, float *rs);
 void NAME(attend_query)(const T *q, const T *const *keys, long n, const float *sink, long first, long last, long width,
                         float scale, float *work, T *out, float *lse);
 void NAME(index_scan)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,

@@ -1,0 +1,175 @@
+"""Speculative decoding by the MTP module, on and off by turns: seconds a token on code, chat, random text and sampling.
+
+Both sides are the engine on the same bundled model in one process, one request at a time, and must give the same
+tokens. A line is one kind of prompt: `ours` is tokens per second between the first and the last token with speculation,
+`peer` without, `ratio` how many times better on is than off (the middle of the pairs' ratios). `config` has the mean
+accepted length (tokens from a step with drafts, over the cases so far), the drafted and accepted tokens, and what a
+round and a draft cost.
+
+* `code`: beginnings of functions of Python files that training set aside, completed greedily
+* `chat`: questions of the chat and code tasks' test items, answered greedily
+* `code-t1`: the same beginnings, sampled at temperature 1
+* `random`: prompts of random tokens, sampled at temperature 1: nothing here can be foretold
+
+    python benchmarks/speculation.py --json
+    python benchmarks/speculation.py --quick --threads 1
+
+The target is at least 1.2 on code and never below 0.98.
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import measure
+import torch
+
+import rorqual
+from rorqual import Engine, SamplingParams
+from rorqual.data import python_corpus
+from rorqual.data.tasks import ChatFamily, CodeFamily
+
+HELD_OUT = 0.02
+"""Share of the Python files that the recipe of Minke sets aside."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Prompts of one kind, as token ids, and how they are continued."""
+
+    name: str
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+
+
+def code_prompts(tokenizer: Any, count: int) -> list[list[int]]:
+    """The text before and with the first lines of functions in held-out files, 120 to 400 tokens of it."""
+    _, held_out = python_corpus(include_tests=True).split(HELD_OUT)
+    draw, out = random.Random(1), []
+    for document in draw.sample(list(held_out.documents), len(held_out.documents)):
+        starts = [i for i in range(len(document.text)) if document.text.startswith("\n    def ", i)]
+        if len(out) < count and starts:
+            end = document.text.find("\n", draw.choice(starts) + 5)
+            ids = tokenizer.encode(document.text[max(0, end - 1200) : end + 1])
+            if len(ids) >= 120:
+                out.append(ids[-400:])
+    return out
+
+
+def chat_prompts(tokenizer: Any, count: int) -> list[list[int]]:
+    """Test items of two task families by turns."""
+    families = [family.items("test", 3) for family in (ChatFamily(), CodeFamily())]
+    return [tokenizer.encode(next(families[i % 2]).prompt_text()) for i in range(count)]
+
+
+def cases(tokenizer: Any, count: int, tokens: int) -> list[Case]:
+    """All kinds."""
+    code, draw = code_prompts(tokenizer, count), random.Random(2)
+    noise = [[draw.randrange(3, tokenizer.vocab_size) for _ in range(200)] for _ in range(count)]
+    # texts go on to the limit, so that every turn has as much to do
+    on = SamplingParams(temperature=0.0, max_tokens=tokens, suppress_token_ids=(tokenizer.eos_token_id,))
+    return [
+        Case("code", code, on),
+        Case("chat", chat_prompts(tokenizer, 4 * count), SamplingParams(temperature=0.0, max_tokens=tokens)),
+        Case("code-t1", code, on.replace(temperature=1.0, seed=5)),
+        Case("random", noise, on.replace(temperature=1.0, seed=5)),
+    ]
+
+
+def decode(engine: Engine, case: Case) -> tuple[float, list[tuple[int, ...]], int, int]:
+    """Seconds a token after the first, the tokens, and how many were drafted and accepted."""
+    outs = [engine.generate(prompt, case.params)[0] for prompt in case.prompts]
+    seconds = sum(out.timing.decode_s for out in outs)
+    steps = sum(len(out.ids) - 1 for out in outs)
+    usages = [out.usage for out in outs]
+    return (
+        seconds / steps,
+        [out.ids for out in outs],
+        sum(usage.drafted_tokens for usage in usages),
+        sum(usage.accepted_tokens for usage in usages),
+    )
+
+
+def measure_case(on: Engine, off: Engine, case: Case, repeats: int) -> dict[str, Any]:
+    """One line; the first pair of turns is thrown away."""
+    mine: list[float] = []
+    theirs: list[float] = []
+    drafted = accepted = 0
+    for number in range(repeats + 1):
+        found: dict[bool, Any] = {}
+        for is_on in (True, False) if number % 2 else (False, True):
+            found[is_on] = decode(on if is_on else off, case)
+        if found[True][1] != found[False][1]:
+            raise SystemExit(f"{case.name}: speculation changed the output, which it must never do.")
+        if number:
+            mine.append(1 / found[True][0])
+            theirs.append(1 / found[False][0])
+            drafted, accepted = drafted + found[True][2], accepted + found[True][3]
+    costs = on.speculation.policy.costs if on.speculation is not None else None
+    ratio = measure.middle([a / b for a, b in zip(mine, theirs, strict=True)])
+    plain, row = (costs.plain(1) or 0.0, costs.row(1) or 0.0) if costs is not None else (0.0, 0.0)
+    tokens = sum(len(ids) for ids in found[True][1])
+    length = on.stats().accepted_length  # of all cases so far
+    return {
+        "name": "speculation",
+        "case": f"{case.name}/minke/{torch.get_num_threads()}t/fp32",
+        "unit": "tokens/s",
+        "ours": measure.middle(mine),
+        "peer": measure.middle(theirs),
+        "peer_name": "without speculation",
+        "ratio": ratio,
+        "bound": None,
+        "bound_share": None,
+        "spread": measure.spread(mine, theirs),
+        "config": {
+            "prompts": len(case.prompts), "tokens": tokens, "repeats": repeats, "drafted": drafted // repeats,
+            "accepted": accepted // repeats, "accepted_length": length, "temperature": case.params.temperature,
+            "round_ms": 1e3 * plain, "row_ms": 1e3 * row,
+            "draft_ms": 0.0 if costs is None else 1e3 * costs.drafts(1), **measure.machine(),
+        },
+    }  # fmt: skip
+
+
+def print_line(line: dict[str, Any], *, as_json: bool) -> None:
+    """As `measure.print_line`, which has a limit of the machine to tell."""
+    if as_json:
+        measure.print_line(line, as_json=True)
+        return
+    config = line["config"]
+    print(
+        f"{line['case']}: {line['ours']:,.0f} tokens/s with speculation, {line['peer']:,.0f} without: "
+        f"{line['ratio']:.2f} times; {config['accepted']} of {config['drafted']} drafts accepted in "
+        f"{config['tokens']} tokens",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--quick", action="store_true", help="one counted pair of turns, few prompts")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads to measure with")
+    parser.add_argument("--repeats", type=int, default=7, help="counted pairs of turns")
+    parser.add_argument("--prompts", type=int, default=6, help="prompts of a kind")
+    parser.add_argument("--tokens", type=int, default=160, help="most tokens to decode after each")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help="code, chat, code-t1, random")
+    options = parser.parse_args()
+    if options.quick:
+        options.repeats, options.prompts, options.tokens = 1, 2, 80
+    began = time.perf_counter()
+    model, tokenizer = rorqual.load("minke")
+    chosen = cases(tokenizer, options.prompts, options.tokens)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        with Engine(model, tokenizer, speculate=True) as on, Engine(model, tokenizer) as off:
+            for case in chosen:
+                if not options.only or case.name in options.only:
+                    measure.note(f"{case.name}, {threads} threads ({time.perf_counter() - began:.0f} s)")
+                    print_line(measure_case(on, off, case, options.repeats), as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Speculative decoding: tokens drafted by the MTP module are verified as further rows of the same step.
+
+A request's next token and its drafts are read in one step. From the scores behind each of these rows the sampler
+chooses with the random number that belongs to the position; while its choice is the draft that was read, the next row
+counts too, and what follows the first other choice is taken back (`State.truncate`). So every token is chosen by the
+sampler from the same scores and the same random number as without drafts: the output is the same, token by token,
+greedy or sampled, and not only its distribution. (Speculative sampling with a residual distribution would accept a
+little more at high temperatures, and tie a seed's output to what happened to be drafted.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rorqual.engine import sampler
+from rorqual.engine.draft_policy import Policy, Trial
+from rorqual.engine.job import Job
+from rorqual.engine.stepper import Outcome, Work
+from rorqual.errors import CacheError, ConfigError, RequestError
+from rorqual.model.drafting import DraftMemory
+
+MOST_DRAFTS = 5
+"""Drafts of a request at a time."""
+
+MOST_READ = 16
+"""Tokens of a prompt, or of a pause, that the module reads before it drafts: a part of its window, as for short outputs
+reading all of it would cost more than better drafts save."""
+
+OwnDrafter = Callable[[Sequence[int], int], Sequence[int]]
+"""From the tokens of a request so far and a number to at most so many drafts."""
+
+
+class Drafts:
+    """What speculation keeps for a running request."""
+
+    def __init__(self, memory: DraftMemory | None, trial: Trial) -> None:
+        self.memory, self.trial = memory, trial
+        self.ids: list[int] = []
+        """Drafts of this round, verified or not, and the module's probabilities."""
+        self.chances: list[float] = []
+
+
+class Speculation:
+    """Drafts for the requests of one engine.
+
+    drafter: makes drafts in place of the MTP module; all of them are then verified in every round.
+    Raises ConfigError when the model has no MTP module and there is no drafter, or cannot verify drafts.
+    """
+
+    def __init__(self, model: Any, num_choices: int, drafter: OwnDrafter | None = None) -> None:  # Any: LanguageModel
+        if not can_verify(model) or (drafter is None and not has_mtp(model)):
+            raise ConfigError(
+                "speculate=True needs a model with an MTP module, and this one has none, so nothing drafts tokens. "
+                "Load a checkpoint with mtp.* tensors (num_nextn_predict_layers), or leave speculation off."
+            )
+        self._model, self._num_choices, self._drafter = model, num_choices, drafter
+        self.policy = Policy(MOST_DRAFTS)
+        self._draft_s = 0.0
+        self._is_odd = False
+        self._tried: list[tuple[Trial, bool]] = []
+
+    def propose(self, work: Work, room: int) -> None:
+        """Put drafts on decoding jobs of a round, at most `room` in all."""
+        self._draft_s, self._is_odd, self._tried = 0.0, False, []
+        jobs = [job for job, _ in work if not job.is_prefilling]
+        terms = None
+        if self._drafter is None:
+            jobs = [job for job in jobs if self._is_on(job)]
+            terms = self.policy.terms(len(work)) if jobs and not any(job.is_prefilling for job, _ in work) else None
+            if terms is None:
+                return
+        for job in jobs:
+            most = min(room, MOST_DRAFTS, job.request.max_tokens - len(job.ids) - 1)
+            if most < 1 or not self._can_draft(job):
+                continue
+            if self._drafter is not None:
+                known = (*job.request.prompt_ids, *job.ids)
+                found = list(self._drafter(known, most))[:most]
+                job.drafts = tuple(token for token in found if 0 <= token < self._num_choices)
+            elif terms is not None:
+                job.drafts = self._draft(job, min(most, terms.most, self.of(job).trial.length), terms)
+            room -= len(job.drafts)
+
+    def _is_on(self, job: Job) -> bool:
+        """Whether drafts are tried for a job now; called once a round while it decodes."""
+        trial = self.of(job).trial
+        trial.wait = max(0, trial.wait - 1)
+        return trial.wait == 0
+
+    def _can_draft(self, job: Job) -> bool:
+        """Whether the job's state can take drafts in and give them back."""
+        state = job.state
+        if state is None or not job.may_draft or job.num_read < job.alone_until or not state.is_exact:
+            return False
+        if state.rewind < MOST_DRAFTS or state.lengths[0] - state.floor[0] < 0:
+            return False
+        try:
+            state.reserve(1 + MOST_DRAFTS)
+        except CacheError:  # no pages to spare for drafts
+            return False
+        return True
+
+    def _draft(self, job: Job, most: int, terms: Any) -> tuple[int, ...]:
+        mine, greedy = self.of(job), job.request.params.temperature == 0
+        mine.ids, mine.chances = [], []
+        assert mine.memory is not None
+        begin, end = mine.memory.waiting
+        if begin == end or end != job.num_read:
+            return ()
+        began = time.perf_counter()
+        odds = self.policy.odds[greedy]
+        ids, chances = mine.memory.draft(
+            job.known(begin + 1, end + 1), most, odds.kept, terms.to_draft, self._num_choices
+        )
+        seconds = time.perf_counter() - began
+        self._draft_s += seconds
+        self._tried.append((mine.trial, greedy))
+        if end - begin <= 1 + MOST_DRAFTS:
+            self.policy.costs.add_drafts(len(ids), seconds)
+        else:  # the first time, or behind a pause: a whole window was read, which says nothing about other rounds
+            self._is_odd = True
+        mine.ids, mine.chances = ids, chances
+        return tuple(ids[: self.policy.keep(terms, chances, greedy)])
+
+    def of(self, job: Job) -> Drafts:
+        """What is kept for a job; made when it is asked for."""
+        if job.drafting is None:
+            memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ) if self._drafter is None else None
+            job.drafting = Drafts(memory, self.policy.new_trial(job.request.params.temperature == 0))
+        drafts: Drafts = job.drafting
+        return drafts
+
+    def remember(self, job: Job, streams: Any) -> None:
+        """The trunk's streams [n, N, D] of what a job has just read."""
+        mine = self.of(job)
+        if mine.memory is not None and mine.trial.wait <= mine.memory.most_waiting:
+            mine.memory.remember(streams, job.num_read)
+
+    def count(self, job: Job, tokens: Sequence[int], verified: int) -> None:
+        """Learn from what a job's drafts came to: the tokens chosen in this round, after `verified` of its drafts."""
+        if self._drafter is None and job.drafting is not None and job.drafting.ids:
+            mine, greedy = self.of(job), job.request.params.temperature == 0
+            self.policy.learn(mine.ids, mine.chances, tokens, greedy)
+            self.policy.adapt(mine.trial, verified, len(tokens) - 1)
+            mine.ids, mine.chances = [], []
+
+    def end_round(self, work: Work, extra: int, tokens: int, seconds: float) -> None:
+        """Account for a round in which all jobs decoded: `seconds` for `tokens`, with `extra` drafts among its rows."""
+        if self._tried:
+            self.policy.judge(self._tried, len(work), tokens, seconds)
+        if not self._is_odd and (self._draft_s or self.policy.wants_plain(len(work))):
+            self.policy.costs.add_round(len(work), extra, seconds - self._draft_s)
+
+
+def has_mtp(model: Any) -> bool:
+    """Whether a model can draft."""
+    return can_verify(model) and len(getattr(model, "mtp", ())) > 0
+
+
+def can_verify(model: Any) -> bool:
+    """Whether a model reads several tokens of a sequence in a step, and takes some back."""
+    return hasattr(model, "step")
+
+
+def choose(outcome: Outcome) -> list[list[int | RequestError]]:
+    """The next tokens of each sampling job: one, and one more for each draft that was right."""
+    assert outcome.logits is not None
+    if not any(job.drafts for job in outcome.sampling):
+        plain = [sampler.Choice(job.request.params, job.request.seed, job.num_tokens) for job in outcome.sampling]
+        return [[token] for token in sampler.choose(outcome.logits, plain)]
+    first = [sum(1 + len(job.drafts) for job in outcome.sampling[:i]) for i in range(len(outcome.sampling))]
+
+    def choice(job: Job, i: int) -> sampler.Choice:
+        return sampler.Choice(job.request.params, job.request.seed, job.num_tokens + i)
+
+    # at once: the first token of each, and all that a greedy one may need
+    places = [
+        (n, i)
+        for n, job in enumerate(outcome.sampling)
+        for i in range(1 + (len(job.drafts) if job.request.params.temperature == 0 else 0))
+    ]
+    rows = [first[n] + i for n, i in places]
+    logits = outcome.logits if len(rows) == len(outcome.logits) else outcome.logits[rows]
+    found = sampler.choose(logits, [choice(outcome.sampling[n], i) for n, i in places])
+    chosen = dict(zip(places, found, strict=True))
+    out: list[list[int | RequestError]] = []
+    for n, job in enumerate(outcome.sampling):
+        tokens = [chosen[n, 0]]
+        for i, draft in enumerate(job.drafts, 1):
+            if tokens[-1] != draft:
+                break
+            if (n, i) not in chosen:
+                at = first[n] + i
+                [chosen[n, i]] = sampler.choose(outcome.logits[at : at + 1], [choice(job, i)])
+            tokens.append(chosen[n, i])
+        out.append(tokens)
+    return out
