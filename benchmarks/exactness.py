@@ -67,6 +67,8 @@ class Count:
     cancelled: int = 0
     interrupted: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     steps: int = 0
     most_in_a_step: int = 0
     first_difference: str = ""
@@ -97,6 +99,8 @@ class Count:
             self.hits += request.cache.cached_tokens > 0
             self.cached_tokens += request.cache.cached_tokens
             self.disk_tokens += request.cache.disk_tokens
+        self.drafted_tokens += request.drafted
+        self.accepted_tokens += request.accepted
         self.most_in_a_step = max(self.most_in_a_step, 1 + request.batched_with)
         if wrong and not self.first_difference:
             at = next(i for i, (a, b) in enumerate(zip(ids, truth, strict=False)) if a != b)
@@ -143,6 +147,8 @@ def engine_options(draw: random.Random, model: Transformer) -> dict[str, Any]:
     }  # fmt: skip
     if draw.random() < 0.3:
         options["step_tokens"] = running + draw.randint(8, 100)
+    if draw.random() < 0.3:
+        options["speculate"] = False
     if draw.random() < 0.4:
         options["max_state_bytes"] = draw.choice([1_000_000, 4_000_000])
     return options

@@ -14,7 +14,8 @@ filled with random entries of the sizes that so many tokens leave, and the time 
 `prefill.million` (with --million) reads 1,048,576 tokens with Minke's architecture in a process of its own and says how
 long it took, its peak resident memory, and whether the last logits have the same bits three ways: the end in one chunk,
 the end token by token, and a second process that reads with other chunks (--second-chunk; 0: the prompt in one call,
-which wants 16 GiB). `prefill.exact` does the same at 32K with every way of cutting.
+which wants 16 GiB). `prefill.exact` does the same at 32K with every way of cutting. The bound of these two is no limit
+of the machine but what is wanted: a million tokens in 15 minutes.
 
 The bound is the rate of a matrix product of torch in the same dtype, measured in the same run, over the operations of
 `rorqual.planner.flops` without the mixing of streams and with the head for one token only: 2 for each activated weight,
@@ -48,6 +49,7 @@ PEER_CHUNKS = (256, 512, 1024, 2048)
 CHUNK = 2048
 TAIL = 64  # tokens of the end that are read again one by one
 PLACES = 9
+WANTED = (1 << 20) / 900.0  # tokens/s: a million in 15 minutes
 
 
 def config_of(name: str) -> rorqual.ModelConfig:
@@ -234,8 +236,8 @@ def whole_line(kind: str, name: str, length: int, dtype: str, threads: int, chun
         "peer_name": PEER,
         "ratio": None,
         "peer_failure": "not run: its scores are prompt x prompt",
-        "bound": length / 900.0,
-        "bound_share": 900.0 / first["seconds"],
+        "bound": WANTED,
+        "bound_share": length / first["seconds"] / WANTED,
         "spread": measure.spread([length / run["seconds"] for run in runs.values()], []),
         "config": {
             "bound_is": "a million tokens in 15 minutes", "same_bits": len(bits) == 1,

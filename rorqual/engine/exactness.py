@@ -154,7 +154,7 @@ def describe(facts: Arithmetic, request: Request) -> Exactness:
         thread_invariant=holds,
         restart_invariant=holds,
         cache=kept if cached else "none",
-        speculation="none",
+        speculation=kept if request.drafted else "none",
         operations=facts.operations,
         kernels=facts.kernels,
         device=facts.device,

@@ -104,6 +104,17 @@ def test_each_request_says_what_was_done() -> None:
 
 
 @needs_c
+def test_drafts_are_declared() -> None:
+    said = []
+    for own in (False, lambda known, most: [5] * most):
+        with Engine(small(), byte_tokenizer(), speculate=own) as engine:
+            [out] = engine.generate([5, 6, 7], GREEDY)
+        assert out.exactness is not None
+        said.append(out.exactness.speculation)
+    assert said == ["none", "exact"]
+
+
+@needs_c
 def test_without_native_operations_nothing_is_promised() -> None:
     with registry.only("reference"), Engine(small(), byte_tokenizer()) as engine:
         [out] = engine.generate([5, 6, 7], GREEDY)

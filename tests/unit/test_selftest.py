@@ -89,6 +89,13 @@ def test_engines_and_their_control(model: Transformer, one_thread: None) -> None
     assert check.first == "here: token 2 differs"
 
 
+def test_drafts_change_no_token(model: Transformer, one_thread: None) -> None:
+    check = Check("drafts", "")
+    engines.drafts(model, check, 4, 12, 3)
+    assert check.passed and check.cases == 8, check.first
+    assert int(str(check.note).split()[0]) > 10
+
+
 def test_needles_are_found_only_by_an_indexer_that_looks_for_them(
     model: Transformer, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:

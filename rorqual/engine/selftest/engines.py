@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rorqual.engine.engine import Engine
@@ -52,6 +53,28 @@ def schedules(model: Transformer, check: Check, count: int, tokens: int, seed: i
     hits = sum(out.usage.cached_tokens for out in outs)
     check.note = f"{2 * count} requests of {tokens} tokens; {hits} prompt tokens cached after the restart"
     return truth
+
+
+def drafts(model: Transformer, check: Check, count: int, tokens: int, seed: int) -> None:
+    """Engines that verify drafts: right ones up to a random place, then wrong ones; by turns with the model's own."""
+    prompts = make_prompts(model, count, seed + 1)
+    truth = [plain_ids(model, prompt, tokens) for prompt in prompts]
+    texts = [prompt + ids for prompt, ids in zip(prompts, truth, strict=True)]
+    draw, drafted, vocab = random.Random(seed), 0, model.cfg.vocab_size
+
+    def guess(known: Sequence[int], most: int) -> list[int]:
+        text = next((one for one in texts if one[: len(known)] == list(known)), [])
+        right = text[len(known) : len(known) + draw.randrange(most + 1)]
+        return right + [draw.randrange(vocab) for _ in range(most - len(right))]
+
+    greedy = SamplingParams(temperature=0, max_tokens=tokens)
+    for own in (guess, True if len(model.mtp) else guess):
+        with Engine(model, IdsOnly(vocab), max_running=4, chunk=64, speculate=own) as engine:
+            outs = engine.generate(prompts, greedy)
+        for place, (out, wanted) in enumerate(zip(outs, truth, strict=True)):
+            drafted += out.usage.drafted_tokens
+            check.same_ids(list(out.ids), wanted, f"request {place} of {len(prompts[place])} tokens, with drafts")
+    check.note = f"{drafted} tokens were drafted"
 
 
 def control(model: Transformer) -> Check:

@@ -33,6 +33,10 @@ def plan(model: Transformer, seed: int, *, is_small: bool, quick: bool) -> tuple
     def engine_run(check: Check) -> None:
         engines.schedules(model, check, count, tokens, seed)
 
+    def draft_run(check: Check) -> None:
+        engines.drafts(model, check, max(3, count // 3), tokens, seed)
+
+    steps.append(("drafts", "with drafts that were verified, right and wrong ones", draft_run))
     steps.append(("engine", "greedy requests in changing company, with a disk cache and a restart", engine_run))
     if is_small:
         steps.append(
