@@ -68,7 +68,8 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/make_cli.py
 
 bench: $(TESTABLE)
-	@for name in versus_transformers train_speed prefill_memory minke_quality; do \
+	@for name in decode prefill serving prefix_cache index_scan matvec speculation quantised_quality exactness \
+		kill_disk_cache train_speed prefill_memory minke_quality; do \
 		$(BIN)/python "benchmarks/$$name.py" --json --quick || exit 1; done
 
 clean:

@@ -27,8 +27,8 @@ from typing import Any
 
 import measure
 import torch
+from peers import CONFIG, PEER, activated_weights, build_pair
 from torch import Tensor
-from versus_transformers import CONFIG, PEER, activated_weights, build_pair
 
 import rorqual
 from rorqual.model import Segment, State, Transformer

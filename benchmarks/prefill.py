@@ -36,8 +36,8 @@ from typing import Any
 import measure
 import torch
 from decode import DTYPES, filled_state
+from peers import CONFIG, PEER, build_pair, check_agreement
 from torch import Tensor
-from versus_transformers import CONFIG, PEER, build_pair, check_agreement
 
 import rorqual
 from rorqual.model import Segment, State, Transformer

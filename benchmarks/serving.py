@@ -33,8 +33,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import measure
+import peers
 import torch
-import versus_transformers
 from ids_only import IdsOnly
 from torch import Tensor
 
@@ -233,7 +233,7 @@ def lines(
     macs_per_s = measure.matmul_flops_per_s() / 2
 
     def macs(length: int) -> float:
-        return length * (weights + versus_transformers.attention_products(config, length))
+        return length * (weights + peers.attention_products(config, length))
 
     lengths = sorted(len(prompt) for prompt in prompts)
     costs = [macs(length) for length in lengths]
@@ -270,11 +270,11 @@ def main() -> None:
     lengths = LENGTHS[:5] if options.quick else LENGTHS
 
     torch.set_num_threads(1)
-    config = rorqual.ModelConfig.from_dict(json.loads(versus_transformers.CONFIG.read_text()))
-    ours, peer = versus_transformers.build_pair(config)
+    config = rorqual.ModelConfig.from_dict(json.loads(peers.CONFIG.read_text()))
+    ours, peer = peers.build_pair(config)
     ours.eval()
     peer.eval()
-    worst = versus_transformers.check_agreement(ours, peer, torch.arange(300)[None] * 7 % config.vocab_size)
+    worst = peers.check_agreement(ours, peer, torch.arange(300)[None] * 7 % config.vocab_size)
     measure.note(f"logits agree within {worst:.1e} of a row's norm")
     draw = torch.Generator().manual_seed(3)
     sizes = [lengths[i % len(lengths)] for i in range(options.clients)]
@@ -296,7 +296,7 @@ def main() -> None:
             "padded_rows_unchanged": same_rows(padded, equal), "repeats": repeats, "model": "small.json",
             **measure.machine(),
         }  # fmt: skip
-        weights = versus_transformers.activated_weights(ours, config)
+        weights = peers.activated_weights(ours, config)
         for line in lines(config, sides, prompts, weights, facts):
             show(line, as_json=options.json)
 

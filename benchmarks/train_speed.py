@@ -32,8 +32,8 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
+from peers import CONFIG, activated_weights, attention_products, build_pair, check_agreement
 from torch import Tensor, nn
-from versus_transformers import CONFIG, activated_weights, attention_products, build_pair, check_agreement
 
 import rorqual
 from rorqual.model import Transformer
