@@ -207,7 +207,10 @@ class _Tape:
             for i, sublayer in enumerate(self.sublayers):
                 streams = out if sublayer.start is None else sublayer.start
                 assert streams is not None and sublayer.y is not None and sublayer.norm is not None
-                x, post, comb = sublayer.hc.pre(streams, *sublayer.parameters)
+                with torch.enable_grad():  # without, mHC adds in the order of inference, and bits would differ
+                    mixed = sublayer.hc.pre(streams, *sublayer.parameters)
+                x, post, comb = (None if value is None else value.detach() for value in mixed)
+                assert x is not None
                 values = {"x": x, "normed": sublayer.norm(x), "post": post, "comb": comb}
                 if i + 1 < len(self.sublayers):
                     values["out"] = out = sublayer.hc.post(streams, sublayer.y, post, comb)

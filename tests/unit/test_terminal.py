@@ -37,8 +37,10 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return "I think</think>Hello!" if prompt.endswith("<think>") else "Hello!"
 
     @contextmanager
-    def open_mock(model: str, threads: int | None) -> Iterator[tuple[Engine, Tokenizer]]:
-        assert (model, threads) == ("minke", None)
+    def open_mock(
+        model: str, threads: int | None, weights: None = None, cache_format: None = None, speculate: bool = False
+    ) -> Iterator[tuple[Engine, Tokenizer]]:
+        assert (model, threads, weights, cache_format, speculate) == ("minke", None, None, None, False)
         with Engine(ScriptModel(reply), byte_tokenizer()) as engine:
             yield engine, byte_tokenizer()
 
