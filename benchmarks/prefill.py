@@ -5,17 +5,18 @@
 `prefill`: a prompt of random tokens goes through `Transformer.step` in chunks, as the engine feeds it, and ends with
 the logits of its last token. Up to 8K the peer reads the same prompt with the same weights and its own cache. It is
 given its best chunk: a pilot run tries several, because its compressed attention gathers entries for all queries of a
-call at once and slows down with long calls (`config` has the rate of each, the longest is the nearest to the one call
-that its own generation makes). `prefill.best` compares our faster dtype with the peer's faster one.
+call at once and slows down with long calls. `prefill.best` compares our faster dtype with the peer's faster one.
+`config` has the peer's rate of each chunk, and `ratio_of_one_call` compares with its whole prompt in one call, which is
+what its own generation does.
 
 Up to 32K (128K without --quick) the prompt is really read. Beyond, chunks are timed at nine places whose state is
 filled with random entries of the sizes that so many tokens leave, and the time of the whole is their integral.
 
-`prefill.million` (with --million) reads 1,048,576 tokens with Minke's architecture in a process of its own and says how
-long it took, its peak resident memory, and whether the last logits have the same bits three ways: the end in one chunk,
-the end token by token, and a second process that reads with other chunks (--second-chunk; 0: the prompt in one call,
-which wants 16 GiB). `prefill.exact` does the same at 32K with every way of cutting. The bound of these two is no limit
-of the machine but what is wanted: a million tokens in 15 minutes.
+`prefill.million` (with --million) reads 1,048,576 random tokens with the bundled Minke in a process of its own and says
+how long it took, its peak resident memory, and whether the last logits have the same bits three ways: the end in one
+chunk, the end token by token, and a second process that reads with other chunks (--second-chunk; 0: the prompt in one
+call, which wants 16 GiB). `prefill.exact` does the same at 32K with every way of cutting. The bound of these two is no
+limit of the machine but what is wanted: a million tokens in 15 minutes.
 
 The bound is the rate of a matrix product of torch in the same dtype, measured in the same run, over the operations of
 `rorqual.planner.flops` without the mixing of streams and with the head for one token only: 2 for each activated weight,
@@ -130,7 +131,7 @@ def measure_length(
     rates: dict[int, float] = {}
     is_read = length <= read_up_to
     if peer is not None and length <= PEER_UP_TO:
-        rates = pilot(peer, tokens, PEER_CHUNKS[1::2] if options.quick else PEER_CHUNKS)
+        rates = pilot(peer, tokens, (*(PEER_CHUNKS[1::2] if options.quick else PEER_CHUNKS), length))
         best = max(rates, key=lambda size: rates[size])
         a, b = measure.interleaved(ours_run(model, tokens), peer_run(peer, tokens, best), options.repeats)
     elif is_read:
@@ -148,6 +149,7 @@ def measure_length(
         "peer": theirs,
         "peer_name": PEER,
         "ratio": None if theirs is None else mine / theirs,
+        "ratio_of_one_call": mine / rates[length] if rates else None,
         "peer_failure": None if theirs is not None else "not run in this case: the case 8K/small has it",
         "bound": ceiling / flops,
         "bound_share": mine * flops / ceiling,
@@ -170,6 +172,7 @@ def best_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "case": f"{length}/{name}/{threads}/best",
         "peer": theirs["peer"],
         "ratio": mine["ours"] / theirs["peer"],
+        "ratio_of_one_call": min(mine["ours"] / line["ours"] * line["ratio_of_one_call"] for line in lines),
         "config": mine["config"]
         | {
             "ours_dtype": mine["case"].rsplit("/", 1)[1],
@@ -192,7 +195,8 @@ def digest(logits: Tensor) -> str:
 def child(name: str, length: int, dtype: str, threads: int, chunk: int) -> None:
     """Read a prompt in this process and print what it took as one JSON object."""
     torch.set_num_threads(threads)
-    model = Transformer(config_of(name)).eval().to(DTYPES[dtype])
+    model = rorqual.load(name)[0] if name == "minke" else Transformer(config_of(name))
+    model = model.eval().to(DTYPES[dtype])
     tokens = prompt_of(model, length)
     with torch.inference_mode():
         watch, state, began = measure.Stopwatch(), model.new_state(), time.perf_counter()
