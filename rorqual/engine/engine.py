@@ -13,17 +13,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rorqual import log
-from rorqual.engine import sampler
 from rorqual.engine.checks import as_array, check_request, check_timeout
+from rorqual.engine.delivery import Delivery
 from rorqual.engine.events import Completion, FinishReason, TokenEvent
 from rorqual.engine.exactness import describe, examine
+from rorqual.engine.failures import closed, failed
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.job import Job
 from rorqual.engine.memory import PagedCost, StateCost
@@ -104,6 +104,7 @@ class Engine:
             self.speculation = Speculation(model, self._num_choices, own)
         watch = None if self.speculation is None else self.speculation.remember
         self._stepper = Stepper(model, self._num_choices, prefix_cache, watch)
+        self._delivery = Delivery(tokenizer)
         self._meter = Meter(log_steps)
         self._scheduler.expected_wait_s = lambda: self._meter.mean_stay_s / max_running
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
@@ -156,7 +157,7 @@ class Engine:
             if wait:
                 self._changed.wait_for(lambda: not self._scheduler.is_full or not self.is_alive)
             if not self.is_alive:
-                raise self._broken or _closed()
+                raise self._broken or closed()
             self._scheduler.add(job)
             self._changed.notify_all()
         return request
@@ -262,13 +263,13 @@ class Engine:
                     pass
         except BaseException as error:  # a bug in the engine itself: nobody may be left waiting
             logger.exception("the engine's thread failed")
-            self._broken = _failed(error)
+            self._broken = failed(error)
         with self._changed:
             left = [*self._scheduler.running, *self._scheduler.waiting]
             self._scheduler.running, self._scheduler.waiting = [], []
             self._changed.notify_all()
         for job in left:
-            job.request.fail(self._broken or _closed())
+            job.request.fail(self._broken or closed())
 
     def _round(self) -> bool:
         """Wait for work and do one round of it. False when the engine is to stop."""
@@ -357,7 +358,7 @@ class Engine:
         self._remove(job, "error")
         if not isinstance(error, RequestError):
             logger.error("a request failed", exc_info=error)
-            error = _failed(error)
+            error = failed(error)
         job.request.fail(error)
 
     def _remove(self, job: Job, reason: FinishReason) -> None:
@@ -386,48 +387,12 @@ class Engine:
 
     def _emit(self, job: Job, token: int, logits_V: Tensor) -> None:
         """Deliver a sampled token, and end the request if it was the last."""
-        request, params = job.request, job.request.params
+        request = job.request
         request.mark_token()
         job.ids.append(token)
         self._meter.sampled_tokens += 1
-        logprob: float | None = None
-        best: tuple[tuple[int, float], ...] = ()
-        if params.logprobs:
-            logprobs_V = sampler.log_probabilities(logits_V)
-            logprob, best = float(logprobs_V[token]), sampler.best_tokens(logprobs_V, params.top_logprobs)
-        reason: FinishReason | None = None
-        text = ""
-        if token == self.tokenizer.eos_token_id or token in params.stop_token_ids:
-            reason = "stop"
-        else:
-            text = job.decoder.push(token)
-            reason = "length" if len(job.ids) == request.max_tokens else None
+        ready, reason = self._delivery.events(job, token, logits_V)
         if reason is not None:
-            text += job.decoder.flush()
-        is_control = token in self.tokenizer.control_token_ids
-        ready = job.stops.push(TokenEvent(token, text, logprob, best), is_control=is_control)
-        if job.stops.stopped:
-            reason = "stop"
-        if reason is not None:
-            ready += job.stops.flush()
-            ready[-1] = replace(ready[-1], finish_reason=reason)
             self._remove(job, reason)
         for one in ready:
             request.deliver(one)
-
-
-def _closed() -> RequestError:
-    return RequestError(
-        "The engine is closed, so the request cannot run. Start the server again and repeat it.",
-        status=503,
-        type="server_error",
-    )
-
-
-def _failed(error: BaseException) -> RequestError:
-    return RequestError(
-        f"The model failed while running this request: {type(error).__name__}: {error}. Nothing more can be "
-        "generated for it. Send it again; if it fails again, the full trace is in the server's log.",
-        status=500,
-        type="server_error",
-    )
