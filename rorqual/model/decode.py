@@ -19,7 +19,7 @@ from rorqual.model.compressor import Compressor
 from rorqual.model.layer_state import LayerState
 from rorqual.model.moe import MoE
 from rorqual.model.mtp import MTPModule
-from rorqual.model.pages import Paged
+from rorqual.model.page_table import Paged
 from rorqual.ops.hadamard import scaled_hadamard
 from rorqual.ops.native import infers
 from rorqual.ops.native.decode_step import columns, decode_step

@@ -17,7 +17,7 @@ from torch import Tensor
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.cache_format import row_of
 from rorqual.model.layout import EntryPlan, Layout
-from rorqual.model.pages import Paged
+from rorqual.model.page_table import Paged
 from rorqual.model.ring import ring_read, ring_write
 
 

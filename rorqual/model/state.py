@@ -24,7 +24,8 @@ from rorqual.errors import CacheError
 from rorqual.model.cache_format import is_lossless
 from rorqual.model.layer_state import LayerState, Pending, Recall, new_layer, recalls
 from rorqual.model.layout import Layout
-from rorqual.model.pages import Paged, PagePool, PageTable
+from rorqual.model.page_table import Paged, PageTable
+from rorqual.model.pages import PagePool
 
 if TYPE_CHECKING:
     from rorqual.model.transformer import Transformer

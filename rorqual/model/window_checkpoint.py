@@ -19,7 +19,7 @@ from torch import Tensor
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.errors import CacheError
 from rorqual.model.cache_format import row_of
-from rorqual.model.pages import PageTable
+from rorqual.model.page_table import PageTable
 from rorqual.model.state import LayerState, State
 
 

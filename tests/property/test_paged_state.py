@@ -14,7 +14,8 @@ from small_models import build, config, drawn, some_tokens
 from rorqual.config import ModelConfig
 from rorqual.errors import CacheError
 from rorqual.model import State, Transformer
-from rorqual.model.pages import PagePool, PageTable
+from rorqual.model.page_table import PageTable
+from rorqual.model.pages import PagePool
 from rorqual.model.window_checkpoint import (
     capture,
     checkpoint_bytes,

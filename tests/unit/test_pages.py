@@ -7,7 +7,8 @@ import torch
 
 from rorqual.config import ModelConfig
 from rorqual.errors import CacheError
-from rorqual.model.pages import Paged, PagePool, PageTable, tokens_per_page
+from rorqual.model.page_table import Paged, PageTable
+from rorqual.model.pages import PagePool, tokens_per_page
 
 CFG = ModelConfig.preset("minke")
 

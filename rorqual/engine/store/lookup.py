@@ -13,7 +13,7 @@ from rorqual.engine.store.disk import DiskStore, Stored
 from rorqual.engine.store.explain import Reason
 from rorqual.engine.store.tree import Hit, Node, Point, PrefixTree, Tokens, chain_key
 from rorqual.errors import CacheError
-from rorqual.model.pages import PageTable
+from rorqual.model.page_table import PageTable
 
 LOAD_BYTES = 64 << 20
 """Pages from disk are brought in by so much at a time."""

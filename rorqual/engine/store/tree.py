@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rorqual.model.pages import PagePool, PageTable
+from rorqual.model.page_table import PageTable
+from rorqual.model.pages import PagePool
 
 Tokens = NDArray[np.int32]
 
