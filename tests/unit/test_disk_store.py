@@ -131,6 +131,26 @@ def test_the_folder_stays_in_its_budget(tmp_path: Path) -> None:
     store.close()
 
 
+def test_what_is_deleted_for_room_between_finding_and_reading_is_not_called_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 12)
+    store.close()
+    store = open_store(tmp_path)
+    found = [store.find_page(key, block) for _, key, block in blocks(1, 12)]
+    points = [point for _, key, _ in blocks(1, 12) for point in store.find_points(key)]
+    pages = [page for page in found if page is not None]
+    assert len(pages) == 12 and points
+    store.budget = 0
+    store._make_room(0)
+    assert store.read_pages(pages, lambda first, content: pytest.fail("nothing is there")) == 0
+    assert [store.read_point(point) for point in points] == [None] * len(points)
+    assert store.stats.discarded == 0 and not caplog.records
+    assert store.find_page(pages[0].header.key, pages[0].header.tokens) is None
+    store.close()
+
+
 def test_checkpoints_go_before_pages_of_the_same_age(tmp_path: Path) -> None:
     store = open_store(tmp_path, 4 << 20)
     for seed in range(6):

@@ -169,14 +169,18 @@ class DiskStore:
         """Read consecutive pages of a text; returns how many are sound from the first on.
 
         sink: takes the place of the first page of a piece among `stored`, and the piece's bytes uint8 [n, page_bytes],
-        which it must not keep. The first page that is damaged is discarded, and those behind it are not read.
+        which it must not keep. The first page that is damaged is discarded, and those behind it are not read; nor are
+        those of a file that has been deleted for room since the page was found.
         """
         began = time.perf_counter()
         done = 0
-        self._announce(stored)
+        with self._lock:
+            self._announce(stored)
         while done < len(stored):
             run = self._run(stored, done)
             with self._lock:  # so that no file is closed (and its number given to another) meanwhile
+                if stored[done].segment.fd < 0:
+                    break
                 content = self._read_run(stored[done : done + run])
                 sound = len(content)
                 if sound:
@@ -190,9 +194,13 @@ class DiskStore:
         return done
 
     def read_point(self, stored: Stored) -> tuple[Tensor, Tensor | None] | None:
-        """A checkpoint's content uint8 [n] and the hidden state fp32 [D] of its last token; None when damaged."""
+        """A checkpoint's content uint8 [n] and the hidden state fp32 [D] of its last token; None when it is
+        damaged, or its file has been deleted for room since it was found.
+        """
         header = stored.header
         with self._lock:
+            if stored.segment.fd < 0:
+                return None
             buffer = np.empty(header.data_bytes, dtype=np.uint8)
             data = self._read(stored, stored.offset + header.data_at, buffer)
             if data is None or checksum(data.view(np.uint64)) != header.content_sum:

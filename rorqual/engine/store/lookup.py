@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -143,7 +143,7 @@ class Lookup:
             self.disk_pages += done
             self.bytes_read += done * pool.page_bytes
             if done < len(pages):
-                self.trouble = "damaged on disk"
+                self.trouble = _trouble(part[done : done + 1])
                 return False
         found.table = self.tree.table(found.hit.nodes)
         del found.stored[: len(stored)]
@@ -153,7 +153,7 @@ class Lookup:
         assert self.disk is not None
         loaded = self.disk.read_point(point)
         if loaded is None:
-            self.trouble = "damaged on disk"
+            self.trouble = _trouble([point])
             return False
         depth = point.header.position // self._size
         node = found.hit.nodes[depth - 1] if depth else self.tree.root
@@ -204,3 +204,8 @@ class Lookup:
             if common > best or after is None:
                 best, after = max(best, common), int(other[common]) if common < len(other) else after
         return best, after
+
+
+def _trouble(lost: Sequence[Stored]) -> Reason:
+    """Why the first of these could not be read: its file was deleted for room meanwhile, or it is damaged."""
+    return "evicted" if any(one.segment.fd < 0 for one in lost) else "damaged on disk"
