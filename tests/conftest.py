@@ -1,10 +1,15 @@
 """Makes the modules in `tests/support` importable from every test folder, and has what several folders ask for."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.accelerator.is_available():  # before anything imports triton, whose own functions are made at its import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
@@ -12,8 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread for a test: more only cost time on tiny matrices, and sums may end in another last bit."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,17 +1,14 @@
-"""The Triton twins against their references: on a GPU where there is one, else on CPU tensors by Triton's interpreter.
+"""The Triton twins against their references: on a GPU where there is one, else on CPU tensors by Triton's
+interpreter, which `conftest.py` turns on.
 
 Skipped where the optional package `triton` is not installed (`pip install "rorqual[gpu]"`).
 """
-
-import os
 
 import pytest
 import torch
 from torch import Tensor
 
 HAS_GPU = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type in ("cuda", "xpu")  # type: ignore[union-attr]
-if not HAS_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are made, at their import
 pytest.importorskip("triton")
 
 from rorqual.ops import cache_codec, hyper_connections, norms, rope  # noqa: E402
