@@ -29,11 +29,11 @@ from typing import Any
 
 import measure
 import torch
-from ids_only import IdsOnly
 from peers import CONFIG, PEER, activated_weights, build_pair
 from torch import Tensor
 
 import rorqual
+from rorqual.engine.selftest.subject import IdsOnly
 from rorqual.model import Segment, State, Transformer
 from rorqual.model.cache_format import row_of
 from rorqual.model.quantised import keep_cache_as

@@ -40,11 +40,11 @@ from typing import Any
 
 import measure
 import torch
-from ids_only import IdsOnly
 
 import rorqual
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.prefix_cache import PrefixCache, Windows
+from rorqual.engine.selftest.subject import IdsOnly
 from rorqual.engine.store import DiskStore
 from rorqual.engine.store.tree import chain_key
 from rorqual.model import Transformer

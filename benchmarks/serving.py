@@ -35,11 +35,11 @@ from typing import Any
 import measure
 import peers
 import torch
-from ids_only import IdsOnly
 from torch import Tensor
 
 import rorqual
 from rorqual.engine import Engine, SamplingParams
+from rorqual.engine.selftest.subject import IdsOnly
 from rorqual.model import Transformer
 
 LENGTHS = (32, 64, 128, 256, 512, 768, 1024, 2048)
