@@ -25,7 +25,7 @@ def lines_of(name: str, *options: str) -> list[dict[str, Any]]:
 def test_random_schedules_change_no_token(tmp_path: Path) -> None:
     options = ["--requests", "150", "--control-requests", "12", "--resume", str(tmp_path / "lives.jsonl")]
     [line] = lines_of("exactness.py", *options)
-    assert line["ours"] == 0 < line["peer"] and line["config"]["requests"] == 150
+    assert line["ours"] == 0 < line["peer"] and line["config"]["requests"] >= 150  # a life is finished
     assert line["config"]["ours"]["tokens"] >= 150 * 64 and line["config"]["ours"]["cached_tokens"] > 0
     assert (tmp_path / "lives.jsonl").exists()
 
