@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ TESTS = [UNIT / f"test_{name}.py" for name in ("native_ops", "inference_ops", "c
 def test_built_for_another_processor(processor: str, tmp_path: Path) -> None:
     """The baseline has neither AVX nor fused multiply-add, and v3 has AVX2 but no bf16 products."""
     command = [*(compiler() or []), f"-march={processor}"]
-    environment = {**os.environ, "CC": " ".join(command), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "CC": shlex.join(command), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *map(str, TESTS)],
         env=environment, capture_output=True, text=True, timeout=500,
@@ -52,7 +53,7 @@ def has_bf16_products() -> bool:
 def test_index_scan_with_emulated_matrix_tiles(tmp_path: Path) -> None:
     """What is written for AMX gives the same scores and picks, its tile instructions replaced by plain C."""
     command = [*(compiler() or []), "-include", str(EMULATION)]
-    environment = {**os.environ, "CC": " ".join(command), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "CC": shlex.join(command), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", RUN_AND_COUNT, str(UNIT / "test_index_scan.py")],
         env=environment, capture_output=True, text=True, timeout=500,
