@@ -14,12 +14,13 @@ import typer
 from rorqual.cli.options import (
     MODEL,
     OUTPUT,
-    SAMPLING,
-    Effort,
+    EffortOption,
     Json,
+    MaxTokens,
     MinP,
     ModelOption,
     Seed,
+    System,
     Temperature,
     Threads,
     TopK,
@@ -46,13 +47,8 @@ def ask(
         str, typer.Option("--file", "-f", help="Text file to read, UTF-8; - is stdin.", rich_help_panel=MODEL)
     ],
     model: ModelOption = "minke",
-    effort: Annotated[
-        Effort | None,
-        typer.Option("--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL),
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option("--system", help="System message to begin with.", rich_help_panel=MODEL)
-    ] = None,
+    effort: EffortOption = None,
+    system: System = None,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -68,10 +64,7 @@ def ask(
         ),
     ] = "bf16",
     threads: Threads = None,
-    max_tokens: Annotated[
-        int,
-        typer.Option("--max-tokens", min=1, help="Longest answer, reasoning included.", rich_help_panel=SAMPLING),
-    ] = 1024,
+    max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.6,
     top_p: TopP = 1.0,
     top_k: TopK = None,

@@ -10,16 +10,17 @@ import typer
 
 from rorqual.chat import ContentDelta, Event, Finished, ReasoningDelta
 from rorqual.cli.options import (
-    MODEL,
     OUTPUT,
-    SAMPLING,
     CacheFormat,
     Effort,
+    EffortOption,
     Json,
+    MaxTokens,
     MinP,
     ModelArgument,
     Seed,
     Speculate,
+    System,
     Temperature,
     Threads,
     TopK,
@@ -42,21 +43,13 @@ def chat(
         str | None,
         typer.Option("--message", "-m", help="Ask this one question and leave.", rich_help_panel=OUTPUT),
     ] = None,
-    system: Annotated[
-        str | None, typer.Option("--system", help="System message to begin with.", rich_help_panel=MODEL)
-    ] = None,
-    effort: Annotated[
-        Effort | None,
-        typer.Option("--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL),
-    ] = None,
+    system: System = None,
+    effort: EffortOption = None,
     speculate: Speculate = False,
     threads: Threads = None,
     weights: Weights = None,
     cache_format: CacheFormat = None,
-    max_tokens: Annotated[
-        int,
-        typer.Option("--max-tokens", min=1, help="Longest reply, reasoning included.", rich_help_panel=SAMPLING),
-    ] = 1024,
+    max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.6,
     top_p: TopP = 1.0,
     top_k: TopK = None,

@@ -31,6 +31,11 @@ CacheFormat = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+EffortOption = Annotated[
+    Effort | None,
+    typer.Option("--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL),
+]
+System = Annotated[str | None, typer.Option("--system", help="System message to begin with.", rich_help_panel=MODEL)]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads for the model; torch chooses otherwise.", rich_help_panel=MODEL),
@@ -42,6 +47,10 @@ Speculate = Annotated[
         help="Draft tokens with the model's MTP module: the same output, sooner where it is easily foretold.",
         rich_help_panel=MODEL,
     ),
+]
+MaxTokens = Annotated[
+    int,
+    typer.Option("--max-tokens", min=1, help="Longest reply, reasoning included.", rich_help_panel=SAMPLING),
 ]
 Temperature = Annotated[
     float,

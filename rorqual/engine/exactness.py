@@ -19,6 +19,7 @@ from rorqual.model import Transformer
 from rorqual.model.packed_weights import packed
 from rorqual.model.quantised import is_quantised
 from rorqual.ops import native, registry
+from rorqual.ops.hyper_connections import MOST_ITERS
 
 if TYPE_CHECKING:
     from rorqual.engine.request import Request
@@ -33,9 +34,6 @@ STREAMS = ("hc_pre", "hc_post", "hc_head")
 ENGRAM = ("sigmoid", "silu")
 
 PACKED = ("packed_linear", "packed_experts")
-
-MOST_ITERS = 64
-"""Sinkhorn iterations that the C operation takes; more run as torch code."""
 
 
 @dataclass(frozen=True)

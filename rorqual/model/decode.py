@@ -21,6 +21,7 @@ from rorqual.model.moe import MoE
 from rorqual.model.mtp import MTPModule
 from rorqual.model.page_table import Paged
 from rorqual.ops.hadamard import scaled_hadamard
+from rorqual.ops.hyper_connections import MOST_ITERS, MOST_STREAMS
 from rorqual.ops.native import infers
 from rorqual.ops.native.decode_step import columns, decode_step
 from rorqual.ops.packed_weight import FORMATS, PackedWeight
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from rorqual.model.state import State
     from rorqual.model.transformer import Transformer
 
-MOST_STREAMS, MOST_ITERS = 8, 64
-"""MAX_STREAMS and MAX_ITERS of the C code."""
 
 MOST_TOKENS = 16
 """Tokens of one sequence up to which the step is faster than the layer code: drafts to verify, and ends of prompts."""

@@ -16,6 +16,9 @@ from torch import Tensor
 from rorqual.ops import registry, triton
 from rorqual.ops.native import functions, usable_typed
 
+MOST_STREAMS, MOST_ITERS = 8, 64
+"""MAX_STREAMS and MAX_ITERS of the C code; beyond them the references run."""
+
 
 def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
     """Softmax over the last axis, then alternate normalisation, columns last: [..., N, N] -> [..., N, N], fp32.
@@ -137,11 +140,11 @@ def hc_head(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: 
 
 def _fits(streams: Tensor) -> bool:
     n, d = streams.shape[-2:]
-    return usable_typed(streams) and n <= 8 and n * d % 2 == 0  # MAX_STREAMS of the C code; bf16 goes in pairs
+    return usable_typed(streams) and n <= MOST_STREAMS and n * d % 2 == 0  # bf16 goes in pairs
 
 
 def _native_pre(streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, norm_eps: float, eps: float):  # type: ignore[no-untyped-def]
-    if iters > 64:  # MAX_ITERS of the C code
+    if iters > MOST_ITERS:
         return hc_pre_reference(streams, fn, base, scale, iters, norm_eps, eps)
     return functions.hc_pre(streams, fn, base, scale, iters, norm_eps, eps)
 

@@ -19,6 +19,14 @@ EXAMPLES = int(os.environ.get("RORQUAL_TEST_EXAMPLES", "20"))
 SEED = os.environ.get("RORQUAL_TEST_SEED")
 
 
+def life_settings(examples: int, steps: int) -> settings:
+    """For state machines: so many lives of so many steps, the same ones each time."""
+    return settings(
+        max_examples=examples, stateful_step_count=steps, derandomize=True, deadline=None, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+
 def config(**changes: Any) -> ModelConfig:
     """Window, CSA, HCA and CSA again; a window of 8 and three picks, so that every bound is met within 40
     tokens.

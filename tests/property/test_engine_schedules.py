@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from small_models import life_settings
 
 from rorqual.engine import Engine, Request, SamplingParams
 from rorqual.engine.prefix_cache import PrefixCache
@@ -172,17 +172,10 @@ class LongSchedules(Schedules):
     """The same, to be run longer."""
 
 
-def _settings(examples: int, steps: int) -> settings:
-    return settings(
-        max_examples=examples, stateful_step_count=steps, derandomize=True, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-
-
 TestSchedules = Schedules.TestCase
-TestSchedules.settings = _settings(16, 25)
+TestSchedules.settings = life_settings(16, 25)
 TestLongSchedules = pytest.mark.slow(LongSchedules.TestCase)
-TestLongSchedules.settings = _settings(int(os.environ.get("RORQUAL_TEST_EXAMPLES", "150")), 50)
+TestLongSchedules.settings = life_settings(int(os.environ.get("RORQUAL_TEST_EXAMPLES", "150")), 50)
 
 
 def test_a_wrong_entry_would_be_seen() -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from small_models import TOLERANCE, build, config, drawn, some_tokens
+from small_models import TOLERANCE, build, config, drawn, life_settings, some_tokens
 from torch import Tensor
 
 from rorqual.engine.prefix_cache import Lease, PrefixCache
@@ -387,14 +387,7 @@ class LongLife(Life):
     """The same, to be run longer."""
 
 
-def _settings(examples: int, steps: int) -> settings:
-    return settings(
-        max_examples=examples, stateful_step_count=steps, derandomize=True, deadline=None, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-
-
 TestLife = Life.TestCase
-TestLife.settings = _settings(4, 15)
+TestLife.settings = life_settings(4, 15)
 TestLongLife = pytest.mark.slow(LongLife.TestCase)
-TestLongLife.settings = _settings(int(os.environ.get("RORQUAL_TEST_EXAMPLES", "60")), 40)
+TestLongLife.settings = life_settings(int(os.environ.get("RORQUAL_TEST_EXAMPLES", "60")), 40)
