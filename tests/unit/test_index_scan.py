@@ -105,6 +105,25 @@ def test_picks_are_the_best_of_the_scores() -> None:
         assert torch.equal(picks, order.sort().values)
 
 
+@pytest.mark.parametrize("heads", [1, 4, 5, 8, 16, 17, 37])
+@pytest.mark.parametrize("lowering", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("per_page", [None, 128, 32, 20])
+def test_picks_by_bounds_are_the_best_of_the_scores(heads: int, lowering: float, per_page: int | None) -> None:
+    """Packed keys of one group are ruled out by upper bounds where many heads can only lower a score."""
+    q, keys = rounded(3, heads, 32, seed=heads), rounded(6000, 32)
+    draw = torch.Generator().manual_seed(heads)
+    weights = torch.rand(3, heads, generator=draw) * torch.where(torch.rand(3, heads, generator=draw) < lowering, -1, 1)
+    packed = cache_codec.encode_index_keys(keys)
+    where = IndexKeys(packed, 32) if per_page is None else paged(packed, per_page, 32)
+    start, end = torch.tensor([0, 7, 50]), torch.tensor([6000, 5990, 3001])
+    exact = index_scan.scan_scores(q, weights, IndexKeys(keys, 32), 6000)
+    for top_k in (1, 30, 500):
+        found = index_scan.index_scan(q, weights, where, start, end, top_k)
+        for row, picks, first, last in zip(exact, found, start.tolist(), end.tolist(), strict=True):
+            order = row[first:last].sort(descending=True, stable=True).indices[:top_k] + first
+            assert torch.equal(picks, order.sort().values)
+
+
 @pytest.mark.parametrize("order", ["rising", "falling", "equal"])
 def test_scores_in_the_worst_order(order: str) -> None:
     """Every entry beats the ones before it, or none does, or all are equal: then the first win."""

@@ -6,6 +6,7 @@
 #include "index_narrow.h"
 
 #define QUERIES 32 /* that share a tile of keys */
+#define MOST_SINGLE 24 /* keys of a tile that are scored one by one, not all at once */
 
 enum Kernel { FLOATS, PAIRS, CODES };
 
@@ -71,13 +72,16 @@ INLINE uint64_t hits_of(const Best *best, const float *score, int64_t base, int6
 }
 
 /* The same entries' scores, for the list. */
-INLINE void offer(Best *best, const float *score, int64_t base, int64_t first, int64_t last) {
-    for (uint64_t hits = hits_of(best, score, base, first, last); hits; hits &= hits - 1) {
+INLINE void offer_some(Best *best, const float *score, int64_t base, uint64_t hits) {
+    for (; hits; hits &= hits - 1) {
         long at = __builtin_ctzll(hits);
         if (score[at] <= best->threshold) continue; /* which rises on the way */
         best->list[best->size++] = rank_of(score[at], base + at);
         if (best->size == best->capacity) keep_best(best);
     }
+}
+INLINE void offer(Best *best, const float *score, int64_t base, int64_t first, int64_t last) {
+    offer_some(best, score, base, hits_of(best, score, base, first, last));
 }
 
 /* ---- keys and queries ------------------------------------------------------------------------------------------- */
@@ -94,9 +98,14 @@ typedef struct {
     float *floats; /* [heads][width] */
     uint16_t *halves; /* for PAIRS: with rows of zeros up to a multiple of 16 */
     uint8_t *bytes; /* for CODES, with what follows */
-    float *scale;
+    float *scale; /* with one group of channels, the heads' weights are in it */
     int32_t *offset;
-    int is_bounded; /* for CODES: some heads can only lower a score */
+    int is_bounded; /* for one group: many heads can only lower a score; the others, for an upper bound: */
+    long raising;
+    uint8_t *raising_bytes;
+    float *raising_weights;
+    int32_t *raising_offset;
+    uint32_t *turned; /* bytes as narrow_score reads them */
 } Query;
 
 /* A tile of keys in the form of each kernel that asked for it. */
@@ -107,17 +116,24 @@ typedef struct {
     uint16_t *half_rows;
 } Keys;
 
+/* Where entry `at` lies, and how many rows stand there one behind the other. */
+INLINE const uint8_t *row_at(const Scan *s, int64_t at, int64_t *run) {
+    *run = INT64_MAX;
+    if (s->table) {
+        int64_t page = at / s->per_page, place = at - page * s->per_page;
+        at = s->table[page] * s->per_page + place;
+        *run = s->per_page - place;
+    }
+    return s->base + at * s->row_bytes;
+}
+
 /* Rows of a tile that begins with entry `first`; the last entry again where the tile is longer. */
 INLINE void rows_from(const Scan *s, int64_t first, int64_t last, const uint8_t **row) {
     long n = last - first < TILE ? last - first : TILE, r = 0;
     while (r < n) {
-        int64_t at = first + r, run = n - r;
-        if (s->table) {
-            int64_t page = at / s->per_page, place = at - page * s->per_page;
-            at = s->table[page] * s->per_page + place;
-            if (run > s->per_page - place) run = s->per_page - place;
-        }
-        const uint8_t *base = s->base + at * s->row_bytes;
+        int64_t run;
+        const uint8_t *base = row_at(s, first + r, &run);
+        if (run > n - r) run = n - r;
         for (long i = 0; i < run; i++) row[r + i] = base + i * s->row_bytes;
         r += run;
     }
@@ -155,11 +171,16 @@ static void make_query(const Scan *s, Query *query) {
     query->floats = malloc(sizeof(float) * rows * s->width);
     query->halves = calloc(rows * s->width, sizeof(uint16_t));
     query->bytes = malloc(rows * s->width);
+    query->turned = malloc(rows * s->width);
+    query->raising_bytes = malloc(rows * s->width);
+    query->raising_weights = malloc(sizeof(float) * rows);
+    query->raising_offset = malloc(sizeof(int32_t) * rows);
     query->scale = malloc(sizeof(float) * rows * (s->width / GROUP + 1));
     query->offset = malloc(sizeof(int32_t) * rows * (s->width / GROUP + 1));
 }
 static void free_query(Query *query) {
     free(query->floats), free(query->halves), free(query->bytes), free(query->scale), free(query->offset);
+    free(query->raising_bytes), free(query->raising_weights), free(query->raising_offset), free(query->turned);
 }
 
 /* score [TILE] of the keys in `keys`; fetches the rows of `ahead`, if there are any, on the way. */
@@ -199,7 +220,7 @@ static void score_tile(const Scan *s, const Query *query, const float *weights, 
 #ifdef HAS_CODE_PRODUCTS
 #ifdef HAS_NARROW_CODES
     if (query->kernel == CODES && width == GROUP) {
-        narrow_codes(heads, 0, query->bytes, query->scale, query->offset, keys->codes, keys->scales, weights, score);
+        narrow_codes(heads, query->bytes, query->offset, query->scale, keys->codes, keys->scales, score);
         return;
     }
 #endif

@@ -39,14 +39,21 @@ static void NAME(read_query)(const Scan *s, const T *q, Query *query) {
 static void NAME(fill_keys)(const Scan *s, int64_t first, int64_t last, enum Kernel kernel, Keys *keys) {
     const uint8_t *row[TILE];
     long width = s->width;
-    rows_from(s, first, last, row);
-#ifdef HAS_CODE_PRODUCTS
 #ifdef HAS_NARROW_CODES
     if (kernel == CODES && width == GROUP) {
-        fill_narrow(row, keys->codes, keys->scales);
+        int64_t run;
+        const uint8_t *base = row_at(s, first, &run);
+        if (run >= TILE && last - first >= TILE) {
+            fill_narrow(base, NULL, keys->codes, keys->scales);
+            return;
+        }
+        rows_from(s, first, last, row);
+        fill_narrow(NULL, row, keys->codes, keys->scales);
         return;
     }
 #endif
+    rows_from(s, first, last, row);
+#ifdef HAS_CODE_PRODUCTS
     if (kernel == CODES) {
         fill_codes(row, width, keys->codes, keys->scales);
         return;
@@ -73,6 +80,25 @@ INLINE Scan NAME(scan_of)(const T *keys, const uint8_t *packed, const int64_t *t
                   .is_packed = packed != NULL, .has_tiles = width % GROUP == 0 && tiles_usable()};
 }
 
+/* The heads' weights, and whether an upper bound of the scores is cheaper than they are. */
+static void NAME(weigh_heads)(const Scan *s, const float *weights, Query *query) {
+    query->is_bounded = 0;
+#ifdef HAS_NARROW_CODES
+    if (query->kernel != CODES || s->width != GROUP) return;
+    query->raising = 0;
+    for (long j = 0; j < s->heads; j++) {
+        query->scale[j] *= weights[j];
+        if (weights[j] < 0.0f) continue;
+        memcpy(query->raising_bytes + query->raising * GROUP, query->bytes + j * GROUP, GROUP);
+        query->raising_weights[query->raising] = query->scale[j];
+        query->raising_offset[query->raising++] = query->offset[j];
+    }
+    query->is_bounded = 5 * (s->heads - query->raising) > s->heads;
+    if (query->is_bounded) turn_query(s->heads, query->bytes, query->turned);
+#endif
+    (void)s, (void)weights;
+}
+
 /* Every score: q [queries, heads, width], weights [queries, heads], keys [entries, width] or packed rows (the other NULL),
  * in pages of `per_page` rows if `table` names them -> scores [queries, entries]. */
 void NAME(index_scan_scores)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
@@ -87,6 +113,7 @@ void NAME(index_scan_scores)(const T *q, const float *weights, const T *keys, co
 #pragma omp for schedule(static)
         for (long row = 0; row < queries; row++) {
             NAME(read_query)(&s, q + row * heads * width, &query);
+            NAME(weigh_heads)(&s, weights + row * heads, &query);
             for (int64_t first = 0; first < entries; first += TILE) {
                 float score[TILE];
                 long n = entries - first < TILE ? entries - first : TILE;
@@ -100,25 +127,25 @@ void NAME(index_scan_scores)(const T *q, const float *weights, const T *keys, co
     }
 }
 
-/* Whether an upper bound of the scores is cheaper than they are. */
-static void NAME(look_for_bound)(const Scan *s, const float *weights, Query *query) {
-    query->is_bounded = 0;
+/* Offers the tile's entries whose bound exceeds the threshold; false, and nothing is done, where scoring the whole tile
+ * is cheaper. */
+static int NAME(offer_bounded)(const Scan *s, const Query *query, const Keys *keys, Best *best, int64_t base,
+                               int64_t first, int64_t last) {
 #ifdef HAS_NARROW_CODES
-    long lowering = 0;
-    for (long j = 0; j < s->heads; j++) lowering += weights[j] < 0.0f;
-    query->is_bounded = query->kernel == CODES && s->width == GROUP && 5 * lowering > s->heads;
-#endif
-    (void)s, (void)weights;
-}
-static int NAME(may_win)(const Scan *s, const Query *query, const float *weights, const Keys *keys, const Best *best,
-                         int64_t base, int64_t first, int64_t last) {
-#ifdef HAS_NARROW_CODES
-    float bound[TILE];
-    narrow_codes(s->heads, 1, query->bytes, query->scale, query->offset, keys->codes, keys->scales, weights, bound);
-    return hits_of(best, bound, base, first, last) != 0;
-#else
-    (void)s, (void)query, (void)weights, (void)keys, (void)best, (void)base, (void)first, (void)last;
+    float score[TILE];
+    narrow_codes(query->raising, query->raising_bytes, query->raising_offset, query->raising_weights, keys->codes,
+                 keys->scales, score);
+    uint64_t hits = hits_of(best, score, base, first, last);
+    if (__builtin_popcountll(hits) > MOST_SINGLE) return 0;
+    for (uint64_t left = hits; left; left &= left - 1) {
+        long at = __builtin_ctzll(left);
+        score[at] = narrow_score(s->heads, query->turned, query->offset, query->scale, keys->codes, keys->scales, at);
+    }
+    offer_some(best, score, base, hits);
     return 1;
+#else
+    (void)s, (void)query, (void)keys, (void)best, (void)base, (void)first, (void)last;
+    return 0;
 #endif
 }
 
@@ -127,12 +154,14 @@ static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, con
                             long count, int64_t lo, int64_t hi, long k, Best *best) {
     Query query[QUERIES];
     Keys keys;
+    int all_bounded = 1; /* then a tile is read without waiting */
     make_keys(s, &keys);
     if (s->has_tiles) tiles_begin();
     for (long i = 0; i < count; i++) {
         make_query(s, query + i);
         NAME(read_query)(s, q + i * s->heads * s->width, query + i);
-        NAME(look_for_bound)(s, weights + i * s->heads, query + i);
+        NAME(weigh_heads)(s, weights + i * s->heads, query + i);
+        all_bounded &= query[i].is_bounded;
         long capacity = 2 * k + 4 * TILE;
         best[i] = (Best){.list = malloc(sizeof(uint64_t) * capacity), .scratch = malloc(sizeof(uint64_t) * capacity),
                          .capacity = capacity, .k = k, .threshold = -INFINITY};
@@ -140,15 +169,15 @@ static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, con
     for (int64_t first = lo; first < hi; first += TILE) {
         int64_t last = first + TILE < hi ? first + TILE : hi;
         int is_filled[3] = {0};
-        Ahead next = {.bytes = s->row_bytes}, *ahead = last < hi ? &next : NULL;
-        if (ahead) rows_from(s, last, hi, next.row);
+        Ahead next, *ahead = last < hi && !all_bounded ? &next : NULL;
+        if (ahead) next.bytes = s->row_bytes, rows_from(s, last, hi, next.row);
         for (long i = 0; i < count; i++) {
             int64_t from = start && start[i] > first ? start[i] : first, to = end[i] < last ? end[i] : last;
             if (to <= from || end[i] - (start ? start[i] : 0) <= k) continue;
             float score[TILE];
             if (!is_filled[query[i].kernel]) NAME(fill_keys)(s, first, last, query[i].kernel, &keys);
             is_filled[query[i].kernel] = 1;
-            if (query[i].is_bounded && !NAME(may_win)(s, query + i, weights + i * s->heads, &keys, best + i, first, from, to))
+            if (query[i].is_bounded && NAME(offer_bounded)(s, query + i, &keys, best + i, first, from, to))
                 continue;
             score_tile(s, query + i, weights + i * s->heads, &keys, ahead, score);
             ahead = NULL;
