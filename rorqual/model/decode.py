@@ -8,7 +8,7 @@ L layers, R rows (sequences), N streams, D hidden.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,17 @@ MOST_TOKENS = 16
 """Tokens of one sequence up to which the step is faster than the layer code: drafts to verify, and ends of prompts."""
 
 
+class Decoded(NamedTuple):
+    """Of a step's R rows the streams [R, N, D]; of W wanted ones the hidden states [W, D], logits fp32 [W, C] and the
+    likeliest token int64 [W].
+    """
+
+    streams: Tensor
+    hidden: Tensor
+    logits: Tensor
+    best: Tensor
+
+
 class _Addresses:
     """Tables of addresses: a copy would point at the original's tensors, so copies and pickles hold None."""
 
@@ -56,6 +67,7 @@ class Plan(_Addresses):
             rows = [self._layer(layer, model.reference.dtype) for layer in model.layers if isinstance(layer, Block)]
             if self.is_usable:
                 self.layers = torch.tensor(rows, dtype=torch.int64)
+                self.head = self._head(model, model)
         self.drafter = self._drafter(model) if self.is_usable and len(model.mtp) else None
 
     def holds_for(self, model: "Transformer") -> bool:
@@ -95,25 +107,33 @@ class Plan(_Addresses):
                 values[name] = self._address(weight, dtype)
         return [values.get(name, 0) for name in columns("Layer")]
 
-    def _drafter(self, model: "Transformer") -> tuple[Tensor, Tensor, Tensor] | None:
-        """Shape, layer and addresses of the first MTP module, for `ops/native/draft_body.h`."""
+    def _head(self, model: "Transformer", part: "Transformer | MTPModule") -> Tensor | None:
+        """What collapses the streams of the trunk or of an MTP module, and the output head; None: the layer code does."""
+        dtype = model.reference.dtype
+        exact = {"head_fn": part.hc_head_fn, "head_base": part.hc_head_base, "head_scale": part.hc_head_scale}
+        typed = {"head_norm": part.norm.weight, "head_weight": model.head.weight}
+        values = {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
+        values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
+        is_usable, self.is_usable = self.is_usable, True  # the layers can be run in any case
+        return torch.tensor([values[name] for name in columns("Head")]) if is_usable else None
+
+    def _drafter(self, model: "Transformer") -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Shape, layer, addresses and head of the first MTP module, for `ops/native/draft_body.h`."""
         module, dtype = model.mtp[0], model.reference.dtype
         assert isinstance(module, MTPModule)
         if any(_format(weight) for weight in (module.e_proj.weight, module.attn.wq_a.weight, module.ffn.experts.w1)):
             return None  # packed weights: the layer code drafts
-        exact = {"head_fn": module.hc_head_fn, "head_base": module.hc_head_base, "head_scale": module.hc_head_scale}
+        head = self._head(model, module)
         typed = {
             "embed": model.embed.weight, "e_proj": module.e_proj.weight, "h_proj": module.h_proj.weight,
-            "e_norm": module.enorm.weight, "h_norm": module.hnorm.weight, "norm": module.norm.weight,
-            "head": model.head.weight,
+            "e_norm": module.enorm.weight, "h_norm": module.hnorm.weight,
         }  # fmt: skip
-        values = {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
-        values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
+        values = {name: self._address(tensor, dtype) for name, tensor in typed.items()}
         layer, shape = self._layer(module, dtype), self.shape.clone()
         shape[columns("Shape").index("layers")] = 1
         tables = torch.tensor(layer), torch.tensor([values[name] for name in columns("Draft")])
         is_usable, self.is_usable = self.is_usable, True  # the trunk's layers can be run in any case
-        return (shape, *tables) if is_usable else None
+        return (shape, *tables, head) if is_usable and head is not None else None
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
         if tensor is None:
@@ -276,18 +296,35 @@ def forget(model: nn.Module) -> None:
         module.__dict__.pop("decode_plan", None)
 
 
-def step_rows(model: "Transformer", tokens: Tensor, state: "State") -> Tensor | None:
-    """One token for every row of a state by the fused step: ids [B, 1] -> streams [B, 1, N, D]; None where the layer
-    code must run. Raises as `Transformer.forward_streams`.
+def step_rows(model: "Transformer", tokens: Tensor, state: "State", *, scored: bool) -> Decoded | None:
+    """One token for every row of a state by the fused step: ids [B, 1] -> of R = B rows; None where the layer code must
+    run. `scored`: whether logits are wanted, of all of them. Raises as `Transformer.forward_streams`.
     """
     if tokens.shape != (state.batch_size, 1) or tokens.dtype is not torch.int64 or state.model is not model:
         return None
     plan = plan_of(model, [state])
-    if plan is None:
+    if plan is None or (scored and plan.head is None):
         return None
     model.check_ids(tokens)
     state.check(1)
-    return _decode(model, plan, tokens[:, 0], [state], [1]).unsqueeze(1)
+    wanted = range(state.batch_size) if scored else ()
+    return _decode(model, plan, tokens[:, 0], [state], [1], wanted, model.cfg.vocab_size)
+
+
+def step_scored(
+    model: "Transformer", segments: Sequence["Segment"], wanted: Sequence[int], choices: int
+) -> Decoded | None:
+    """Checked segments of a few tokens each by the fused step, with what follows the rows in `wanted`; None where the
+    layer code must run, for some of them or for the output head.
+    """
+    if any(len(segment.tokens) > MOST_TOKENS for segment in segments):
+        return None
+    states = [segment.state for segment in segments]
+    plan = plan_of(model, states)
+    if plan is None or plan.head is None:
+        return None
+    ids = torch.cat([segment.tokens for segment in segments])
+    return _decode(model, plan, ids, states, [len(segment.tokens) for segment in segments], wanted, choices)
 
 
 def step(
@@ -303,7 +340,7 @@ def step(
         return by_layers(model, segments)
     ids = torch.cat([segment.tokens for segment in short])
     counts = [len(segment.tokens) for segment in short]
-    decoded = _decode(model, plan, ids, [segment.state for segment in short], counts).unsqueeze(0)
+    decoded = _decode(model, plan, ids, [segment.state for segment in short], counts).streams.unsqueeze(0)
     if len(short) == len(segments):
         return decoded
     rest = [segment for segment, fits in zip(segments, is_short, strict=True) if not fits]
@@ -312,10 +349,12 @@ def step(
     return torch.cat([next(alone if fits else read) for fits in is_short], 1)
 
 
-def _decode(model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["State"], counts: Sequence[int]) -> Tensor:
-    """The next `counts` tokens of every row of checked states, in order: ids int64 [R] -> streams [R, N, D].
-
-    A count beyond 1 is for a state of one row.
+def _decode(
+    model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["State"], counts: Sequence[int],
+    wanted: Sequence[int] = (), choices: int = 0,
+) -> Decoded:  # fmt: skip
+    """The next `counts` tokens of every row of checked states, in order: ids int64 [R], and what follows the rows in
+    `wanted`. A count beyond 1 is for a state of one row.
     """
     for state in states:
         state.begin()
@@ -329,10 +368,11 @@ def _decode(model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["Sta
             first += [len(positions)] * count
             positions += range(length, length + count)
             tables += [table] * count
-    streams = decode_step(
+    decoded = decode_step(
         model.embed.weight.detach(), ids.contiguous(), torch.tensor(positions), torch.tensor(first), plan.shape,
         plan.numbers, plan.layers, memory[0].contiguous() if len(memory) == 1 else torch.cat(memory),
-        torch.tensor(tables), model.cfg.hc_mult,
+        torch.tensor(tables), model.cfg.hc_mult, plan.head if wanted else None,
+        torch.tensor(wanted) if wanted else None, choices,
     )  # fmt: skip
     taken, at = ids.tolist(), 0
     for state, count in zip(states, counts, strict=True):
@@ -341,7 +381,7 @@ def _decode(model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["Sta
         mine = count * len(state.lengths)
         state.advance_each(taken[at : at + mine], count)
         at += mine
-    return streams
+    return Decoded(*decoded)
 
 
 def _memory(state: "State", plan: Plan, count: int) -> Tensor:

@@ -100,10 +100,10 @@ class DraftMemory:
         plan = decode.plan_of(self.model, []) if rows <= decode.MOST_TOKENS else None
         following = torch.tensor(tokens, device=streams.device)
         if plan is not None and plan.drafter is not None:
-            shape, layer, module = plan.drafter
+            shape, layer, module, head = plan.drafter
             out = draft_step(
                 streams.contiguous(), following, self._held, min(most, self.most_drafts), choices, shape, plan.numbers,
-                layer, self._table, module, kept, least,
+                layer, self._table, module, head, kept, least,
             )  # fmt: skip
         else:
             out = self._by_layers(streams, following, min(most, self.most_drafts), kept, least, choices)

@@ -354,19 +354,3 @@ static void NAME(run_layers)(NAME(Step) * s, const int64_t *layers, const int64_
 static void NAME(clear)(NAME(Step) * s) {
     for (int i = 0; i < s->count; i++) free(s->all[i]);
 }
-
-/* embedding [V, D]; tokens, positions [rows]; first [rows]: the row where each row's sequence begins (its rows stand one
- * behind the other); shape, numbers and layers [L, LAYER_END] of the model; memory [rows, L, MEMORY_END] and tables [rows]
- * (of pages; 0: none) of the sequences -> streams [rows, N, D]. */
-void NAME(decode_step)(const T *embedding, const int64_t *tokens, const int64_t *positions, const int64_t *first, long rows,
-                       const int64_t *shape, const float *numbers, const int64_t *layers, const int64_t *memory,
-                       const int64_t *tables, T *streams) {
-    NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = positions, .first = first, .tables = tables,
-                    .numbers = numbers, .rows = rows};
-    long hidden = shape[HIDDEN], n = shape[STREAMS];
-    NAME(make_room)(&s);
-    for (long i = 0; i < rows * n; i++)
-        memcpy(streams + i * hidden, embedding + tokens[i / n] * hidden, sizeof(T) * hidden);
-    NAME(run_layers)(&s, layers, memory, streams);
-    NAME(clear)(&s);
-}
