@@ -108,7 +108,7 @@ class Plan(_Addresses):
         return [values.get(name, 0) for name in columns("Layer")]
 
     def _head(self, model: "Transformer", part: "Transformer | MTPModule") -> Tensor | None:
-        """What collapses the streams of the trunk or of an MTP module, and the output head; None: the layer code does."""
+        """HC head and norm of the trunk or of an MTP module, and the output head; None: the layer code has to do it."""
         dtype = model.reference.dtype
         exact = {"head_fn": part.hc_head_fn, "head_base": part.hc_head_base, "head_scale": part.hc_head_scale}
         typed = {"head_norm": part.norm.weight, "head_weight": model.head.weight}

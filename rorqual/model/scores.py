@@ -32,8 +32,10 @@ def check_wanted(wanted: Sequence[int], num_tokens: int, choices: int, vocab_siz
     """Raises RequestError for places that are no tokens of the step, or ids that the head does not have."""
     if len(wanted) > num_tokens or not all(0 <= place < num_tokens for place in wanted):
         raise RequestError(
-            f"Scores behind the tokens {list(wanted)} were asked for, but the step has {num_tokens}. Give places from 0 "
-            "in the row of all segments' tokens, each once."
+            f"Scores behind the tokens {list(wanted)} were asked for, but the step has {num_tokens}. Give "
+            "places from 0 in the row of all segments' tokens, each once."
         )
     if not 1 <= choices <= vocab_size:
-        raise RequestError(f"{choices} ids were to be scored, but the vocabulary has {vocab_size}. Give 1 to that many.")
+        raise RequestError(
+            f"{choices} ids were to be scored, but the vocabulary has {vocab_size}. Give 1 to that many."
+        )

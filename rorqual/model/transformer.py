@@ -154,10 +154,11 @@ class Transformer(nn.Module):
     def next_scores(
         self, segments: Sequence[Segment], wanted: Sequence[int] | None = None, choices: int | None = None
     ) -> Scores:
-        """As `step`, and what follows the tokens in `wanted`: places in the row of all segments' tokens, unless given the
-        last of each segment. choices: ids from 0 to score, all unless given. Raises as `step`.
+        """As `step`, and the scores behind some of its tokens: the same numbers as `step`, `final_hidden` and `logits`
+        give, in one go where that can be.
 
-        The same numbers as `step`, `final_hidden` and `logits` give, where it can be in one go.
+        wanted: places in the row of all segments' tokens; the last token of each segment unless given.
+        choices: how many ids are scored, from 0; all unless given. Raises as `step`.
         """
         self._check(segments)
         ends = [*accumulate(len(segment.tokens) for segment in segments)]
@@ -166,7 +167,8 @@ class Transformer(nn.Module):
         check_wanted(wanted, ends[-1], choices, self.cfg.vocab_size)
         decoded = decode.step_scored(self, segments, wanted, choices)
         if decoded is not None:
-            return Scores(*(part.unsqueeze(0) for part in decoded[:3]), decoded.best)
+            streams, hidden, logits = (part.unsqueeze(0) for part in decoded[:3])
+            return Scores(streams, hidden, logits, decoded.best)
         streams = decode.step(self, segments, flat_step)
         hidden = self.final_hidden(streams if len(wanted) == streams.shape[1] else streams[:, wanted])
         logits = self.logits(hidden)[..., :choices]

@@ -42,7 +42,9 @@ def plan_of(model: Transformer) -> Plan:
     threads=st.sampled_from([1, 2]),
     draw=st.data(),
 )
-def test_any_rows_of_a_step(model: Transformer, sizes: list[tuple[int, int]], threads: int, draw: st.DataObject) -> None:
+def test_any_rows_of_a_step(
+    model: Transformer, sizes: list[tuple[int, int]], threads: int, draw: st.DataObject
+) -> None:
     """Segments of one token or several, behind texts of any length; some rows or all, some ids or all."""
     rows = [some_tokens(model, known + new, draw_seed=i) for i, (known, new) in enumerate(sizes)]
     states = [model.new_state() for _ in rows]
@@ -60,7 +62,9 @@ def test_any_rows_of_a_step(model: Transformer, sizes: list[tuple[int, int]], th
         found = model.next_scores([Segment(*pair) for pair in zip(states, parts, strict=True)], wanted, choices)
     finally:
         torch.set_num_threads(before)
-    streams = torch.cat([model.forward_streams(p[None], state=s, trace=Trace()) for p, s in zip(parts, twins, strict=True)], 1)
+    streams = torch.cat(
+        [model.forward_streams(p[None], state=s, trace=Trace()) for p, s in zip(parts, twins, strict=True)], 1
+    )
     ends = torch.tensor([len(part) for part in parts]).cumsum(0) - 1
     at = ends if wanted is None else torch.tensor(wanted, dtype=torch.int64)
     hidden = model.final_hidden(streams[:, at])
