@@ -44,11 +44,11 @@ class Outcome:
 
 
 class _Rows(NamedTuple):
-    """What follows some rows of a step: hidden [1, R, D], logits [1, R, V] and the likeliest token of each [R]."""
+    """What follows some rows of a step: hidden [1, R, D], logits [1, R, V] and the likeliest token of each."""
 
     hidden: Tensor
     logits: Tensor
-    best: Tensor
+    best: list[int]
 
 
 class Stepper:
@@ -132,7 +132,7 @@ class Stepper:
         if not sampling:
             return Outcome(work)
         logits_RV = parts[0].logits[0] if len(parts) == 1 else torch.cat([part.logits[0] for part in parts])
-        best = [token for part in parts for token in part.best.tolist()]
+        best = [token for part in parts for token in part.best]
         return Outcome(work, sampling, logits_RV.float().cpu(), best)
 
     def _feed(self, work: Work) -> tuple[list[Job], list[_Rows]]:
@@ -167,7 +167,7 @@ class Stepper:
     def _read(self, work: Work, tokens: Tensor, counts: list[int], wanted: list[int]) -> tuple[Tensor, _Rows | None]:
         """One step of the model: all streams [1, T, N, D], and what follows the `wanted` rows, if there are any."""
         if self._can_share:
-            parts = tokens.split(counts)
+            parts = [tokens] if len(counts) == 1 else tokens.split(counts)
             segments = [Segment(job.state, part) for (job, _), part in zip(work, parts, strict=True)]
             scores = self._model.next_scores(segments, wanted, self._num_choices)
             rows = _Rows(scores.hidden, scores.logits, scores.best) if wanted else None

@@ -1,16 +1,14 @@
 """What a step of several sequences came to: the streams of its tokens, and the scores behind some of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from rorqual.errors import RequestError
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """T tokens in all, scores behind W of them; N streams, D hidden, C tokens that were scored."""
 
     streams: Tensor
@@ -19,13 +17,14 @@ class Scores:
     """Before the output head, [1, W, D]."""
     logits: Tensor
     """fp32 [1, W, C]."""
-    best: Tensor
-    """The first of each row's largest logits, int64 [W] in memory of the CPU; a NaN counts as the largest."""
+    best: list[int]
+    """The first of each row's largest logits; a NaN counts as the largest."""
 
 
-def best_of(logits: Tensor) -> Tensor:
-    """`Scores.best` of logits [..., W, C]."""
-    return torch.from_numpy(logits.detach().cpu().numpy().argmax(-1)).flatten()  # numpy promises the first of equals
+def best_of(logits: Tensor) -> list[int]:
+    """`Scores.best` of logits [1, W, C]."""
+    best: list[int] = logits[0].detach().cpu().numpy().argmax(-1).tolist()  # numpy promises the first among equals
+    return best
 
 
 def check_wanted(wanted: Sequence[int], num_tokens: int, choices: int, vocab_size: int) -> None:

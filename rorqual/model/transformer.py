@@ -102,7 +102,7 @@ class Transformer(nn.Module):
         if state is not None and lengths is None and segment_ids is None and trace is None:
             decoded = decode.step_rows(self, tokens, state, scored=True)
             if decoded is not None:
-                return decoded.logits.unsqueeze(1)
+                return decoded.logits
         return self.logits(
             self.final_hidden(
                 self.forward_streams(tokens, lengths=lengths, segment_ids=segment_ids, state=state, trace=trace)
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         if state is not None and lengths is None and trace is None and streams is None:
             decoded = decode.step_rows(self, tokens, state, scored=False)
             if decoded is not None:
-                return decoded.streams.unsqueeze(1)
+                return decoded.streams
         layout = self._layout(tokens, lengths, segment_ids, state)
         if not layout.num_tokens:
             return self.reference.new_zeros(layout.batch_size, 0, self.cfg.hc_mult, self.cfg.hidden_size)
@@ -161,14 +161,13 @@ class Transformer(nn.Module):
         choices: how many ids are scored, from 0; all unless given. Raises as `step`.
         """
         self._check(segments)
-        ends = [*accumulate(len(segment.tokens) for segment in segments)]
+        ends = [*accumulate(segment.tokens.shape[0] for segment in segments)]
         wanted = [end - 1 for end in ends] if wanted is None else wanted
         choices = self.cfg.vocab_size if choices is None else choices
         check_wanted(wanted, ends[-1], choices, self.cfg.vocab_size)
         decoded = decode.step_scored(self, segments, wanted, choices)
         if decoded is not None:
-            streams, hidden, logits = (part.unsqueeze(0) for part in decoded[:3])
-            return Scores(streams, hidden, logits, decoded.best)
+            return decoded
         streams = decode.step(self, segments, flat_step)
         hidden = self.final_hidden(streams if len(wanted) == streams.shape[1] else streams[:, wanted])
         logits = self.logits(hidden)[..., :choices]
@@ -177,7 +176,7 @@ class Transformer(nn.Module):
     def _check(self, segments: Sequence[Segment]) -> None:
         check_segments(self, segments)
         for segment in segments:
-            segment.state.check(len(segment.tokens))
+            segment.state.check(segment.tokens.shape[0])
 
     def through(
         self,

@@ -72,7 +72,7 @@ def test_any_rows_of_a_step(
     assert torch.equal(found.streams, streams)
     assert torch.equal(found.hidden, hidden) and found.hidden.dtype is hidden.dtype
     assert torch.equal(found.logits, logits) and found.logits.dtype is torch.float32
-    assert found.best.tolist() == logits[0].numpy().argmax(-1).tolist()
+    assert found.best == logits[0].numpy().argmax(-1).tolist()
 
 
 @needs_native
@@ -85,7 +85,7 @@ def test_a_call_of_the_model(model: Transformer, rows: int, count: int) -> None:
     for part in tokens.split([3, *[1] * count], 1):
         assert torch.equal(model(part, state=state), by_layers(model, part, twin))
     plan = plan_of(model)
-    assert plan.is_usable and plan.head is not None
+    assert plan.is_usable and plan.network.head is not None
 
 
 @needs_native
@@ -96,7 +96,7 @@ def test_packed_weights_and_mtp(weights: str) -> None:
     tokens, state, twin = some_tokens(model, 1, 20), model.new_state(), model.new_state()
     for part in tokens.split(1, 1):
         assert torch.equal(model(part, state=state), by_layers(model, part, twin))
-    assert plan_of(model).head is not None
+    assert plan_of(model).network.head is not None
 
 
 def test_what_the_fused_head_does_not_know() -> None:
@@ -111,7 +111,7 @@ def test_what_the_fused_head_does_not_know() -> None:
             expected = by_layers(model, part, twin)
             assert torch.equal(model(part, state=state), expected)
             found = model.next_scores([Segment(third, part[0])])
-            assert torch.equal(found.logits, expected) and int(found.best) == int(expected.argmax())
+            assert torch.equal(found.logits, expected) and found.best == [int(expected.argmax())]
 
 
 @needs_native
@@ -126,9 +126,9 @@ def test_the_best_of_equals_and_of_broken_scores(vocab_size: int, dtype: torch.d
             places = draw.integers(0, vocab_size, 3)
             model.head.weight[places] = value
             found = model.next_scores([Segment(model.new_state(), torch.tensor([1])) for _ in range(3)])
-            assert found.best.tolist() == found.logits[0].numpy().argmax(-1).tolist()
+            assert found.best == found.logits[0].numpy().argmax(-1).tolist()
     model.head.weight.zero_()
-    assert model.next_scores([Segment(model.new_state(), torch.tensor([1]))]).best.tolist() == [0]
+    assert model.next_scores([Segment(model.new_state(), torch.tensor([1]))]).best == [0]
 
 
 def test_what_cannot_be_asked_for() -> None:

@@ -45,20 +45,17 @@ void NAME(draft_step)(const T *trunk, int64_t *tokens, long position, long rows,
                       float *chances, int64_t *count) {
     long n = shape[STREAMS], hidden = shape[HIDDEN], size = n * hidden;
     int64_t *positions = calloc(3 * rows, sizeof(int64_t)), *first = positions + rows, *tables = first + rows;
-    int64_t *memories = malloc(sizeof(int64_t) * MEMORY_END * rows);
+    int64_t *memories = malloc(sizeof(int64_t) * rows);
     T *turned = malloc(sizeof(T) * (rows * size + 64)), *joined = malloc(sizeof(T) * (rows * size + 64));
     float *logits = malloc(sizeof(float) * choices + 64), product = 1.0f;
     NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = positions, .first = first, .tables = tables,
-                    .numbers = numbers, .rows = rows};
+                    .memories = memories, .numbers = numbers, .rows = rows};
     NAME(make_room)(&s);
-    for (long i = 0; i < rows; i++) {
-        positions[i] = position + i;
-        memcpy(memories + i * MEMORY_END, memory, sizeof(int64_t) * MEMORY_END);
-    }
+    for (long i = 0; i < rows; i++) positions[i] = position + i, memories[i] = (int64_t)(uintptr_t)memory;
     const T *streams = trunk;
     for (*count = 0; *count < most_drafts && product >= least;) {
         NAME(join)(&s, module, streams, turned, joined);
-        NAME(run_layers)(&s, layer, memories, joined);
+        NAME(run_layers)(&s, layer, joined);
         const T *last = joined + (s.rows - 1) * size;
         float *chance = chances + *count;
         tokens[rows + *count] = NAME(likeliest)(&s, head, last, choices, logits, chance);

@@ -36,20 +36,20 @@ static void NAME(score)(NAME(Step) * s, const int64_t *head, const T *hidden, lo
     NAME(linear)(hidden, PLACE(head, HEAD_WEIGHT), rows, 1, choices, s->shape[HIDDEN], NULL, logits);
 }
 
-/* embedding [V, D]; tokens, positions [rows]; first [rows]: the row where each row's sequence begins (its rows stand one
- * behind the other); shape, numbers and layers [L, LAYER_END] of the model; memory [rows, L, MEMORY_END] and tables [rows]
- * (of pages; 0: none) of the sequences -> streams [rows, N, D]. Behind `count` of the rows, those in `wanted`, also the
- * hidden states [count, D], logits [count, choices] and the best token of each [count]. */
-void NAME(decode_step)(const T *embedding, const int64_t *tokens, const int64_t *positions, const int64_t *first, long rows,
-                       const int64_t *shape, const float *numbers, const int64_t *layers, const int64_t *memory,
-                       const int64_t *tables, T *streams, const int64_t *head, const int64_t *wanted, long count,
-                       long choices, T *hidden, float *logits, int64_t *best) {
-    NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = positions, .first = first, .tables = tables,
-                    .numbers = numbers, .rows = rows};
+/* embedding [V, D]; shape, numbers and layers [L, LAYER_END] of the model; of each row, one behind the other in `places`
+ * [5][rows]: its token, its position, the row where its sequence begins (whose rows stand one behind the other), and the
+ * addresses of the sequence's pages (0: none) and of its memory [L, MEMORY_END] -> streams [rows, N, D]. Behind `count` of
+ * the rows, those in `wanted`, also hidden states [count, D], logits [count, choices] and the best token of each [count]. */
+void NAME(decode_step)(const T *embedding, const int64_t *shape, const float *numbers, const int64_t *layers,
+                       const int64_t *head, const int64_t *places, long rows, const int64_t *wanted, long count,
+                       long choices, T *streams, T *hidden, float *logits, int64_t *best) {
+    const int64_t *tokens = places;
+    NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = places + rows, .first = places + 2 * rows,
+                    .tables = places + 3 * rows, .memories = places + 4 * rows, .numbers = numbers, .rows = rows};
     long d = shape[HIDDEN], n = shape[STREAMS];
     NAME(make_room)(&s);
     for (long i = 0; i < rows * n; i++) memcpy(streams + i * d, embedding + tokens[i / n] * d, sizeof(T) * d);
-    NAME(run_layers)(&s, layers, memory, streams);
+    NAME(run_layers)(&s, layers, streams);
     if (count) {
         for (long i = 0; i < count; i++) memcpy(s.other + i * n * d, streams + wanted[i] * n * d, sizeof(T) * n * d);
         NAME(finish)(&s, head, s.other, count, hidden);
