@@ -179,6 +179,8 @@ class PrefixCache:
         self.tree.shrink()
         self.stats.add(explanation)
         hidden = point.hidden if point is not None and found.is_exact else None
+        if hidden is not None:  # as it was computed: in another precision the output head's sums have other bits
+            hidden = hidden.to(self.model.streams_dtype)
         stored = found.num_pages * self.pool.page_tokens
         branch = stored if self.ends and stored > found.restored_at else 0
         return Lease(state, state.lengths[0], explanation, hidden, node, branch)

@@ -65,7 +65,7 @@ def check_segments(model: "Transformer", segments: Sequence[Segment]) -> None:
     seen: set[int] = set()
     for segment in segments:
         ids, state = segment.tokens, segment.state
-        if ids.ndim != 1 or ids.dtype != torch.int64 or not len(ids):
+        if ids.ndim != 1 or ids.dtype != torch.int64 or not ids.shape[0]:
             raise RequestError(
                 f"A segment's tokens have shape {tuple(ids.shape)} and dtype {ids.dtype}; give int64 ids [n], n from 1."
             )
@@ -81,7 +81,7 @@ def check_segments(model: "Transformer", segments: Sequence[Segment]) -> None:
                 "Join their tokens to one segment, or fork the state."
             )
         seen.add(id(state))
-    model.check_ids(torch.cat([segment.tokens for segment in segments]))
+    model.check_ids(segments[0].tokens if len(segments) == 1 else torch.cat([segment.tokens for segment in segments]))
 
 
 def flat_step(model: "Transformer", segments: Sequence[Segment]) -> Tensor:

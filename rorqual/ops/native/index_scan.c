@@ -41,6 +41,7 @@ static void keep_best(Best *best) {
         uint32_t least = limit | bit, count = 0;
         for (long i = 0; i < size; i++) count += score[i] >= least;
         if (count >= best->k) limit = least;
+        if (count == best->k) break; /* these are they */
     }
     for (long i = 0; i < size; i++) room -= score[i] > limit;
     for (long i = 0; i < size; i++) {
@@ -239,6 +240,7 @@ static void score_tile(const Scan *s, const Query *query, const float *weights, 
 #undef RUN
 }
 
+#include "index_blocks.h"
 #include "index_scan_body.h"
 
 #define ELEMENT_BF16

@@ -155,6 +155,7 @@ static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, con
     Query query[QUERIES];
     Keys keys;
     int all_bounded = 1; /* then a tile is read without waiting */
+    float *scores = malloc(sizeof(float) * count * BLOCK_KEYS);
     make_keys(s, &keys);
     if (s->has_tiles) tiles_begin();
     for (long i = 0; i < count; i++) {
@@ -169,21 +170,29 @@ static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, con
     for (int64_t first = lo; first < hi; first += TILE) {
         int64_t last = first + TILE < hi ? first + TILE : hi;
         int is_filled[3] = {0};
+        long tile = (first - lo) / TILE % BLOCK_TILES;
         Ahead next, *ahead = last < hi && !all_bounded ? &next : NULL;
         if (ahead) next.bytes = s->row_bytes, rows_from(s, last, hi, next.row);
         for (long i = 0; i < count; i++) {
             int64_t from = start && start[i] > first ? start[i] : first, to = end[i] < last ? end[i] : last;
             if (to <= from || end[i] - (start ? start[i] : 0) <= k) continue;
-            float score[TILE];
+            float *score = scores + i * BLOCK_KEYS + tile * TILE;
             if (!is_filled[query[i].kernel]) NAME(fill_keys)(s, first, last, query[i].kernel, &keys);
             is_filled[query[i].kernel] = 1;
             if (query[i].is_bounded && NAME(offer_bounded)(s, query + i, &keys, best + i, first, from, to))
                 continue;
             score_tile(s, query + i, weights + i * s->heads, &keys, ahead, score);
             ahead = NULL;
-            offer(best + i, score, first, from, to);
+            if (query[i].kernel == CODES) offer(best + i, score, first, from, to);
+        }
+        int64_t base = first - tile * TILE;
+        for (long i = 0; i < count && (tile + 1 == BLOCK_TILES || last == hi); i++) {
+            int64_t from = start && start[i] > base ? start[i] : base, to = end[i] < last ? end[i] : last;
+            if (query[i].kernel != CODES && to > from && end[i] - (start ? start[i] : 0) > k)
+                offer_block(best + i, scores + i * BLOCK_KEYS, base, from, to);
         }
     }
+    free(scores);
     for (long i = 0; i < count; i++) {
         keep_best(best + i);
         free(best[i].scratch);

@@ -1,15 +1,49 @@
 /* Included twice by linear.c, once for each element type. */
 
-#include "dots.h"
 #include "kernels.h"
+#include "panels.h"
 
 #ifndef ELEMENT_BF16
 #define LINEAR_BLOCK 64
+#define LINEAR_ROWS 96 /* a block of rows that stays in cache while panels pass */
 #endif
+
+/* `linear` by panels. */
+static void NAME(linear_panels)(const T *x, const T *w, long rows, long groups, long out, long in, T *y, float *exact) {
+    long row_blocks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS, panels = (out + VECTOR - 1) / VECTOR;
+    long size = VECTOR * in / PER_WORD;
+    WORD *turned = aligned_alloc(64, sizeof(WORD) * groups * panels * size);
+    SHARED_OUT(groups * out * in > FORK_FROM, long p = 0; p < groups * panels; p++, {
+        long j = p % panels * VECTOR;
+        NAME(make_panel)(w + (p / panels * out + j) * in, in, out - j < VECTOR ? out - j : VECTOR, in, turned + p * size);
+    });
+    SHARED_OUT(rows * groups * out * in > FORK_FROM, long job = 0; job < row_blocks * groups; job++, {
+        long first = job / groups * LINEAR_ROWS, g = job % groups;
+        long m = rows - first < LINEAR_ROWS ? rows - first : LINEAR_ROWS;
+        const T *mine = x + (first * groups + g) * in;
+        for (long p = 0; p < panels; p++)
+            for (long i = 0; i < m; i += PANEL_HEIGHT) {
+                Vector sums[PANEL_HEIGHT];
+                long to = ((first + i) * groups + g) * out + p * VECTOR;
+                NAME(panel_block)(i, m, in, mine, NULL, groups * in, turned + (g * panels + p) * size, sums);
+#pragma GCC unroll 8
+                for (int r = 0; r < PANEL_HEIGHT; r++, to += groups * out) {
+                    if (i + r >= m) break;
+                    if (exact) store(exact + to, out - p * VECTOR, sums[r]);
+                    else STORE(y + to, out - p * VECTOR, sums[r]);
+                }
+            }
+    });
+    free(turned);
+}
 
 /* x [rows, groups, in], w [groups, out, in] -> [rows, groups, out], each group with its own matrix: rounded to y, or as
  * the fp32 sums to `exact` (the other one is NULL). */
 void NAME(linear)(const T *x, const T *w, long rows, long groups, long out, long in, T *y, float *exact) {
+    if (NAME(panels_fit)(rows, in)) {
+        NAME(linear_panels)(x, w, rows, groups, out, in, y, exact);
+        return;
+    }
     long row_blocks = (rows + LINEAR_BLOCK - 1) / LINEAR_BLOCK, out_blocks = (out + LINEAR_BLOCK - 1) / LINEAR_BLOCK;
     SHARED_OUT(rows * groups * out * in > FORK_FROM, long job = 0; job < row_blocks * groups * out_blocks; job++, {
         long i = job / (groups * out_blocks) * LINEAR_BLOCK, g = job / out_blocks % groups;

@@ -1,7 +1,7 @@
 /* Included twice by routed.c, once for each element type. */
 
-#include "dots.h"
 #include "kernels.h"
+#include "panels.h"
 
 #ifndef ELEMENT_BF16
 /* The `active` largest of score + bias, lowest index first among equals. */
@@ -17,6 +17,12 @@ INLINE void choose_experts(const float *score, const float *bias, long experts, 
         }
         chosen[a] = best;
     }
+}
+
+/* Clamped SwiGLU times the routing weight. */
+INLINE Vector swiglu_lanes(Vector gate, Vector up, float top, float weight) {
+    Vector g = smaller(gate, top), v = smaller(larger(up, -top), top);
+    return g * sigmoid_lanes(g) * v * weight;
 }
 #endif
 
@@ -39,6 +45,26 @@ void NAME(router)(const T *x, const T *w, const float *bias, long tokens, long d
     });
 }
 
+/* Up to EXPERT_ROWS rows from `lo` on through one expert, given by the panels of its three matrices. */
+static void NAME(expert_panels)(const T *x, const int64_t *token, const float *gate, const WORD *p1, const WORD *p3,
+                                const WORD *p2, long lo, long m, long d, long inner, float top, T *hidden, T *out) {
+    T *mine = hidden + lo * inner;
+    for (long j = 0; j < inner; j += VECTOR)
+        for (long i = 0; i < m; i += PANEL_HEIGHT) {
+            Vector a[PANEL_HEIGHT], u[PANEL_HEIGHT];
+            NAME(panel_block)(i, m, d, x, token + lo, d, p1 + NAME(panel_words)(j, d), a);
+            NAME(panel_block)(i, m, d, x, token + lo, d, p3 + NAME(panel_words)(j, d), u);
+            for (long r = i; r < m && r < i + PANEL_HEIGHT; r++)
+                STORE(mine + r * inner + j, inner - j, swiglu_lanes(a[r - i], u[r - i], top, gate[lo + r]));
+        }
+    for (long j = 0; j < d; j += VECTOR)
+        for (long i = 0; i < m; i += PANEL_HEIGHT) {
+            Vector y[PANEL_HEIGHT];
+            NAME(panel_block)(i, m, inner, mine, NULL, inner, p2 + NAME(panel_words)(j, inner), y);
+            for (long r = i; r < m && r < i + PANEL_HEIGHT; r++) STORE(out + (lo + r) * d + j, d - j, y[r - i]);
+        }
+}
+
 /* Rows sorted by expert, as for experts_forward: x [tokens, d], w1 and w3 [E, inner, d], w2 [E, d, inner], gate [rows]
  * -> out [rows, d]; hidden [rows, inner] is room to work in. */
 void NAME(experts_apply)(const T *x, const int64_t *token, const int64_t *bounds, const float *gate, const T *w1,
@@ -53,6 +79,24 @@ void NAME(experts_apply)(const T *x, const int64_t *token, const int64_t *bounds
         }
     long thin = (inner + EXPERT_COLUMNS - 1) / EXPERT_COLUMNS, thick = (d + EXPERT_COLUMNS - 1) / EXPERT_COLUMNS;
     int is_much = rows * d * inner > FORK_FROM;
+    if (NAME(panels_fit)(rows / experts, d) && NAME(panels_fit)(rows / experts, inner)) {
+        long wide = NAME(panel_words)(inner, d), high = NAME(panel_words)(d, inner), each = 2 * wide + high;
+        WORD *turned = aligned_alloc(64, sizeof(WORD) * experts * each);
+        SHARED_OUT(is_much, long e = 0; e < experts; e++, {
+            WORD *mine = turned + e * each;
+            if (bounds[e] == bounds[e + 1]) continue;
+            NAME(make_panels)(w1 + e * inner * d, inner, d, mine);
+            NAME(make_panels)(w3 + e * inner * d, inner, d, mine + wide);
+            NAME(make_panels)(w2 + e * inner * d, d, inner, mine + 2 * wide);
+        });
+        SHARED_OUT(is_much, long p = 0; p < num; p++, {
+            const WORD *mine = turned + parts[p][0] * each;
+            NAME(expert_panels)(x, token, gate, mine, mine + wide, mine + 2 * wide, parts[p][1], parts[p][2], d, inner,
+                                top, hidden, out);
+        });
+        free(turned), free(parts);
+        return;
+    }
     SHARED_OUT(is_much, long job = 0; job < num * thin; job++, {
         float a[EXPERT_ROWS * EXPERT_COLUMNS], u[EXPERT_ROWS * EXPERT_COLUMNS];
         long e = parts[job / thin][0], lo = parts[job / thin][1], m = parts[job / thin][2];
@@ -61,9 +105,8 @@ void NAME(experts_apply)(const T *x, const int64_t *token, const int64_t *bounds
         NAME(dots)(m, n, d, x, token + lo, d, w3 + (e * inner + j) * d, NULL, d, u, EXPERT_COLUMNS);
         for (long r = 0; r < m; r++)
             for (long i = 0; i < n; i += VECTOR) {
-                Vector g = smaller(load(a + r * EXPERT_COLUMNS + i, n - i), top);
-                Vector v = smaller(larger(load(u + r * EXPERT_COLUMNS + i, n - i), -top), top);
-                STORE(hidden + (lo + r) * inner + j + i, n - i, g * sigmoid_lanes(g) * v * gate[lo + r]);
+                Vector g = load(a + r * EXPERT_COLUMNS + i, n - i), v = load(u + r * EXPERT_COLUMNS + i, n - i);
+                STORE(hidden + (lo + r) * inner + j + i, n - i, swiglu_lanes(g, v, top, gate[lo + r]));
             }
     });
     SHARED_OUT(is_much, long job = 0; job < num * thick; job++, {
