@@ -250,14 +250,14 @@ def step_scored(
     """Checked segments of a few tokens each by the fused step, with what follows the rows in `wanted`; None where the
     layer code must run, for some of them or for the output head.
     """
-    counts = [segment.tokens.shape[0] for segment in segments]
+    counts = [len(segment.tokens) for segment in segments]
     if max(counts) > MOST_TOKENS:
         return None
     states = [segment.state for segment in segments]
     plan = plan_of(model, states)
     if plan is None or plan.network.head is None:
         return None
-    ids = [one for segment in segments for one in segment.tokens.tolist()]
+    ids = [one for segment in segments for one in segment.ids]
     return _decode(plan, ids, states, counts, wanted, choices)
 
 
@@ -272,7 +272,7 @@ def step(
     plan = plan_of(model, [segment.state for segment in short]) if short else None
     if plan is None:
         return by_layers(model, segments)
-    ids = [one for segment in short for one in segment.tokens.tolist()]
+    ids = [one for segment in short for one in segment.ids]
     counts = [len(segment.tokens) for segment in short]
     decoded = _decode(plan, ids, [segment.state for segment in short], counts).streams
     if len(short) == len(segments):
