@@ -1,7 +1,7 @@
 """Decoding one sequence, greedily: tokens per second at contexts from 1K to 1M, against transformers where it can run.
 
-Ours is what the engine runs for a request that is alone: `Transformer.step`, final norm, head and argmax. The line
-`decode.engine` is the engine itself, from submitting a prompt to its token events, at one context.
+Ours is what the engine runs for a request that is alone: `Transformer.next_scores`, whose likeliest token comes next.
+The line `decode.engine` is the engine itself, from submitting a prompt to its token events, at one context.
 
 * Up to 8K both sides read the same prompt first (not timed) and must then produce the same tokens from the same
   weights; the peer is called token by token with its own cache, without a generation wrapper.
@@ -94,8 +94,7 @@ def ours_step(model: Transformer, state: State) -> Callable[[int], int]:
     """A function from a token to the next one."""
 
     def step(token: int) -> int:
-        streams = model.step([Segment(state, torch.tensor([token]))])
-        return int(model.logits(model.final_hidden(streams))[0, -1].argmax())
+        return model.next_scores([Segment(state, [token])]).best[0]
 
     return step
 

@@ -18,15 +18,15 @@ class Delivery:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
 
-    def events(self, job: Job, token: int, logits_V: Tensor) -> tuple[list[TokenEvent], FinishReason | None]:
+    def events(self, job: Job, token: int, logits_V: Tensor | None) -> tuple[list[TokenEvent], FinishReason | None]:
         """The events of a token that has just been appended to `job.ids`, and why the request ends with it, if it does.
 
-        logits_V: fp32 [V], what the token was sampled from.
+        logits_V: fp32 [V], what the token was sampled from; needed where the request asks for log probabilities.
         """
         params = job.request.params
         logprob: float | None = None
         best: tuple[tuple[int, float], ...] = ()
-        if params.logprobs:
+        if params.logprobs and logits_V is not None:
             logprobs_V = sampler.log_probabilities(logits_V)
             logprob, best = float(logprobs_V[token]), sampler.best_tokens(logprobs_V, params.top_logprobs)
         reason: FinishReason | None = None

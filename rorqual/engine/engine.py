@@ -308,17 +308,11 @@ class Engine:
             scheduler.pace.observe(prompt_tokens, decoding, seconds)
             self._meter.add(
                 StepRecord(
-                    number=self._meter.rounds,
-                    decoding=decoding,
-                    prompt_tokens=prompt_tokens,
-                    seconds=seconds,
-                    running=len(scheduler.running),
-                    waiting=len(scheduler.waiting),
-                    admitted=len(plan.admitted),
-                    preempted=len(plan.preempted),
-                    charged_bytes=plan.charged_bytes,
+                    number=self._meter.rounds, decoding=decoding, prompt_tokens=prompt_tokens, seconds=seconds,
+                    running=len(scheduler.running), waiting=len(scheduler.waiting), admitted=len(plan.admitted),
+                    preempted=len(plan.preempted), charged_bytes=plan.charged_bytes,
                 )
-            )
+            )  # fmt: skip
 
     def _handle(self, outcome: Outcome) -> None:
         """What follows a step: progress of prompts, sampled tokens, or the failure of the request that was alone."""
@@ -330,8 +324,11 @@ class Engine:
                 job.request.report_progress(job.num_read)
         if outcome.logits is None:
             return
-        rows = outcome.logits.split([1 + len(job.drafts) for job in outcome.sampling])
-        for job, tokens, logits_RV in zip(outcome.sampling, choose(outcome), rows, strict=True):
+        first = 0
+        for job, tokens in zip(outcome.sampling, choose(outcome), strict=True):
+            rows = 1 + len(job.drafts)
+            logits_RV = outcome.logits[first : first + rows] if job.request.params.logprobs else None
+            first += rows
             try:
                 self._take(job, tokens, logits_RV)
             except Exception as error:
@@ -339,20 +336,23 @@ class Engine:
         if any(len(job.ids) == 1 for job in outcome.sampling):
             let_others_run()
 
-    def _take(self, job: Job, tokens: Sequence[int | RequestError], logits_RV: Tensor) -> None:
-        """Deliver the tokens that a step brought a request, up to its end, and take back what else was drafted."""
+    def _take(self, job: Job, tokens: Sequence[int | RequestError], logits_RV: Tensor | None) -> None:
+        """Deliver the tokens that a step brought a request, up to its end, and take back what else was drafted.
+
+        logits_RV: what they were chosen from, where that is told.
+        """
         drafted, before = len(job.drafts), len(job.ids)
         if drafted:
             job.request.drafted += drafted
             self._meter.drafted_tokens += drafted
             self._meter.verifications += 1
-        for i, (token, logits_V) in enumerate(zip(tokens, logits_RV, strict=False)):
+        for i, token in enumerate(tokens):
             if isinstance(token, RequestError):
                 raise token
             if i:  # the draft before it was right
                 job.request.accepted += 1
                 self._meter.accepted_tokens += 1
-            self._emit(job, token, logits_V)
+            self._emit(job, token, None if logits_RV is None else logits_RV[i])
             if job.request.finished:
                 return
         job.settle()
@@ -390,7 +390,7 @@ class Engine:
             job.request.deliver(event)
         job.request.deliver(TokenEvent(id=None, finish_reason=reason))
 
-    def _emit(self, job: Job, token: int, logits_V: Tensor) -> None:
+    def _emit(self, job: Job, token: int, logits_V: Tensor | None) -> None:
         """Deliver a sampled token, and end the request if it was the last."""
         request = job.request
         request.mark_token()

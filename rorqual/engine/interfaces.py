@@ -11,7 +11,7 @@ from torch import Tensor
 class LanguageModel(Protocol):
     """What the engine needs of a model; `rorqual.Transformer` has it. Tokens [1, S] give logits [1, S, V].
 
-    With a method `step`, as Transformer's, requests share steps; without it each makes its own.
+    With a method `next_scores`, as Transformer's, requests share steps; without it each makes its own.
     """
 
     @property

@@ -182,6 +182,8 @@ class PrefixCache:
         self.tree.shrink()
         self.stats.add(explanation)
         hidden = point.hidden if point is not None and found.is_exact else None
+        if hidden is not None:  # as it was computed: in another precision the output head's sums have other bits
+            hidden = hidden.to(self.model.streams_dtype)
         leaves_at = max(found.num_pages * self.pool.page_tokens, explanation.differs_at or 0)
         branch = leaves_at if self.ends and leaves_at - found.restored_at >= BRANCH_TOKENS else 0
         return Lease(state, state.lengths[0], explanation, hidden, node, branch)

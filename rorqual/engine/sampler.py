@@ -13,6 +13,7 @@ Legend: `V` vocabulary, `R` requests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,28 +90,31 @@ def _likeliest(probs_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]
     return torch.sort(probs_V, descending=True, stable=True)
 
 
-def choose(logits_RV: Tensor, choices: Sequence[Choice]) -> list[int | RequestError]:
+def choose(
+    logits_RV: Tensor, choices: Sequence[Choice], best_R: Sequence[int] | None = None
+) -> list[int | RequestError]:
     """A token for each row, or why there can be none; a row's result does not depend on the others.
 
+    best_R: where they are known, the likeliest tokens: the first among equals, and a NaN before all.
     Shapes: logits [R, V], any float type.
     """
-    logits_RV = logits_RV.float()
     if any(choice.params.suppress_token_ids for choice in choices):
-        logits_RV = logits_RV.clone()
+        logits_RV, best_R = logits_RV.float().clone(), None
         for logits_V, choice in zip(logits_RV, choices, strict=True):
             if choice.params.suppress_token_ids:
                 logits_V.index_fill_(0, choice.params.suppress_index.to(logits_V.device), float("-inf"))
-    # numpy promises the first among equals, and takes NaN for the largest
-    first_R = logits_RV.detach().cpu().numpy().argmax(-1)
-    best_R = logits_RV.gather(1, torch.from_numpy(first_R).to(logits_RV.device).unsqueeze(1))[:, 0]
+    scores_RV = logits_RV.detach().float().cpu().numpy()
+    if best_R is None:
+        best_R = scores_RV.argmax(-1).tolist()  # numpy promises the first among equals, and takes NaN for the largest
     out: list[int | RequestError] = []
-    for choice, best, first, logits_V in zip(choices, best_R.tolist(), first_R.tolist(), logits_RV, strict=True):
-        if best != best or best in (float("inf"), float("-inf")):
-            out.append(_damaged(best, choice.position))
+    for row, (choice, best) in enumerate(zip(choices, best_R, strict=True)):
+        score = float(scores_RV[row, best])
+        if not math.isfinite(score):
+            out.append(_damaged(score, choice.position))
         elif choice.params.temperature == 0:
-            out.append(first)
+            out.append(best)
         else:
-            probs_V = filtered_probabilities(logits_V, choice.params)
+            probs_V = filtered_probabilities(logits_RV[row], choice.params)
             out.append(pick(probs_V, uniform(choice.seed, choice.position)))
     return out
 

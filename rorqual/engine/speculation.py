@@ -161,7 +161,7 @@ def has_mtp(model: Any) -> bool:
 
 def can_verify(model: Any) -> bool:
     """Whether a model reads several tokens of a sequence in a step, and takes some back."""
-    return hasattr(model, "step")
+    return hasattr(model, "next_scores")
 
 
 def choose(outcome: Outcome) -> list[list[int | RequestError]]:
@@ -169,7 +169,7 @@ def choose(outcome: Outcome) -> list[list[int | RequestError]]:
     assert outcome.logits is not None
     if not any(job.drafts for job in outcome.sampling):
         plain = [sampler.Choice(job.request.params, job.request.seed, job.num_tokens) for job in outcome.sampling]
-        return [[token] for token in sampler.choose(outcome.logits, plain)]
+        return [[token] for token in sampler.choose(outcome.logits, plain, outcome.best)]
     first = [sum(1 + len(job.drafts) for job in outcome.sampling[:i]) for i in range(len(outcome.sampling))]
 
     def choice(job: Job, i: int) -> sampler.Choice:
@@ -183,7 +183,8 @@ def choose(outcome: Outcome) -> list[list[int | RequestError]]:
     ]
     rows = [first[n] + i for n, i in places]
     logits = outcome.logits if len(rows) == len(outcome.logits) else outcome.logits[rows]
-    found = sampler.choose(logits, [choice(outcome.sampling[n], i) for n, i in places])
+    best = [outcome.best[row] for row in rows]
+    found = sampler.choose(logits, [choice(outcome.sampling[n], i) for n, i in places], best)
     chosen = dict(zip(places, found, strict=True))
     out: list[list[int | RequestError]] = []
     for n, job in enumerate(outcome.sampling):
@@ -193,7 +194,9 @@ def choose(outcome: Outcome) -> list[list[int | RequestError]]:
                 break
             if (n, i) not in chosen:
                 at = first[n] + i
-                [chosen[n, i]] = sampler.choose(outcome.logits[at : at + 1], [choice(job, i)])
+                [chosen[n, i]] = sampler.choose(
+                    outcome.logits[at : at + 1], [choice(job, i)], outcome.best[at : at + 1]
+                )
             tokens.append(chosen[n, i])
         out.append(tokens)
     return out

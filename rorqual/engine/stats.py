@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from rorqual.engine.events import FinishReason
 
@@ -12,8 +13,7 @@ RECENT = 64
 """Steps that `tokens_per_step` looks back at."""
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(NamedTuple):
     """One step of the model, as `Engine.step_log` remembers it."""
 
     number: int

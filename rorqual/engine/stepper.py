@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from rorqual.engine.events import TokenScore
 from rorqual.engine.job import Job
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.model import Segment
+from rorqual.model.scores import best_of
 
 logger = log.get(__name__)
 
@@ -29,13 +30,25 @@ Work = Sequence[tuple[Job, int]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step came to. `logits` fp32 [R, V] follow the last token of each job in `sampling`, and its drafts."""
+    """What a step came to. `logits` fp32 [R, V] follow the last token of each job in `sampling`, and its drafts.
+
+    best: the likeliest token of each row, the first among equals; a NaN counts as the largest.
+    """
 
     work: Work
     sampling: Sequence[Job] = ()
     logits: Tensor | None = None
+    best: Sequence[int] = ()
     error: Exception | None = None
     """Why the only job of the step cannot go on."""
+
+
+class _Rows(NamedTuple):
+    """What follows some rows of a step: hidden [1, R, D], logits [1, R, V] and the likeliest token of each."""
+
+    hidden: Tensor
+    logits: Tensor
+    best: list[int]
 
 
 class Stepper:
@@ -51,7 +64,7 @@ class Stepper:
         """`watch` is shown the streams [n, N, D] of what a job reads, before they are counted."""
         self._model, self._num_choices, self._cache, self._watch = model, num_choices, cache, watch
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self._can_share = hasattr(model, "step")
+        self._can_share = hasattr(model, "next_scores")
         self.failures = 0
 
     def run(self, work: Work) -> Iterator[Outcome]:
@@ -110,51 +123,58 @@ class Stepper:
         work = [(job, self._start(job, count)) for job, count in work]
         ready = [job for job, count in work if not count]
         fed = [(job, count) for job, count in work if count]
-        sampling, hidden = self._feed(fed) if fed else ([], None)
-        parts = [] if hidden is None else [hidden]
-        parts += [job.lease.hidden.to(self._device)[None, None] for job in ready]
-        sampling = [*sampling, *ready]
+        sampling, parts = self._feed(fed) if fed else ([], [])
+        if ready:
+            hidden = torch.stack([job.lease.hidden for job in ready]).to(self._device)
+            logits = self._model.logits(hidden[None])[..., : self._num_choices]
+            parts = [*parts, _Rows(hidden[None], logits, best_of(logits))]
+            sampling = [*sampling, *ready]
         if not sampling:
             return Outcome(work)
-        hidden_RD = parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], 1)
-        logits_RV = self._model.logits(hidden_RD)[0, :, : self._num_choices]
-        return Outcome(work, sampling, logits_RV.float().cpu())
+        logits_RV = parts[0].logits[0] if len(parts) == 1 else torch.cat([part.logits[0] for part in parts])
+        best = [token for part in parts for token in part.best]
+        return Outcome(work, sampling, logits_RV.float().cpu(), best)
 
-    def _feed(self, work: Work) -> tuple[list[Job], Tensor | None]:
-        """Read tokens: who samples now, and the final hidden states [1, R, D] of their last tokens."""
-        ids = [one for job, count in work for one in (*job.next_ids(count), *job.drafts)]
-        tokens = torch.tensor(ids, dtype=torch.int64, device=self._device)
-        counts = [count + len(job.drafts) for job, count in work]
-        if self._can_share:
-            parts = tokens.split(counts)
-            segments = [Segment(job.state, part) for (job, _), part in zip(work, parts, strict=True)]
-            streams = self._model.step(segments)
-        else:
-            streams = self._model.forward_streams(tokens[None], state=work[0][0].state)
+    def _feed(self, work: Work) -> tuple[list[Job], list[_Rows]]:
+        """Read tokens: who samples now, and what follows their last tokens, if anybody does."""
+        tokens = [[*job.next_ids(count), *job.drafts] for job, count in work]
         sampling: list[Job] = []
-        rows: list[int] = []
+        places: dict[int, int] = {}  # by the job's id, the row of `wanted` that follows its last token
+        wanted: list[int] = []
         end = 0
-        places: list[int] = []
-        for (job, count), size in zip(work, counts, strict=True):
+        for (job, count), part in zip(work, tokens, strict=True):
+            end += len(part)
+            if job.num_read + count == job.num_tokens:
+                sampling.append(job)
+                places[id(job)] = len(wanted)
+                wanted += range(end - 1 - len(job.drafts), end)
+        streams, rows = self._read(work, tokens, wanted)
+        end = 0
+        for (job, count), part in zip(work, tokens, strict=True):
             if job.request.params.prompt_logprobs and not job.ids:
                 self._score_prompt(job, streams[:, end : end + count])
             if self._watch is not None:
-                self._watch(job, streams[0, end : end + size])
-            end += size
+                self._watch(job, streams[0, end : end + len(part)])
+            end += len(part)
             job.num_read += count
-            if job.num_read == job.num_tokens:
-                sampling.append(job)
-                places.append(len(rows))
-                rows += range(end - 1 - len(job.drafts), end)
-        hidden = None
-        if rows:
-            last = streams if len(rows) == streams.shape[1] else streams[:, rows]
-            hidden = self._model.final_hidden(last)
         if self._cache is not None:
-            place = dict(zip(map(id, sampling), places, strict=True))
             for job, count in work:
-                self._store(self._cache, job, count, None if hidden is None else hidden[0], place.get(id(job)))
-        return sampling, hidden
+                self._store(self._cache, job, count, rows.hidden[0] if rows else None, places.get(id(job)))
+        return sampling, [rows] if rows else []
+
+    def _read(self, work: Work, tokens: list[list[int]], wanted: list[int]) -> tuple[Tensor, _Rows | None]:
+        """One step of the model: all streams [1, T, N, D], and what follows the `wanted` rows, if there are any."""
+        if self._can_share:
+            segments = [Segment(job.state, part) for (job, _), part in zip(work, tokens, strict=True)]
+            scores = self._model.next_scores(segments, wanted, self._num_choices)
+            rows = _Rows(scores.hidden, scores.logits, scores.best) if wanted else None
+            return scores.streams, rows
+        streams = self._model.forward_streams(torch.tensor(tokens, device=self._device), state=work[0][0].state)
+        if not wanted:
+            return streams, None
+        hidden = self._model.final_hidden(streams[:, wanted])
+        logits = self._model.logits(hidden)[..., : self._num_choices]
+        return streams, _Rows(hidden, logits, best_of(logits))
 
     @staticmethod
     def _store(cache: PrefixCache, job: Job, count: int, hidden_RD: Tensor | None, place: int | None) -> None:

@@ -24,6 +24,8 @@ class StopFilter:
 
     def push(self, event: TokenEvent, *, is_control: bool = False) -> list[TokenEvent]:
         """Add one event; return the events that are now final, in order."""
+        if not self._stop:  # nothing is ever held back
+            return [event]
         if is_control:
             return [*self.flush(), event]
         self._events.append(event)

@@ -3,9 +3,20 @@
 from rorqual.model.init import init_weights
 from rorqual.model.layout import Layout
 from rorqual.model.mtp import next_tokens
+from rorqual.model.scores import Scores
 from rorqual.model.segments import Segment
 from rorqual.model.state import State
 from rorqual.model.trace import RouterRecord, Trace
 from rorqual.model.transformer import Transformer
 
-__all__ = ["Layout", "RouterRecord", "Segment", "State", "Trace", "Transformer", "init_weights", "next_tokens"]
+__all__ = [
+    "Layout",
+    "RouterRecord",
+    "Scores",
+    "Segment",
+    "State",
+    "Trace",
+    "Transformer",
+    "init_weights",
+    "next_tokens",
+]

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from rorqual.model.block import Block
 from rorqual.model.cache_format import packs_keys, row_of
 from rorqual.model.compressor import Compressor
-from rorqual.model.layer_state import LayerState
+from rorqual.model.decode_memory import Addresses, Memory
 from rorqual.model.moe import MoE
 from rorqual.model.mtp import MTPModule
-from rorqual.model.page_table import Paged
+from rorqual.model.scores import Scores
 from rorqual.ops.hadamard import scaled_hadamard
 from rorqual.ops.hyper_connections import MOST_ITERS, MOST_STREAMS
 from rorqual.ops.native import infers
-from rorqual.ops.native.decode_step import columns, decode_step
+from rorqual.ops.native.decode_step import Network, columns
 from rorqual.ops.packed_weight import FORMATS, PackedWeight
 
 if TYPE_CHECKING:
@@ -36,14 +36,7 @@ MOST_TOKENS = 16
 """Tokens of one sequence up to which the step is faster than the layer code: drafts to verify, and ends of prompts."""
 
 
-class _Addresses:
-    """Tables of addresses: a copy would point at the original's tensors, so copies and pickles hold None."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
-
-
-class Plan(_Addresses):
+class Plan(Addresses):
     """The tables of one model. `is_usable` is False where only the layer code can run it."""
 
     def __init__(self, model: "Transformer") -> None:
@@ -52,10 +45,13 @@ class Plan(_Addresses):
         self.kept: list[Tensor] = []
         """What the addresses point at, kept alive."""
         if self.is_usable:
-            self.shape, self.numbers = _shape(model), _numbers(model)
+            shape, numbers, embedding = _shape(model), _numbers(model), model.embed.weight.detach()
             rows = [self._layer(layer, model.reference.dtype) for layer in model.layers if isinstance(layer, Block)]
+            self._address(embedding, model.reference.dtype)
             if self.is_usable:
-                self.layers = torch.tensor(rows, dtype=torch.int64)
+                head = self._head(model, model)
+                self.network = Network(embedding, shape, numbers, torch.tensor(rows, dtype=torch.int64), head)
+        self.ratios = {spec.compress_ratio for spec in model.cfg.layers if spec.compress_ratio}
         self.drafter = self._drafter(model) if self.is_usable and len(model.mtp) else None
 
     def holds_for(self, model: "Transformer") -> bool:
@@ -95,25 +91,33 @@ class Plan(_Addresses):
                 values[name] = self._address(weight, dtype)
         return [values.get(name, 0) for name in columns("Layer")]
 
-    def _drafter(self, model: "Transformer") -> tuple[Tensor, Tensor, Tensor] | None:
-        """Shape, layer and addresses of the first MTP module, for `ops/native/draft_body.h`."""
+    def _head(self, model: "Transformer", part: "Transformer | MTPModule") -> Tensor | None:
+        """HC head and norm of the trunk or of an MTP module, and the output head; None: the layer code has to do it."""
+        dtype = model.reference.dtype
+        exact = {"head_fn": part.hc_head_fn, "head_base": part.hc_head_base, "head_scale": part.hc_head_scale}
+        typed = {"head_norm": part.norm.weight, "head_weight": model.head.weight}
+        values = {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
+        values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
+        is_usable, self.is_usable = self.is_usable, True  # the layers can be run in any case
+        return torch.tensor([values[name] for name in columns("Head")]) if is_usable else None
+
+    def _drafter(self, model: "Transformer") -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Shape, layer, addresses and head of the first MTP module, for `ops/native/draft_body.h`."""
         module, dtype = model.mtp[0], model.reference.dtype
         assert isinstance(module, MTPModule)
         if any(_format(weight) for weight in (module.e_proj.weight, module.attn.wq_a.weight, module.ffn.experts.w1)):
             return None  # packed weights: the layer code drafts
-        exact = {"head_fn": module.hc_head_fn, "head_base": module.hc_head_base, "head_scale": module.hc_head_scale}
+        head = self._head(model, module)
         typed = {
             "embed": model.embed.weight, "e_proj": module.e_proj.weight, "h_proj": module.h_proj.weight,
-            "e_norm": module.enorm.weight, "h_norm": module.hnorm.weight, "norm": module.norm.weight,
-            "head": model.head.weight,
+            "e_norm": module.enorm.weight, "h_norm": module.hnorm.weight,
         }  # fmt: skip
-        values = {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
-        values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
-        layer, shape = self._layer(module, dtype), self.shape.clone()
+        values = {name: self._address(tensor, dtype) for name, tensor in typed.items()}
+        layer, shape = self._layer(module, dtype), self.network.shape.clone()
         shape[columns("Shape").index("layers")] = 1
         tables = torch.tensor(layer), torch.tensor([values[name] for name in columns("Draft")])
         is_usable, self.is_usable = self.is_usable, True  # the trunk's layers can be run in any case
-        return (shape, *tables) if is_usable else None
+        return (shape, *tables, head) if is_usable and head is not None else None
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
         if tensor is None:
@@ -201,70 +205,19 @@ def _signature(model: "Transformer") -> list[Any]:
     return out
 
 
-class Memory(_Addresses):
-    """The tables of one state: int64 [B, L, columns of `Memory`], and what they point at."""
-
-    def __init__(self, state: "State", plan: Plan) -> None:
-        self.plan = plan
-        self.parts = [part for layer in state.layers for part in _parts(layer)]
-        base = torch.tensor([[address for address, _ in memory_columns(layer)] for layer in state.layers])
-        step = torch.tensor([[step for _, step in memory_columns(layer)] for layer in state.layers])
-        self.rows = base + torch.arange(state.batch_size)[:, None, None] * step
-
-    def holds_for(self, state: "State", plan: Plan) -> bool:
-        """Whether the state's tensors are still those that this was made from."""
-        if self.plan is not plan:
-            return False
-        mine = iter(self.parts)
-        return all(part is next(mine) for layer in state.layers for part in _parts(layer))
-
-
-def _parts(layer: LayerState) -> tuple[Any, ...]:
-    """What a layer's addresses depend on: tensors, and the pools of what lies in pages."""
-    entries, keys, blocks, index_blocks = layer.entries, layer.index_keys, layer.pending, layer.index_pending
-    if entries is None:
-        return (layer.window,)
-    if isinstance(entries, Paged):
-        entries = entries.pool
-    if isinstance(keys, Paged):
-        keys = keys.pool
-    first = (layer.window, entries, blocks and blocks.kv, blocks and blocks.score)
-    return (
-        first if keys is None else (*first, keys, index_blocks and index_blocks.kv, index_blocks and index_blocks.score)
-    )
-
-
-def memory_columns(layer: LayerState) -> list[tuple[int, int]]:
-    """A layer's columns for its first row, and how much each grows by with the row."""
-    values: dict[str, tuple[int, int]] = {}
-
-    def put(name: str, tensor: Tensor | Paged | None, size: str | None = None) -> None:
-        if tensor is None:
-            return
-        tensor = tensor.pool if isinstance(tensor, Paged) else tensor
-        values[name] = (tensor.data_ptr(), tensor.stride(0) * tensor.element_size() if tensor.shape[0] else 0)
-        if size is not None:
-            values[size] = (tensor.shape[1], 0)
-
-    put("ring", layer.window, "ring_size")
-    put("entries", layer.entries, "entry_rows")
-    put("index_keys", layer.index_keys, "key_rows")
-    for name, pending in (("blocks", layer.pending), ("index_blocks", layer.index_pending)):
-        if pending is not None:
-            put(f"{name}_kv", pending.kv, f"{name}_size")
-            put(f"{name}_score", pending.score)
-    return [values.get(name, (0, 0)) for name in columns("Memory")]
-
-
 def plan_of(model: "Transformer", states: Sequence["State"]) -> Plan | None:
     """The plan that runs the next token of these states, or None where the layer code must.
 
     Weights are looked over when a state comes for the first time: later they may change in place, not move.
     """
-    if not infers(model.reference) or any(state.is_replaying for state in states):
+    if not infers(model.reference):
         return None
     plan: Plan | None = model.__dict__.get("decode_plan")
-    is_new = any(state.decoding is None or state.decoding.plan is not plan for state in states)
+    is_new = plan is None
+    for state in states:
+        if state.is_replaying:
+            return None
+        is_new = is_new or state.decoding is None or state.decoding.plan is not plan
     if plan is None or (is_new and not plan.holds_for(model)):
         plan = model.__dict__["decode_plan"] = Plan(model)
     return plan if plan.is_usable else None
@@ -276,18 +229,36 @@ def forget(model: nn.Module) -> None:
         module.__dict__.pop("decode_plan", None)
 
 
-def step_rows(model: "Transformer", tokens: Tensor, state: "State") -> Tensor | None:
-    """One token for every row of a state by the fused step: ids [B, 1] -> streams [B, 1, N, D]; None where the layer
-    code must run. Raises as `Transformer.forward_streams`.
+def step_rows(model: "Transformer", tokens: Tensor, state: "State", *, scored: bool) -> Scores | None:
+    """One token for every row of a state by the fused step: ids [B, 1] -> streams [B, 1, N, D] and, if they are to be
+    `scored`, what follows them; None where the layer code must run. Raises as `Transformer.forward_streams`.
     """
     if tokens.shape != (state.batch_size, 1) or tokens.dtype is not torch.int64 or state.model is not model:
         return None
     plan = plan_of(model, [state])
-    if plan is None:
+    if plan is None or (scored and plan.network.head is None):
         return None
     model.check_ids(tokens)
     state.check(1)
-    return _decode(model, plan, tokens[:, 0], [state], [1]).unsqueeze(1)
+    wanted = range(state.batch_size) if scored else ()
+    return _decode(plan, tokens.flatten().tolist(), [state], [1], wanted, model.cfg.vocab_size, is_batch=True)
+
+
+def step_scored(
+    model: "Transformer", segments: Sequence["Segment"], wanted: Sequence[int], choices: int
+) -> Scores | None:
+    """Checked segments of a few tokens each by the fused step, with what follows the rows in `wanted`; None where the
+    layer code must run, for some of them or for the output head.
+    """
+    counts = [len(segment.tokens) for segment in segments]
+    if max(counts) > MOST_TOKENS:
+        return None
+    states = [segment.state for segment in segments]
+    plan = plan_of(model, states)
+    if plan is None or plan.network.head is None:
+        return None
+    ids = [one for segment in segments for one in segment.ids]
+    return _decode(plan, ids, states, counts, wanted, choices)
 
 
 def step(
@@ -301,9 +272,9 @@ def step(
     plan = plan_of(model, [segment.state for segment in short]) if short else None
     if plan is None:
         return by_layers(model, segments)
-    ids = torch.cat([segment.tokens for segment in short])
+    ids = [one for segment in short for one in segment.ids]
     counts = [len(segment.tokens) for segment in short]
-    decoded = _decode(model, plan, ids, [segment.state for segment in short], counts).unsqueeze(0)
+    decoded = _decode(plan, ids, [segment.state for segment in short], counts).streams
     if len(short) == len(segments):
         return decoded
     rest = [segment for segment, fits in zip(segments, is_short, strict=True) if not fits]
@@ -312,53 +283,47 @@ def step(
     return torch.cat([next(alone if fits else read) for fits in is_short], 1)
 
 
-def _decode(model: "Transformer", plan: Plan, ids: Tensor, states: Sequence["State"], counts: Sequence[int]) -> Tensor:
-    """The next `counts` tokens of every row of checked states, in order: ids int64 [R] -> streams [R, N, D].
+def _decode(
+    plan: Plan, ids: Sequence[int], states: Sequence["State"], counts: Sequence[int], wanted: Sequence[int] = (),
+    choices: int = 0, *, is_batch: bool = False,
+) -> Scores:  # fmt: skip
+    """The next `counts` tokens of every row of checked states, in order, and what follows the rows in `wanted`.
 
-    A count beyond 1 is for a state of one row.
+    A count beyond 1 is for a state of one row. is_batch: results with the rows in the first dimension.
     """
-    for state in states:
-        state.begin()
-    memory = [_memory(state, plan, count) for state, count in zip(states, counts, strict=True)]
     positions: list[int] = []
     first: list[int] = []
     tables: list[int] = []
+    memories: list[int] = []
     for state, count in zip(states, counts, strict=True):
-        table = 0 if state.table is None else state.table.tensor.data_ptr()
-        for length in state.lengths:
+        state.interrupted = True
+        memory = _memory(state, plan, count)
+        table = 0 if state.table is None else state.table.address
+        for length, address in zip(state.lengths, memory.addresses, strict=True):
             first += [len(positions)] * count
             positions += range(length, length + count)
             tables += [table] * count
-    streams = decode_step(
-        model.embed.weight.detach(), ids.contiguous(), torch.tensor(positions), torch.tensor(first), plan.shape,
-        plan.numbers, plan.layers, memory[0].contiguous() if len(memory) == 1 else torch.cat(memory),
-        torch.tensor(tables), model.cfg.hc_mult,
-    )  # fmt: skip
-    taken, at = ids.tolist(), 0
+            memories += [address] * count
+    places = [*ids, *positions, *first, *tables, *memories]
+    scores = Scores(*plan.network.step(places, len(ids), wanted, choices, is_batch=is_batch))
+    at = 0
     for state, count in zip(states, counts, strict=True):
-        if state.table is not None:
-            _count_pages(state, count)
+        for part in state.decoding.paged:
+            part.length = max((state.lengths[0] + count) // part.ratio, part.frozen)
         mine = count * len(state.lengths)
-        state.advance_each(taken[at : at + mine], count)
+        state.advance_each(ids[at : at + mine], count)
         at += mine
-    return streams
+    return scores
 
 
-def _memory(state: "State", plan: Plan, count: int) -> Tensor:
-    """The state's table, once for each token of its next `count`, with room for the entries that these complete."""
+def _memory(state: "State", plan: Plan, count: int) -> Memory:
+    """The state's table, with room for the entries that its next `count` tokens complete."""
     longest = max(state.lengths) + count
-    if state.table is None:
+    if state.table is None and any(longest % ratio < count for ratio in plan.ratios):
         for layer, spec in zip(state.layers, state.model.cfg.layers, strict=True):
-            if spec.compress_ratio and longest % spec.compress_ratio < count:
+            if spec.compress_ratio:
                 layer.make_room(longest // spec.compress_ratio)
     if state.decoding is None or not state.decoding.holds_for(state, plan):
         state.decoding = Memory(state, plan)
-    rows: Tensor = state.decoding.rows
-    return rows if count == 1 else rows.expand(count, -1, -1)
-
-
-def _count_pages(state: "State", count: int) -> None:
-    length = state.lengths[0] + count
-    for layer in state.layers:
-        for part in layer.paged().values():
-            part.length = max(length // part.ratio, part.frozen)
+    memory: Memory = state.decoding
+    return memory

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rorqual.model import decode
+from rorqual.model.decode_memory import memory_columns
 from rorqual.model.layer_state import new_layer
 from rorqual.model.layout import Layout
 from rorqual.model.mtp import MTPModule
@@ -41,7 +42,7 @@ class DraftMemory:
         self.most_waiting = cfg.sliding_window + most_drafts if most_waiting is None else most_waiting
         with torch.inference_mode(False):
             self._layer = new_layer(cfg, cfg.mtp_layers[0], 1, most_drafts, model.reference)
-        self._table = torch.tensor([address for address, _ in decode.memory_columns(self._layer)])
+        self._table = torch.tensor([address for address, _ in memory_columns(self._layer)])
         self._held = 0  # rows in the module's window
         self._read = 0  # position behind the last of them
         self._begin = self._end = 0  # positions of the rows that wait
@@ -100,10 +101,10 @@ class DraftMemory:
         plan = decode.plan_of(self.model, []) if rows <= decode.MOST_TOKENS else None
         following = torch.tensor(tokens, device=streams.device)
         if plan is not None and plan.drafter is not None:
-            shape, layer, module = plan.drafter
+            shape, layer, module, head = plan.drafter
             out = draft_step(
-                streams.contiguous(), following, self._held, min(most, self.most_drafts), choices, shape, plan.numbers,
-                layer, self._table, module, kept, least,
+                streams.contiguous(), following, self._held, min(most, self.most_drafts), choices, shape,
+                plan.network.numbers, layer, self._table, module, head, kept, least,
             )  # fmt: skip
         else:
             out = self._by_layers(streams, following, min(most, self.most_drafts), kept, least, choices)

@@ -44,6 +44,11 @@ class PageTable:
         return self._tensor[: len(self._pages)]
 
     @property
+    def address(self) -> int:
+        """Where the ids lie, for C; valid until the table changes."""
+        return self._tensor.data_ptr()
+
+    @property
     def is_run(self) -> bool:
         """Whether the ids are consecutive, so that the sequence's rows lie one after the other."""
         return self._is_run

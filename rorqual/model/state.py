@@ -71,7 +71,7 @@ class State:
     table: PageTable | None = None
     """The pages of a paged state: one row, whose entries and index keys lie in a `PagePool`."""
     decoding: Any = field(default=None, repr=False, compare=False)
-    """Where the fused decode step finds this state's tensors (`decode.Memory`)."""
+    """Where the fused decode step finds this state's tensors (`decode_memory.Memory`)."""
     cache_format: str = ""
     """The model's when this was made (see `cache_format.py`)."""
     frozen: int = 0
@@ -188,12 +188,9 @@ class State:
         """As `advance`, for `count` tokens a row: those of the first row, then those of the next."""
         self._make_room(max(self.lengths) + count)
         self.interrupted = False
+        seen = self.tokens.numpy()  # which takes a number in faster than a tensor does
         for row, length in enumerate(self.lengths):
-            if count == 1:
-                self.tokens[row, length] = ids[row]
-            else:
-                mine = ids[row * count : (row + 1) * count]
-                self.tokens[row, length : length + count] = torch.tensor(mine, dtype=self.tokens.dtype)
+            seen[row, length : length + count] = ids[row * count : (row + 1) * count]
             self.lengths[row] = length + count
             self.floor[row] = max(self.floor[row], length + count - self.rewind)
 

@@ -8,6 +8,7 @@ B batch, S tokens, N streams, D hidden, V vocabulary.
 import operator
 import re
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from rorqual.model.linear import RMSNorm
 from rorqual.model.mtp import MTPModule
 from rorqual.model.pages import PagePool
 from rorqual.model.quantised import round_inputs
+from rorqual.model.scores import Scores, best_of, check_wanted
 from rorqual.model.segments import Segment, check_segments, flat_step
 from rorqual.model.state import LayerState, State, recalls, restore
 from rorqual.model.trace import Trace
@@ -97,6 +99,10 @@ class Transformer(nn.Module):
         way of cutting a sequence into calls gives the logits of one full pass. `trace`: what to record (see `Trace`).
         Raises RequestError for ids outside the vocabulary or shapes that do not fit, CacheError for a foreign state.
         """
+        if state is not None and lengths is None and segment_ids is None and trace is None:
+            decoded = decode.step_rows(self, tokens, state, scored=True)
+            if decoded is not None:
+                return decoded.logits
         return self.logits(
             self.final_hidden(
                 self.forward_streams(tokens, lengths=lengths, segment_ids=segment_ids, state=state, trace=trace)
@@ -120,9 +126,9 @@ class Transformer(nn.Module):
         if state is not None and segment_ids is not None:
             return self._packed_with_state(tokens, lengths, segment_ids, state, trace)
         if state is not None and lengths is None and trace is None and streams is None:
-            decoded = decode.step_rows(self, tokens, state)
+            decoded = decode.step_rows(self, tokens, state, scored=False)
             if decoded is not None:
-                return decoded
+                return decoded.streams
         layout = self._layout(tokens, lengths, segment_ids, state)
         if not layout.num_tokens:
             return self.reference.new_zeros(layout.batch_size, 0, self.cfg.hc_mult, self.cfg.hidden_size)
@@ -142,10 +148,35 @@ class Transformer(nn.Module):
         Raises RequestError for ids or segments that cannot be, CacheError for a foreign, batched or unusable state;
         then no state has changed.
         """
+        self._check(segments)
+        return decode.step(self, segments, flat_step)
+
+    def next_scores(
+        self, segments: Sequence[Segment], wanted: Sequence[int] | None = None, choices: int | None = None
+    ) -> Scores:
+        """As `step`, and the scores behind some of its tokens: the same numbers as `step`, `final_hidden` and `logits`
+        give, in one go where that can be.
+
+        wanted: places in the row of all segments' tokens; the last token of each segment unless given.
+        choices: how many ids are scored, from 0; all unless given. Raises as `step`.
+        """
+        self._check(segments)
+        ends = [*accumulate(len(segment.tokens) for segment in segments)]
+        wanted = [end - 1 for end in ends] if wanted is None else wanted
+        choices = self.cfg.vocab_size if choices is None else choices
+        check_wanted(wanted, ends[-1], choices, self.cfg.vocab_size)
+        decoded = decode.step_scored(self, segments, wanted, choices)
+        if decoded is not None:
+            return decoded
+        streams = decode.step(self, segments, flat_step)
+        hidden = self.final_hidden(streams if len(wanted) == streams.shape[1] else streams[:, wanted])
+        logits = self.logits(hidden)[..., :choices]
+        return Scores(streams, hidden, logits, best_of(logits))
+
+    def _check(self, segments: Sequence[Segment]) -> None:
         check_segments(self, segments)
         for segment in segments:
             segment.state.check(len(segment.tokens))
-        return decode.step(self, segments, flat_step)
 
     def through(
         self,
@@ -357,9 +388,12 @@ class Transformer(nn.Module):
         )
         return layout if self.context is None or state is not None else LayoutPart(layout, self.context)
 
-    def check_ids(self, tokens: Tensor) -> None:
+    def check_ids(self, tokens: Tensor | list[int]) -> None:
         """Raises RequestError for ids outside the vocabulary."""
-        ids = tokens.flatten().tolist() if tokens.numel() < 64 else [int(tokens.min()), int(tokens.max())]
+        if not isinstance(tokens, Tensor):
+            ids = tokens
+        else:
+            ids = tokens.flatten().tolist() if tokens.numel() < 64 else [int(tokens.min()), int(tokens.max())]
         if ids and not 0 <= min(ids) <= max(ids) < self.cfg.vocab_size:
             raise RequestError(
                 f"Token ids lie between {min(ids)} and {max(ids)}, but the vocabulary has "

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from mock_model import byte_tokenizer
 from plain_generation import alone
 from small_models import build, chunkings, config, drawn, some_tokens
-from torch import Tensor
 
 from rorqual.engine import Completion, Engine, SamplingParams, TokenEvent
 from rorqual.engine.memory import StateCost
 from rorqual.errors import ConfigError, RequestError
-from rorqual.model import Segment, Transformer
+from rorqual.model import Scores, Segment, Transformer
 from rorqual.ops.native import usable
 
 TOKENIZER = byte_tokenizer()
@@ -213,12 +212,12 @@ MODELS = (build(CONFIG), build(config(engram=MEMORY)))
 class Poisoned(Transformer):
     """Fails after the layers have stored their part, when a segment begins with token 66 at position 30 or later."""
 
-    def step(self, segments: Sequence[Segment]) -> Tensor:
-        streams = super().step(segments)
+    def next_scores(self, segments: Sequence[Segment], *rest: Any) -> Scores:
+        scores = super().next_scores(segments, *rest)
         for segment in segments:
             if segment.state.lengths[0] > 30 and 66 in segment.tokens:
                 raise ValueError("boom")
-        return streams
+        return scores
 
 
 def test_a_request_that_breaks_a_shared_step_fails_alone() -> None:

@@ -7,33 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import build, chunkings, config, drawn, schedules, some_tokens
+from small_models import chunkings, drawn, networks, some_tokens
 from torch import Tensor
 
 from rorqual.model import Segment, Transformer
 from rorqual.ops.native import load
 
 pytestmark = pytest.mark.skipif(load() is None, reason="no C compiler on this machine: only the references exist")
-
-
-@st.composite
-def networks(draw: st.DrawFn) -> Transformer:
-    """A random small network in fp32 or bf16, sizes that do not divide into vectors among them."""
-    ratios = draw(schedules)
-    cfg = config(
-        num_hidden_layers=len(ratios),
-        compress_ratios=ratios,
-        num_hash_layers=draw(st.integers(0, len(ratios))),
-        sliding_window=draw(st.sampled_from([1, 3, 8, 64])),
-        index_topk=draw(st.sampled_from([1, 2, 3, 64])),
-        hc_mult=draw(st.sampled_from([1, 2, 4])),
-        hidden_size=draw(st.sampled_from([32, 40])),
-        head_dim=draw(st.sampled_from([24, 32])),
-        moe_intermediate_size=draw(st.sampled_from([16, 22])),
-        activation_rounding=draw(st.sampled_from(["none", "none", "v4"])),
-    )
-    model = build(cfg, draw(st.integers(0, 1000)))
-    return model.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
 
 
 def one_pass(model: Transformer, row: Tensor) -> Tensor:

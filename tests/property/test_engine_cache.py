@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mock_model import byte_tokenizer
 from plain_generation import alone
 from small_models import build, config
@@ -91,6 +92,21 @@ def test_an_exact_repeat_makes_no_step_before_its_first_token(model: Transformer
     assert first.ids == again.ids and again.usage.cached_tokens == len(prompt)
 
 
+def test_an_exact_repeat_has_the_same_scores_in_bf16(tmp_path: Path) -> None:
+    """The stored hidden state meets the output head in the precision that it was computed in."""
+    model = build(config(vocab_size=TOKENIZER.vocab_size)).to(torch.bfloat16)
+    [prompt] = family(1, 9)
+    own = SamplingParams(temperature=0, max_tokens=3, logprobs=True, top_logprobs=20)
+    outs = []
+    for _ in range(2):  # the second time from disk
+        cache = new_cache(model, folder=tmp_path)
+        with Engine(model, TOKENIZER, chunk=16, prefix_cache=cache) as engine:
+            outs += [engine.generate(prompt, own)[0] for _ in range(2)]
+        cache.close()
+    assert [out.usage.cached_tokens for out in outs] == [0, *[len(prompt)] * 3]
+    assert all(out.top_logprobs == outs[0].top_logprobs for out in outs)
+
+
 def test_prompt_scores_are_those_without_a_cache(model: Transformer) -> None:
     cache = new_cache(model)
     [prompt] = family(1, 11)
@@ -108,15 +124,15 @@ def test_a_failed_step_and_cancelled_requests_leave_the_store_sound(
 ) -> None:
     prompts = family(10, 13)
     cache = new_cache(model)
-    real, calls = Transformer.step, [0]
+    real, calls = Transformer.next_scores, [0]
 
-    def sometimes(self: Transformer, segments: Any) -> Any:
+    def sometimes(self: Transformer, segments: Any, *rest: Any) -> Any:
         calls[0] += 1
         if calls[0] in (3, 9) and len(segments) > 1:
             raise RuntimeError("a step that fails")
-        return real(self, segments)
+        return real(self, segments, *rest)
 
-    monkeypatch.setattr(Transformer, "step", sometimes)
+    monkeypatch.setattr(Transformer, "next_scores", sometimes)
     with Engine(model, TOKENIZER, max_running=4, chunk=16, prefix_cache=cache) as engine:
         doomed = [engine.submit(ids, SamplingParams(max_tokens=40), wait=True) for ids in prompts[:3]]
         doomed[1].cancel()

@@ -1,13 +1,15 @@
 """Long prompts in the engine: chunks, progress, one row of logits, and the limit of the model's positions."""
 
+from typing import Any
+
 import pytest
 import torch
 from mock_model import byte_tokenizer
 from small_models import build, config
-from torch import Tensor
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import RequestError
+from rorqual.model import Scores
 
 TOKENIZER = byte_tokenizer()
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
@@ -21,23 +23,20 @@ def test_a_long_prompt_is_read_in_chunks_and_scored_once(monkeypatch: pytest.Mon
     steps: list[int] = []
     rows: list[int] = []
     told: list[tuple[int, int]] = []
-    step, logits = model.step, model.logits
+    next_scores = model.next_scores
 
-    def counted_step(segments: list) -> Tensor:  # type: ignore[type-arg]
+    def counted(segments: list, *rest: Any) -> Scores:  # type: ignore[type-arg]
         steps.append(sum(len(one.tokens) for one in segments))
-        return step(segments)
+        scores = next_scores(segments, *rest)
+        rows.append(scores.logits.shape[1])
+        return scores
 
-    def counted_logits(hidden: Tensor) -> Tensor:
-        rows.append(hidden.numel() // hidden.shape[-1])
-        return logits(hidden)
-
-    monkeypatch.setattr(model, "step", counted_step)
-    monkeypatch.setattr(model, "logits", counted_logits)
+    monkeypatch.setattr(model, "next_scores", counted)
     with Engine(model, TOKENIZER, chunk=256) as engine:
         done = engine.submit(prompt, GREEDY, on_progress=lambda *now: told.append(now)).result(300)
     assert done.ids == (expected,)
     assert steps == [256, 256, 256, 256, 76]
-    assert rows == [1]
+    assert rows == [0, 0, 0, 0, 1]
     assert told == [(256, 1100), (512, 1100), (768, 1100), (1024, 1100), (1100, 1100)]
 
 

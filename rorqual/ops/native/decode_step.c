@@ -33,15 +33,18 @@ enum Layer { RATIO, OVERLAP, FREQUENCIES,
 enum Memory { RING, RING_SIZE, BLOCKS_KV, BLOCKS_SCORE, BLOCKS_SIZE, ENTRIES, ENTRY_ROWS,
               INDEX_BLOCKS_KV, INDEX_BLOCKS_SCORE, INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, MEMORY_END };
 
-enum Draft { EMBED, E_PROJ, H_PROJ, E_NORM, H_NORM, HEAD_FN, HEAD_BASE, HEAD_SCALE, NORM, HEAD, DRAFT_END };
+enum Head { HEAD_FN, HEAD_BASE, HEAD_SCALE, HEAD_NORM, HEAD_WEIGHT, HEAD_END };
+enum Draft { EMBED, E_PROJ, H_PROJ, E_NORM, H_NORM, DRAFT_END };
 
 #define PLACE(table, field) ((void *)(uintptr_t)(table)[field])
 
 static long most(long a, long b) { return a > b ? a : b; }
 
 #include "decode_step_body.h"
+#include "head_body.h"
 #include "draft_body.h"
 
 #define ELEMENT_BF16
 #include "decode_step_body.h"
+#include "head_body.h"
 #include "draft_body.h"

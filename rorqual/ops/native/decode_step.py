@@ -5,20 +5,22 @@ so that they stand in one place.
 """
 
 import re
+from array import array
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rorqual.ops.native.library import call
+from rorqual.ops.native.library import address, call, kernel
 
 _SOURCE = Path(__file__).with_name("decode_step.c")
 
 
 @lru_cache(maxsize=4)
 def columns(name: str) -> tuple[str, ...]:
-    """Columns of the table `Shape`, `Number`, `Layer`, `Memory` or `Draft`, in order, in lower case."""
+    """Columns of the table `Shape`, `Number`, `Layer`, `Memory`, `Head` or `Draft`, in order, in lower case."""
     found = re.search(rf"enum {name} \{{([^}}]*)\}}", _SOURCE.read_text())
     assert found is not None, name
     names = [word.strip().lower() for word in found.group(1).split(",")]
@@ -26,23 +28,47 @@ def columns(name: str) -> tuple[str, ...]:
     return tuple(names[:-1])
 
 
-def decode_step(
-    embedding: Tensor, tokens: Tensor, positions: Tensor, first: Tensor, shape: Tensor, numbers: Tensor, layers: Tensor,
-    memory: Tensor, tables: Tensor, streams: int,
-) -> Tensor:  # fmt: skip
-    """Streams [R, N, D] after all layers; tokens, positions and first int64 [R], tables as the C source says.
+class Network:
+    """What the step reads of a model: its embedding [V, D] and tables, as the C source says.
 
-    The sequences' memory has taken the tokens in afterwards. Every address must be that of a living tensor.
+    head: None where logits are never asked for. Every address in the tables must be that of a living tensor.
     """
-    rows = tokens.shape[0]
-    out = torch.empty(rows, streams, embedding.shape[1], dtype=embedding.dtype)
-    call("decode_step", embedding, tokens, positions, first, rows, shape, numbers, layers, memory, tables, out)
-    return out
+
+    def __init__(self, embedding: Tensor, shape: Tensor, numbers: Tensor, layers: Tensor, head: Tensor | None) -> None:
+        self.shape, self.numbers, self.head = shape, numbers, head
+        self._size = tuple(shape[[columns("Shape").index(name) for name in ("streams", "hidden")]].tolist())
+        self._dtype = embedding.dtype
+        self._function, dtypes = kernel("decode_step", embedding.dtype is torch.bfloat16)
+        self._kept = (embedding, shape, numbers, layers, head)
+        given = zip(self._kept, dtypes, strict=False)
+        self._addresses = [0 if tensor is None else address("decode_step", tensor, dtype) for tensor, dtype in given]
+
+    def step(
+        self, places: Sequence[int], num_rows: int, wanted: Sequence[int] = (), choices: int = 0, *, is_batch: bool
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Streams [1, R, N, D] of R rows after all layers. The sequences' memory has taken the tokens in afterwards.
+
+        places: of each row token, position, first row of its sequence, addresses of its pages and of its memory; first
+        all tokens, then all positions, and so on. wanted: rows behind which hidden states [1, W, D], logits fp32
+        [1, W, choices] and the first of the largest logits are wanted too (a NaN counts as the largest).
+        is_batch: tensors with the rows in the first dimension instead, [R, 1, ...].
+        """
+        count, (streams, hidden_size) = len(wanted), self._size
+        lead, wanted_lead = ((num_rows, 1), (count, 1)) if is_batch else ((1, num_rows), (1, count))
+        out = torch.empty(*lead, streams, hidden_size, dtype=self._dtype)
+        hidden, logits = torch.empty(*wanted_lead, hidden_size, dtype=self._dtype), torch.empty(*wanted_lead, choices)
+        # plain arrays: a tensor of a few numbers takes longer to make than they take to be read
+        rows, asked, best = array("q", places), array("q", wanted), array("q", wanted)
+        self._function(
+            *self._addresses, rows.buffer_info()[0], num_rows, asked.buffer_info()[0], count, choices,
+            out.data_ptr(), hidden.data_ptr(), logits.data_ptr(), best.buffer_info()[0],
+        )  # fmt: skip
+        return out, hidden, logits, best.tolist()
 
 
 def draft_step(
     trunk: Tensor, tokens: Tensor, position: int, most: int, choices: int, shape: Tensor, numbers: Tensor,
-    layer: Tensor, memory: Tensor, module: Tensor, kept: Tensor, least: float,
+    layer: Tensor, memory: Tensor, module: Tensor, head: Tensor, kept: Tensor, least: float,
 ) -> tuple[list[int], list[float]]:  # fmt: skip
     """Drafts after trunk streams [R, N, D] of tokens that are followed by `tokens` int64 [R], and their probabilities.
 
@@ -52,8 +78,8 @@ def draft_step(
     room = torch.cat([tokens, tokens.new_zeros(most)])
     chances, count = torch.empty(most), torch.empty(1, dtype=torch.int64)
     call(
-        "draft_step", trunk, room, position, rows, most, choices, shape, numbers, layer, memory, module, kept,
-        kept.shape[0], kept.shape[1], least, chances, count,
+        "draft_step", trunk, room, position, rows, most, choices, shape, numbers, layer, memory, module, head,
+        kept, kept.shape[0], kept.shape[1], least, chances, count,
     )  # fmt: skip
     made = int(count)
     return room[rows : rows + made].tolist(), chances[:made].tolist()

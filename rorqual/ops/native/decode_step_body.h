@@ -4,7 +4,7 @@
 
 /* One call: what came in, and room for what lies between kernels. */
 typedef struct {
-    const int64_t *shape, *tokens, *positions, *first, *tables; /* first [rows]: where the row's sequence begins */
+    const int64_t *shape, *tokens, *positions, *first, *tables, *memories; /* of each row: see decode_step */
     const float *numbers;
     long rows;
     T *other, *x, *normed, *y, *latent, *latent_normed, *q, *q_turned, *kv, *kv_turned, *o, *z, *index_q,
@@ -14,16 +14,15 @@ typedef struct {
     float *router_scores, *routing, *sorted, *one_row;
     uint8_t *codes;
     int64_t *chosen, *token, *choice, *bounds, *slots, *picks;
-    void *all[48];
-    int count, has_angles, has_plain_angles;
+    void *all; /* of these, in one piece */
+    int has_angles, has_plain_angles;
+    long layer; /* that is being run */
 } NAME(Step);
-
-static void *NAME(room)(NAME(Step) * s, size_t bytes) { return s->all[s->count++] = malloc(bytes + 64); }
 
 static void NAME(make_room)(NAME(Step) * s) {
     const int64_t *n = s->shape;
     long rows = s->rows, hidden = n[HIDDEN], all = n[HEADS] * n[WIDTH], index = n[INDEX_HEADS] * n[INDEX_WIDTH];
-    long streams = n[STREAMS], channels = 2 * most(n[WIDTH], n[INDEX_WIDTH]), active = rows * n[ACTIVE];
+    long streams = n[STREAMS], channels = 2 * most(n[WIDTH], n[INDEX_WIDTH]);
     struct {
         T **place;
         long size;
@@ -43,15 +42,32 @@ static void NAME(make_room)(NAME(Step) * s) {
                   {&s->head_weights, n[INDEX_HEADS]}, {&s->angles, n[ROPE]}, {&s->plain_angles, n[ROPE]},
                   {&s->one_angle, n[ROPE]}, {&s->pooled, channels}, {&s->router_scores, n[EXPERTS]},
                   {&s->routing, n[ACTIVE]}, {&s->sorted, n[ACTIVE]}, {&s->one_row, most(n[WIDTH], n[INDEX_WIDTH])}};
-    for (unsigned i = 0; i < sizeof(typed) / sizeof(*typed); i++)
-        *typed[i].place = NAME(room)(s, sizeof(T) * typed[i].size * rows);
-    for (unsigned i = 0; i < sizeof(floats) / sizeof(*floats); i++)
-        *floats[i].place = NAME(room)(s, sizeof(float) * floats[i].size * rows);
-    int64_t **whole_numbers[] = {&s->chosen, &s->token, &s->choice, &s->slots};
-    for (int i = 0; i < 4; i++) *whole_numbers[i] = NAME(room)(s, sizeof(int64_t) * active);
-    s->codes = NAME(room)(s, 4 * (n[WIDTH] + n[INDEX_WIDTH]));
-    s->bounds = NAME(room)(s, sizeof(int64_t) * (n[EXPERTS] + 1));
-    s->picks = NAME(room)(s, sizeof(int64_t) * n[TOP_K] * rows);
+    struct {
+        int64_t **place;
+        long size;
+    } wholes[] = {{&s->chosen, n[ACTIVE]}, {&s->token, n[ACTIVE]}, {&s->choice, n[ACTIVE]}, {&s->slots, n[ACTIVE]},
+                  {&s->picks, n[TOP_K]}, {&s->bounds, n[EXPERTS] + 1}};
+    uint8_t *all_of_it = NULL;
+    size_t used = 0;
+#define PUT_PARTS(parts)                                                                                             \
+    for (unsigned i = 0; i < sizeof(parts) / sizeof(*parts); i++) {                                                  \
+        if (all_of_it) *parts[i].place = (void *)(all_of_it + used);                                                 \
+        used += (sizeof(**parts[i].place) * parts[i].size * rows + 127) / 64 * 64; /* room for a vector behind */    \
+    }
+    for (int pass = 0; pass < 2; pass++) { /* how much it is, then where each part lies */
+        used = 0;
+        PUT_PARTS(typed)
+        PUT_PARTS(floats)
+        PUT_PARTS(wholes)
+        if (!pass) all_of_it = malloc(used + 4 * (n[WIDTH] + n[INDEX_WIDTH]) + 64);
+    }
+#undef PUT_PARTS
+    s->all = all_of_it, s->codes = all_of_it + used;
+}
+
+/* What the row's sequence remembers in the layer that is being run. */
+INLINE const int64_t *NAME(memory_of)(const NAME(Step) * s, long row) {
+    return (const int64_t *)(uintptr_t)s->memories[row] + s->layer * MEMORY_END;
 }
 
 /* A norm's weight in fp32. */
@@ -136,8 +152,9 @@ static void NAME(finish_entry)(NAME(Step) * s, const int64_t *layer, const NAME(
 }
 
 /* The token's projections (`kv` and `score`, [channels]) complete a block of `row` or wait for it. */
-static void NAME(compress_row)(NAME(Step) * s, const int64_t *layer, const int64_t *memory, const NAME(Compressor) * c,
-                               long row, long channels, const float *kv, const float *score) {
+static void NAME(compress_row)(NAME(Step) * s, const int64_t *layer, const NAME(Compressor) * c, long row, long channels,
+                               const float *kv, const float *score) {
+    const int64_t *memory = NAME(memory_of)(s, row);
     long ratio = layer[RATIO], position = s->positions[row], size = memory[c->ring_size];
     float *ring_kv = PLACE(memory, c->ring_kv), *ring_score = PLACE(memory, c->ring_score);
     if ((position + 1) % ratio == 0) {
@@ -158,7 +175,7 @@ static void NAME(compress_row)(NAME(Step) * s, const int64_t *layer, const int64
     memcpy(ring_score + position % size * channels, score, sizeof(float) * channels);
 }
 
-static void NAME(compress)(NAME(Step) * s, const int64_t *layer, const int64_t *memory, const NAME(Compressor) * c) {
+static void NAME(compress)(NAME(Step) * s, const int64_t *layer, const NAME(Compressor) * c) {
     long channels = c->width * (layer[OVERLAP] ? 2 : 1), hidden = s->shape[HIDDEN];
     const float *ape = PLACE(layer, c->ape);
     NAME(linear)(s->normed, PLACE(layer, c->wkv), s->rows, 1, channels, hidden, NULL, s->blocks);
@@ -167,15 +184,14 @@ static void NAME(compress)(NAME(Step) * s, const int64_t *layer, const int64_t *
         float *score = s->scores + row * channels;
         const float *place = ape + s->positions[row] % layer[RATIO] * channels;
         for (long i = 0; i < channels; i++) score[i] += place[i];
-        NAME(compress_row)(s, layer, memory + row * s->shape[LAYERS] * MEMORY_END, c, row, channels,
-                           s->blocks + row * channels, score);
+        NAME(compress_row)(s, layer, c, row, channels, s->blocks + row * channels, score);
     }
 }
 
 /* ---- attention -------------------------------------------------------------------------------------------------- */
 
 /* The indexer's choice for every row that sees more entries than it may use. */
-static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const int64_t *memory, const float *angles) {
+static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const float *angles) {
     const int64_t *n = s->shape;
     long heads = n[INDEX_HEADS], width = n[INDEX_WIDTH], longest = 0;
     for (long row = 0; row < s->rows; row++) longest = most(longest, (s->positions[row] + 1) / layer[RATIO]);
@@ -193,7 +209,7 @@ static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const int
     long threads = s->rows > 1 || longest < 4096 ? 1 : omp_get_max_threads();
     int is_much = s->rows > 1 && longest * heads * width * s->rows > FORK_FROM;
     SHARED_OUT(is_much, long row = 0; row < s->rows; row++, {
-        const int64_t *mine = memory + row * n[LAYERS] * MEMORY_END;
+        const int64_t *mine = NAME(memory_of)(s, row);
         int64_t end = (s->positions[row] + 1) / layer[RATIO];
         if (end <= n[TOP_K]) continue;
         void *keys = PLACE(mine, INDEX_KEYS);
@@ -211,9 +227,8 @@ INLINE long NAME(used_entries)(const NAME(Step) * s, const int64_t *layer, long 
 
 /* The keys of a row's token: its window, oldest first (the ring, then rows of this call), then the entries it uses;
  * packed ones go to `unpacked`. */
-static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, const int64_t *memory, long row, T *unpacked,
-                          const T **keys) {
-    const int64_t *n = s->shape, *table = (const int64_t *)(uintptr_t)s->tables[row];
+static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, long row, T *unpacked, const T **keys) {
+    const int64_t *n = s->shape, *memory = NAME(memory_of)(s, row), *table = (const int64_t *)(uintptr_t)s->tables[row];
     long position = s->positions[row], first = most(0, position - n[WINDOW] + 1), count = 0, width = n[WIDTH];
     const T *ring = PLACE(memory, RING), *entries = PLACE(memory, ENTRIES);
     for (long t = first; t <= position; t++)
@@ -236,7 +251,7 @@ static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, const int6
     return count;
 }
 
-static void NAME(attend_rows)(NAME(Step) * s, const int64_t *layer, const int64_t *memory) {
+static void NAME(attend_rows)(NAME(Step) * s, const int64_t *layer) {
     const int64_t *n = s->shape;
     long heads = n[HEADS], width = n[WIDTH], used = 0, threads = omp_get_max_threads(), counts[s->rows];
     for (long row = 0; row < s->rows; row++) used = most(used, NAME(used_entries)(s, layer, row));
@@ -246,8 +261,7 @@ static void NAME(attend_rows)(NAME(Step) * s, const int64_t *layer, const int64_
     const T **all_keys = malloc(sizeof(T *) * room * s->rows);
     T *unpacked = n[ENTRY_BYTES] ? malloc(sizeof(T) * used * width * s->rows + 64) : NULL;
     SHARED_OUT(n[ENTRY_BYTES] && is_much, long row = 0; row < s->rows; row++, {
-        counts[row] = NAME(keys_of)(s, layer, memory + row * n[LAYERS] * MEMORY_END, row,
-                                    unpacked ? unpacked + row * used * width : NULL, all_keys + row * room);
+        counts[row] = NAME(keys_of)(s, layer, row, unpacked ? unpacked + row * used * width : NULL, all_keys + row * room);
     });
     SHARED_OUT(is_much, long job = 0; job < s->rows * parts; job++, {
         long row = job / parts, first = job % parts * each, last = first + each < heads ? first + each : heads;
@@ -258,13 +272,13 @@ static void NAME(attend_rows)(NAME(Step) * s, const int64_t *layer, const int64_
     });
     free(all_keys), free(unpacked);
     for (long row = 0; row < s->rows; row++) {
-        const int64_t *mine = memory + row * n[LAYERS] * MEMORY_END;
+        const int64_t *mine = NAME(memory_of)(s, row);
         memcpy((T *)PLACE(mine, RING) + s->positions[row] % mine[RING_SIZE] * width, s->kv_turned + row * width,
                sizeof(T) * width);
     }
 }
 
-static void NAME(attention)(NAME(Step) * s, const int64_t *layer, const int64_t *memory) {
+static void NAME(attention)(NAME(Step) * s, const int64_t *layer) {
     const int64_t *n = s->shape;
     long rows = s->rows, heads = n[HEADS], width = n[WIDTH], rope = n[ROPE], hidden = n[HIDDEN], rank = n[QUERY_RANK];
     float eps = s->numbers[NORM_EPS];
@@ -280,15 +294,15 @@ static void NAME(attention)(NAME(Step) * s, const int64_t *layer, const int64_t 
     if (layer[RATIO]) {
         NAME(Compressor) entries = {ENTRY_WKV, ENTRY_WGATE, ENTRY_APE, ENTRY_NORM, BLOCKS_KV, BLOCKS_SCORE, BLOCKS_SIZE,
                                     ENTRIES, ENTRY_ROWS, width, n[ENTRY_BYTES]};
-        NAME(compress)(s, layer, memory, &entries);
+        NAME(compress)(s, layer, &entries);
     }
     if (layer[INDEX_WKV]) {
         NAME(Compressor) keys = {INDEX_WKV, INDEX_WGATE, INDEX_APE, INDEX_NORM, INDEX_BLOCKS_KV, INDEX_BLOCKS_SCORE,
                                  INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, n[INDEX_WIDTH], n[KEY_BYTES]};
-        NAME(compress)(s, layer, memory, &keys);
-        NAME(select_entries)(s, layer, memory, angles);
+        NAME(compress)(s, layer, &keys);
+        NAME(select_entries)(s, layer, angles);
     }
-    NAME(attend_rows)(s, layer, memory);
+    NAME(attend_rows)(s, layer);
     NAME(rope_rotate)(s->o, angles, rows * heads, heads, rows, width, rope, -1.0f, s->q);
     NAME(project)(s, s->q, layer + WO_A, n[GROUPS], n[OUTPUT_RANK], heads * width / n[GROUPS], s->z);
     NAME(project)(s, s->z, layer + WO_B, 1, hidden, n[GROUPS] * n[OUTPUT_RANK], s->y);
@@ -328,13 +342,13 @@ static void NAME(feed)(NAME(Step) * s, const int64_t *layer) {
 }
 
 /* Streams [rows, N, D], in place, through `s->shape[LAYERS]` layers. */
-static void NAME(run_layers)(NAME(Step) * s, const int64_t *layers, const int64_t *memory, T *streams) {
+static void NAME(run_layers)(NAME(Step) * s, const int64_t *layers, T *streams) {
     const int64_t *shape = s->shape;
     long rows = s->rows, hidden = shape[HIDDEN], n = shape[STREAMS];
     float norm_eps = s->numbers[NORM_EPS], eps = s->numbers[HC_EPS];
     T *in = streams, *out = s->other;
-    for (long i = 0; i < shape[LAYERS]; i++) {
-        const int64_t *layer = layers + i * LAYER_END;
+    for (s->layer = 0; s->layer < shape[LAYERS]; s->layer++) {
+        const int64_t *layer = layers + s->layer * LAYER_END;
         for (int part = 0; part < 2; part++) { /* attention, experts */
             int fn = part ? HC_FFN_FN : HC_ATTN_FN, base = part ? HC_FFN_BASE : HC_ATTN_BASE;
             int scale = part ? HC_FFN_SCALE : HC_ATTN_SCALE;
@@ -342,31 +356,11 @@ static void NAME(run_layers)(NAME(Step) * s, const int64_t *layers, const int64_
                                  (int)shape[ITERS], norm_eps, eps, 0, s->x, s->post, s->comb, s->raw, s->rs);
             NAME(norm)(s, s->x, PLACE(layer, part ? FFN_NORM : ATTN_NORM), hidden, s->normed);
             if (part) NAME(feed)(s, layer);
-            else NAME(attention)(s, layer, memory + i * MEMORY_END);
+            else NAME(attention)(s, layer);
             NAME(hc_post_forward)(in, s->y, s->post, s->comb, rows, (int)n, hidden, out);
             T *swap = in;
             in = out;
             out = swap;
         }
     } /* an even number of swaps: the result lies in streams */
-}
-
-static void NAME(clear)(NAME(Step) * s) {
-    for (int i = 0; i < s->count; i++) free(s->all[i]);
-}
-
-/* embedding [V, D]; tokens, positions [rows]; first [rows]: the row where each row's sequence begins (its rows stand one
- * behind the other); shape, numbers and layers [L, LAYER_END] of the model; memory [rows, L, MEMORY_END] and tables [rows]
- * (of pages; 0: none) of the sequences -> streams [rows, N, D]. */
-void NAME(decode_step)(const T *embedding, const int64_t *tokens, const int64_t *positions, const int64_t *first, long rows,
-                       const int64_t *shape, const float *numbers, const int64_t *layers, const int64_t *memory,
-                       const int64_t *tables, T *streams) {
-    NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = positions, .first = first, .tables = tables,
-                    .numbers = numbers, .rows = rows};
-    long hidden = shape[HIDDEN], n = shape[STREAMS];
-    NAME(make_room)(&s);
-    for (long i = 0; i < rows * n; i++)
-        memcpy(streams + i * hidden, embedding + tokens[i / n] * hidden, sizeof(T) * hidden);
-    NAME(run_layers)(&s, layers, memory, streams);
-    NAME(clear)(&s);
 }

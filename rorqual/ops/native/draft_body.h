@@ -19,16 +19,11 @@ static void NAME(join)(NAME(Step) * s, const int64_t *module, const T *streams, 
 }
 
 /* The likeliest of `choices` tokens after streams [N, D], the first among equals, and its probability. */
-static int64_t NAME(likeliest)(NAME(Step) * s, const int64_t *module, const T *streams, long choices, float *logits,
+static int64_t NAME(likeliest)(NAME(Step) * s, const int64_t *head, const T *streams, long choices, float *logits,
                                float *chance) {
-    const int64_t *shape = s->shape;
-    long n = shape[STREAMS], hidden = shape[HIDDEN], best = 0;
-    NAME(hc_head_forward)(streams, PLACE(module, HEAD_FN), PLACE(module, HEAD_BASE), PLACE(module, HEAD_SCALE), 1, (int)n,
-                          hidden, s->numbers[NORM_EPS], s->numbers[HC_EPS], s->x, s->post, s->raw, s->rs);
-    NAME(norm)(s, s->x, PLACE(module, NORM), hidden, s->normed);
-    NAME(linear)(s->normed, PLACE(module, HEAD), 1, 1, choices, hidden, NULL, logits);
-    for (long i = 1; i < choices; i++)
-        if (logits[i] > logits[best]) best = i;
+    NAME(finish)(s, head, streams, 1, s->normed);
+    NAME(score)(s, head, s->normed, 1, choices, logits);
+    int64_t best = best_of(logits, choices);
     Vector sum = {0};
     long i = 0;
     for (; i + VECTOR <= choices; i += VECTOR) sum += exp_lanes(load(logits + i, VECTOR) - logits[best]);
@@ -46,26 +41,24 @@ static int64_t NAME(likeliest)(NAME(Step) * s, const int64_t *module, const T *s
  * -> count [1]: drafts made, at least one. */
 void NAME(draft_step)(const T *trunk, int64_t *tokens, long position, long rows, long most_drafts, long choices,
                       const int64_t *shape, const float *numbers, const int64_t *layer, const int64_t *memory,
-                      const int64_t *module, const float *kept, long places, long bins, float least, float *chances, int64_t *count) {
+                      const int64_t *module, const int64_t *head, const float *kept, long places, long bins, float least,
+                      float *chances, int64_t *count) {
     long n = shape[STREAMS], hidden = shape[HIDDEN], size = n * hidden;
     int64_t *positions = calloc(3 * rows, sizeof(int64_t)), *first = positions + rows, *tables = first + rows;
-    int64_t *memories = malloc(sizeof(int64_t) * MEMORY_END * rows);
+    int64_t *memories = malloc(sizeof(int64_t) * rows);
     T *turned = malloc(sizeof(T) * (rows * size + 64)), *joined = malloc(sizeof(T) * (rows * size + 64));
     float *logits = malloc(sizeof(float) * choices + 64), product = 1.0f;
     NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = positions, .first = first, .tables = tables,
-                    .numbers = numbers, .rows = rows};
+                    .memories = memories, .numbers = numbers, .rows = rows};
     NAME(make_room)(&s);
-    for (long i = 0; i < rows; i++) {
-        positions[i] = position + i;
-        memcpy(memories + i * MEMORY_END, memory, sizeof(int64_t) * MEMORY_END);
-    }
+    for (long i = 0; i < rows; i++) positions[i] = position + i, memories[i] = (int64_t)(uintptr_t)memory;
     const T *streams = trunk;
     for (*count = 0; *count < most_drafts && product >= least;) {
         NAME(join)(&s, module, streams, turned, joined);
-        NAME(run_layers)(&s, layer, memories, joined);
+        NAME(run_layers)(&s, layer, joined);
         const T *last = joined + (s.rows - 1) * size;
         float *chance = chances + *count;
-        tokens[rows + *count] = NAME(likeliest)(&s, module, last, choices, logits, chance);
+        tokens[rows + *count] = NAME(likeliest)(&s, head, last, choices, logits, chance);
         long bin = (long)(*chance * (float)bins);
         product *= kept[(*count < places ? *count : places - 1) * bins + (bin < bins ? bin : bins - 1)];
         memmove(joined, last, sizeof(T) * size); /* the module's own streams stand in for those of the trunk */
@@ -74,6 +67,6 @@ void NAME(draft_step)(const T *trunk, int64_t *tokens, long position, long rows,
         s.rows = 1, s.has_plain_angles = s.has_angles = 0;
         ++*count;
     }
-    NAME(clear)(&s);
+    free(s.all);
     free(positions), free(memories), free(turned), free(joined), free(logits);
 }

@@ -182,13 +182,14 @@ def call(name: str, *args: Tensor | int | float | None) -> None:
             bf16 = a.dtype is torch.bfloat16
             break
     function, dtypes = kernel(name, bf16)
-    function(*[a if a.__class__ in _NUMBERS else _pointer(name, a, d) for a, d in zip(args, dtypes, strict=True)])  # type: ignore[arg-type]
+    function(*[a if a.__class__ in _NUMBERS else address(name, a, d) for a, d in zip(args, dtypes, strict=True)])  # type: ignore[arg-type]
 
 
 _NUMBERS = frozenset((int, float, type(None)))
 
 
-def _pointer(name: str, tensor: Tensor, dtype: torch.dtype | None) -> int:
+def address(name: str, tensor: Tensor, dtype: torch.dtype | None) -> int:
+    """Of a tensor's first element, for kernel `name`. Raises TypeError unless it has the dtype that C reads there."""
     if tensor.dtype is not dtype:
         raise TypeError(f"{name}: a tensor of dtype {tensor.dtype} reached C, which reads {dtype} there")
     return tensor.data_ptr()

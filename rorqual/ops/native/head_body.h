@@ -1,0 +1,60 @@
+/* What stands behind the last layer, and the step as a whole; included twice by decode_step.c behind the layers. */
+
+#ifndef ELEMENT_BF16
+/* The first of the largest of n scores; a NaN counts as the largest. */
+static int64_t best_of(const float *scores, long n) {
+    Vector most = (Vector){0} + scores[0];
+    Integers has_nan = {0};
+    long i = 0, at = 0;
+    for (; i + VECTOR <= n; i += VECTOR) {
+        Vector x = load(scores + i, VECTOR);
+        has_nan |= x != x;
+        most = choose(most < x, x, most);
+    }
+    float top = most[0];
+    for (int j = 1; j < VECTOR; j++) top = max_(top, most[j]);
+    int is_plain = top == top;
+    for (int j = 0; j < VECTOR; j++) is_plain &= !has_nan[j];
+    for (; i < n; i++) top = max_(top, scores[i]), is_plain &= scores[i] == scores[i];
+    while (is_plain ? scores[at] != top : scores[at] == scores[at]) at++;
+    return at;
+}
+#endif
+
+/* HC head and final norm of streams [rows, N, D] -> hidden [rows, D]; at most as many rows as the step has. */
+static void NAME(finish)(NAME(Step) * s, const int64_t *head, const T *streams, long rows, T *hidden) {
+    const int64_t *shape = s->shape;
+    float eps = s->numbers[NORM_EPS];
+    NAME(hc_head_forward)(streams, PLACE(head, HEAD_FN), PLACE(head, HEAD_BASE), PLACE(head, HEAD_SCALE), rows,
+                          (int)shape[STREAMS], shape[HIDDEN], eps, s->numbers[HC_EPS], s->x, s->post, s->raw, s->rs);
+    NAME(rms_norm_forward)(s->x, NAME(widened)(s, PLACE(head, HEAD_NORM), shape[HIDDEN]), rows, shape[HIDDEN], eps, hidden,
+                           s->rs);
+}
+
+/* Logits [rows, choices] of hidden [rows, D]: the first `choices` rows of the output head. */
+static void NAME(score)(NAME(Step) * s, const int64_t *head, const T *hidden, long rows, long choices, float *logits) {
+    NAME(linear)(hidden, PLACE(head, HEAD_WEIGHT), rows, 1, choices, s->shape[HIDDEN], NULL, logits);
+}
+
+/* embedding [V, D]; shape, numbers and layers [L, LAYER_END] of the model; of each row, one behind the other in `places`
+ * [5][rows]: its token, its position, the row where its sequence begins (whose rows stand one behind the other), and the
+ * addresses of the sequence's pages (0: none) and of its memory [L, MEMORY_END] -> streams [rows, N, D]. Behind `count` of
+ * the rows, those in `wanted`, also hidden states [count, D], logits [count, choices] and the best token of each [count]. */
+void NAME(decode_step)(const T *embedding, const int64_t *shape, const float *numbers, const int64_t *layers,
+                       const int64_t *head, const int64_t *places, long rows, const int64_t *wanted, long count,
+                       long choices, T *streams, T *hidden, float *logits, int64_t *best) {
+    const int64_t *tokens = places;
+    NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = places + rows, .first = places + 2 * rows,
+                    .tables = places + 3 * rows, .memories = places + 4 * rows, .numbers = numbers, .rows = rows};
+    long d = shape[HIDDEN], n = shape[STREAMS];
+    NAME(make_room)(&s);
+    for (long i = 0; i < rows * n; i++) memcpy(streams + i * d, embedding + tokens[i / n] * d, sizeof(T) * d);
+    NAME(run_layers)(&s, layers, streams);
+    if (count) {
+        for (long i = 0; i < count; i++) memcpy(s.other + i * n * d, streams + wanted[i] * n * d, sizeof(T) * n * d);
+        NAME(finish)(&s, head, s.other, count, hidden);
+        NAME(score)(&s, head, hidden, count, choices, logits);
+        for (long i = 0; i < count; i++) best[i] = best_of(logits + i * choices, choices);
+    }
+    free(s.all);
+}
