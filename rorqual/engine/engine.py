@@ -24,6 +24,7 @@ from rorqual.engine.delivery import Delivery
 from rorqual.engine.events import Completion, FinishReason, TokenEvent
 from rorqual.engine.exactness import describe, examine
 from rorqual.engine.failures import closed, failed
+from rorqual.engine.handover import let_others_run
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.job import Job
 from rorqual.engine.memory import PagedCost, StateCost
@@ -143,6 +144,8 @@ class Engine:
         params = params or SamplingParams()
         if rendered and self.prefix_cache is not None:
             tokens = self.prefix_cache.as_sampled(tokens)
+        if isinstance(tokens, list):
+            tokens = tuple(tokens)  # once, for the check and the request
         ids = as_array(tokens)
         checked = tokens if ids is None else ids
         max_tokens = check_request(checked, params, self._num_choices, self.context_limit, self._scheduler)
@@ -330,6 +333,8 @@ class Engine:
                 self._take(job, tokens, logits_RV)
             except Exception as error:
                 self._fail(job, error)
+        if any(len(job.ids) == 1 for job in outcome.sampling):
+            let_others_run()
 
     def _take(self, job: Job, tokens: Sequence[int | RequestError], logits_RV: Tensor | None) -> None:
         """Deliver the tokens that a step brought a request, up to its end, and take back what else was drafted.

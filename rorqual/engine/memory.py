@@ -92,7 +92,7 @@ class PagedCost(StateCost):
     def together(self, jobs: Sequence[Job], gone: Sequence[Job] = ()) -> int:
         pages = self._pool.num_in_use
         for job in gone:
-            pages -= 0 if job.state is None else sum(self._pool.has_one_user(page) for page in job.state.table.pages)
+            pages -= 0 if job.state is None else self._pool.num_held_once(job.state.table.pages)
         for job in jobs:
             held = self._shared(job) if job.state is None else len(job.state.table)
             pages += max(0, self._pages(job.num_tokens) - held)
@@ -104,7 +104,7 @@ class PagedCost(StateCost):
     def _shared(self, job: Job) -> int:
         """Pages that the job will find in use by others."""
         nodes = self._cache.tree.match(job.request.prompt_array).nodes
-        return sum(self._pool.is_in_use(node.page) for node in nodes)
+        return self._pool.num_in_use_of([node.page for node in nodes])
 
     def _pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._pool.page_tokens)

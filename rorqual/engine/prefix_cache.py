@@ -41,6 +41,9 @@ PREPARED_BYTES = 256 << 20
 takes longer than reading them.
 """
 
+BRANCH_TOKENS = 64
+"""Where a prompt leaves stored text so far behind the last checkpoint, another one is taken for those that follow."""
+
 
 @dataclass(eq=False)
 class Lease:
@@ -181,8 +184,8 @@ class PrefixCache:
         hidden = point.hidden if point is not None and found.is_exact else None
         if hidden is not None:  # as it was computed: in another precision the output head's sums have other bits
             hidden = hidden.to(self.model.streams_dtype)
-        stored = found.num_pages * self.pool.page_tokens
-        branch = stored if self.ends and stored > found.restored_at else 0
+        leaves_at = max(found.num_pages * self.pool.page_tokens, explanation.differs_at or 0)
+        branch = leaves_at if self.ends and leaves_at - found.restored_at >= BRANCH_TOKENS else 0
         return Lease(state, state.lengths[0], explanation, hidden, node, branch)
 
     def _install(self, state: State, ids: Tokens, found: Found, point: Point | None) -> None:
@@ -232,13 +235,15 @@ class PrefixCache:
         node, length = self._place(lease), state.lengths[0]
         full = length // size
         if node.depth < full:
-            ids, pages = state.tokens[0].numpy(), state.table.pages
-            while node.depth < full:
-                block = ids[size * node.depth : size * (node.depth + 1)].tobytes()
-                parent, node = node, self.tree.insert(node, block, pages[node.depth])
-                if self.disk is not None and not self.disk.has_page(node.key):
-                    content = self.pool.read([node.page])[0]
-                    self.disk.put_page(parent.key, node.key, block, node.depth * size, content)
+            ids, pages, depth = state.tokens[0].numpy(), state.table.pages, node.depth
+            blocks = [ids[size * at : size * (at + 1)].tobytes() for at in range(depth, full)]
+            nodes = self.tree.insert(node, blocks, pages[depth:full])
+            if self.disk is not None:
+                for parent, one in zip([node, *nodes], nodes, strict=False):
+                    if not self.disk.has_page(one.key):
+                        content = self.pool.read([one.page])[0]
+                        self.disk.put_page(parent.key, one.key, one.block, (one.depth - 1) * size, content)
+            node = nodes[-1]
             self.tree.touch(node)
         lease.node = node
         if length and (length == lease.branch or (self.period is not None and length % self.period == 0)):

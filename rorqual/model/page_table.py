@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,8 +114,8 @@ class PageTable:
             self._tensor = grown
         if start < count:
             with torch.inference_mode(False):
-                self._tensor[start:count] = torch.tensor(self._pages[start:], dtype=torch.int64)
-        ids = self._tensor[:count]
+                self._tensor[start:count] = torch.from_numpy(np.asarray(self._pages[start:], dtype=np.int64))
+        ids = self._tensor[:count].numpy()
         self._is_run = count < 2 or bool((ids[1:] - ids[:-1] == 1).all())
 
 

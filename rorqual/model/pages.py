@@ -15,17 +15,21 @@ P pages, R rows of a page, K width of a row, C entries of a sequence.
 import heapq
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rorqual.config import ModelConfig
 from rorqual.errors import CacheError
 from rorqual.model.cache_format import row_of
 from rorqual.model.page_memory import populate, reserve
+from rorqual.ops import page_rows
 
 PAGE_TOKENS = 128
 """Tokens of a page, unless a layer's ratio does not divide them."""
@@ -102,11 +106,13 @@ class PagePool:
             }
         self._tensors = {name: tensor for name, (tensor, _) in reserved.items()}
         self._memories = {name: memory for name, (_, memory) in reserved.items()}
-        self._counts = [0] * self.num_pages
-        self._kept = bytearray(self.num_pages)  # 1: one of its users is a store, for later sequences
+        self._counts = np.zeros(self.num_pages, dtype=np.int32)
+        self._kept = np.zeros(self.num_pages, dtype=np.int32)  # 1: one of its users is a store, for later sequences
         self._num_idle = 0  # pages whose only user is a store
-        self._free = list(range(self.num_pages))  # a heap: low ids first, so that runs of ids stay together
-        self._lock = threading.RLock()  # re-entrant: a sequence may be collected while another takes pages
+        self._fresh = 0  # pages from here on were never used
+        self._freed: list[int] = []  # a heap: low ids first, so that runs of ids stay together
+        self._leaving: deque[Iterable[int]] = deque()  # released, not yet counted: see `release`
+        self._lock = threading.Lock()
 
     @cached_property
     def page_bytes(self) -> int:
@@ -126,7 +132,8 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that nobody uses."""
-        return len(self._free)
+        self._settle()
+        return len(self._freed) + self.num_pages - self._fresh
 
     def tensor(self, layer: int, name: str) -> Tensor:
         """The pages of one part: [pages, rows, K]."""
@@ -135,70 +142,108 @@ class PagePool:
     @property
     def num_in_use(self) -> int:
         """Pages with a user other than a store."""
-        return self.num_pages - len(self._free) - self._num_idle
+        return self.num_pages - self.num_free - self._num_idle
 
-    def is_in_use(self, page: int) -> bool:
-        """Whether a page has a user other than a store."""
-        return self._counts[page] > self._kept[page]
+    def num_in_use_of(self, pages: Sequence[int]) -> int:
+        """How many of these have a user other than a store."""
+        self._settle()
+        index = _index(pages)
+        return int(np.count_nonzero(self._counts[index] > self._kept[index]))
 
-    def has_one_user(self, page: int) -> bool:
-        """Whether a page has exactly one user besides a store."""
-        return self._counts[page] == self._kept[page] + 1
+    def num_held_once(self, pages: Sequence[int]) -> int:
+        """How many of these have exactly one user besides a store."""
+        self._settle()
+        index = _index(pages)
+        return int(np.count_nonzero(self._counts[index] == self._kept[index] + 1))
 
     def count(self, page: int) -> int:
         """How many users a page has."""
-        return self._counts[page]
+        self._settle()
+        return int(self._counts[page])
 
     def take(self, count: int = 1) -> list[int]:
         """Ids of `count` pages that nobody uses, with one reference each; they hold anything.
 
         Raises CacheError when there are too few, also after `make_room`; nothing is taken then.
         """
-        if len(self._free) < count and self.make_room is not None:
-            self.make_room(count - len(self._free))  # outside the lock: it calls back into `release`
+        if self.num_free < count and self.make_room is not None:
+            self.make_room(count - self.num_free)  # outside the lock: it calls back into `release`
         with self._lock:
-            if len(self._free) < count:
+            self._count_leaving()
+            free = len(self._freed) + self.num_pages - self._fresh
+            if free < count:
                 raise CacheError(
-                    f"The page pool has {len(self._free)} free pages of {self.num_pages}, and {count} are needed. All "
+                    f"The page pool has {free} free pages of {self.num_pages}, and {count} are needed. All "
                     "others belong to running sequences. Run fewer or shorter requests at a time, or make the pool "
                     f"larger ({self.page_bytes} bytes hold {self.page_tokens} tokens)."
                 )
-            pages = [heapq.heappop(self._free) for _ in range(count)]
-            for page in pages:
-                self._counts[page] = 1
+            pages = [heapq.heappop(self._freed) for _ in range(min(count, len(self._freed)))]
+            new = range(self._fresh, self._fresh + count - len(pages))
+            self._fresh = new.stop
+            pages += new
+            self._counts[_index(pages)] = 1
             return pages
 
-    def retain(self, pages: Iterable[int]) -> None:
-        """One more user of each of these pages."""
+    def retain(self, pages: Sequence[int]) -> None:
+        """One more user of each of these pages, which are all different."""
+        index = _index(pages)
         with self._lock:
-            for page in pages:
-                assert self._counts[page] > 0, f"page {page} is free and cannot be shared"
-                self._num_idle -= self._counts[page] == self._kept[page]
-                self._counts[page] += 1
+            self._count_leaving()
+            counts = self._counts[index]
+            assert counts.all(), f"of pages {pages} some are free and cannot be shared"
+            self._num_idle -= int(np.count_nonzero(counts == self._kept[index]))
+            self._counts[index] = counts + 1
 
-    def keep(self, page: int) -> None:
-        """One more user of a page that somebody uses: a store, which may have it for itself later."""
+    def keep(self, pages: Sequence[int]) -> None:
+        """One more user of each of these pages, all different, which somebody uses: a store, which may have them for
+        itself later.
+        """
+        index = _index(pages)
         with self._lock:
-            assert self._counts[page] > 0 and not self._kept[page], f"page {page} is free, or kept already"
-            self._counts[page] += 1
-            self._kept[page] = 1
+            self._count_leaving()
+            assert self._counts[index].all() and not self._kept[index].any(), (
+                f"of {pages} some are free, or kept already"
+            )
+            self._counts[index] += 1
+            self._kept[index] = 1
 
     def drop(self, page: int) -> None:
-        """The inverse of `keep`."""
+        """The inverse of `keep`, for one page."""
         with self._lock:
-            self._num_idle -= self._counts[page] == self._kept[page]
+            self._count_leaving()
+            self._num_idle -= int(self._counts[page] == self._kept[page])
             self._kept[page] = 0
-            self.release([page])
+        self.release([page])
 
     def release(self, pages: Iterable[int]) -> None:
-        """One user less; a page without users is free."""
-        with self._lock:
-            for page in pages:
-                assert self._counts[page] > 0, f"page {page} was released once too often"
-                self._counts[page] -= 1
-                self._num_idle += self._kept[page] and self._counts[page] == 1
-                if not self._counts[page]:
-                    heapq.heappush(self._free, page)
+        """One user less of each of these pages, which are all different; a page without users is free.
+
+        Never waits: a sequence may be collected, and its pages released, in the middle of any of these methods. What
+        cannot be counted at once is counted by the next of them.
+        """
+        self._leaving.append(list(pages))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._count_leaving()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """Count what was released meanwhile."""
+        if self._leaving:
+            with self._lock:
+                self._count_leaving()
+
+    def _count_leaving(self) -> None:
+        """As `_settle`, with the lock held."""
+        while self._leaving:
+            index = _index(self._leaving.popleft())
+            counts = self._counts[index] - 1
+            assert (counts >= 0).all(), "a page was released once too often"
+            self._counts[index] = counts
+            self._num_idle += int(np.count_nonzero((counts == 1) & (self._kept[index] == 1)))
+            for page in index[counts == 0].tolist():
+                heapq.heappush(self._freed, page)
 
     def copy(self, page: int) -> int:
         """A new page with the same content and one reference. Raises CacheError when no page is free."""
@@ -211,27 +256,17 @@ class PagePool:
         """Pages as bytes, part after part in the order of `parts`: uint8 [len(pages), page_bytes]."""
         out = torch.empty(len(pages), self.page_bytes, dtype=torch.uint8)
         index = torch.tensor(pages, dtype=torch.int64, device=self.device)
-        for part, view in self._split(out):
+        at = 0
+        for part in self.parts:
+            view = out[:, at : at + part.nbytes].view(part.dtype).unflatten(1, (part.rows, part.width))
             view.copy_(self._tensors[part.layer, part.name].index_select(0, index))
+            at += part.nbytes
         return out
 
     def write(self, pages: Sequence[int], content: Tensor) -> None:
         """The inverse of `read`: fill pages (which nobody else uses) from uint8 [len(pages), page_bytes]."""
-        first = pages[0] if pages else 0
-        is_run = list(pages) == list(range(first, first + len(pages)))
-        index = torch.tensor(pages, dtype=torch.int64, device=self.device)
-        for part, view in self._split(content):
-            tensor = self._tensors[part.layer, part.name]
-            if is_run:
-                tensor[first : first + len(pages)] = view
-            else:
-                tensor.index_copy_(0, index, view.to(self.device))
+        page_rows.scatter(content, pages, list(self._tensors.values()))
 
-    def _split(self, content: Tensor) -> list[tuple[Part, Tensor]]:
-        """The parts of pages as bytes, as views [n, rows, K]."""
-        out, at = [], 0
-        for part in self.parts:
-            view = content[:, at : at + part.nbytes].view(part.dtype).unflatten(1, (part.rows, part.width))
-            out.append((part, view))
-            at += part.nbytes
-        return out
+
+def _index(pages: Iterable[int]) -> NDArray[np.intp]:
+    return np.asarray(pages, dtype=np.intp)

@@ -12,6 +12,7 @@ at a layer's input for tokens from s on is exact at its output from s + window -
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.errors import CacheError
 from rorqual.model.cache_format import row_of
-from rorqual.model.page_table import PageTable
+from rorqual.model.page_table import Paged, PageTable
 from rorqual.model.state import LayerState, State
 
 
@@ -165,24 +166,32 @@ def _views(content: Tensor, rows: list[Rows]) -> Iterator[tuple[Rows, Tensor]]:
         at += r.nbytes
 
 
-def _slots(ring: Tensor, r: Rows) -> Tensor:
-    return torch.arange(r.first, r.first + r.count, device=ring.device) % ring.shape[1]
-
-
 def _read(layer: LayerState, r: Rows) -> Tensor:
-    part = layer.paged().get(r.name)
-    if part is not None:
+    part = attrgetter(r.name)(layer)
+    if isinstance(part, Paged):
         page, row = divmod(r.first, part.rows_per_page)  # all in the page that is not full
         return part.pool[part.table[page], row : row + r.count]
-    ring = layer.tensors()[r.name]
-    return ring[0].index_select(0, _slots(ring, r))
+    ring = part[0]
+    slot, before_end = _slots(ring, r)
+    head = ring[slot : slot + before_end]
+    return head if before_end == r.count else torch.cat([head, ring[: r.count - before_end]])
 
 
 def _write(layer: LayerState, r: Rows, values: Tensor, frozen: int) -> None:
-    part = layer.paged().get(r.name)
-    if part is not None:
+    part = attrgetter(r.name)(layer)
+    if isinstance(part, Paged):
         if frozen <= r.first * part.ratio:
             part.append(values.unsqueeze(0), r.first)
         return
-    ring = layer.tensors()[r.name]
-    ring[0].index_copy_(0, _slots(ring, r), values.reshape(r.count, *ring.shape[2:]).to(ring.device))
+    ring = part[0]
+    slot, before_end = _slots(ring, r)
+    values = values.reshape(r.count, *ring.shape[1:])
+    ring[slot : slot + before_end] = values[:before_end]
+    if before_end < r.count:
+        ring[: r.count - before_end] = values[before_end:]
+
+
+def _slots(ring: Tensor, r: Rows) -> tuple[int, int]:
+    """The first slot of these rows in a ring [R, ...], and how many come before it starts anew."""
+    slot = r.first % ring.shape[0]
+    return slot, min(r.count, ring.shape[0] - slot)

@@ -76,6 +76,35 @@ def test_written_then_read_after_a_restart(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_page_is_found_behind_another_whether_or_not_it_is_the_only_one(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 4)
+    write(store, 2, 2)  # begins like every text from the same root
+    store.flush()
+    for seed, count in ((1, 4), (2, 2)):
+        for parent, key, block in blocks(seed, count):
+            one = store.find_next(parent, block)
+            assert one is not None and one is store.find_page(key, block)
+            assert store.find_next(parent, block[::-1]) is None and store.find_next(key, block) is None
+    store.close()
+
+
+def test_pages_are_read_in_any_order_and_from_several_files(tmp_path: Path) -> None:
+    store = open_store(tmp_path, 1 << 20)  # segments of 64 KiB
+    write(store, 1, 30)
+    write(store, 2, 30)
+    store.flush()
+    found = [store.find_page(key, block) for seed in (2, 1) for _, key, block in blocks(seed, 30)]
+    pages = [one for one in found if one is not None]
+    pages = [*pages[::3], *pages[1::3], *pages[40:50]]
+    assert len({one.segment.path for one in pages}) > 1
+    read: list[torch.Tensor] = []
+    assert store.read_pages(pages, lambda _, content: read.extend(content.clone())) == len(pages)
+    for one, got in zip(pages, read, strict=True):
+        assert torch.equal(got, content(one.header.key, PAGE_BYTES, "page"))
+    store.close()
+
+
 def test_bytes_on_disk_are_the_formula(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     write(store, 1, 12)

@@ -5,11 +5,13 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from mock_model import HashModel, MockModel, ScriptModel, byte_tokenizer
 
 from rorqual.engine import Completion, Engine, SamplingParams, TokenEvent, Trajectory, sampler
+from rorqual.engine.checks import as_array
 from rorqual.errors import ConfigError, RequestError
 
 TOKENIZER = byte_tokenizer()
@@ -352,3 +354,11 @@ def test_trajectory_keeps_ids_logprobs_and_mask_together() -> None:
         trajectory.add_chosen([1, 2], [0.0])
     with pytest.raises(RequestError, match="Make them equally long"):
         Trajectory([1], [], [])
+
+
+def test_ids_become_an_array_or_are_left_to_the_check() -> None:
+    for tokens in ((3, 1, 2), [3, 1, 2], np.array([3, 1, 2]), tuple(np.array([3, 1, 2]))):
+        ids = as_array(tokens)
+        assert ids is not None and ids.dtype == np.int32 and ids.tolist() == [3, 1, 2] and ids.flags.writeable
+    for tokens in ((), (1, 1 << 31), (1, -(1 << 31) - 1), (1, "2"), (1.5,), [1, 1 << 40], [[1]], [1 << 80]):
+        assert as_array(tokens) is None  # type: ignore[arg-type]

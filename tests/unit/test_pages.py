@@ -9,6 +9,7 @@ from rorqual.config import ModelConfig
 from rorqual.errors import CacheError
 from rorqual.model.page_table import Paged, PageTable
 from rorqual.model.pages import PagePool, tokens_per_page
+from rorqual.ops import page_rows
 
 CFG = ModelConfig.preset("minke")
 
@@ -148,3 +149,43 @@ def test_pages_as_bytes_and_back(pages: list[int]) -> None:
     for part in pool.parts:
         mine, theirs = pool.tensor(part.layer, part.name), other.tensor(part.layer, part.name)
         assert torch.equal(theirs[2:5], mine[pages]) and torch.equal(theirs[[5, 0]], mine[pages[1:]])
+
+
+def test_what_is_released_in_the_middle_of_another_call_is_counted_by_the_next() -> None:
+    pool = pool_of(4)
+    pages = pool.take(3)
+    with pool._lock:  # as when a table is collected while another takes pages, or in another thread
+        pool.release(pages[:2])
+    assert [pool.count(page) for page in pages] == [0, 0, 1]
+    assert pool.num_free == 3 and pool.take(3) == [0, 1, 3]
+
+
+def test_pages_of_a_store_are_in_use_while_a_sequence_has_them_too() -> None:
+    pool = pool_of(8)
+    pages = pool.take(3)
+    pool.keep(pages)
+    assert pool.num_in_use == pool.num_in_use_of(pages) == pool.num_held_once(pages) == 3
+    pool.release(pages[:2])
+    assert (pool.num_in_use, pool.num_in_use_of(pages), pool.num_free) == (1, 1, 5)
+    pool.retain(pages)
+    assert pool.num_in_use == 3 and pool.num_held_once(pages) == 2
+    for page in pages:
+        pool.drop(page)
+    pool.release(pages)
+    assert (pool.num_in_use, pool.num_free) == (1, 7)
+    with pytest.raises(AssertionError, match="once too often"):
+        pool.release(pages[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_from_rows_in_c_are_those_of_torch(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (3, 128 + 64 + 200), dtype=torch.uint8, generator=draw)
+    content = rows[:, 128:320]  # as records lie in a file: with something before and behind
+    mine = [torch.zeros(5, 2, 64 // dtype.itemsize, dtype=dtype), torch.zeros(5, 64, dtype=torch.uint8)]
+    theirs = [part.clone() for part in mine]
+    page_rows.scatter(content, [4, 0, 2], mine)
+    page_rows.reference(content, [4, 0, 2], theirs)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)) and not one[[1, 3]].any()
+        assert one[[0, 2, 4]].view(torch.uint8).any()

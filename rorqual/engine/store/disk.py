@@ -27,19 +27,21 @@ from rorqual.engine.store import records, segments
 from rorqual.engine.store.checksum import checksum, checksums
 from rorqual.engine.store.records import Header
 from rorqual.engine.store.segments import Segment
+from rorqual.engine.store.tree import chain_key
 
 logger = log.get(__name__)
 
 SEGMENT_BYTES = 64 << 20
 QUEUE_BYTES = 256 << 20
-RUN_BYTES = 8 << 20
-"""Pages are handed on in runs of this size at most."""
+RUN_BYTES = 512 << 10
+"""Pages that lie one behind the other are read, checked and handed on by so much at a time: they stay in the
+processor's cache meanwhile, and the system, which sees a file read from front to back, fetches what comes next.
+"""
 
-PIECE_BYTES = 1 << 20
-"""Of a run so much is read at a time, so that the checksum finds it in the processor's cache."""
-
-AHEAD_BYTES = 256 << 20
-"""No more of a file than this is announced to the system at once."""
+SCATTERED_BYTES = 2 << 20
+"""Pieces of a file shorter than this are announced to the system, which cannot guess where the next one lies. A long
+one is read sooner without: asked for all of it at once, the system goes through its list before the first byte.
+"""
 
 POINT_AGE = 4.0
 """A checkpoint segment counts as so many times older than it is when room is needed."""
@@ -47,13 +49,17 @@ POINT_AGE = 4.0
 REFRESH_S = 2.0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Stored:
-    """Where a record lies."""
+    """Where a record lies, from `offset` up to `end`."""
 
     segment: Segment
     offset: int
     header: Header
+    end: int = 0
+
+    def __post_init__(self) -> None:
+        self.end = self.offset + self.header.nbytes
 
 
 @dataclass
@@ -141,6 +147,15 @@ class DiskStore:
         found = self._pages.get(key)
         return found if found is not None and found.header.tokens == block else None
 
+    def find_next(self, key: bytes, block: bytes) -> Stored | None:
+        """The page of these token ids behind the page of `key`."""
+        children = self._children.get(key, ())
+        if len(children) == 1:  # in the midst of a text: no hash is needed
+            [child] = children
+            found = self._pages.get(child)
+            return found if found is not None and found.header.tokens == block else None
+        return self.find_page(chain_key(key, block), block)
+
     def find_points(self, key: bytes) -> list[Stored]:
         """Window checkpoints behind the page of this chain key."""
         return list(self._points.get(key, {}).values())
@@ -174,21 +189,24 @@ class DiskStore:
         """
         began = time.perf_counter()
         done = 0
+        spans = _spans(stored)
         with self._lock:
-            self._announce(stored)
-        while done < len(stored):
-            run = self._run(stored, done)
-            with self._lock:  # so that no file is closed (and its number given to another) meanwhile
-                if stored[done].segment.fd < 0:
-                    break
-                content = self._read_run(stored[done : done + run])
-                sound = len(content)
-                if sound:
-                    sink(done, content)
-            done += sound
-            self.stats.bytes_read += content.numel()
-            if sound < run:
-                break
+            self._announce(stored, spans)
+        for first, end in spans:
+            step = max(1, RUN_BYTES // stored[first].header.nbytes)
+            for at in range(first, end, step):
+                run = stored[at : min(end, at + step)]
+                with self._lock:  # so that no file is closed (and its number given to another) meanwhile
+                    content = self._read_run(run) if run[0].segment.fd >= 0 else None
+                    if content is not None and len(content):
+                        sink(at, content)
+                        done += len(content)
+                        self.stats.bytes_read += content.numel()
+                if content is None or len(content) < len(run):
+                    return self._have_read(done, began)
+        return self._have_read(done, began)
+
+    def _have_read(self, done: int, began: float) -> int:
         self.stats.pages_read += done
         self.stats.read_s += time.perf_counter() - began
         return done
@@ -213,33 +231,14 @@ class DiskStore:
         return content, hidden
 
     @staticmethod
-    def _announce(stored: Sequence[Stored]) -> None:
-        """Let the system fetch what will be read, file by file, while the first pages are checked."""
+    def _announce(stored: Sequence[Stored], spans: Sequence[tuple[int, int]]) -> None:
+        """Let the system fetch scattered pieces of what will be read while the first pages are checked."""
         if not hasattr(os, "posix_fadvise"):
             return
-        first = 0
-        for i in range(1, len(stored) + 1):
-            if i == len(stored) or stored[i].segment is not stored[first].segment:
-                last, segment = stored[i - 1], stored[first].segment
-                span = last.offset + last.header.nbytes - stored[first].offset
-                if 0 < span <= AHEAD_BYTES and segment.fd >= 0:
-                    os.posix_fadvise(segment.fd, stored[first].offset, span, os.POSIX_FADV_WILLNEED)
-                first = i
-
-    def _run(self, stored: Sequence[Stored], first: int) -> int:
-        """How many records from `first` on lie one behind the other and are read together."""
-        head = stored[first]
-        most = max(1, RUN_BYTES // head.header.nbytes)
-        end = first + 1
-        while (
-            end < len(stored)
-            and end - first < most
-            and stored[end].segment is head.segment
-            and stored[end].offset == stored[end - 1].offset + head.header.nbytes
-            and stored[end].header.content_bytes == head.header.content_bytes
-        ):
-            end += 1
-        return end - first
+        for first, end in spans[1:]:
+            fd, begin = stored[first].segment.fd, stored[first].offset
+            if fd >= 0 and stored[end - 1].end - begin <= SCATTERED_BYTES:
+                os.posix_fadvise(fd, begin, stored[end - 1].end - begin, os.POSIX_FADV_WILLNEED)
 
     def _read_run(self, run: Sequence[Stored]) -> Tensor:
         """The contents uint8 [n, page_bytes] of the sound records of a run, from the first on."""
@@ -247,19 +246,15 @@ class DiskStore:
         if len(run) * size > len(self._scratch):  # kept, since fresh memory costs more than reading into it
             self._scratch = np.empty(len(run) * size, dtype=np.uint8)
         rows = self._scratch[: len(run) * size].reshape(len(run), size)
-        sound, step = 0, max(1, PIECE_BYTES // size)
-        while sound < len(run):
-            part = rows[sound : sound + step]
-            if self._read(run[sound], run[sound].offset, part.reshape(-1)) is None:
-                self._discard(run[sound])
-                break
-            sums = checksums(part.view(np.uint64)[:, header.data_at // 8 :])
-            for total, one in zip(sums, run[sound : sound + step], strict=True):
-                if total != one.header.content_sum:
-                    self._discard(one)
-                    return _contents(rows[:sound], header)
-                sound += 1
-        return _contents(rows[:sound], header)
+        if self._read(run[0], run[0].offset, rows.reshape(-1)) is None:
+            self._discard(run[0])
+            return _contents(rows[:0], header)
+        sums = checksums(rows.view(np.uint64)[:, header.data_at // 8 :])
+        for sound, (total, one) in enumerate(zip(sums, run, strict=True)):
+            if total != one.header.content_sum:
+                self._discard(one)
+                return _contents(rows[:sound], header)
+        return _contents(rows, header)
 
     @staticmethod
     def _read(stored: Stored, offset: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
@@ -438,6 +433,20 @@ class DiskStore:
                     del self._points[key][tail]
         self._segments.pop(segment.path.name, None)
         segment.close()
+
+
+def _spans(stored: Sequence[Stored]) -> list[tuple[int, int]]:
+    """From which of these records up to which they lie one behind the other, all of one size."""
+    out: list[tuple[int, int]] = []
+    first, at, segment, size = 0, -1, None, (-1, -1)
+    for i, one in enumerate(stored):
+        own = one.end - one.offset, one.header.content_bytes
+        if one.offset != at or one.segment is not segment or own != size:
+            if i:
+                out.append((first, i))
+            first, segment, size = i, one.segment, own
+        at = one.end
+    return [*out, (first, len(stored))] if stored else []
 
 
 def _contents(rows: NDArray[np.uint8], header: Header) -> Tensor:

@@ -97,12 +97,11 @@ class Lookup:
         """Pages on disk that go on where memory ends."""
         key = hit.nodes[-1].key if hit.nodes else self.tree.root.key
         for at in range(len(hit.nodes), len(self.ids) // self._size if self.disk is not None else 0):
-            block = self._block(at)
-            key = chain_key(key, block)
-            page = self.disk.find_page(key, block) if self.disk is not None else None
+            page = self.disk.find_next(key, self._block(at)) if self.disk is not None else None
             if page is None:
                 return
             yield page
+            key = page.header.key
 
     def _points_on_disk(self, found: Found) -> Iterator[Stored]:
         """Checkpoints on disk that fit the prompt."""
@@ -136,9 +135,10 @@ class Lookup:
 
             part = [*takewhile(lambda one: one.header.content_bytes == pool.page_bytes, part)]
             done = self.disk.read_pages(part, sink)
-            for one, page in zip(part[:done], pages, strict=False):
-                node = self.tree.insert(node, one.header.tokens, page, one.header.key)
-                found.hit.nodes.append(node)
+            headers = [one.header for one in part[:done]]
+            nodes = self.tree.insert(node, [h.tokens for h in headers], pages[:done], [h.key for h in headers])
+            found.hit.nodes += nodes
+            node = nodes[-1] if nodes else node
             self.tree.touch(node)
             self.disk_pages += done
             self.bytes_read += done * pool.page_bytes

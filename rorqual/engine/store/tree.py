@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,7 +53,7 @@ class Point:
         return self.content.nbytes + (0 if self.hidden is None else self.hidden.nbytes)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """One page of tokens behind its parent's; the root has none."""
 
@@ -105,23 +105,19 @@ class PrefixTree:
 
     def match(self, tokens: Tokens) -> Hit:
         """The longest stored beginning of `tokens` int32 [n], in full pages, and the checkpoints that fit it."""
-        size = self.pool.page_tokens
-        data, width = tokens.tobytes(), 4 * size
-        node, nodes = self.root, []
-        for at in range(0, len(data) - width + 1, width):
-            child = node.children.get(data[at : at + width])
+        data, width = tokens.tobytes(), 4 * self.pool.page_tokens
+        node, at = self.root, 0
+        nodes: list[Node] = []
+        points: list[Point] = []
+        while True:
+            if node.points:
+                fitting = [point for tail, point in node.points.items() if data.startswith(tail, at)]
+                points += sorted(fitting, key=lambda point: point.position)
+            child = _child(node, data, at, width)
             if child is None:
-                break
+                return Hit(nodes, points)
             nodes.append(child)
-            node = child
-        points = []
-        for one in (self.root, *nodes):
-            begin = one.depth * width
-            for tail, point in one.points.items():
-                if data[begin : begin + len(tail)] == tail and len(data) - begin >= len(tail):
-                    points.append(point)
-        points.sort(key=lambda point: point.position)
-        return Hit(nodes, points)
+            node, at = child, at + width
 
     def touch(self, node: Node, point: Point | None = None) -> None:
         """Note that these were used now: a node with everything before it."""
@@ -141,21 +137,28 @@ class PrefixTree:
         self.pool.retain(pages)
         return PageTable(self.pool, pages)
 
-    def insert(self, node: Node, block: bytes, page: int, key: bytes | None = None) -> Node:
-        """The node behind `node` for one more page of tokens, made if need be; it then shares `page`.
-
-        Call `touch` with the last of those inserted. `key`: its chain key, where that is known.
+    def insert(
+        self, node: Node, blocks: Sequence[bytes], pages: Sequence[int], keys: Sequence[bytes] = ()
+    ) -> list[Node]:
+        """The nodes behind `node` for more pages of tokens, one behind the other, made if need be; those made share
+        `pages`. Call `touch` with the last of them. `keys`: their chain keys, where they are known.
         """
-        child = node.children.get(block)
-        if child is not None:
-            return child
-        child = Node(node, block, key or chain_key(node.key, block), node.depth + 1, page)
-        self.pool.keep(page)
-        node.children[block] = child
-        self._nodes[child] = None
-        self.page_bytes += self._page_cost
-        self._forgotten.pop(child.key, None)
-        return child
+        out: list[Node] = []
+        shared: list[int] = []
+        for i, (block, page) in enumerate(zip(blocks, pages, strict=True)):
+            child = node.children.get(block)
+            if child is None:
+                key = keys[i] if keys else chain_key(node.key, block)
+                child = node.children[block] = Node(node, block, key, node.depth + 1, page)
+                self._nodes[child] = None
+                if self._forgotten:
+                    self._forgotten.pop(key, None)
+                shared.append(page)
+            out.append(child)
+            node = child
+        self.pool.keep(shared)
+        self.page_bytes += len(shared) * self._page_cost
+        return out
 
     def add_point(self, node: Node, tail: bytes, content: Tensor, hidden: Tensor | None = None) -> Point:
         """Keep a window checkpoint at `tail` behind `node`, instead of one that was there."""
@@ -231,3 +234,11 @@ class PrefixTree:
         del point.node.points[point.tail]
         del self._points[point]
         self.point_bytes -= point.nbytes
+
+
+def _child(node: Node, data: bytes, at: int, width: int) -> Node | None:
+    """The child of `node` that the `width` bytes of `data` from `at` on name."""
+    if len(node.children) != 1:
+        return node.children.get(data[at : at + width])
+    [child] = node.children.values()  # in the midst of a long text: comparing costs less than hashing
+    return child if data.startswith(child.block, at) else None
