@@ -243,6 +243,25 @@ def test_memory_stays_in_its_budget_and_pages_come_back() -> None:
     assert cache.tree.nbytes == 0 and cache.pool.num_free == cache.pool.num_pages
 
 
+def test_a_page_shared_with_a_sequence_that_left_may_go_at_once() -> None:
+    """Two prompts that are the same and read at once: the second stands on the first one's pages, which have no room
+    once the first has left. That costs a checkpoint, not the step that took it.
+    """
+    model, row = model_of(), some_tokens(model_of(), 3 * PAGE + 2)
+    cache = new_cache(model, memory_bytes=1)
+    one, other = (cache.begin(row.tolist()) for _ in range(2))
+    for lease in (one, other):
+        assert run(cache, lease, row, 3 * PAGE, PAGE) is not None
+    cache.end_of_output(one)
+    one.state, one.node = model.new_state(), None
+    gc.collect()
+    with torch.no_grad():
+        last = model.final_hidden(model.forward_streams(row[None, 3 * PAGE :], state=other.state)[:, -1:])[0, -1]
+        cache.end_of_prompt(other, last)
+        cache.end_of_output(other)
+        assert agree(model.logits(last), uncached(model, row)[-1])
+
+
 def test_running_sequences_take_pages_from_the_store() -> None:
     """The pool is smaller than budget and running sequences together: the store gives way."""
     model = model_of()
