@@ -193,7 +193,8 @@ class PrefixCache:
     def _explain(self, lookup: Lookup, found: Found, cached: int, seconds: float) -> Explanation:
         size, total = self.pool.page_tokens, len(lookup.ids)
         stored = max(found.num_pages * size, found.restored_at)
-        on_disk = min(lookup.disk_pages * size, stored)
+        tail = max(0, found.restored_at - found.num_pages * size)  # comes with the checkpoint
+        on_disk = min(lookup.disk_pages * size, stored) + (tail if found.point is lookup.from_disk else 0)
         why = lookup.departure(found)
         return Explanation(
             prompt_tokens=total,

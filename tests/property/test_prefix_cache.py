@@ -148,6 +148,7 @@ def test_an_exact_repeat_runs_nothing(folder: Path | None, length: int) -> None:
         assert lease.num_cached == length and lease.explanation.reason == "exact repeat"
         assert lease.explanation.computed_tokens == lease.explanation.replayed_tokens == 0
         assert lease.explanation.checkpoint == ("memory" if folder is None or length < PAGE else "disk")
+        assert lease.explanation.disk_tokens == (0 if folder is None or length < PAGE else length)
         assert torch.equal(logits, first)
     assert agree(logits, uncached(model, prompt)[-1])
     assert len(again) == 5
