@@ -31,7 +31,7 @@ from rorqual.cli.options import (
     use_threads,
 )
 from rorqual.cli.reading import ReadingBar
-from rorqual.errors import ConfigError, RequestError
+from rorqual.errors import RequestError
 
 if TYPE_CHECKING:
     from rorqual.cli.talk import Reply
@@ -176,16 +176,14 @@ def reader(network: Any, tokenizer: Any, cache: str | None, speculate: bool = Fa
     from rorqual.engine import CacheSettings, EngineSettings
 
     store = None if cache is None else CacheSettings(folder=Path(cache).expanduser())
-    opened = EngineSettings(max_running=1, chunk=CHUNK, cache=store, speculate=speculate).open(network, tokenizer)
-    with contextlib.ExitStack() as stack:
-        try:
-            engine = stack.enter_context(opened)
-        except OSError as error:
-            raise ConfigError(
-                f"--cache {cache} cannot be used ({error.strerror or error}), so nothing could be kept there. Name a "
-                "folder that you may write to."
-            ) from None
-        yield engine
+    settings = EngineSettings(max_running=1, chunk=CHUNK, cache=store, speculate=speculate)
+    try:
+        with settings.open(network, tokenizer) as engine:
+            yield engine
+    except KeyboardInterrupt:
+        if store is not None:
+            typer.echo(f"stopped; what was read is kept in {cache}, and the same command goes on from there", err=True)
+        raise
 
 
 def cost_of(reply: "Reply", seconds: float) -> dict[str, Any]:
