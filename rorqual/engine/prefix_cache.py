@@ -113,6 +113,10 @@ class PrefixCache:
         page_tokens: int | None = None,
         tokenizer: TurnTokenizer | None = None,
     ) -> None:
+        _check_sizes(
+            memory_bytes=(memory_bytes, 0), running_tokens=(running_tokens, 1), disk_bytes=(disk_bytes, 1),
+            write_bytes_per_hour=(write_bytes_per_hour, 1), rewind=(rewind, 0),
+        )  # fmt: skip
         cfg = model.cfg
         running = cfg.max_position_embeddings if running_tokens is None else running_tokens
         probe = PagePool(cfg, model.reference, 1, page_tokens)
@@ -314,3 +318,10 @@ class PrefixCache:
         """Write what is queued and close the files."""
         if self.disk is not None:
             self.disk.close()
+
+
+def _check_sizes(**given: tuple[int | None, int]) -> None:
+    """Raises: ConfigError for a number below its least; None is no limit."""
+    for name, (value, least) in given.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}, so the prefix cache could not work. Set it to {least} or more.")

@@ -63,7 +63,7 @@ class EngineSettings:
     def _cache(self, model: Any, tokenizer: Any) -> PrefixCache | None:
         if self.cache is None:
             return None
-        context = self.context_limit or int(model.cfg.max_position_embeddings)
+        context = int(model.cfg.max_position_embeddings) if self.context_limit is None else max(1, self.context_limit)
         try:
             return PrefixCache(
                 model,

@@ -20,6 +20,7 @@ from small_models import TOLERANCE, build, config, drawn, life_settings, some_to
 from torch import Tensor
 
 from rorqual.engine.prefix_cache import Lease, PrefixCache
+from rorqual.errors import ConfigError
 from rorqual.model import Transformer
 from rorqual.ops.native import usable_typed
 
@@ -242,6 +243,15 @@ def test_memory_stays_in_its_budget_and_pages_come_back() -> None:
     assert cache.tree.evicted_pages and cache.tree.evicted_points
     cache.clear()
     assert cache.tree.nbytes == 0 and cache.pool.num_free == cache.pool.num_pages
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"memory_bytes": -1}, {"running_tokens": 0}, {"disk_bytes": 0}, {"write_bytes_per_hour": -1}, {"rewind": -1}],
+)
+def test_sizes_that_cannot_work_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} is "):
+        new_cache(model_of(), **options)
 
 
 def test_a_page_shared_with_a_sequence_that_left_may_go_at_once() -> None:
