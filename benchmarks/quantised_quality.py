@@ -37,7 +37,8 @@ from rorqual.tokenizer import Tokenizer
 LENGTH = 2048
 CHOICES: dict[str, dict[str, str]] = {
     "weights/bf16": {"weights": "bf16"}, "weights/int8": {"weights": "int8"}, "weights/fp8": {"weights": "fp8"},
-    "weights/fp4": {"weights": "fp4"}, "cache/fp4-keys": {"cache": "fp4-keys"}, "cache/fp8": {"cache": "fp8"},
+    "weights/fp4": {"weights": "fp4"}, "weights/fp4-int8": {"weights": "fp4-int8"},
+    "weights/fp4-bf16": {"weights": "fp4-bf16"}, "cache/fp4-keys": {"cache": "fp4-keys"}, "cache/fp8": {"cache": "fp8"},
     "all": {"weights": "fp4", "cache": "fp8"},
 }  # fmt: skip
 

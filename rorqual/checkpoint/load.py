@@ -79,7 +79,8 @@ def load(
 ) -> "tuple[Transformer, Tokenizer]":
     """A model ready to use (in eval mode) and its tokenizer.
 
-    weights: keep matrices packed for inference: "fp4" (experts FP4, projections FP8), "fp8", "int8" or "bf16".
+    weights: keep matrices packed for inference: "fp4" (experts FP4, projections FP8), "fp4-int8" or "fp4-bf16" (other
+        projections), "fp8", "int8" or "bf16".
     cache: how sequences' memories are kept, `ModelConfig.cache_format`: "exact", "fp4-keys", "fp8" or "auto".
     Raises: CheckpointError (no such model, damaged files, no tokenizer.json), ConfigError, MissingExtraError.
 

@@ -34,8 +34,9 @@ def load_official(
 
     `dtype` is that of the parameters in memory (those that V4 keeps in fp32 stay so); None means fp32 on a
     CPU and the config's `torch_dtype` elsewhere. FP8 and FP4 weights become their exact values in it,
-    or with `weights` ("fp4", "fp8", "int8", "bf16") matrices stay packed, for inference on a CPU. The model carries
-    a `LoadReport` as `model.load_report`. Raises: ConfigError for an impossible config.json; CheckpointError for
+    or with `weights` (a name of `model.packed_weights.WEIGHTS`) matrices stay packed, for inference on a CPU. The
+    model carries a `LoadReport` as `model.load_report`. Raises: ConfigError for an impossible config.json;
+    CheckpointError for
     damaged files and, when `strict`, for any tensor that is missing, misshapen or unexpected (otherwise those are
     reported, and what the files lack keeps its initial values).
     """

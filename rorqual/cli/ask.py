@@ -14,21 +14,24 @@ import typer
 from rorqual.cli.options import (
     MODEL,
     OUTPUT,
+    CacheFormat,
     EffortOption,
     Json,
     MaxTokens,
     MinP,
     ModelOption,
     Seed,
+    Speculate,
     System,
     Temperature,
     Threads,
     TopK,
     TopP,
+    Weights,
     use_threads,
 )
 from rorqual.cli.reading import ReadingBar
-from rorqual.errors import ConfigError, RequestError
+from rorqual.errors import RequestError
 
 if TYPE_CHECKING:
     from rorqual.cli.talk import Reply
@@ -63,7 +66,10 @@ def ask(
             "--dtype", help="Precision of the computation; fp32 takes about twice as long.", rich_help_panel=MODEL
         ),
     ] = "bf16",
+    speculate: Speculate = False,
     threads: Threads = None,
+    weights: Weights = None,
+    cache_format: CacheFormat = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.6,
     top_p: TopP = 1.0,
@@ -95,13 +101,15 @@ def ask(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
     use_threads(threads)
-    network, tokenizer = load(model, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    network, tokenizer = load(
+        model, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32, weights=weights, cache=cache_format
+    )
     opening = [{"role": "system", "content": system}] if system else []
     content = DOCUMENT.format(name=name, text=text, question=question)
     prompt = render(tokenizer, [*opening, {"role": "user", "content": content}], effort)
     check_length(file, len(prompt.ids), max_tokens, model, network.cfg.max_position_embeddings)
     del text, content
-    with reader(network, tokenizer, cache) as engine:
+    with reader(network, tokenizer, cache, speculate) as engine:
         bar = ReadingBar(sys.stderr, is_shown=not quiet and sys.stderr.isatty())
         began = time.perf_counter()
         reply = Reply(engine, tokenizer, prompt, params, on_progress=bar)
@@ -160,7 +168,7 @@ def check_length(file: str, num_tokens: int, max_tokens: int, model: str, limit:
 
 
 @contextlib.contextmanager
-def reader(network: Any, tokenizer: Any, cache: str | None) -> Iterator["Engine"]:
+def reader(network: Any, tokenizer: Any, cache: str | None, speculate: bool = False) -> Iterator["Engine"]:
     """An engine for one long prompt; with a cache folder it starts from what was read before and keeps what it reads.
 
     Raises: ConfigError when the folder cannot be used.
@@ -168,16 +176,14 @@ def reader(network: Any, tokenizer: Any, cache: str | None) -> Iterator["Engine"
     from rorqual.engine import CacheSettings, EngineSettings
 
     store = None if cache is None else CacheSettings(folder=Path(cache).expanduser())
-    opened = EngineSettings(max_running=1, chunk=CHUNK, cache=store).open(network, tokenizer)
-    with contextlib.ExitStack() as stack:
-        try:
-            engine = stack.enter_context(opened)
-        except OSError as error:
-            raise ConfigError(
-                f"--cache {cache} cannot be used ({error.strerror or error}), so nothing could be kept there. Name a "
-                "folder that you may write to."
-            ) from None
-        yield engine
+    settings = EngineSettings(max_running=1, chunk=CHUNK, cache=store, speculate=speculate)
+    try:
+        with settings.open(network, tokenizer) as engine:
+            yield engine
+    except KeyboardInterrupt:
+        if store is not None:
+            typer.echo(f"stopped; what was read is kept in {cache}, and the same command goes on from there", err=True)
+        raise
 
 
 def cost_of(reply: "Reply", seconds: float) -> dict[str, Any]:

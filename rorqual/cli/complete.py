@@ -10,6 +10,7 @@ import typer
 from rorqual.cli.options import (
     OUTPUT,
     SAMPLING,
+    CacheFormat,
     Json,
     MinP,
     ModelOption,
@@ -20,6 +21,7 @@ from rorqual.cli.options import (
     Threads,
     TopK,
     TopP,
+    Weights,
 )
 from rorqual.cli.terminal import printable
 from rorqual.errors import RequestError
@@ -43,6 +45,8 @@ def complete(
     model: ModelOption = "minke",
     speculate: Speculate = False,
     threads: Threads = None,
+    weights: Weights = None,
+    cache_format: CacheFormat = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Longest completion.", rich_help_panel=SAMPLING)
     ] = 128,
@@ -79,7 +83,7 @@ def complete(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
-    with open_engine(model, threads, speculate=speculate) as (engine, tokenizer):
+    with open_engine(model, threads, weights, cache_format, speculate) as (engine, tokenizer):
         if after is None:
             ids = [tokenizer.bos_token_id, *tokenizer.encode(before, allow_special=False)]
         else:

@@ -16,10 +16,10 @@ ModelOption = Annotated[
     str, typer.Option("--model", help="Bundled name, checkpoint folder, or Hub id.", rich_help_panel=MODEL)
 ]
 Weights = Annotated[
-    Literal["fp4", "fp8", "int8", "bf16"] | None,
+    Literal["fp4", "fp4-int8", "fp4-bf16", "fp8", "int8", "bf16"] | None,
     typer.Option(
         "--weights",
-        help="Keep matrices packed: fp4 (experts; the rest fp8), fp8, int8 or bf16. As in the files otherwise.",
+        help="Keep matrices packed: fp4 (experts; the rest fp8, or -int8, -bf16), fp8, int8, bf16. Else unpacked.",
         rich_help_panel=MODEL,
     ),
 ]

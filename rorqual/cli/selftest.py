@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from rorqual.cli.options import MODEL, Json, Threads, use_threads
+from rorqual.cli.options import MODEL, CacheFormat, Json, Threads, Weights, use_threads
 
 if TYPE_CHECKING:
     from rorqual.engine.selftest import Check, SubjectReport
@@ -33,7 +33,13 @@ def selftest(
         Path | None,
         typer.Option("--record", help="File of earlier digests (selftest.json beside the built operations)."),
     ] = None,
+    dtype: Annotated[
+        Literal["bf16", "fp32"],
+        typer.Option("--dtype", help="Precision of the computation that is tested.", rich_help_panel=MODEL),
+    ] = "fp32",
     threads: Threads = None,
+    weights: Weights = None,
+    cache_format: CacheFormat = None,
     as_json: Json = False,
 ) -> None:
     """Prove on this machine that tokens do not depend on neighbours, chunks, cache, drafts taken back or restarts.
@@ -45,22 +51,26 @@ def selftest(
     \b
     rorqual selftest
     rorqual selftest --quick --model none --json
+    rorqual selftest --dtype bf16 --weights fp4 --cache-format fp8
     """
+    import torch
+
     from rorqual.checkpoint import load
     from rorqual.engine import selftest as tests
 
     use_threads(threads)
     began = time.perf_counter()
     reports: list[SubjectReport] = []
-    small = tests.high_entropy(tests.small_config(), seed)
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    small = tests.small_network(seed, precision, weights, cache_format)
     with _progress(not as_json) as tell:
         for name in ["small random network", *(["minke"] if model is None else model)]:
             if name == "none":
                 continue
             is_small = not reports
-            network = small if is_small else load(name)[0]
+            network = small if is_small else load(name, dtype=precision, weights=weights, cache=cache_format)[0]
             report = tests.examine_model(name, network, seed, tell, is_small=is_small, quick=quick)
-            tests.compare(report, f"{name} {seed} {quick}", record or tests.default_path())
+            tests.compare(report, f"{name} {seed} {quick} {tests.identity(network)}", record or tests.default_path())
             reports.append(report)
         tell("control", 0, 1)
         control = tests.control(small)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.scheduler import Scheduler
-from rorqual.errors import RequestError
+from rorqual.errors import ConfigError, RequestError
 
 
 def as_array(tokens: Sequence[int]) -> NDArray[np.int32] | None:
@@ -24,7 +24,8 @@ def as_array(tokens: Sequence[int]) -> NDArray[np.int32] | None:
             return None
         return np.frombuffer(packed, dtype=np.int32) if tokens else None
     try:
-        wide = np.asarray(tokens, dtype=np.int64)
+        found = np.asarray(tokens)
+        wide = found.astype(np.int64) if found.dtype.kind in "iu" else np.zeros(0, np.int64)
     except (OverflowError, TypeError, ValueError):
         return None
     fits = wide.ndim == 1 and wide.size and -(1 << 31) <= wide.min() <= wide.max() < 1 << 31
@@ -56,6 +57,13 @@ def check_request(
     ):
         if isinstance(ids, np.ndarray) and 0 <= ids.min() <= ids.max() < num_choices:
             continue  # a long prompt, looked at as a whole
+        wrong = next((i for i in ids if not isinstance(i, (int, np.integer)) or isinstance(i, bool)), None)
+        if wrong is not None:
+            raise RequestError(
+                f"Invalid {name}: {wrong!r} is no token id. Expected a list of whole numbers; encode text with this "
+                "model's own tokenizer.",
+                param=name,
+            )
         bad = next((i for i in ids if not 0 <= i < num_choices), None)
         if bad is not None:
             raise RequestError(
@@ -63,6 +71,11 @@ def check_request(
                 "Encode the text with this model's own tokenizer.",
                 param=name,
             )
+    if len(params.suppress_token_ids) >= num_choices and len(set(params.suppress_token_ids)) == num_choices:
+        raise RequestError(
+            f"suppress_token_ids names all {num_choices} tokens, so none could be chosen. Leave some out.",
+            param="suppress_token_ids",
+        )
     room = context_limit - len(tokens)
     max_tokens = params.max_tokens if params.max_tokens is not None else max(room, 1)
     if max_tokens > room:
@@ -93,6 +106,32 @@ def _what_fits(num_tokens: int, asked: int | None, room: int, scheduler: Schedul
         param="max_tokens" if scheduler.fits(num_tokens + 1) else "messages",
         code="context_length_exceeded",
     )
+
+
+def check_limits(context_limit: int | None, gap_s: float | None, **counts: int) -> None:
+    """Raises: ConfigError for an engine's limits that are no whole numbers, or that would let nothing run."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{name} is {value!r}, but it counts requests or tokens. Give a whole number.")
+    if context_limit is not None and context_limit < 2:
+        raise ConfigError(
+            f"context_limit is {context_limit}, and a request has at least one token of prompt and one of output. Set "
+            "it to 2 or more, or leave it out for all that the model can read."
+        )
+    if gap_s is not None and not gap_s > 0:
+        raise ConfigError(
+            f"gap_s is {gap_s}, but it is how long a step may take while others decode. Give seconds above 0, or None "
+            "for steps of any length."
+        )
+
+
+def check_priority(priority: int) -> None:
+    """Raises: RequestError for a priority that does not order."""
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise RequestError(
+            f"Invalid priority value {priority!r}: expected a whole number, higher for what goes first.",
+            param="priority",
+        )
 
 
 def check_timeout(timeout_s: float | None) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rorqual import log
-from rorqual.engine.checks import as_array, check_request, check_timeout
+from rorqual.engine.checks import as_array, check_limits, check_priority, check_request, check_timeout
 from rorqual.engine.delivery import Delivery
 from rorqual.engine.events import Completion, FinishReason, TokenEvent
 from rorqual.engine.exactness import describe, examine
@@ -87,6 +87,7 @@ class Engine:
                 "The prefix cache was made for another model object, whose state means nothing here. Make it with "
                 "PrefixCache(model) of the model that the engine runs."
             )
+        check_limits(context_limit, gap_s, max_running=max_running, max_queued=max_queued, chunk=chunk)
         cost = None
         if max_state_bytes is not None:
             cost = StateCost(model) if prefix_cache is None else PagedCost(prefix_cache)
@@ -97,7 +98,7 @@ class Engine:
         self.vocab_size = int(model.cfg.vocab_size)
         # padding rows of the head's table have no text, so they are never chosen, nor read or scored
         self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
-        self.context_limit = context_limit or int(model.cfg.max_position_embeddings)
+        self.context_limit = int(model.cfg.max_position_embeddings) if context_limit is None else context_limit
         self.prefix_cache = prefix_cache
         self.speculation: Speculation | None = None
         if speculate:
@@ -150,6 +151,7 @@ class Engine:
         checked = tokens if ids is None else ids
         max_tokens = check_request(checked, params, self._num_choices, self.context_limit, self._scheduler)
         check_timeout(timeout_s)
+        check_priority(priority)
         seed = params.seed if params.seed is not None else secrets.randbits(SEED_BITS)
         request = Request(
             tokens, params, ids=ids, max_tokens=max_tokens, seed=seed, priority=priority, timeout_s=timeout_s,

@@ -116,6 +116,10 @@ class PrefixCache:
         page_tokens: int | None = None,
         tokenizer: TurnTokenizer | None = None,
     ) -> None:
+        _check_sizes(
+            memory_bytes=(memory_bytes, 0), running_tokens=(running_tokens, 1), disk_bytes=(disk_bytes, 1),
+            write_bytes_per_hour=(write_bytes_per_hour, 1), rewind=(rewind, 0),
+        )  # fmt: skip
         cfg = model.cfg
         running = cfg.max_position_embeddings if running_tokens is None else running_tokens
         probe = PagePool(cfg, model.reference, 1, page_tokens)
@@ -198,7 +202,8 @@ class PrefixCache:
     def _explain(self, lookup: Lookup, found: Found, cached: int, seconds: float) -> Explanation:
         size, total = self.pool.page_tokens, len(lookup.ids)
         stored = max(found.num_pages * size, found.restored_at)
-        on_disk = min(lookup.disk_pages * size, stored)
+        tail = max(0, found.restored_at - found.num_pages * size)  # comes with the checkpoint
+        on_disk = min(lookup.disk_pages * size, stored) + (tail if found.point is lookup.from_disk else 0)
         why = lookup.departure(found)
         return Explanation(
             prompt_tokens=total,
@@ -279,7 +284,8 @@ class PrefixCache:
         if state.interrupted or not state.is_exact or length < max(1, state.floor[0]):
             return
         node = self._place(lease)
-        assert node.depth == state.lengths[0] // size, "progress comes first"
+        if node.depth < length // size:  # the last page was another sequence's, who left, and there is no room for it
+            return
         while node.depth > length // size:
             assert node.parent is not None
             node = node.parent
@@ -319,3 +325,10 @@ class PrefixCache:
         """Write what is queued and close the files."""
         if self.disk is not None:
             self.disk.close()
+
+
+def _check_sizes(**given: tuple[int | None, int]) -> None:
+    """Raises: ConfigError for a number below its least; None is no limit."""
+    for name, (value, least) in given.items():
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}, so the prefix cache could not work. Set it to {least} or more.")

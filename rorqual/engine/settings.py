@@ -10,6 +10,7 @@ from typing import Any
 
 from rorqual.engine.engine import Engine
 from rorqual.engine.prefix_cache import PrefixCache, Windows
+from rorqual.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class EngineSettings:
 
     @contextmanager
     def open(self, model: Any, tokenizer: Any) -> Iterator[Engine]:  # Any: what Engine takes
-        """The engine, closed with its cache afterwards. Raises: ConfigError for settings that cannot work, OSError
-        when the cache's folder cannot be used.
+        """The engine, closed with its cache afterwards. Raises: ConfigError for settings that cannot work, or when the
+        cache's folder cannot be used.
         """
         cache = self._cache(model, tokenizer)
         try:
@@ -62,15 +63,21 @@ class EngineSettings:
     def _cache(self, model: Any, tokenizer: Any) -> PrefixCache | None:
         if self.cache is None:
             return None
-        context = self.context_limit or int(model.cfg.max_position_embeddings)
-        return PrefixCache(
-            model,
-            memory_bytes=self.cache.memory_bytes,
-            running_tokens=self.max_running * context,  # reserved, and handed out as it is touched
-            folder=self.cache.folder,
-            disk_bytes=self.cache.disk_bytes,
-            write_bytes_per_hour=self.cache.write_bytes_per_hour,
-            windows=self.cache.windows,
-            period=self.cache.period,
-            tokenizer=tokenizer,
-        )
+        context = int(model.cfg.max_position_embeddings) if self.context_limit is None else max(1, self.context_limit)
+        try:
+            return PrefixCache(
+                model,
+                memory_bytes=self.cache.memory_bytes,
+                running_tokens=self.max_running * context,  # reserved, and handed out as it is touched
+                folder=self.cache.folder,
+                disk_bytes=self.cache.disk_bytes,
+                write_bytes_per_hour=self.cache.write_bytes_per_hour,
+                windows=self.cache.windows,
+                period=self.cache.period,
+                tokenizer=tokenizer,
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"the cache folder {self.cache.folder} cannot be used ({error.strerror or error}), so nothing could be "
+                "kept there. Name a folder that you may write to."
+            ) from error

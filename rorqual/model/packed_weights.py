@@ -3,10 +3,12 @@
 Source: DeepSeek-V4's published formats. What is packed is what its checkpoints pack (`quantised.stored_format`): the
 routed experts, and the projections of attention, indexer, shared experts and MTP. `fp4` is the released combination.
 
-    fp4    experts FP4 (1 x 32), the others FP8 (128 x 128)
-    fp8    all FP8
-    int8   all INT8, one scale a row; ours
-    bf16   all bf16, whatever the activations are
+    fp4        experts FP4 (1 x 32), the others FP8 (128 x 128)
+    fp4-int8   experts FP4, the others INT8, one scale a row; INT8 is ours
+    fp4-bf16   experts FP4, the others bf16
+    fp8        all FP8
+    int8       all INT8
+    bf16       all bf16, whatever the activations are
 
 A packed module holds a `PackedWeight` where its parameter was, so it cannot be trained, cast, moved or saved; the ops
 take either (`ops/linear.py`, `ops/experts.py`). Activations keep the model's dtype.
@@ -22,7 +24,8 @@ from rorqual.model.quantised import StoredFormat, stored_format
 from rorqual.ops.packed_weight import PackedFormat, PackedWeight, pack
 
 WEIGHTS: dict[str, tuple[PackedFormat, PackedFormat]] = {
-    "fp4": ("fp4", "fp8"), "fp8": ("fp8", "fp8"), "int8": ("int8", "int8"), "bf16": ("bf16", "bf16"),
+    "fp4": ("fp4", "fp8"), "fp4-int8": ("fp4", "int8"), "fp4-bf16": ("fp4", "bf16"),
+    "fp8": ("fp8", "fp8"), "int8": ("int8", "int8"), "bf16": ("bf16", "bf16"),
 }  # fmt: skip
 """Formats of routed experts and of the other matrices, by name of the choice."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rorqual.ops import registry
+from rorqual.ops import registry, triton
 from rorqual.ops.native import fused, inference, infers, usable_typed
 from rorqual.ops.swiglu import swiglu
 
@@ -154,7 +154,11 @@ def grouped_experts(
     if experts.numel() and infers(x):
         w1, w3, w2 = (w if w.dtype is x.dtype else w.to(x.dtype) for w in (w1, w3, w2))
         return inference.experts_apply(x, experts, weights, w1, w3, w2, limit, shared)
-    routed = _grouped(x, experts, weights, w1, w3, w2, limit)
+    if experts.numel() and registry.allows("triton") and triton.usable(x):
+        w1, w3, w2 = (w if w.dtype is x.dtype else w.to(x.dtype) for w in (w1, w3, w2))
+        routed = _experts_triton(x, experts, weights, w1, w3, w2, limit)
+    else:
+        routed = _grouped(x, experts, weights, w1, w3, w2, limit)
     return routed if shared is None else (routed + shared.float()).to(x.dtype)
 
 
@@ -169,5 +173,6 @@ def _grouped(x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor
     return _GroupedExperts.apply(x, experts, weights, w1, w3, w2, limit)
 
 
+_experts_triton = triton.later("experts", "experts")
 registry.register("route", "reference", route_reference)
 registry.register("route", "native", inference.router, infers)

@@ -9,7 +9,7 @@ T tokens, D hidden, E experts, A active experts per token, I expert width.
 from torch import Tensor
 
 from rorqual.errors import ConfigError
-from rorqual.ops import registry
+from rorqual.ops import registry, triton
 from rorqual.ops.experts import experts_reference
 from rorqual.ops.matvec import code_arguments, works
 from rorqual.ops.native.assignments import assign
@@ -31,6 +31,8 @@ def packed_experts(
             f"experts' w1, w3 and w2 are in {w1.format}, {w3.format} and {w2.format}, but one call reads one format. "
             "Pack all three alike."
         )
+    if w1.format == "fp4" and experts.numel() and registry.allows("triton") and triton.usable(x):
+        return _packed_experts_triton(x, experts, weights, w1, w3, w2, limit)
     return registry.pick("packed_experts", x)(x, experts, weights, w1, w3, w2, limit)
 
 
@@ -57,5 +59,6 @@ def _packed_experts_native(
     return to.combine(out)
 
 
+_packed_experts_triton = triton.later("experts", "packed_experts")
 registry.register("packed_experts", "reference", packed_experts_reference)
 registry.register("packed_experts", "native", _packed_experts_native, works)

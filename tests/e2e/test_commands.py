@@ -78,6 +78,22 @@ def test_chat_and_complete(folder: Path) -> None:
     assert json.loads(completed.stdout)["finish_reason"] in ("stop", "length")
 
 
+def test_packed_weights_and_caches_everywhere(folder: Path, tmp_path: Path) -> None:
+    """The commands that answer take the same options, and load what they name."""
+    book = tmp_path / "book.txt"
+    book.write_text("A box.\n" * 40)
+    packed = ["--weights", "fp4-int8", "--cache-format", "fp8", "--max-tokens", "2", "--threads", "1", "--json"]
+    for command in (
+        ["chat", str(folder), "-m", "Hi", "--effort", "none"],
+        ["complete", "--prefix", "a", "--model", str(folder)],
+        ["ask", "--file", str(book), "--model", str(folder), "--speculate", "What?"],
+    ):
+        result = rorqual(*command, *packed)
+        assert result.returncode == 0, result.stderr
+    refused = rorqual("ask", "--file", str(book), "--model", str(folder), "--weights", "fp5", "What?")
+    assert refused.returncode == 2 and "'fp5' is not one of" in refused.stderr
+
+
 def test_an_unknown_model_is_explained() -> None:
     result = rorqual("serve", "./no-such-folder", "--port", "0")
     assert result.returncode == 1

@@ -20,6 +20,7 @@ from small_models import TOLERANCE, build, config, drawn, life_settings, some_to
 from torch import Tensor
 
 from rorqual.engine.prefix_cache import Lease, PrefixCache
+from rorqual.errors import ConfigError
 from rorqual.model import Transformer
 from rorqual.ops.native import usable_typed
 
@@ -148,6 +149,7 @@ def test_an_exact_repeat_runs_nothing(folder: Path | None, length: int) -> None:
         assert lease.num_cached == length and lease.explanation.reason == "exact repeat"
         assert lease.explanation.computed_tokens == lease.explanation.replayed_tokens == 0
         assert lease.explanation.checkpoint == ("memory" if folder is None or length < PAGE else "disk")
+        assert lease.explanation.disk_tokens == (0 if folder is None or length < PAGE else length)
         assert torch.equal(logits, first)
     assert agree(logits, uncached(model, prompt)[-1])
     assert len(again) == 5
@@ -241,6 +243,34 @@ def test_memory_stays_in_its_budget_and_pages_come_back() -> None:
     assert cache.tree.evicted_pages and cache.tree.evicted_points
     cache.clear()
     assert cache.tree.nbytes == 0 and cache.pool.num_free == cache.pool.num_pages
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"memory_bytes": -1}, {"running_tokens": 0}, {"disk_bytes": 0}, {"write_bytes_per_hour": -1}, {"rewind": -1}],
+)
+def test_sizes_that_cannot_work_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(options))} is "):
+        new_cache(model_of(), **options)
+
+
+def test_a_page_shared_with_a_sequence_that_left_may_go_at_once() -> None:
+    """Two prompts that are the same and read at once: the second stands on the first one's pages, which have no room
+    once the first has left. That costs a checkpoint, not the step that took it.
+    """
+    model, row = model_of(), some_tokens(model_of(), 3 * PAGE + 2)
+    cache = new_cache(model, memory_bytes=1)
+    one, other = (cache.begin(row.tolist()) for _ in range(2))
+    for lease in (one, other):
+        assert run(cache, lease, row, 3 * PAGE, PAGE) is not None
+    cache.end_of_output(one)
+    one.state, one.node = model.new_state(), None
+    gc.collect()
+    with torch.no_grad():
+        last = model.final_hidden(model.forward_streams(row[None, 3 * PAGE :], state=other.state)[:, -1:])[0, -1]
+        cache.end_of_prompt(other, last)
+        cache.end_of_output(other)
+        assert agree(model.logits(last), uncached(model, row)[-1])
 
 
 def test_running_sequences_take_pages_from_the_store() -> None:

@@ -94,7 +94,24 @@ def test_what_is_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_folder_that_cannot_be_used_is_named(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(QUESTION, "--file", str(book), "--cache", str(book), capsys=capsys)
-    assert code == 2 and f"--cache {book} cannot be used" in err
+    assert code == 2 and f"the cache folder {book} cannot be used" in err
+
+
+def test_what_was_read_before_an_interruption_is_kept(
+    book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = ["--cache", str(tmp_path / "kept"), "--json"]
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("rorqual.cli.ask.CHUNK", 128)
+        patched.setattr("rorqual.cli.ask.cost_of", interrupt)  # the answer is there, and not yet shown
+        code, out, err = run(QUESTION, "--file", str(book), *LIMITS, *kept, capsys=capsys)
+    assert code == 130 and out == "" and f"is kept in {tmp_path / 'kept'}" in err
+    again = json.loads(run(QUESTION, "--file", str(book), *LIMITS, *kept, capsys=capsys)[1])
+    assert again["usage"]["cached_tokens"] > again["usage"]["prompt_tokens"] // 2
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -344,6 +345,37 @@ def test_a_full_disk_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     store.close()
     store = open_store(tmp_path)
     assert read_all(store, 1, 6) == (6, 2) and read_all(store, 3, 6) == (6, 2)
+    store.close()
+
+
+def test_a_disk_that_stays_full_costs_neither_files_nor_a_flood_of_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No room even for a segment's head, nor for an index at the end; said once, and once more when there is room."""
+    store = open_store(tmp_path)
+    descriptors = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, caplog.at_level("INFO"):
+        patched.setattr(os, "pwrite", full)
+        write(store, 1, 20)
+        store.flush()
+        assert store.stats.not_written >= 20 and not list(store.folder.glob("*.p*"))
+        if descriptors:
+            assert len(os.listdir("/proc/self/fd")) <= descriptors
+    with caplog.at_level("INFO"):
+        write(store, 2, 3)
+        store.flush()
+    assert sum("could not write" in line for line in caplog.messages) == 1
+    assert sum("writes again" in line for line in caplog.messages) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        store.close()
+    assert not list(store.folder.glob("*.new")) and not list(store.folder.glob("*.index"))
+    store = open_store(tmp_path)
+    assert read_all(store, 1, 20) == (0, 0) and read_all(store, 2, 3)[0] == 3
     store.close()
 
 

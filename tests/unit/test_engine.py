@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -362,3 +363,39 @@ def test_ids_become_an_array_or_are_left_to_the_check() -> None:
         assert ids is not None and ids.dtype == np.int32 and ids.tolist() == [3, 1, 2] and ids.flags.writeable
     for tokens in ((), (1, 1 << 31), (1, -(1 << 31) - 1), (1, "2"), (1.5,), [1, 1 << 40], [[1]], [1 << 80]):
         assert as_array(tokens) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"context_limit": 0}, "context_limit is 0"),
+        ({"gap_s": -1}, "gap_s is -1"),
+        ({"gap_s": float("nan")}, "gap_s is nan"),
+        ({"max_running": "8"}, "max_running is '8'"),
+        ({"chunk": 1.5}, "chunk is 1.5"),
+    ],
+)
+def test_limits_that_cannot_work_are_refused(limits: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Engine(ScriptModel(lambda prompt: "x"), byte_tokenizer(), **limits)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "param"),
+    [
+        (["a"], {}, "prompt"),
+        ([1.5], {}, "prompt"),
+        ([[1]], {}, "prompt"),
+        ([True], {}, "prompt"),
+        ([1], {"priority": "high"}, "priority"),
+    ],
+)
+def test_what_is_no_token_id_and_no_priority_is_refused_by_name(tokens: Any, options: Any, param: str) -> None:
+    with Engine(ScriptModel(lambda prompt: "x"), byte_tokenizer()) as engine:
+        with pytest.raises(RequestError) as refused:
+            engine.submit(tokens, SamplingParams(max_tokens=1), **options)
+        assert refused.value.param == param
+        every = SamplingParams(max_tokens=1, suppress_token_ids=range(byte_tokenizer().vocab_size))
+        with pytest.raises(RequestError, match="names all"):
+            engine.submit([1], every)
+        assert engine.submit([1], SamplingParams(max_tokens=1)).result().ids, "and it goes on"

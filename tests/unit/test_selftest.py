@@ -120,6 +120,29 @@ def test_digests_are_compared_with_earlier_ones(model: Transformer, tmp_path: Pa
     assert len(json.loads(path.read_text())) == 1
 
 
+@pytest.mark.parametrize(("dtype", "weights", "cache_format"), [("bf16", None, "auto"), ("fp32", "fp4", "fp8")])
+def test_what_is_served_packed_or_in_bf16_is_tested_so(
+    dtype: str, weights: str | None, cache_format: str, one_thread: None
+) -> None:
+    precision = torch.bfloat16 if dtype == "bf16" else torch.float32
+    subject = selftest.small_network(0, precision, weights, cache_format)
+    facts = examine(subject)
+    assert facts.dtype == dtype and (weights is None or weights in facts.weights)
+    assert subject.cfg.cache_format == cache_format
+    small = residues.new_row(subject, 0, residues.BLOCK + 1, 31)
+    check = Check("prompts", "")
+    residues.prompts(small, check)
+    assert check.passed and check.cases == 10, check.first
+
+
+def test_another_model_of_the_same_name_is_not_compared_with_the_first() -> None:
+    """A run that was trained further, or the same one packed, has other bits by right."""
+    models = [selftest.small_network(seed, torch.float32, None, None) for seed in (0, 0, 1)]
+    models.append(selftest.small_network(0, torch.float32, "int8", None))
+    names = [selftest.identity(model) for model in models]
+    assert names[0] == names[1] and len(set(names)) == 3
+
+
 def test_the_command_fails_where_something_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(name: str, model: Transformer, *_: Any, **__: Any) -> SubjectReport:
         bad = Check("fork", "from a fork", cases=3)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from mock_model import ScriptModel, byte_tokenizer
@@ -15,10 +15,13 @@ from mock_model import ScriptModel, byte_tokenizer
 from rorqual.chat import Finished
 from rorqual.cli import main
 from rorqual.cli.complete import gap
+from rorqual.cli.options import CacheFormat, Weights
 from rorqual.cli.talk import Conversation
 from rorqual.cli.terminal import printable
+from rorqual.config import CACHE_FORMATS
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import RequestError
+from rorqual.model.packed_weights import WEIGHTS
 from rorqual.tokenizer import Tokenizer
 
 Reply = Callable[[str], str]
@@ -63,6 +66,12 @@ def test_one_question(prompts: list[str], run: Callable[..., tuple[int, str, str
     code, out, _ = run("chat", "-m", "Hi", "--temperature", "0")
     assert (code, out) == (0, "I think\n\nHello!\n")
     assert prompts == ["<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜><think>"]
+
+
+def test_options_of_the_model_name_every_choice() -> None:
+    """What `--weights` and `--cache-format` offer is what there is."""
+    assert set(get_args(get_args(get_args(Weights)[0])[0])) == set(WEIGHTS)
+    assert get_args(get_args(get_args(CacheFormat)[0])[0]) == CACHE_FORMATS
 
 
 def test_effort_and_system(prompts: list[str], run: Callable[..., tuple[int, str, str]]) -> None:

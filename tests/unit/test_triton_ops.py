@@ -13,7 +13,10 @@ pytest.importorskip("triton")
 
 from rorqual.ops import cache_codec, hyper_connections, norms, rope  # noqa: E402
 from rorqual.ops import triton as twins  # noqa: E402
+from rorqual.ops.experts import experts_reference  # noqa: E402
 from rorqual.ops.index_scan import IndexKeys, index_scan_reference, scan_scores_reference  # noqa: E402
+from rorqual.ops.packed_experts import packed_experts_reference  # noqa: E402
+from rorqual.ops.packed_weight import pack  # noqa: E402
 from rorqual.ops.rounding import round_index_fp4  # noqa: E402
 from rorqual.ops.sparse_attention import Visible, attention_reference  # noqa: E402
 
@@ -159,6 +162,39 @@ def test_attention(kind: str, dtype: torch.dtype) -> None:
     found, lse = attend(*args, entries, start, end, picks)
     close(found, want, rounding(dtype))
     assert lse.shape == (b, t, h) and bool(lse.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["plain", "fp4"])
+@pytest.mark.parametrize(("tokens", "active"), [(1, 3), (40, 2)])
+def test_experts(tokens: int, active: int, form: str, dtype: torch.dtype) -> None:
+    """Odd widths, experts with no rows and with more than a block's, one chosen twice, and a clamp that is met."""
+    num_experts, d, inner = 6, 70, 36
+    x = randn(tokens, d).to(dtype)
+    choices = torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(2)).argsort(-1)[:, :active]
+    choices[choices == 4] = 3  # nobody asks for expert 4
+    choices[tokens // 3 :, 0] = 1
+    choices, weights = choices.to(DEVICE), randn(tokens, active).abs()
+    w1, w3, w2 = (randn(num_experts, *s, seed=i) * 0.3 for i, s in enumerate(((inner, d), (inner, d), (d, inner))))
+    for limit in (0.0, 1.0):
+        if form == "fp4":
+            args = (x, choices, weights, *(pack(w, "fp4") for w in (w1, w3, w2)), limit)
+            want, found = packed_experts_reference(*args), twins.later("experts", "packed_experts")(*args)  # type: ignore[arg-type]
+        else:
+            args = (x, choices, weights, *(w.to(dtype) for w in (w1, w3, w2)), limit)  # type: ignore[assignment]
+            want, found = experts_reference(*args), twins.later("experts", "experts")(*args)  # type: ignore[arg-type]
+        assert found.dtype == torch.float32
+        close(found, want, 2 * rounding(dtype))  # hidden values are rounded too, and the interpreter rounds down
+
+
+def test_experts_keep_what_is_not_finite() -> None:
+    x, choices, weights = randn(3, 8), torch.tensor([[0], [1], [0]], device=DEVICE), randn(3, 1)
+    x[0, 2], x[1, 5] = torch.nan, torch.inf
+    w1, w3, w2 = (randn(2, 8, 8, seed=i) for i in range(3))
+    args = (x, choices, weights, w1, w3, w2, 1.0)
+    want, found = experts_reference(*args), twins.later("experts", "experts")(*args)
+    assert torch.equal(found.isnan(), want.isnan()) and bool(found[0].isnan().all())
+    close(found[2], want[2], 1e-5)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="about machines without a GPU")

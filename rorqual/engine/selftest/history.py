@@ -12,12 +12,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rorqual.engine.selftest.report import Check, SubjectReport
+from rorqual.engine.store.fingerprint import store_fingerprint
+from rorqual.model import Transformer
 from rorqual.ops.native import cache_folder
 
 
 def default_path() -> Path:
     """Beside the built operations."""
     return cache_folder() / "selftest.json"
+
+
+def identity(model: Transformer) -> str:
+    """Names a model's weights and how they are kept: a model trained further under its old name is another one."""
+    return store_fingerprint(model).hex()
 
 
 def compare(report: SubjectReport, key: str, path: Path) -> None:

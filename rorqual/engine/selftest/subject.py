@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rorqual.config import ModelConfig
 from rorqual.model import Transformer
+from rorqual.model.packed_weights import pack_weights
 
 TWIN = {torch.float32: 3e-6, torch.bfloat16: 2e-3}
 """How far the head's rows of a pair differ, relative to their size: about what the precision keeps."""
@@ -75,6 +76,15 @@ def high_entropy(cfg: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.flo
                 tensor.copy_(noise * tensor.shape[-1] ** -0.5)
     model.to(dtype)
     make_twins(model, draw)
+    return model
+
+
+@torch.no_grad()
+def small_network(seed: int, dtype: torch.dtype, weights: str | None, cache_format: str | None) -> Transformer:
+    """`high_entropy` of `small_config`, kept and computed as `rorqual.load` would with these choices."""
+    model = high_entropy(small_config(cache_format=cache_format or "auto"), seed, dtype)
+    if weights is not None:
+        pack_weights(model, weights)
     return model
 
 

@@ -73,7 +73,7 @@ class DiskStats:
     bytes_written: int = 0
     records_written: int = 0
     not_written: int = 0
-    """Records dropped because the queue or the write budget was full."""
+    """Records dropped because the queue, the write budget or the disk was full."""
     discarded: int = 0
     """Records found damaged."""
     segments_deleted: int = 0
@@ -337,6 +337,7 @@ class DiskStore:
         return True
 
     def _write_all(self) -> None:
+        failed = 0
         while True:
             item = self._queue.get()
             if item is None:
@@ -345,9 +346,17 @@ class DiskStore:
             header, hidden, content = item
             try:
                 self._write(header, hidden, content)
-            except Exception as error:  # a full disk must not end the thread
+                if failed:
+                    logger.info("the disk cache writes again; %d records are missing", failed)
+                failed = 0
+            except Exception as error:  # a full disk must not end the thread, nor fill itself with the log
                 self.stats.not_written += 1
-                logger.warning("the disk cache could not write %d bytes (%s)", header.nbytes, error)
+                if not failed:
+                    logger.warning(
+                        "the disk cache could not write %d bytes to %s (%s); answers do not suffer, and this is said "
+                        "once until it can write again", header.nbytes, self.folder, error,
+                    )  # fmt: skip
+                failed += 1
             finally:
                 with self._lock:
                     self._coming.discard(_name(header))

@@ -88,8 +88,13 @@ def create(folder: Path, suffix: str, fingerprint: bytes, number: int) -> Segmen
     """A new segment of this process, locked, with its head written."""
     path = folder / f"{time.time_ns():020d}-{os.getpid()}-{number}{suffix}"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    _write(fd, _head(fingerprint), 0)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _write(fd, _head(fingerprint), 0)
+    except OSError:  # a full disk: neither the file nor its descriptor may stay, since the next record tries again
+        os.close(fd)
+        path.unlink(missing_ok=True)
+        raise
     return Segment(path, fd, used=time.time(), is_own=True)
 
 
@@ -173,19 +178,33 @@ def append(segment: Segment, data: bytes | bytearray) -> int:
 
 
 def finish(segment: Segment) -> None:
-    """Bring an own segment to the disk itself, write its index, and let it go: anybody may delete it now."""
-    os.fdatasync(segment.fd)
-    body = b"".join(segment.heads)
-    path = _index_path(segment)
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as file:
-        file.write(_INDEX.pack(_INDEX_MAGIC, segment.scanned, _sum(body)) + body)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Bring an own segment to the disk itself, write its index, and let it go: anybody may delete it now.
+
+    Without room for the index it has none, and whoever opens it reads the segment itself.
+    """
+    try:
+        os.fdatasync(segment.fd)
+        _write_index(segment)
+    except OSError as error:
+        logger.warning("%s has no index beside it (%s)", segment.path, error)
     segment.heads.clear()
     segment.is_own = False
     fcntl.flock(segment.fd, fcntl.LOCK_UN)
+
+
+def _write_index(segment: Segment) -> None:
+    body = b"".join(segment.heads)
+    path = _index_path(segment)
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_INDEX.pack(_INDEX_MAGIC, segment.scanned, _sum(body)) + body)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_index(segment: Segment, size: int) -> list[tuple[int, Header]] | None:

@@ -23,9 +23,9 @@ from torch import Tensor
 from rorqual import log
 from rorqual.ops import registry
 
-_SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-_FLAGS = [
+FLAGS = [
     "-O3",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -76,12 +76,12 @@ def _build(cc: list[str], target: Path) -> None:
     A processor named in $CC (`CC="cc -march=x86-64-v3"`) is the one compiled for.
     """
     if any(argument.startswith(("-march", "-mcpu")) for argument in cc):
-        _compile(cc, _FLAGS, target)
+        _compile(cc, FLAGS, target)
         return
     try:
-        _compile(cc, [*_FLAGS, "-march=native"], target)
+        _compile(cc, [*FLAGS, "-march=native"], target)
     except subprocess.CalledProcessError:
-        _compile(cc, _FLAGS, target)
+        _compile(cc, FLAGS, target)
 
 
 def _compile(cc: list[str], flags: list[str], target: Path) -> None:
@@ -91,7 +91,7 @@ def _compile(cc: list[str], flags: list[str], target: Path) -> None:
         library = Path(folder) / "kernels.so"
         openmp = ["-fopenmp"] if runtime else []
         objects = []
-        for source in _SOURCES:
+        for source in SOURCES:
             objects.append(str(Path(folder) / f"{source.stem}.o"))
             subprocess.run(
                 [*cc, *flags, *openmp, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True
@@ -111,8 +111,8 @@ def load() -> ctypes.CDLL | None:
     if cc is None:
         _logger.info("No C compiler found (cc, gcc, clang): using the slower reference operations.")
         return None
-    texts = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
-    key = "\n".join([*texts, *cc, *_FLAGS, _processor(), torch.__version__, str(_torch_openmp())])
+    texts = [path.read_text() for path in (*SOURCES, *_HEADERS)]
+    key = "\n".join([*texts, *cc, *FLAGS, _processor(), torch.__version__, str(_torch_openmp())])
     target = cache_folder() / f"kernels-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
     try:
         if not target.exists():
@@ -163,7 +163,7 @@ def kernel(name: str, bf16: bool) -> tuple[Callable[..., None], tuple[torch.dtyp
 
 def _prototype(name: str) -> tuple[int, str]:
     """Where the arguments of C function `name` begin, and in which source."""
-    for path in (*_SOURCES, *_HEADERS):
+    for path in (*SOURCES, *_HEADERS):
         text = path.read_text()
         for head in (f"void {name}(", f"void NAME({name})("):
             if head in text:
