@@ -4,12 +4,12 @@ Requests are ranked by priority (higher first), then by arrival. Up to `max_runn
 more is refused (429). A round is one step of the model:
 
 * every decoding request gets one token;
-* what is left of the step's tokens, at most `chunk` and as many as its time allows (`pace.py`), goes to prompts by
-  rank. The first takes as much as it can; those behind it join when the whole rest of their prompt fits, or it up to
-  the end of a page of `GRAIN` tokens.
+* what is left of the step's tokens, at most `chunk` and as many as its time allows (`pace.py`), goes to prompts: by
+  rank in one round, and in the next, among equal priorities, the shortest rest first. The first takes as much as it
+  can; those behind it join when the whole rest of their prompt fits, or it up to the end of a page of `GRAIN` tokens.
 
 So a step never holds more than `step_tokens` tokens, however long the prompts are, and that bounds the time between two
-tokens of a decoding request; the highest-ranked prompt moves on in every round.
+tokens of a decoding request; the highest-ranked prompt moves on in every other round at least.
 
 States count against `max_bytes` by the tokens known of each running request (`cost`), what they share once. When they
 grow beyond it, the lowest-ranked running requests lose their states and wait again; they will read their tokens anew,
@@ -88,6 +88,7 @@ class Scheduler:
         self.waiting: list[Job] = []  # by rank
         self.running: list[Job] = []
         self._arrivals = 0
+        self._is_by_rest_next = False
         self.expected_wait_s: Callable[[], float | None] = lambda: None
         """When a place is likely to be free, for the refusal of one request too many."""
 
@@ -192,11 +193,11 @@ class Scheduler:
         return self.cost.together(others, gone) + self.cost.joining(job, wanted) <= self.max_bytes
 
     def _share(self) -> list[tuple[Job, int]]:
-        """Tokens of the step: one for each decoding job, the rest for prompts by rank."""
+        """Tokens of the step: one for each decoding job, the rest for prompts."""
         work = [(job, 1) for job in self.running if not job.is_prefilling]
         left = min(self.pace(len(work)), self.step_tokens - len(work))
         is_first = True
-        for job in sorted((job for job in self.running if job.is_prefilling), key=lambda one: one.rank):
+        for job in self._readers():
             rest = job.num_tokens - job.num_read
             count = min(rest, left)
             if count < rest and (not is_first or count >= GRAIN):  # end where a page ends
@@ -206,6 +207,19 @@ class Scheduler:
                 left -= count
             is_first = False
         return work
+
+    def _readers(self) -> list[Job]:
+        """Those who read their prompts, in this step's order: by priority, then by turns the earliest or the shortest
+        rest first. So a question does not wait until a book before it has been read, nor the book for all questions.
+        """
+        readers = [job for job in self.running if job.is_prefilling]
+        by_rest, self._is_by_rest_next = self._is_by_rest_next, len(readers) > 1 and not self._is_by_rest_next
+
+        def place(job: Job) -> tuple[int, int, int]:
+            priority, order = job.rank
+            return priority, job.num_tokens - job.num_read if by_rest else 0, order
+
+        return sorted(readers, key=place)
 
     def room_for_drafts(self, work: list[tuple[Job, int]], most: int) -> int:
         """How many drafts this round's step may hold besides; none where `most` for each might be too many bytes."""

@@ -166,10 +166,14 @@ def test_a_long_prompt_does_not_starve_its_neighbours() -> None:
         model.gate.set()
         for request in (talker, reader, second):
             request.result(30)
-    # While the long prompt was read, the talker got a token after every chunk, and the second reader waited.
+    # While the long prompt was read, the talker got a token after every chunk, and the second reader every other one.
     order = [number for number, _ in model.chunks]
-    assert order == [0] + [0, 1] * 9 + [1] + [2, 2]
-    assert [count for number, count in model.chunks if number == 1] == [16] * 10
+    assert order[0] == 0 and order[1:19:2] == [0] * 9
+    read = [number for number in order if number]
+    short, long = sorted(set(read), key=read.count)
+    assert (read.count(short), read.count(long)) == (2, 10)
+    assert read[:4] in ([long, short] * 2, [short, long] * 2)
+    assert {count for number, count in model.chunks if number} == {16}
 
 
 def test_requests_are_admitted_in_order_up_to_the_limit() -> None:
