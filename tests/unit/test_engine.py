@@ -390,7 +390,6 @@ def test_limits_that_cannot_work_are_refused(limits: dict[str, Any], said: str) 
         (["a"], {}, "prompt"),
         ([1.5], {}, "prompt"),
         ([[1]], {}, "prompt"),
-        ([True], {}, "prompt"),
         ([1], {"priority": "high"}, "priority"),
     ],
 )
