@@ -70,6 +70,12 @@ def _torch_openmp() -> Path | None:
     return next(iter(sorted(folder.glob("libgomp*.so*"))), None)
 
 
+def _shares_threads(cc: list[str]) -> bool:
+    """Whether what `cc` compiles can use torch's OpenMP runtime, which is gcc's; clang calls its own by other names."""
+    version = subprocess.run([*cc, "--version"], capture_output=True, text=True, check=False)
+    return _torch_openmp() is not None and "clang" not in version.stdout.lower()
+
+
 def _build(cc: list[str], target: Path) -> None:
     """Compile for this very processor, or for its family where the compiler does not know `native`.
 
@@ -86,7 +92,7 @@ def _build(cc: list[str], target: Path) -> None:
 
 def _compile(cc: list[str], flags: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    runtime = _torch_openmp()
+    runtime = _torch_openmp() if _shares_threads(cc) else None
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         library = Path(folder) / "kernels.so"
         openmp = ["-fopenmp"] if runtime else []
@@ -116,6 +122,8 @@ def load() -> ctypes.CDLL | None:
     target = cache_folder() / f"kernels-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
     try:
         if not target.exists():
+            if not _shares_threads(cc):
+                _logger.info("The native operations built by %s run on one thread; gcc's can share torch's.", cc[0])
             _build(cc, target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
