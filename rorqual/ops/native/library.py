@@ -70,10 +70,10 @@ def _torch_openmp() -> Path | None:
     return next(iter(sorted(folder.glob("libgomp*.so*"))), None)
 
 
-def _shares_threads(cc: list[str]) -> bool:
-    """Whether what `cc` compiles can use torch's OpenMP runtime, which is gcc's; clang calls its own by other names."""
+def _runtime(cc: list[str]) -> Path | None:
+    """The OpenMP runtime for what `cc` compiles: torch's, which is gcc's; clang calls its own by other names."""
     version = subprocess.run([*cc, "--version"], capture_output=True, text=True, check=False)
-    return _torch_openmp() is not None and "clang" not in version.stdout.lower()
+    return None if "clang" in version.stdout.lower() else _torch_openmp()
 
 
 def _build(cc: list[str], target: Path) -> None:
@@ -92,7 +92,7 @@ def _build(cc: list[str], target: Path) -> None:
 
 def _compile(cc: list[str], flags: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    runtime = _torch_openmp() if _shares_threads(cc) else None
+    runtime = _runtime(cc)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         library = Path(folder) / "kernels.so"
         openmp = ["-fopenmp"] if runtime else []
@@ -118,11 +118,11 @@ def load() -> ctypes.CDLL | None:
         _logger.info("No C compiler found (cc, gcc, clang): using the slower reference operations.")
         return None
     texts = [path.read_text() for path in (*SOURCES, *_HEADERS)]
-    key = "\n".join([*texts, *cc, *FLAGS, _processor(), torch.__version__, str(_torch_openmp())])
+    key = "\n".join([*texts, *cc, *FLAGS, _processor(), torch.__version__, str(_runtime(cc))])
     target = cache_folder() / f"kernels-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
     try:
         if not target.exists():
-            if not _shares_threads(cc):
+            if _runtime(cc) is None:
                 _logger.info("The native operations built by %s run on one thread; gcc's can share torch's.", cc[0])
             _build(cc, target)
         return ctypes.CDLL(str(target))
