@@ -3,6 +3,7 @@
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,22 @@ def test_built_for_another_processor(processor: str, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout and "skipped" not in run.stdout
     assert list((tmp_path / "rorqual").glob("kernels-*.so"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("clang") is None, reason="no clang on this machine")
+def test_built_by_clang(tmp_path: Path) -> None:
+    """A machine may have clang alone; what it makes cannot use gcc's OpenMP, and loads all the same."""
+    environment = {**os.environ, "CC": "clang", "XDG_CACHE_HOME": str(tmp_path)}
+    code = "from rorqual.ops.native import load; assert load() is not None"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    test = str(UNIT / "test_inference_ops.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", test],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout[-3000:]
 
 
 EMULATION = Path(__file__).parents[1] / "support" / "emulated_tiles.h"

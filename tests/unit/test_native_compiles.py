@@ -12,17 +12,17 @@ import pytest
 
 from rorqual.ops.native import library
 
-X86_64 = ["x86-64", "x86-64-v3", "x86-64-v4", "sapphirerapids"]
-"""No AVX; AVX2; AVX-512 without bf16 products; AMX."""
-
 COMMANDS = [
-    *(["gcc", f"-march={processor}"] for processor in X86_64),
-    *(["clang", "--target=x86_64-linux-gnu", f"-march={processor}"] for processor in X86_64),
+    ["gcc", "-march=x86-64-v4"],  # AVX-512 without bf16 products
+    ["gcc", "-march=sapphirerapids"],  # AMX
+    ["clang", "--target=x86_64-linux-gnu", "-march=x86-64"],  # no AVX
+    ["clang", "--target=x86_64-linux-gnu", "-march=x86-64-v3"],  # AVX2
+    ["clang", "--target=x86_64-linux-gnu", "-march=sapphirerapids"],
     ["aarch64-linux-gnu-gcc", "-march=armv8-a"],
-    ["aarch64-linux-gnu-gcc", "-march=armv8.6-a+bf16"],
-    ["aarch64-linux-gnu-gcc", "-march=armv8.2-a", "-fsigned-char"],
     ["clang", "--target=aarch64-linux-gnu"],
 ]
+"""`tests/e2e/test_native_portability.py` builds and runs what gcc makes for a processor without AVX and with AVX2."""
+
 WARNINGS = ["-Wall", "-Wno-psabi", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Werror"]
 """-Wpsabi is about passing wide vectors between functions, which here are all inlined."""
 
@@ -50,7 +50,7 @@ def test_compiles(command: list[str]) -> None:
         assert run.returncode == 0, f"{source.name}: {run.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("command", COMMANDS[-4:], ids=" ".join)
+@pytest.mark.parametrize("command", COMMANDS[-2:], ids=" ".join)
 def test_one_file_compiles_for_neon(command: list[str]) -> None:
     """The quick share of the above, with the flags of a real build."""
     if not accepts(command):

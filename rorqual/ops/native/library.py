@@ -70,6 +70,12 @@ def _torch_openmp() -> Path | None:
     return next(iter(sorted(folder.glob("libgomp*.so*"))), None)
 
 
+def _runtime(cc: list[str]) -> Path | None:
+    """The OpenMP runtime for what `cc` compiles: torch's, which is gcc's; clang calls its own by other names."""
+    version = subprocess.run([*cc, "--version"], capture_output=True, text=True, check=False)
+    return None if "clang" in version.stdout.lower() else _torch_openmp()
+
+
 def _build(cc: list[str], target: Path) -> None:
     """Compile for this very processor, or for its family where the compiler does not know `native`.
 
@@ -86,7 +92,7 @@ def _build(cc: list[str], target: Path) -> None:
 
 def _compile(cc: list[str], flags: list[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    runtime = _torch_openmp()
+    runtime = _runtime(cc)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         library = Path(folder) / "kernels.so"
         openmp = ["-fopenmp"] if runtime else []
@@ -112,10 +118,12 @@ def load() -> ctypes.CDLL | None:
         _logger.info("No C compiler found (cc, gcc, clang): using the slower reference operations.")
         return None
     texts = [path.read_text() for path in (*SOURCES, *_HEADERS)]
-    key = "\n".join([*texts, *cc, *FLAGS, _processor(), torch.__version__, str(_torch_openmp())])
+    key = "\n".join([*texts, *cc, *FLAGS, _processor(), torch.__version__, str(_runtime(cc))])
     target = cache_folder() / f"kernels-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
     try:
         if not target.exists():
+            if _runtime(cc) is None:
+                _logger.info("The native operations built by %s run on one thread; gcc's can share torch's.", cc[0])
             _build(cc, target)
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
