@@ -18,7 +18,7 @@ def test_a_long_prompt_neither_starves_nor_is_starved(one_thread: None) -> None:
     prompts = [torch.randint(0, 256, (9 + 40 * i,), generator=draw).tolist() for i in range(SHORT)]
     long = torch.randint(0, 256, (LONG,), generator=draw).tolist()
     greedy = SamplingParams(temperature=0, max_tokens=NEW)
-    with Engine(model, IdsOnly(256), max_running=SHORT + 1, chunk=CHUNK, log_steps=4000) as engine:
+    with Engine(model, IdsOnly(256), max_running=SHORT + 2, chunk=CHUNK, log_steps=4000) as engine:
         short = [engine.submit(prompt, greedy) for prompt in prompts]
         deadline = time.monotonic() + 60
         while engine.stats().sampled_tokens < 2 * SHORT and time.monotonic() < deadline:
