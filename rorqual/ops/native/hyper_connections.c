@@ -6,20 +6,24 @@
 
 #include "vectors.h"
 
-/* One division of all columns or rows by their sums: out = in / (sum(in) + eps). */
-INLINE void divide_lanes(Vector *a, int n, int by_column, float eps, Vector *divisors) {
-#pragma GCC unroll 4
-    for (int j = 0; j < n; j++) {
-        int first = by_column ? j : j * n, stride = by_column ? n : 1;
-        Vector s = (Vector){0} + eps;
-#pragma GCC unroll 4
-        for (int i = 0; i < n; i++) s += a[first + i * stride];
-        Vector r = 1.0f / s;
-#pragma GCC unroll 4
-        for (int i = 0; i < n; i++) a[first + i * stride] *= r;
-        if (divisors) divisors[j] = s;
+typedef float Few __attribute__((vector_size(16), aligned(4)));
+#define FEW 4 /* tokens of it: narrow vectors are divided faster, and a step of decoding has few tokens */
+
+/* One division of all columns or rows by their sums: out = in / (sum(in) + eps). The same numbers in either type. */
+#define DEFINE_DIVIDE(divide, Lanes)                                                                                \
+    INLINE void divide(Lanes *a, int n, int by_column, float eps, Lanes *divisors) {                                \
+        _Pragma("GCC unroll 4") for (int j = 0; j < n; j++) {                                                       \
+            int first = by_column ? j : j * n, stride = by_column ? n : 1;                                          \
+            Lanes s = (Lanes){0} + eps;                                                                             \
+            _Pragma("GCC unroll 4") for (int i = 0; i < n; i++) s += a[first + i * stride];                         \
+            Lanes r = 1.0f / s;                                                                                     \
+            _Pragma("GCC unroll 4") for (int i = 0; i < n; i++) a[first + i * stride] *= r;                         \
+            if (divisors) divisors[j] = s;                                                                          \
+        }                                                                                                           \
     }
-}
+DEFINE_DIVIDE(divide_lanes, Vector)
+DEFINE_DIVIDE(divide_few, Few)
+#undef DEFINE_DIVIDE
 
 /* Its gradient, in place of that of `out`; `a` goes from `out` back to `in`. */
 INLINE void divide_lanes_backward(Vector *a, Vector *g, int n, int by_column, const Vector *divisors) {
@@ -37,8 +41,23 @@ INLINE void divide_lanes_backward(Vector *a, Vector *g, int n, int by_column, co
     }
 }
 
-/* Softmax of the rows, then columns and rows by turns. `divisors` [2 * iters - 1][n] keeps what was divided by. */
-INLINE void sinkhorn_lanes(Vector *m, int n, int iters, float eps, Vector *divisors) {
+/* Columns and rows by turns, of the first FEW tokens. */
+INLINE void divide_by_turns_few(Vector *a, int n, int iters, float eps) {
+    Few few[MAX_STREAMS * MAX_STREAMS];
+#pragma GCC unroll 16
+    for (int i = 0; i < n * n; i++) memcpy(few + i, a + i, sizeof(Few));
+    divide_few(few, n, 1, eps, NULL);
+    for (int i = 1; i < iters; i++) {
+        divide_few(few, n, 0, eps, NULL);
+        divide_few(few, n, 1, eps, NULL);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n * n; i++) memcpy(a + i, few + i, sizeof(Few));
+}
+
+/* Softmax of the rows, then columns and rows by turns, of `count` tokens. `divisors` [2 * iters - 1][n] keeps what was
+ * divided by, unless it is NULL. */
+INLINE void sinkhorn_lanes(Vector *m, long count, int n, int iters, float eps, Vector *divisors) {
     Vector a[MAX_STREAMS * MAX_STREAMS];
 #pragma GCC unroll 4
     for (int j = 0; j < n; j++) {
@@ -50,10 +69,13 @@ INLINE void sinkhorn_lanes(Vector *m, int n, int iters, float eps, Vector *divis
 #pragma GCC unroll 4
         for (int k = 0; k < n; k++) a[j * n + k] = a[j * n + k] / total + eps;
     }
-    divide_lanes(a, n, 1, eps, divisors);
-    for (int i = 1; i < iters; i++) {
-        divide_lanes(a, n, 0, eps, divisors ? divisors + (2 * i - 1) * n : NULL);
-        divide_lanes(a, n, 1, eps, divisors ? divisors + 2 * i * n : NULL);
+    if (count <= FEW && !divisors) divide_by_turns_few(a, n, iters, eps);
+    else {
+        divide_lanes(a, n, 1, eps, divisors);
+        for (int i = 1; i < iters; i++) {
+            divide_lanes(a, n, 0, eps, divisors ? divisors + (2 * i - 1) * n : NULL);
+            divide_lanes(a, n, 1, eps, divisors ? divisors + 2 * i * n : NULL);
+        }
     }
 #pragma GCC unroll 16
     for (int i = 0; i < n * n; i++) m[i] = a[i];
@@ -107,7 +129,7 @@ INLINE void coefficients_lanes(Coefficients *c, const float *raw, Vector rs, con
         c->post[j] = 2.0f * sigmoid_lanes(c->mix[n + j] * scale[1] + base[n + j]);
     }
     for (int i = 0; i < n * n; i++) c->comb[i] = c->mix[2 * n + i] * scale[2] + base[2 * n + i];
-    sinkhorn_lanes(c->comb, n, iters, eps, divisors);
+    sinkhorn_lanes(c->comb, count, n, iters, eps, divisors);
 }
 
 #include "hyper_connections_body.h"
