@@ -27,6 +27,7 @@ def build_pair(config: rorqual.ModelConfig) -> tuple[Transformer, Any]:
     with tempfile.TemporaryDirectory() as folder:
         rorqual.checkpoint.save_transformers(ours, folder)
         peer = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    peer.generation_config.eos_token_id = None  # no token ends a text on either side; by default token 1 does there
     return ours, peer
 
 

@@ -6,6 +6,8 @@
 chosen greedily. The network is `small.json` in fp32 with drawn weights, the same on both sides through our export.
 
 * `serving.throughput`: generated tokens per second of the whole burst.
+* `serving.decoding`: the same of as many clients with prompts of 32 tokens that want 128 tokens each, so that steps of
+  many rows, and not the reading of prompts, take the time.
 * `serving.first_token`, `serving.between_tokens`: seconds from the burst to a client's first token, and between its
   tokens, the median and the 99th percentile over all clients (`p50`, `p99` of the case).
 
@@ -13,7 +15,9 @@ Ours is an `Engine` with room for all clients; every client is a thread that ite
 
 * `one at a time`: the same engine with `max_running=1`;
 * `transformers, equal lengths`: `generate` on static batches without padding, one batch a length, shortest first, since
-  with left padding its V4 produces other tokens (`padded_rows_unchanged` says how many rows came out as alone);
+  with left padding its V4 produces other tokens (`padded_rows_unchanged` says how many rows came out as alone).
+  Where a row differs from ours, `differences` has the first token that does, how far apart the two choices' scores are
+  in either network there, and how far the two networks' scores are apart by rounding;
 * `transformers, padded`: left-padded batches of 16 clients as they come (more would need tens of gigabytes for its
   scores), timed all the same;
 * `transformers, continuous batching`: `generate_batch`, or what it answers.
@@ -42,6 +46,7 @@ from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.selftest.subject import IdsOnly
 from rorqual.model import Transformer
 
+SHORT, SHORT_NEW = 32, 128
 LENGTHS = (32, 64, 128, 256, 512, 768, 1024, 2048)
 CHUNK = 512
 PADDED_ROWS = 16
@@ -178,6 +183,32 @@ def same_rows(a: Burst, b: Burst) -> int:
     return sum(x == y for x, y in zip(a.ids, b.ids, strict=True))
 
 
+@torch.inference_mode()
+def differences(
+    model: Transformer, peer: Any, prompts: Sequence[Tensor], ours: Burst, theirs: Burst
+) -> list[dict[str, Any]]:
+    """Where clients got other tokens from the peer: the first such token, and what both networks, each reading the text
+    up to there anew, say of the two choices. A choice that rounding explains has a margin below the networks' distance.
+    """
+    out = []
+    for prompt, mine, other in zip(prompts, ours.ids, theirs.ids, strict=True):
+        if mine == other:
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b)
+        text = torch.cat([prompt, torch.tensor(mine[:at], dtype=torch.int64)])[None]
+        scores, peers_scores = model(text)[0, -1].double(), peer(text, use_cache=False).logits[0, -1].double()
+        out.append(
+            {
+                "prompt_tokens": len(prompt), "at": at, "ours": mine[at], "peer": other[at],
+                "our_margin": float(scores[mine[at]] - scores[other[at]]),
+                "peer_margin": float(peers_scores[other[at]] - peers_scores[mine[at]]),
+                "scores_differ_by": float((scores - peers_scores).abs().max()),
+                "scores_spread": float(scores.std()),
+            }
+        )  # fmt: skip
+    return out
+
+
 def run_all(sides: list[Side], prompts: Sequence[Tensor], repeats: int) -> None:
     """Bursts of all sides by turns, so that a slow moment of the machine hits each; a small one first as warm-up."""
     for number in range(-1, repeats):
@@ -225,23 +256,55 @@ def report(
     }
 
 
+def macs(config: rorqual.ModelConfig, weights: int, length: int) -> float:
+    """Multiply-adds of a text of so many tokens."""
+    return length * (weights + peers.attention_products(config, length))
+
+
+def best_rate(
+    config: rorqual.ModelConfig, weights: int, lengths: Sequence[int], count: int, macs_per_s: float
+) -> float:  # fmt: skip
+    """Generated tokens a second where only these multiply-adds take time."""
+    return len(lengths) * count * macs_per_s / sum(macs(config, weights, length + count - 1) for length in lengths)
+
+
+def decoding_lines(
+    ours: Transformer, peer: Any, config: rorqual.ModelConfig, clients: int, repeats: int, count: int
+) -> Iterator[dict[str, Any]]:
+    """Short prompts, so that nearly all is decoding."""
+    draw = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(0, config.vocab_size, (SHORT,), generator=draw) for _ in range(clients)]
+    sides = [
+        Side("ours", lambda rows: serve(ours, rows, count, len(rows))),
+        Side("one at a time", lambda rows: serve(ours, rows, count, 1)),
+        Side("transformers, equal lengths", lambda rows: generate(peer, rows, count, False)),
+    ]
+    run_all(sides, prompts, repeats)
+    weights = peers.activated_weights(ours, config)
+    rate = best_rate(config, weights, [SHORT] * clients, count, measure.matmul_flops_per_s() / 2)
+    mine, alone, equal = (side.bursts[-1] for side in sides)
+    facts = {
+        "clients": clients, "prompt_tokens": SHORT, "new_tokens": count, "rows_as_alone": same_rows(mine, alone),
+        "rows_as_transformers": same_rows(mine, equal), "differences": differences(ours, peer, prompts, mine, equal),
+        "repeats": repeats, "model": "small.json", **measure.machine(),
+    }  # fmt: skip
+    case = f"short/small/{torch.get_num_threads()}t/fp32"
+    for side in sides[1:]:
+        yield report("decoding", case, "tokens/s", sides[0], side, lambda burst: burst.tokens_per_s, rate, facts)
+
+
 def lines(
     config: rorqual.ModelConfig, sides: Sequence[Side], prompts: Sequence[Tensor], weights: int, facts: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """All lines: ours against each peer."""
     ours, count = sides[0], facts["new_tokens"]
     macs_per_s = measure.matmul_flops_per_s() / 2
-
-    def macs(length: int) -> float:
-        return length * (weights + peers.attention_products(config, length))
-
     lengths = sorted(len(prompt) for prompt in prompts)
-    costs = [macs(length) for length in lengths]
-    whole = sum(macs(length + count - 1) for length in lengths)
-    step = sum(macs(length) / length for length in lengths) / macs_per_s
+    costs = [macs(config, weights, length) for length in lengths]
+    step = sum(cost / length for cost, length in zip(costs, lengths, strict=True)) / macs_per_s
     case = f"mixed/small/{torch.get_num_threads()}t/fp32"
     for peer in sides[1:]:
-        rate = len(prompts) * count * macs_per_s / whole
+        rate = best_rate(config, weights, lengths, count, macs_per_s)
         yield report("throughput", case, "tokens/s", ours, peer, lambda burst: burst.tokens_per_s, rate, facts)
         if "continuous" in peer.name:
             continue  # it tells no times
@@ -293,11 +356,15 @@ def main() -> None:
         facts = {
             "clients": len(prompts), "prompt_tokens": sorted(set(sizes)), "new_tokens": count, "chunk": CHUNK,
             "rows_as_alone": same_rows(mine, alone), "rows_as_transformers": same_rows(mine, equal),
-            "padded_rows_unchanged": same_rows(padded, equal), "repeats": repeats, "model": "small.json",
+            "padded_rows_unchanged": same_rows(padded, equal),
+            "differences": differences(ours, peer, prompts, mine, equal), "repeats": repeats, "model": "small.json",
             **measure.machine(),
         }  # fmt: skip
         weights = peers.activated_weights(ours, config)
         for line in lines(config, sides, prompts, weights, facts):
+            show(line, as_json=options.json)
+        short = decoding_lines(ours, peer, config, options.clients, repeats, SHORT_NEW // (4 if options.quick else 1))
+        for line in short:
             show(line, as_json=options.json)
 
 

@@ -51,4 +51,9 @@ def test_a_small_burst_prints_the_houses_lines() -> None:
         assert line["ours"] > 0 and 0 < line["bound_share"] < 1
         assert line["peer"] is not None or line["peer_failure"]
         assert line["config"]["rows_as_alone"] == 5
-        assert line["config"]["rows_as_transformers"] >= 3  # drawn weights: the best two scores of a token may be equal
+        facts = line["config"]
+        assert facts["rows_as_transformers"] + len(facts["differences"]) == 5
+        for one in facts["differences"]:  # drawn weights: the best two scores of a token may be equal but for rounding
+            assert abs(one["our_margin"]) <= 2 * one["scores_differ_by"] < 1e-5
+    decoding = [line["peer_name"] for line in lines if line["name"] == "serving.decoding"]
+    assert decoding == ["one at a time", "transformers, equal lengths"]

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from disk_writer import (
     write_forever,
 )
 
-from rorqual.engine.store import DiskStore, records
+from rorqual.engine.store import DiskStore, disk, records
 from rorqual.engine.store.checksum import checksum, reference
 
 
@@ -103,6 +104,26 @@ def test_pages_are_read_in_any_order_and_from_several_files(tmp_path: Path) -> N
     assert store.read_pages(pages, lambda _, content: read.extend(content.clone())) == len(pages)
     for one, got in zip(pages, read, strict=True):
         assert torch.equal(got, content(one.header.key, PAGE_BYTES, "page"))
+    store.close()
+
+
+def test_expecting_pages_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "RUN_BYTES", 256)
+    before = set(threading.enumerate())
+    store = open_store(tmp_path)
+    write(store, 1, 12)
+    store.flush()
+    first = store.find_page(*next((key, block) for _, key, block in blocks(1, 12)))
+    assert first is not None
+    for count in (1, 12, 10_000):  # one, those that are there, and beyond the end of the file
+        store.expect(first, count)
+    for path in files(tmp_path):
+        path.unlink()
+    store.expect(first, 12)  # gone meanwhile
+    for thread in set(threading.enumerate()) - before - {store._writer}:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert read_all(store, 1, 12) == (12, 4)
     store.close()
 
 

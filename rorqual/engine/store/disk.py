@@ -9,8 +9,10 @@ are. Source: V4 report on on-disk storage; the record discipline of colibri.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +39,9 @@ RUN_BYTES = 512 << 10
 """Pages that lie one behind the other are read, checked and handed on by so much at a time: they stay in the
 processor's cache meanwhile, and the system, which sees a file read from front to back, fetches what comes next.
 """
+
+AHEAD_BYTES = 256 << 20
+"""No more than this is asked for before it is known to be wanted."""
 
 SCATTERED_BYTES = 2 << 20
 """Pieces of a file shorter than this are announced to the system, which cannot guess where the next one lies. A long
@@ -210,6 +215,16 @@ class DiskStore:
         self.stats.pages_read += done
         self.stats.read_s += time.perf_counter() - began
         return done
+
+    def expect(self, first: Stored, count: int) -> None:
+        """Let the system begin to read up to `count` pages from `first` on, while they are looked up one by one.
+
+        A thread sends them nowhere: the file is read from front to back in the system's own way, and nothing is copied.
+        On a single processor that would only be in the way.
+        """
+        num_bytes = min(count * first.header.nbytes, AHEAD_BYTES)
+        if sys.platform == "linux" and num_bytes > RUN_BYTES and len(os.sched_getaffinity(0)) > 1:
+            threading.Thread(target=_send_nowhere, args=(first.segment.path, first.offset, num_bytes)).start()
 
     def read_point(self, stored: Stored) -> tuple[Tensor, Tensor | None] | None:
         """A checkpoint's content uint8 [n] and the hidden state fp32 [D] of its last token; None when it is
@@ -456,6 +471,17 @@ def _spans(stored: Sequence[Stored]) -> list[tuple[int, int]]:
             first, segment, size = i, one.segment, own
         at = one.end
     return [*out, (first, len(stored))] if stored else []
+
+
+def _send_nowhere(path: Path, offset: int, num_bytes: int) -> None:
+    with (
+        contextlib.suppress(OSError),
+        open(path, "rb", buffering=0) as file,
+        open(os.devnull, "wb", buffering=0) as out,
+    ):
+        end = offset + num_bytes
+        while offset < end and (sent := os.sendfile(out.fileno(), file.fileno(), offset, end - offset)):
+            offset += sent
 
 
 def _contents(rows: NDArray[np.uint8], header: Header) -> Tensor:

@@ -96,10 +96,13 @@ class Lookup:
     def _pages_on_disk(self, hit: Hit) -> Iterator[Stored]:
         """Pages on disk that go on where memory ends."""
         key = hit.nodes[-1].key if hit.nodes else self.tree.root.key
-        for at in range(len(hit.nodes), len(self.ids) // self._size if self.disk is not None else 0):
+        first, end = len(hit.nodes), len(self.ids) // self._size if self.disk is not None else 0
+        for at in range(first, end):
             page = self.disk.find_next(key, self._block(at)) if self.disk is not None else None
             if page is None:
                 return
+            if at == first and self.disk is not None:
+                self.disk.expect(page, end - first)
             yield page
             key = page.header.key
 
