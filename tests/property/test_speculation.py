@@ -36,8 +36,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """The module drafts, and its drafts are verified, in every round, whatever they cost."""
     draw = random.Random(1)
     monkeypatch.setattr(Policy, "terms", lambda self, requests: Terms(draw.randrange(1, 6), 0.0, 0.0))
-    monkeypatch.setattr(Policy, "judge", lambda *args: None)
-    monkeypatch.setattr(Policy, "adapt", lambda self, trial, *args: setattr(trial, "length", 5))
+    monkeypatch.setattr(Policy, "judge", lambda *args, **more: None)
 
 
 def params_of(number: int, max_tokens: int) -> SamplingParams:
