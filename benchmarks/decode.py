@@ -94,7 +94,7 @@ def ours_step(model: Transformer, state: State) -> Callable[[int], int]:
     """A function from a token to the next one."""
 
     def step(token: int) -> int:
-        return model.next_scores([Segment(state, torch.tensor([token]))]).best[0]
+        return model.next_scores([Segment(state, [token])]).best[0]
 
     return step
 

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from rorqual.engine import sampler
 from rorqual.engine.draft_policy import Policy, Terms, Trial
 from rorqual.engine.job import Job
@@ -160,7 +162,7 @@ class Speculation:
     def of(self, job: Job) -> Drafts:
         """What is kept for a job; made when it is asked for."""
         if job.drafting is None:
-            memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ) if self._drafter is None else None
+            memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ, torch.bfloat16) if self._drafter is None else None
             job.drafting = Drafts(memory, self.policy.kinds[job.request.params.temperature == 0])
         drafts: Drafts = job.drafting
         return drafts

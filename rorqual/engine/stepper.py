@@ -137,42 +137,39 @@ class Stepper:
 
     def _feed(self, work: Work) -> tuple[list[Job], list[_Rows]]:
         """Read tokens: who samples now, and what follows their last tokens, if anybody does."""
-        ids = [one for job, count in work for one in (*job.next_ids(count), *job.drafts)]
-        tokens = torch.tensor(ids, dtype=torch.int64, device=self._device)
-        counts = [count + len(job.drafts) for job, count in work]
+        tokens = [[*job.next_ids(count), *job.drafts] for job, count in work]
         sampling: list[Job] = []
         places: dict[int, int] = {}  # by the job's id, the row of `wanted` that follows its last token
         wanted: list[int] = []
         end = 0
-        for (job, count), size in zip(work, counts, strict=True):
-            end += size
+        for (job, count), part in zip(work, tokens, strict=True):
+            end += len(part)
             if job.num_read + count == job.num_tokens:
                 sampling.append(job)
                 places[id(job)] = len(wanted)
                 wanted += range(end - 1 - len(job.drafts), end)
-        streams, rows = self._read(work, tokens, counts, wanted)
+        streams, rows = self._read(work, tokens, wanted)
         end = 0
-        for (job, count), size in zip(work, counts, strict=True):
+        for (job, count), part in zip(work, tokens, strict=True):
             if job.request.params.prompt_logprobs and not job.ids:
                 self._score_prompt(job, streams[:, end : end + count])
             if self.watch is not None:
-                self.watch(job, streams[0, end : end + size])
-            end += size
+                self.watch(job, streams[0, end : end + len(part)])
+            end += len(part)
             job.num_read += count
         if self._cache is not None:
             for job, count in work:
                 self._store(self._cache, job, count, rows.hidden[0] if rows else None, places.get(id(job)))
         return sampling, [rows] if rows else []
 
-    def _read(self, work: Work, tokens: Tensor, counts: list[int], wanted: list[int]) -> tuple[Tensor, _Rows | None]:
+    def _read(self, work: Work, tokens: list[list[int]], wanted: list[int]) -> tuple[Tensor, _Rows | None]:
         """One step of the model: all streams [1, T, N, D], and what follows the `wanted` rows, if there are any."""
         if self._can_share:
-            parts = [tokens] if len(counts) == 1 else tokens.split(counts)
-            segments = [Segment(job.state, part) for (job, _), part in zip(work, parts, strict=True)]
+            segments = [Segment(job.state, part) for (job, _), part in zip(work, tokens, strict=True)]
             scores = self._model.next_scores(segments, wanted, self._num_choices)
             rows = _Rows(scores.hidden, scores.logits, scores.best) if wanted else None
             return scores.streams, rows
-        streams = self._model.forward_streams(tokens[None], state=work[0][0].state)
+        streams = self._model.forward_streams(torch.tensor(tokens, device=self._device), state=work[0][0].state)
         if not wanted:
             return streams, None
         hidden = self._model.final_hidden(streams[:, wanted])

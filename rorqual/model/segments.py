@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segment:
-    """A sequence's next tokens: its state (of one row) and ids int64 [n], n at least 1."""
+    """A sequence's next tokens: its state (of one row) and ids int64 [n], n at least 1; a few are best in a list."""
 
     state: State
-    tokens: Tensor
+    tokens: Tensor | list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens as a list."""
+        return self.tokens.tolist() if isinstance(self.tokens, Tensor) else self.tokens
 
 
 class FlatLayout(Layout):
@@ -65,10 +70,12 @@ def check_segments(model: "Transformer", segments: Sequence[Segment]) -> None:
     seen: set[int] = set()
     for segment in segments:
         ids, state = segment.tokens, segment.state
-        if ids.ndim != 1 or ids.dtype != torch.int64 or not ids.shape[0]:
+        if isinstance(ids, Tensor) and (ids.ndim != 1 or ids.dtype != torch.int64):
             raise RequestError(
                 f"A segment's tokens have shape {tuple(ids.shape)} and dtype {ids.dtype}; give int64 ids [n], n from 1."
             )
+        if not len(ids):
+            raise RequestError("A segment has no tokens; give int64 ids [n], n from 1.")
         if state.model is not model or state.batch_size != 1:
             raise CacheError(
                 f"A segment's state has {state.batch_size} rows"
@@ -81,12 +88,14 @@ def check_segments(model: "Transformer", segments: Sequence[Segment]) -> None:
                 "Join their tokens to one segment, or fork the state."
             )
         seen.add(id(state))
-    model.check_ids(segments[0].tokens if len(segments) == 1 else torch.cat([segment.tokens for segment in segments]))
+    for segment in segments:
+        model.check_ids(segment.tokens)
 
 
 def flat_step(model: "Transformer", segments: Sequence[Segment]) -> Tensor:
     """`Transformer.step` by the layer code, for segments that were checked."""
-    tokens = torch.cat([segment.tokens for segment in segments]).unsqueeze(0)
+    device = model.reference.device
+    tokens = torch.cat([torch.as_tensor(segment.tokens, device=device) for segment in segments]).unsqueeze(0)
     layout = FlatLayout([Layout(1, len(one.tokens), tokens.device, one.state.lengths) for one in segments])
     states = [segment.state for segment in segments]
     for state in states:

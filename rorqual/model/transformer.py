@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         choices: how many ids are scored, from 0; all unless given. Raises as `step`.
         """
         self._check(segments)
-        ends = [*accumulate(segment.tokens.shape[0] for segment in segments)]
+        ends = [*accumulate(len(segment.tokens) for segment in segments)]
         wanted = [end - 1 for end in ends] if wanted is None else wanted
         choices = self.cfg.vocab_size if choices is None else choices
         check_wanted(wanted, ends[-1], choices, self.cfg.vocab_size)
@@ -176,7 +176,7 @@ class Transformer(nn.Module):
     def _check(self, segments: Sequence[Segment]) -> None:
         check_segments(self, segments)
         for segment in segments:
-            segment.state.check(segment.tokens.shape[0])
+            segment.state.check(len(segment.tokens))
 
     def through(
         self,
@@ -388,9 +388,12 @@ class Transformer(nn.Module):
         )
         return layout if self.context is None or state is not None else LayoutPart(layout, self.context)
 
-    def check_ids(self, tokens: Tensor) -> None:
+    def check_ids(self, tokens: Tensor | list[int]) -> None:
         """Raises RequestError for ids outside the vocabulary."""
-        ids = tokens.flatten().tolist() if tokens.numel() < 64 else [int(tokens.min()), int(tokens.max())]
+        if not isinstance(tokens, Tensor):
+            ids = tokens
+        else:
+            ids = tokens.flatten().tolist() if tokens.numel() < 64 else [int(tokens.min()), int(tokens.max())]
         if ids and not 0 <= min(ids) <= max(ids) < self.cfg.vocab_size:
             raise RequestError(
                 f"Token ids lie between {min(ids)} and {max(ids)}, but the vocabulary has "

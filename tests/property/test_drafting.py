@@ -67,7 +67,7 @@ def test_drafts_are_those_of_a_full_pass(parts: Any, hc_mult: int, is_half: bool
             assert all(0 < chance <= 1 for chance in chances)
     plan = model.__dict__.get("decode_plan")
     if any(drafts for _, _, drafts in parts) and registry.allows("native") and plan is not None:
-        assert (plan.is_usable and plan.drafter is not None) == is_fused
+        assert (plan.is_usable and plan.drafter(model, model.reference.dtype) is not None) == is_fused
 
 
 def test_both_ways_agree_on_probabilities_and_where_to_stop() -> None:

@@ -159,7 +159,7 @@ def neighbours(row: Row, check: Check) -> None:
             place = n % 4
             segments.insert(place, Segment(copy, row.tokens[done : done + count]))
             with torch.inference_mode():
-                logits = model.logits(model.final_hidden(model.step(segments)))[0]
+                logits = model.next_scores(segments, range(sum(len(segment.tokens) for segment in segments))).logits[0]
             begin = sum(len(segment.tokens) for segment in segments[:place])
             found = logits[begin : begin + count]
             check.same(found, row.logits[done : done + count], f"neighbours at {done} tokens")

@@ -14,17 +14,15 @@ typedef struct {
     float *router_scores, *routing, *sorted, *one_row;
     uint8_t *codes;
     int64_t *chosen, *token, *choice, *bounds, *slots, *picks;
-    void *all[48];
-    int count, has_angles, has_plain_angles;
+    void *all; /* of these, in one piece */
+    int has_angles, has_plain_angles;
     long layer; /* that is being run */
 } NAME(Step);
-
-static void *NAME(room)(NAME(Step) * s, size_t bytes) { return s->all[s->count++] = malloc(bytes + 64); }
 
 static void NAME(make_room)(NAME(Step) * s) {
     const int64_t *n = s->shape;
     long rows = s->rows, hidden = n[HIDDEN], all = n[HEADS] * n[WIDTH], index = n[INDEX_HEADS] * n[INDEX_WIDTH];
-    long streams = n[STREAMS], channels = 2 * most(n[WIDTH], n[INDEX_WIDTH]), active = rows * n[ACTIVE];
+    long streams = n[STREAMS], channels = 2 * most(n[WIDTH], n[INDEX_WIDTH]);
     struct {
         T **place;
         long size;
@@ -44,15 +42,27 @@ static void NAME(make_room)(NAME(Step) * s) {
                   {&s->head_weights, n[INDEX_HEADS]}, {&s->angles, n[ROPE]}, {&s->plain_angles, n[ROPE]},
                   {&s->one_angle, n[ROPE]}, {&s->pooled, channels}, {&s->router_scores, n[EXPERTS]},
                   {&s->routing, n[ACTIVE]}, {&s->sorted, n[ACTIVE]}, {&s->one_row, most(n[WIDTH], n[INDEX_WIDTH])}};
-    for (unsigned i = 0; i < sizeof(typed) / sizeof(*typed); i++)
-        *typed[i].place = NAME(room)(s, sizeof(T) * typed[i].size * rows);
-    for (unsigned i = 0; i < sizeof(floats) / sizeof(*floats); i++)
-        *floats[i].place = NAME(room)(s, sizeof(float) * floats[i].size * rows);
-    int64_t **whole_numbers[] = {&s->chosen, &s->token, &s->choice, &s->slots};
-    for (int i = 0; i < 4; i++) *whole_numbers[i] = NAME(room)(s, sizeof(int64_t) * active);
-    s->codes = NAME(room)(s, 4 * (n[WIDTH] + n[INDEX_WIDTH]));
-    s->bounds = NAME(room)(s, sizeof(int64_t) * (n[EXPERTS] + 1));
-    s->picks = NAME(room)(s, sizeof(int64_t) * n[TOP_K] * rows);
+    struct {
+        int64_t **place;
+        long size;
+    } wholes[] = {{&s->chosen, n[ACTIVE]}, {&s->token, n[ACTIVE]}, {&s->choice, n[ACTIVE]}, {&s->slots, n[ACTIVE]},
+                  {&s->picks, n[TOP_K]}, {&s->bounds, n[EXPERTS] + 1}};
+    uint8_t *all_of_it = NULL;
+    size_t used = 0;
+#define PUT_PARTS(parts)                                                                                             \
+    for (unsigned i = 0; i < sizeof(parts) / sizeof(*parts); i++) {                                                  \
+        if (all_of_it) *parts[i].place = (void *)(all_of_it + used);                                                 \
+        used += (sizeof(**parts[i].place) * parts[i].size * rows + 127) / 64 * 64; /* room for a vector behind */    \
+    }
+    for (int pass = 0; pass < 2; pass++) { /* how much it is, then where each part lies */
+        used = 0;
+        PUT_PARTS(typed)
+        PUT_PARTS(floats)
+        PUT_PARTS(wholes)
+        if (!pass) all_of_it = malloc(used + 4 * (n[WIDTH] + n[INDEX_WIDTH]) + 64);
+    }
+#undef PUT_PARTS
+    s->all = all_of_it, s->codes = all_of_it + used;
 }
 
 /* What the row's sequence remembers in the layer that is being run. */
@@ -353,8 +363,4 @@ static void NAME(run_layers)(NAME(Step) * s, const int64_t *layers, T *streams) 
             out = swap;
         }
     } /* an even number of swaps: the result lies in streams */
-}
-
-static void NAME(clear)(NAME(Step) * s) {
-    for (int i = 0; i < s->count; i++) free(s->all[i]);
 }

@@ -67,6 +67,6 @@ void NAME(draft_step)(const T *trunk, int64_t *tokens, long position, long rows,
         s.rows = 1, s.has_plain_angles = s.has_angles = 0;
         ++*count;
     }
-    NAME(clear)(&s);
+    free(s.all);
     free(positions), free(memories), free(turned), free(joined), free(logits);
 }

@@ -56,5 +56,5 @@ void NAME(decode_step)(const T *embedding, const int64_t *shape, const float *nu
         NAME(score)(&s, head, hidden, count, choices, logits);
         for (long i = 0; i < count; i++) best[i] = best_of(logits + i * choices, choices);
     }
-    NAME(clear)(&s);
+    free(s.all);
 }
