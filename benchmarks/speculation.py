@@ -1,11 +1,11 @@
 """Speculative decoding by the MTP module, on and off by turns: seconds a token on code, chat, random text and sampling.
 
-Both sides are the engine on the same bundled model in one process, one request at a time, and must give the same
-tokens. A line is one kind of prompt: `ours` is tokens per second between the first and the last token with speculation,
-`peer` without, `ratio` how many times better on is than off (the middle of the turns' ratios; `spread` has the least and
-the greatest). The sides take turns prompt by prompt. `config` has the mean accepted length (tokens from a step with
-drafts), tokens a step over all steps, the drafted and accepted tokens of a turn, a round's time without drafts, and what
-a further row and a draft cost in such rounds.
+Both sides are the engine on the same bundled model in one process, one request at a time and by turns, and must give
+the same tokens. A line is one kind of prompt: `ours` is tokens per second between the first and the last token with
+speculation, `peer` without, `ratio` how many times better on is than off (the middle of the turns' ratios; `spread` has
+the least and the greatest). `config` has the mean accepted length (tokens from a step with drafts), tokens a step over
+all steps, drafted and accepted tokens of a turn, a round's time without drafts, and what a further row and a draft cost
+in such rounds.
 
 * `code`: beginnings of functions of Python files that training set aside, completed greedily
 * `chat`: questions of the chat and code tasks' test items, answered greedily

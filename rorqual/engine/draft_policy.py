@@ -7,10 +7,10 @@ moves by more than a draft costs, and by medians. How likely a draft is to be ri
 the MTP module gave it, apart for greedy and sampled requests. A further draft is made, and verified, as long as the
 time it saves on average exceeds the time it costs.
 
-What drafting gained is added up, for each request and for all of its kind together: the rounds that right drafts saved
-less what rows and drafts cost. A request, or a kind, that has lost `PATIENCE` rounds stops and tries again after a pause
-that doubles with each failure. So what can be lost is bounded: `PATIENCE` in the first `SHORTEST_PAUSE` tokens, as much
-again in the next twice as many, and so on.
+What drafting gained is added up, for each request and for all of its kind together: the rounds that right drafts
+saved less what rows and drafts cost. A request, or a kind, that has lost `PATIENCE` rounds stops and tries again after
+a pause that doubles with each failure. So what can be lost is bounded: `PATIENCE` in the first `SHORTEST_PAUSE` tokens,
+as much again in the next twice as many, and so on. Each try measures costs anew, so that a bad moment is not held on to.
 
 Source: serving practice: drafts of a fixed length often lose where the experts are on the CPU.
 """
@@ -38,12 +38,14 @@ SAMPLES = 32
 """Rounds of a kind that its cost is taken from."""
 ENOUGH = 4
 """Rounds of a kind before they count."""
+COLD = 2
+"""First rounds of a kind that do not: what they need is not in the cache yet."""
 LATEST = 5
 """Rounds without drafts that stand for the present moment."""
 PLAIN_EVERY = 32
 """One round in so many is made without drafts, so that its time stays known."""
 ROW, DRAFT, READING = 0.3, 0.2, 0.5
-"""What a row, a draft, and a module that reads what came before its first draft may cost, in rounds, until it is known."""
+"""What a row, a draft, and drafts behind a text that is read first may cost in rounds, until it is known."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048
 """Tokens."""
 PATIENCE, CREDIT = 2.0, 4.0
@@ -89,12 +91,16 @@ class Times:
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=SAMPLES)
         self._typical: float | None = None
+        self._cold = COLD
 
     def __len__(self) -> int:
         return len(self._last)
 
     def add(self, value: float) -> None:
         """One more."""
+        if self._cold:
+            self._cold -= 1
+            return
         self._last.append(value)
         self._typical = None
 
@@ -110,7 +116,7 @@ def _median(values: deque[float]) -> float:
 
 
 class Costs:
-    """What rounds of one number of decoding requests cost: seconds without drafts, and in such rounds what comes on top.
+    """What rounds of one number of decoding requests cost: seconds without drafts, and in such rounds the rest.
 
     Rows are verified drafts, whichever request they belong to.
     """
@@ -139,6 +145,10 @@ class Costs:
             self._reading.add(seconds / _median(self._plain))
         elif self._plain:
             self._drafts.setdefault(count, Times()).add(seconds / _median(self._plain))
+
+    def forget(self) -> None:
+        """Measure what drafts cost from the start."""
+        self._rows, self._drafts = {}, {}
 
     @property
     def plain(self) -> float | None:
@@ -185,11 +195,6 @@ class Trial:
         elif self.gain < -PATIENCE:
             self.gain, self.wait = 0.0, self.pause
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
-
-    def pass_by(self) -> None:
-        """Count a token of the pause."""
-        if self.wait:
-            self.wait -= 1
 
 
 @dataclass(frozen=True)
@@ -255,3 +260,5 @@ class Policy:
         spent = verified * costs.row + costs.drafts(made, is_first=is_first)
         for one in (trial, self.kinds[greedy]):
             one.add(right - spent * requests)
+        if self.kinds[greedy].wait:
+            costs.forget()

@@ -354,7 +354,7 @@ class Engine:
             if job.request.finished:
                 return
         job.settle()
-        if self.speculation is not None:
+        if self.speculation is not None and not self.speculation.is_resting:
             self.speculation.count(job, job.ids[before:], drafted)
 
     def _fail(self, job: Job, error: Exception) -> None:

@@ -37,8 +37,10 @@ OwnDrafter = Callable[[Sequence[int], int], Sequence[int]]
 class Drafts:
     """What speculation keeps for a running request."""
 
-    def __init__(self, memory: DraftMemory | None, kind: Trial) -> None:
-        self.memory, self.kind, self.trial = memory, kind, Trial()
+    def __init__(self, kind: Trial) -> None:
+        self.kind, self.trial = kind, Trial()
+        self.memory: DraftMemory | None = None
+        """Made when there is something to remember: a request in a pause has none."""
         self.ids: list[int] = []
         """Drafts of this round, verified or not, and the module's probabilities."""
         self.chances: list[float] = []
@@ -50,10 +52,10 @@ class Drafts:
         """Tokens before drafts are tried."""
         return max(self.kind.wait, self.trial.wait)
 
-    def pass_by(self) -> None:
-        """Count a token of a pause."""
-        self.kind.pass_by()
-        self.trial.pass_by()
+    def pass_by(self, tokens: int = 1) -> None:
+        """Count tokens of a pause."""
+        self.kind.wait = max(0, self.kind.wait - tokens)
+        self.trial.wait = max(0, self.trial.wait - tokens)
 
 
 class Speculation:
@@ -74,30 +76,36 @@ class Speculation:
         self._draft_s = 0.0
         self._is_odd = False
         self._requests = 1
+        self.is_resting = False
+        """Whether the round at hand is one in which nothing is drafted or watched."""
         self._resting: list[Job] = []
-        self._rest = 0
+        self._rest = self._passed = 0
 
     def rests(self, work: Work) -> bool:
         """Whether nothing is drafted or watched in a round because all its requests pause; called once a round.
 
         A pause of many rounds is found out once, so that these cost as little as without speculation.
         """
-        if self._rest and len(work) == len(self._resting) and all(
-            one[0] is job for one, job in zip(work, self._resting, strict=True)
-        ):  # fmt: skip
+        if self._rest and len(work) == len(self._resting):
             self._rest -= 1
-        else:
-            jobs = [job for job, _ in work]
-            self._rest = 0
-            if self._drafter is not None or any(job.is_prefilling for job in jobs):
-                return False
-            each = min((self.of(job).wait for job in jobs), default=0) - MOST_READ
-            if each < len(jobs):
-                return False
-            self._resting, self._rest = jobs, each // len(jobs) - 1  # a kind's pause is shorter for many requests
+            if all(one[0] is job for one, job in zip(work, self._resting, strict=True)):
+                self._passed += 1
+                return True
+        self._count_rest()
+        jobs = [job for job, _ in work]
+        if self._drafter is not None or any(job.is_prefilling for job in jobs):
+            return False
+        # a kind's pause is shorter for many requests, and a memory fills before the first draft
+        rounds = (min((self.of(job).wait for job in jobs), default=0) - MOST_READ) // max(1, len(jobs))
+        self.is_resting = rounds > 0
+        if self.is_resting:
+            self._resting, self._rest, self._passed = jobs, rounds - 1, 1
+        return self.is_resting
+
+    def _count_rest(self) -> None:
         for job in self._resting:
-            self.of(job).pass_by()
-        return True
+            self.of(job).pass_by(self._passed)
+        self._resting, self._rest, self._passed, self.is_resting = [], 0, 0, False
 
     def propose(self, work: Work, room: int) -> None:
         """Put drafts on decoding jobs of a round, at most `room` in all."""
@@ -143,9 +151,8 @@ class Speculation:
 
     def _draft(self, job: Job, most: int, terms: Terms) -> tuple[int, ...]:
         mine, greedy = self.of(job), job.request.params.temperature == 0
-        assert mine.memory is not None
-        begin, end = mine.memory.waiting
-        if begin == end or end != job.num_read:
+        begin, end = (0, 0) if mine.memory is None else mine.memory.waiting
+        if mine.memory is None or begin == end or end != job.num_read:
             return ()
         began = time.perf_counter()
         odds = self.policy.odds[greedy]
@@ -162,15 +169,16 @@ class Speculation:
     def of(self, job: Job) -> Drafts:
         """What is kept for a job; made when it is asked for."""
         if job.drafting is None:
-            memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ, torch.bfloat16) if self._drafter is None else None
-            job.drafting = Drafts(memory, self.policy.kinds[job.request.params.temperature == 0])
+            job.drafting = Drafts(self.policy.kinds[job.request.params.temperature == 0])
         drafts: Drafts = job.drafting
         return drafts
 
     def remember(self, job: Job, streams: Any) -> None:
         """The trunk's streams [n, N, D] of what a job has just read."""
         mine = self.of(job)
-        if mine.memory is not None and mine.wait <= mine.memory.most_waiting:
+        if self._drafter is None and mine.wait <= MOST_READ:
+            if mine.memory is None:
+                mine.memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ, torch.bfloat16)
             mine.memory.remember(streams, job.num_read)
 
     def count(self, job: Job, tokens: Sequence[int], verified: int) -> None:

@@ -106,7 +106,7 @@ class Plan(Addresses):
         return torch.tensor([values[name] for name in columns("Head")]) if is_usable else None
 
     def drafter(self, model: "Transformer", dtype: torch.dtype) -> "Drafter | None":
-        """The first MTP module's tables with weights of `dtype`, copies unless it is the model's; None: layer code drafts.
+        """The first MTP module's tables, weights in `dtype`: copies unless it is the model's; None: layer code drafts.
 
         Copies are made anew when weights have changed in place.
         """

@@ -31,8 +31,8 @@ class DraftMemory:
     """What drafting needs of one sequence: the module's window, and streams of tokens that it has not read yet.
 
     most_drafts: most drafts at a time. most_waiting: most tokens to read at a time, the latest; unless given those of
-    the window and what may be taken back. dtype: of the weights and the memory, the model's unless given; in bf16 drafts
-    of an fp32 model cost less and are as good.
+    the window and what may be taken back. dtype: of the weights and the memory, the model's unless given; in bf16
+    drafts of an fp32 model cost less and are as good.
     Positions are those of the text; the module counts its own from where its memory starts, as rope is relative.
     """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rorqual.ops.native.library import address, call, kernel
+from rorqual.ops.native.library import address, kernel
 
 _SOURCE = Path(__file__).with_name("decode_step.c")
 
@@ -67,7 +67,7 @@ class Network:
 
 
 class Drafter:
-    """What the draft step reads of a model's MTP module, in `dtype`: tables as the C source says. `kept` lives as long."""
+    """What the draft step reads of an MTP module, in `dtype`: tables as the C source says. `kept` lives as long."""
 
     def __init__(
         self, dtype: torch.dtype, shape: Tensor, numbers: Tensor, layer: Tensor, module: Tensor, head: Tensor,
@@ -86,8 +86,8 @@ class Drafter:
         """Drafts after trunk streams [R, N, D], contiguous and of any float type, of tokens that are followed by the R
         `tokens`, and their probabilities.
 
-        kept fp32 [places, bins] and `least` say when to stop: see the C source. The module's memory, whose addresses are
-        in `memory`, holds R tokens more.
+        kept fp32 [places, bins] and `least` say when to stop: see the C source. The module's memory, whose addresses
+        are in `memory`, holds R tokens more.
         """
         rows, trunk = trunk.shape[0], trunk.to(self.dtype)
         room, chances, count = array("q", tokens), array("f", bytes(4 * most)), array("q", (0,))
