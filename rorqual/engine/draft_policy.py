@@ -10,7 +10,8 @@ time it saves on average exceeds the time it costs.
 What drafting gained is added up, for each request and for all of its kind together: the rounds that right drafts
 saved less what rows and drafts cost. A request, or a kind, that has lost `PATIENCE` rounds stops and tries again after
 a pause that doubles with each failure. So what can be lost is bounded: `PATIENCE` in the first `SHORTEST_PAUSE` tokens,
-as much again in the next twice as many, and so on. Each try measures costs anew, so that a bad moment is not held on to.
+as much again in the next twice as many, and so on. After the longest pauses costs are measured anew, so that a bad
+moment is not held on to for ever.
 
 Source: serving practice: drafts of a fixed length often lose where the experts are on the CPU.
 """
@@ -44,7 +45,7 @@ LATEST = 5
 """Rounds without drafts that stand for the present moment."""
 PLAIN_EVERY = 32
 """One round in so many is made without drafts, so that its time stays known."""
-ROW, DRAFT, READING = 0.3, 0.2, 0.5
+ROW, DRAFT, READING = 0.45, 0.3, 0.7
 """What a row, a draft, and drafts behind a text that is read first may cost in rounds, until it is known."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048
 """Tokens."""
@@ -260,5 +261,5 @@ class Policy:
         spent = verified * costs.row + costs.drafts(made, is_first=is_first)
         for one in (trial, self.kinds[greedy]):
             one.add(right - spent * requests)
-        if self.kinds[greedy].wait:
+        if self.kinds[greedy].wait == LONGEST_PAUSE:
             costs.forget()
