@@ -1,10 +1,11 @@
 """Speculative decoding by the MTP module, on and off by turns: seconds a token on code, chat, random text and sampling.
 
-Both sides are the engine on the same bundled model in one process, one request at a time, and must give the same
-tokens. A line is one kind of prompt: `ours` is tokens per second between the first and the last token with speculation,
-`peer` without, `ratio` how many times better on is than off (the middle of the pairs' ratios). `config` has the mean
-accepted length (tokens from a step with drafts, over the cases so far), the drafted and accepted tokens, and what a
-round and a draft cost.
+Both sides are the engine on the same bundled model in one process, one request at a time and by turns, and must give
+the same tokens. A line is one kind of prompt: `ours` is tokens per second between the first and the last token with
+speculation, `peer` without, `ratio` how many times better on is than off (the middle of the turns' ratios; `spread` has
+the least and the greatest). `config` has the mean accepted length (tokens from a step with drafts), tokens a step over
+all steps, drafted and accepted tokens of a turn, a round's time without drafts, and what a further row and a draft cost
+in such rounds.
 
 * `code`: beginnings of functions of Python files that training set aside, completed greedily
 * `chat`: questions of the chat and code tasks' test items, answered greedily
@@ -31,6 +32,7 @@ import rorqual
 from rorqual import Engine, SamplingParams
 from rorqual.data import python_corpus
 from rorqual.data.tasks import ChatFamily, CodeFamily
+from rorqual.engine.stats import EngineStats
 
 HELD_OUT = 0.02
 """Share of the Python files that the recipe of Minke sets aside."""
@@ -79,40 +81,50 @@ def cases(tokenizer: Any, count: int, tokens: int) -> list[Case]:
     ]
 
 
-def decode(engine: Engine, case: Case) -> tuple[float, list[tuple[int, ...]], int, int]:
-    """Seconds a token after the first, the tokens, and how many were drafted and accepted."""
-    outs = [engine.generate(prompt, case.params)[0] for prompt in case.prompts]
-    seconds = sum(out.timing.decode_s for out in outs)
-    steps = sum(len(out.ids) - 1 for out in outs)
-    usages = [out.usage for out in outs]
-    return (
-        seconds / steps,
-        [out.ids for out in outs],
-        sum(usage.drafted_tokens for usage in usages),
-        sum(usage.accepted_tokens for usage in usages),
-    )
+@dataclass
+class Side:
+    """What one engine did in a turn."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def run(self, engine: Engine, case: Case, prompt: Sequence[int]) -> tuple[int, ...]:
+        """Answer one prompt; the clock runs from the first token to the last."""
+        [out] = engine.generate(prompt, case.params)
+        self.seconds += out.timing.decode_s
+        self.tokens += len(out.ids) - 1
+        self.drafted += out.usage.drafted_tokens
+        self.accepted += out.usage.accepted_tokens
+        return out.ids
+
+
+def turn(on: Engine, off: Engine, case: Case, number: int) -> tuple[Side, Side]:
+    """All prompts once on both engines, prompt by prompt by turns, so that a machine's moods meet both."""
+    with_drafts, without = Side(), Side()
+    for i, prompt in enumerate(case.prompts):
+        found = {}
+        for is_on in (True, False) if (number + i) % 2 else (False, True):
+            found[is_on] = (with_drafts if is_on else without).run(on if is_on else off, case, prompt)
+        if found[True] != found[False]:
+            raise SystemExit(f"{case.name}: speculation changed the output, which it must never do.")
+    return with_drafts, without
 
 
 def measure_case(on: Engine, off: Engine, case: Case, repeats: int) -> dict[str, Any]:
-    """One line; the first pair of turns is thrown away."""
-    mine: list[float] = []
-    theirs: list[float] = []
-    drafted = accepted = 0
-    for number in range(repeats + 1):
-        found: dict[bool, Any] = {}
-        for is_on in (True, False) if number % 2 else (False, True):
-            found[is_on] = decode(on if is_on else off, case)
-        if found[True][1] != found[False][1]:
-            raise SystemExit(f"{case.name}: speculation changed the output, which it must never do.")
-        if number:
-            mine.append(1 / found[True][0])
-            theirs.append(1 / found[False][0])
-            drafted, accepted = drafted + found[True][2], accepted + found[True][3]
-    costs = on.speculation.policy.costs if on.speculation is not None else None
-    ratio = measure.middle([a / b for a, b in zip(mine, theirs, strict=True)])
-    plain, row = (costs.plain(1) or 0.0, costs.row(1) or 0.0) if costs is not None else (0.0, 0.0)
-    tokens = sum(len(ids) for ids in found[True][1])
-    length = on.stats().accepted_length  # of all cases so far
+    """One line; the first turn is thrown away."""
+    turns = [turn(on, off, case, 0)]
+    before = on.stats()
+    turns += [turn(on, off, case, number) for number in range(1, repeats + 1)]
+    after = on.stats()
+    mine = [side.tokens / side.seconds for side, _ in turns[1:]]
+    theirs = [side.tokens / side.seconds for _, side in turns[1:]]
+    ratios = sorted(a / b for a, b in zip(mine, theirs, strict=True))
+    last = turns[-1][0]
+    steps = last.tokens - last.accepted
+    assert on.speculation is not None
+    costs = on.speculation.policy.costs(1)
     return {
         "name": "speculation",
         "case": f"{case.name}/minke/{torch.get_num_threads()}t/fp32",
@@ -120,17 +132,24 @@ def measure_case(on: Engine, off: Engine, case: Case, repeats: int) -> dict[str,
         "ours": measure.middle(mine),
         "peer": measure.middle(theirs),
         "peer_name": "without speculation",
-        "ratio": ratio,
+        "ratio": measure.middle(ratios),
         "bound": None,
         "bound_share": None,
-        "spread": measure.spread(mine, theirs),
+        "spread": {**measure.spread(mine, theirs), "ratio": [ratios[0], ratios[-1]]},
         "config": {
-            "prompts": len(case.prompts), "tokens": tokens, "repeats": repeats, "drafted": drafted // repeats,
-            "accepted": accepted // repeats, "accepted_length": length, "temperature": case.params.temperature,
-            "round_ms": 1e3 * plain, "row_ms": 1e3 * row,
-            "draft_ms": 0.0 if costs is None else 1e3 * costs.drafts(1), **measure.machine(),
+            "prompts": len(case.prompts), "tokens": last.tokens, "repeats": repeats, "steps": steps,
+            "drafted": last.drafted, "accepted": last.accepted, "tokens_per_step": last.tokens / max(1, steps),
+            "accepted_length": _accepted_length(before, after), "temperature": case.params.temperature,
+            "round_ms": 1e3 * (costs.plain or 0.0), "row_rounds": costs.row, "draft_rounds": costs.drafts(1),
+            **measure.machine(),
         },
     }  # fmt: skip
+
+
+def _accepted_length(before: EngineStats, after: EngineStats) -> float:
+    """Tokens from a step with drafts, between two looks at an engine."""
+    verified = after.verifications - before.verifications
+    return 1 + (after.accepted_tokens - before.accepted_tokens) / verified if verified else 1.0
 
 
 def print_line(line: dict[str, Any], *, as_json: bool) -> None:

@@ -1,11 +1,17 @@
-"""How many drafts pay: measured seconds of rounds and drafts against how likely drafts are to be right.
+"""How many drafts pay: what rounds and drafts take against how likely drafts are to be right.
 
 A draft costs the time of making it and of one more row in the step, which depends on the machine, the model, the
 context and, with experts on the CPU, on where the rows are routed; so both are measured while the engine runs, never
-assumed. How likely a draft is to be right is counted by the probability that the MTP module gave it, apart for greedy
-and sampled requests. A further draft is made, and verified, as long as the time it saves on average exceeds the time it
-costs. What drafting really gained is followed for each request: below break-even it stops, and is tried again after a
-pause that grows with each failure. A new request goes on where the last of its kind stood.
+assumed for long. They are measured in rounds: against rounds without drafts of the same moment, as a machine's speed
+moves by more than a draft costs, and by medians. How likely a draft is to be right is counted by the probability that
+the MTP module gave it, apart for greedy and sampled requests. A further draft is made, and verified, as long as the
+time it saves on average exceeds the time it costs.
+
+What drafting gained is added up, for each request and for all of its kind together: the rounds that right drafts
+saved less what rows and drafts cost. A request, or a kind, that has lost `PATIENCE` rounds stops and tries again after
+a pause that doubles with each failure. So what can be lost is bounded: `PATIENCE` in the first `SHORTEST_PAUSE` tokens,
+as much again in the next twice as many, and so on. After the longest pauses costs are measured anew, so that a bad
+moment is not held on to for ever.
 
 Source: serving practice: drafts of a fixed length often lose where the experts are on the CPU.
 """
@@ -14,8 +20,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 BINS = 8
@@ -26,19 +33,24 @@ START = 2.0
 """Drafts that the module's own probability counts for."""
 MEMORY = 128.0
 """Drafts that a class's share of right ones looks back at."""
-MARGIN = 1.2
+MARGIN = 1.1
 """How much more a draft has to promise than it costs: costs and odds are estimates."""
-SAMPLES = 24
+SAMPLES = 32
 """Rounds of a kind that its cost is taken from."""
 ENOUGH = 4
 """Rounds of a kind before they count."""
+COLD = 2
+"""First rounds of a kind that do not: what they need is not in the cache yet."""
+LATEST = 5
+"""Rounds without drafts that stand for the present moment."""
 PLAIN_EVERY = 32
-"""One round in so many is made without drafts, so that its cost stays known."""
-SHORTEST_PAUSE, LONGEST_PAUSE = 64, 1024
+"""One round in so many is made without drafts, so that its time stays known."""
+ROW, DRAFT, READING = 0.45, 0.3, 0.7
+"""What a row, a draft, and drafts behind a text that is read first may cost in rounds, until it is known."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048
 """Tokens."""
-PATIENCE, CREDIT = 5.0, 5.0
-"""A try ends when so many rounds' time is lost; what it gained before counts for no more than the other. Single rounds
-gain or lose about one round's time, so their mean shows only over many."""
+PATIENCE, CREDIT = 2.0, 4.0
+"""A try ends when so many rounds are lost; what it gained before counts for no more than the other."""
 
 
 class Odds:
@@ -51,7 +63,8 @@ class Odds:
         middles = [(i + 0.5) / BINS for i in range(BINS)]
         self._all = [[START] * BINS for _ in range(PLACES)]
         self._right = [[START * middle ** (1 + place / 2) for middle in middles] for place in range(PLACES)]
-        self.kept = torch.tensor(self._right) / START
+        self._shares = np.array(self._right, dtype=np.float32) / np.float32(START)
+        self.kept = torch.from_numpy(self._shares)
         """The shares as fp32 [PLACES, BINS], for `DraftMemory.draft`."""
 
     def of(self, place: int, chance: float) -> float:
@@ -66,7 +79,7 @@ class Odds:
             self._right[place][i], self._all[place][i] = self._right[place][i] / 2, self._all[place][i] / 2
         self._right[place][i] += is_right
         self._all[place][i] += 1
-        self.kept[place, i] = self._right[place][i] / self._all[place][i]
+        self._shares[place, i] = self._right[place][i] / self._all[place][i]
 
 
 def _class_of(place: int, chance: float) -> tuple[int, int]:
@@ -74,83 +87,110 @@ def _class_of(place: int, chance: float) -> tuple[int, int]:
 
 
 class Times:
-    """Measured seconds of one kind of work. `typical` is their lower quartile: what disturbs a machine only adds."""
+    """Measurements of one kind of work; `typical` is the median of the last."""
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=SAMPLES)
         self._typical: float | None = None
+        self._cold = COLD
 
     def __len__(self) -> int:
         return len(self._last)
 
-    def add(self, seconds: float) -> None:
+    def add(self, value: float) -> None:
         """One more."""
-        self._last.append(seconds)
+        if self._cold:
+            self._cold -= 1
+            return
+        self._last.append(value)
         self._typical = None
 
     @property
     def typical(self) -> float:
         if self._typical is None:
-            self._typical = sorted(self._last)[len(self._last) // 4]
+            self._typical = _median(self._last)
         return self._typical
 
 
+def _median(values: deque[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
 class Costs:
-    """Seconds of rounds by requests and extra rows, and of drafts by their number."""
+    """What rounds of one number of decoding requests cost: seconds without drafts, and in such rounds the rest.
+
+    Rows are verified drafts, whichever request they belong to.
+    """
 
     def __init__(self) -> None:
-        self._rounds: dict[int, dict[int, Times]] = {}
+        self._plain: deque[float] = deque(maxlen=LATEST)
+        self._age = 0
+        self._rows: dict[int, Times] = {}
         self._drafts: dict[int, Times] = {}
+        self._reading = Times()
 
-    def add_round(self, requests: int, extra: int, seconds: float) -> None:
-        """A round of one token for each of `requests`, and `extra` drafts that were verified."""
-        self._rounds.setdefault(requests, {}).setdefault(extra, Times()).add(seconds)
+    def add_plain(self, seconds: float) -> None:
+        """A round without drafts."""
+        self._plain.append(seconds)
+        self._age = 0
 
-    def add_drafts(self, count: int, seconds: float) -> None:
-        """One call that made `count` drafts."""
-        self._drafts.setdefault(count, Times()).add(seconds)
+    def add_rows(self, count: int, seconds: float) -> None:
+        """A round with `count` further rows, without the time for making drafts."""
+        self._age += 1
+        if count and self._plain:
+            self._rows.setdefault(count, Times()).add(seconds / _median(self._plain) - 1)
 
-    def plain(self, requests: int) -> float | None:
-        """A round without drafts; None while too few were seen."""
-        seen = self._rounds.get(requests, {}).get(0)
-        return seen.typical if seen is not None and len(seen) >= ENOUGH else None
+    def add_drafts(self, count: int, seconds: float, *, is_first: bool) -> None:
+        """One call that made `count` drafts; is_first: and read a part of the text before."""
+        if self._plain and is_first:
+            self._reading.add(seconds / _median(self._plain))
+        elif self._plain:
+            self._drafts.setdefault(count, Times()).add(seconds / _median(self._plain))
 
-    def row(self, requests: int) -> float | None:
-        """What a row more costs: a line through the plain round and those with drafts; None while these are too few."""
-        plain = self.plain(requests)
-        known = [
-            (extra, times.typical)
-            for extra, times in self._rounds.get(requests, {}).items()
-            if extra and len(times) >= ENOUGH
-        ]  # fmt: skip
-        if plain is None or not known:
-            return None
-        return max(0.0, sum((at - plain) * extra for extra, at in known) / sum(extra**2 for extra, _ in known))
+    def forget(self) -> None:
+        """Measure what drafts cost from the start."""
+        self._rows, self._drafts = {}, {}
 
-    def drafts(self, count: int) -> float:
-        """A call of `count` drafts: as measured, or in proportion to the nearest number that was; 0 before any."""
-        if not self._drafts or not count:
+    @property
+    def plain(self) -> float | None:
+        """Seconds of a round without drafts; None while too few were seen, or none of late."""
+        return _median(self._plain) if len(self._plain) >= ENOUGH and self._age < PLAIN_EVERY else None
+
+    @property
+    def row(self) -> float:
+        """What a row costs, in rounds: the slope of a line through the round without drafts and those with some."""
+        known = [(count, times.typical) for count, times in self._rows.items() if len(times) >= ENOUGH]
+        if not known:
+            return ROW
+        return max(0.0, sum(count * extra for count, extra in known) / sum(count**2 for count, _ in known))
+
+    def drafts(self, count: int, *, is_first: bool = False) -> float:
+        """What a call of `count` drafts costs, in rounds; of counts not seen, in proportion to the nearest."""
+        if not count:
             return 0.0
-        nearest = min(self._drafts, key=lambda n: abs(n - count))
+        if is_first:
+            return self._reading.typical if len(self._reading) else READING
+        known = [number for number, times in self._drafts.items() if len(times) >= ENOUGH]
+        if not known:
+            return DRAFT * count
+        nearest = min(known, key=lambda number: abs(number - count))
         return self._drafts[nearest].typical * count / nearest
 
 
 @dataclass
 class Trial:
-    """How drafting goes for one request.
+    """How drafting goes for a request, or for a kind of them.
 
-    length: most drafts now, one more after a round in which all were right, one less after another. gain: time
-    saved in this try, in rounds without drafts. wait: tokens until the next try; pause: what it will be if that fails.
+    gain: rounds saved in this try. wait: tokens until the next try; pause: what it will be if that fails.
     """
 
-    length: int = 1
     gain: float = 0.0
     wait: int = 0
     pause: int = SHORTEST_PAUSE
 
-    def add(self, gained: float, plain: float) -> None:
-        """Count a round that gained so many seconds where one without drafts takes `plain`."""
-        self.gain = min(self.gain + gained / plain, CREDIT)
+    def add(self, gained: float) -> None:
+        """Count what a round gained, in rounds."""
+        self.gain = min(self.gain + gained, CREDIT)
         if self.gain == CREDIT:
             self.pause = SHORTEST_PAUSE
         elif self.gain < -PATIENCE:
@@ -172,36 +212,26 @@ class Policy:
     """Decides for one engine. `most`: drafts of a request at a time."""
 
     most: int
-    costs: Costs = field(default_factory=Costs)
     odds: dict[bool, Odds] = field(default_factory=lambda: {True: Odds(), False: Odds()})
-    """For greedy requests (True) and sampled ones."""
-    _last: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(), False: Trial()})
-    _rounds: int = 0
-    _looked: int = 0
-    _plain: int = 0
+    """For greedy requests (True) and sampled ones; so are the trials."""
+    kinds: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(), False: Trial()})
+    _costs: dict[int, Costs] = field(default_factory=dict)
 
-    def new_trial(self, greedy: bool) -> Trial:
-        """For a new request: where the last one of its kind stands."""
-        return replace(self._last[greedy], length=1)
+    def costs(self, requests: int) -> Costs:
+        """Of rounds in which so many requests decode."""
+        found = self._costs.get(requests)
+        if found is None:
+            found = self._costs[requests] = Costs()
+        return found
 
     def terms(self, requests: int) -> Terms | None:
-        """For the next round, in which so many requests decode; None: no drafts, so that its cost becomes known."""
-        self._rounds += 1
-        plain = self.costs.plain(requests)
-        if plain is None or self._rounds % PLAIN_EVERY == 0:
+        """For the next round, in which so many requests decode; None: no drafts, so that its time becomes known."""
+        costs = self.costs(requests)
+        if costs.plain is None:
             return None
-        row = self.costs.row(requests)
-        if row is None:  # look what a row costs, with one draft and with two by turns of `ENOUGH`
-            self._looked += 1
-            return Terms(1 + self._looked // ENOUGH % 2, 0.0, 0.0)
-        worth = plain / requests / MARGIN
-        further = max(0.0, self.costs.drafts(2) - self.costs.drafts(1))
+        row, further = costs.row, max(0.0, costs.drafts(2) - costs.drafts(1))
+        worth = 1 / requests / MARGIN
         return Terms(self.most, min(1.0, (row + further) / worth), min(1.0, row / worth))
-
-    def wants_plain(self, requests: int) -> bool:
-        """Whether a round without drafts is to be counted: few of them do, while drafts rest."""
-        self._plain += 1
-        return self._plain % 8 == 0 or self.costs.plain(requests) is None
 
     def keep(self, terms: Terms, chances: Sequence[float], greedy: bool) -> int:
         """How many of the drafts to verify."""
@@ -220,18 +250,16 @@ class Policy:
             if draft != token:
                 return
 
-    def adapt(self, trial: Trial, verified: int, accepted: int) -> None:
-        """The length after a round in which `accepted` of `verified` drafts were right."""
-        if verified:
-            trial.length = min(trial.length + 1, self.most) if accepted == verified else max(1, trial.length - 1)
+    def judge(
+        self, trial: Trial, greedy: bool, requests: int, made: int, verified: int, right: int, *, is_first: bool
+    ) -> None:
+        """What a round came to for a request: of `made` drafts some were `verified`, of which so many were `right`.
 
-    def judge(self, trials: Sequence[tuple[Trial, bool]], requests: int, tokens: int, seconds: float) -> None:
-        """What a round gained for the requests with drafts in it, by what it really took: also the time for making
-        them, for reading a prompt's end before the first, and whatever else came with them.
+        By what such rounds take on the whole: one round's own time says more about the machine's other work.
         """
-        plain = self.costs.plain(requests)
-        for trial, greedy in trials if plain else ():
-            assert plain is not None
-            each = tokens * plain / requests - seconds
-            trial.add(max(each, -plain) / len(trials), plain / requests)
-            self._last[greedy] = replace(trial)
+        costs = self.costs(requests)
+        spent = verified * costs.row + costs.drafts(made, is_first=is_first)
+        for one in (trial, self.kinds[greedy]):
+            one.add(right - spent * requests)
+        if self.kinds[greedy].wait == LONGEST_PAUSE:
+            costs.forget()

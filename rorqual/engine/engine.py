@@ -104,8 +104,7 @@ class Engine:
         if speculate:
             own = speculate if callable(speculate) else None
             self.speculation = Speculation(model, self._num_choices, own)
-        watch = None if self.speculation is None else self.speculation.remember
-        self._stepper = Stepper(model, self._num_choices, prefix_cache, watch)
+        self._stepper = Stepper(model, self._num_choices, prefix_cache)
         self._delivery = Delivery(tokenizer)
         self._meter = Meter(log_steps)
         self._scheduler.expected_wait_s = lambda: self._meter.mean_stay_s / max_running
@@ -228,6 +227,7 @@ class Engine:
                 max_state_bytes=scheduler.max_bytes,
                 drafted_tokens=meter.drafted_tokens,
                 accepted_tokens=meter.accepted_tokens,
+                verifications=meter.verifications,
                 accepted_length=meter.accepted_length,
             )
 
@@ -290,18 +290,21 @@ class Engine:
             job.request.mark_started()
         began = time.perf_counter()
         decoding = sum(not job.is_prefilling for job, _ in plan.work)
-        if self.speculation is not None and decoding:
-            self.speculation.propose(plan.work, self._scheduler.room_for_drafts(plan.work, MOST_DRAFTS))
-        before = self._meter.drafted_tokens, self._meter.sampled_tokens
+        drafts = self.speculation
+        if drafts is not None and decoding == len(plan.work) and drafts.rests(plan.work):
+            drafts = None
+        self._stepper.watch = None if drafts is None else drafts.remember
+        if drafts is not None and decoding:
+            drafts.propose(plan.work, self._scheduler.room_for_drafts(plan.work, MOST_DRAFTS))
+        drafted = self._meter.drafted_tokens
         read = 0  # less than planned where the prefix cache knew the beginning
         for outcome in self._stepper.run(plan.work):
             read += sum(count for _, count in outcome.work)
             self._handle(outcome)
         seconds = time.perf_counter() - began
         self._record(plan, decoding, max(0, read - decoding), seconds)
-        if self.speculation is not None and decoding == len(plan.work) == read:
-            extra, tokens = self._meter.drafted_tokens - before[0], self._meter.sampled_tokens - before[1]
-            self.speculation.end_round(plan.work, extra, tokens, seconds)
+        if drafts is not None and decoding == len(plan.work) == read:
+            drafts.end_round(plan.work, self._meter.drafted_tokens - drafted, seconds)
         return True
 
     def _record(self, plan: Round, decoding: int, prompt_tokens: int, seconds: float) -> None:
@@ -358,7 +361,7 @@ class Engine:
             if job.request.finished:
                 return
         job.settle()
-        if self.speculation is not None:
+        if self.speculation is not None and not self.speculation.is_resting:
             self.speculation.count(job, job.ids[before:], drafted)
 
     def _fail(self, job: Job, error: Exception) -> None:

@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from rorqual.engine import sampler
-from rorqual.engine.draft_policy import Policy, Trial
+from rorqual.engine.draft_policy import Policy, Terms, Trial
 from rorqual.engine.job import Job
 from rorqual.engine.stepper import Outcome, Work
 from rorqual.errors import CacheError, ConfigError, RequestError
@@ -35,11 +37,25 @@ OwnDrafter = Callable[[Sequence[int], int], Sequence[int]]
 class Drafts:
     """What speculation keeps for a running request."""
 
-    def __init__(self, memory: DraftMemory | None, trial: Trial) -> None:
-        self.memory, self.trial = memory, trial
+    def __init__(self, kind: Trial) -> None:
+        self.kind, self.trial = kind, Trial()
+        self.memory: DraftMemory | None = None
+        """Made when there is something to remember: a request in a pause has none."""
         self.ids: list[int] = []
         """Drafts of this round, verified or not, and the module's probabilities."""
         self.chances: list[float] = []
+        self.is_first = False
+        """The module has read a part of the text before these drafts, which says nothing about the cost of others."""
+
+    @property
+    def wait(self) -> int:
+        """Tokens before drafts are tried."""
+        return max(self.kind.wait, self.trial.wait)
+
+    def pass_by(self, tokens: int = 1) -> None:
+        """Count tokens of a pause."""
+        self.kind.wait = max(0, self.kind.wait - tokens)
+        self.trial.wait = max(0, self.trial.wait - tokens)
 
 
 class Speculation:
@@ -59,16 +75,47 @@ class Speculation:
         self.policy = Policy(MOST_DRAFTS)
         self._draft_s = 0.0
         self._is_odd = False
-        self._tried: list[tuple[Trial, bool]] = []
+        self._requests = 1
+        self.is_resting = False
+        """Whether the round at hand is one in which nothing is drafted or watched."""
+        self._resting: list[Job] = []
+        self._rest = self._passed = 0
+
+    def rests(self, work: Work) -> bool:
+        """Whether nothing is drafted or watched in a round because all its requests pause; called once a round.
+
+        A pause of many rounds is found out once, so that these cost as little as without speculation.
+        """
+        if self._rest and len(work) == len(self._resting):
+            self._rest -= 1
+            if all(one[0] is job for one, job in zip(work, self._resting, strict=True)):
+                self._passed += 1
+                return True
+        self._count_rest()
+        jobs = [job for job, _ in work]
+        if self._drafter is not None or any(job.is_prefilling for job in jobs):
+            return False
+        # a kind's pause is shorter for many requests, and a memory fills before the first draft
+        rounds = (min((self.of(job).wait for job in jobs), default=0) - MOST_READ) // max(1, len(jobs))
+        self.is_resting = rounds > 0
+        if self.is_resting:
+            self._resting, self._rest, self._passed = jobs, rounds - 1, 1
+        return self.is_resting
+
+    def _count_rest(self) -> None:
+        for job in self._resting:
+            self.of(job).pass_by(self._passed)
+        self._resting, self._rest, self._passed, self.is_resting = [], 0, 0, False
 
     def propose(self, work: Work, room: int) -> None:
         """Put drafts on decoding jobs of a round, at most `room` in all."""
-        self._draft_s, self._is_odd, self._tried = 0.0, False, []
+        self._draft_s, self._is_odd, self._requests = 0.0, False, len(work)
         jobs = [job for job, _ in work if not job.is_prefilling]
         terms = None
         if self._drafter is None:
+            is_mixed = len(jobs) < len(work)
             jobs = [job for job in jobs if self._is_on(job)]
-            terms = self.policy.terms(len(work)) if jobs and not any(job.is_prefilling for job, _ in work) else None
+            terms = self.policy.terms(len(work)) if jobs and not is_mixed else None
             if terms is None:
                 return
         for job in jobs:
@@ -80,14 +127,14 @@ class Speculation:
                 found = list(self._drafter(known, most))[:most]
                 job.drafts = tuple(token for token in found if 0 <= token < self._num_choices)
             elif terms is not None:
-                job.drafts = self._draft(job, min(most, terms.most, self.of(job).trial.length), terms)
+                job.drafts = self._draft(job, min(most, terms.most), terms)
             room -= len(job.drafts)
 
     def _is_on(self, job: Job) -> bool:
         """Whether drafts are tried for a job now; called once a round while it decodes."""
-        trial = self.of(job).trial
-        trial.wait = max(0, trial.wait - 1)
-        return trial.wait == 0
+        mine = self.of(job)
+        mine.pass_by()
+        return mine.wait == 0
 
     def _can_draft(self, job: Job) -> bool:
         """Whether the job's state can take drafts in and give them back."""
@@ -102,40 +149,36 @@ class Speculation:
             return False
         return True
 
-    def _draft(self, job: Job, most: int, terms: Any) -> tuple[int, ...]:
+    def _draft(self, job: Job, most: int, terms: Terms) -> tuple[int, ...]:
         mine, greedy = self.of(job), job.request.params.temperature == 0
-        mine.ids, mine.chances = [], []
-        assert mine.memory is not None
-        begin, end = mine.memory.waiting
-        if begin == end or end != job.num_read:
+        begin, end = (0, 0) if mine.memory is None else mine.memory.waiting
+        if mine.memory is None or begin == end or end != job.num_read:
             return ()
         began = time.perf_counter()
         odds = self.policy.odds[greedy]
-        ids, chances = mine.memory.draft(
+        mine.ids, mine.chances = mine.memory.draft(
             job.known(begin + 1, end + 1), most, odds.kept, terms.to_draft, self._num_choices
         )
         seconds = time.perf_counter() - began
         self._draft_s += seconds
-        self._tried.append((mine.trial, greedy))
-        if end - begin <= 1 + MOST_DRAFTS:
-            self.policy.costs.add_drafts(len(ids), seconds)
-        else:  # the first time, or behind a pause: a whole window was read, which says nothing about other rounds
-            self._is_odd = True
-        mine.ids, mine.chances = ids, chances
-        return tuple(ids[: self.policy.keep(terms, chances, greedy)])
+        mine.is_first = end - begin > 1 + MOST_DRAFTS
+        self._is_odd = self._is_odd or mine.is_first
+        self.policy.costs(self._requests).add_drafts(len(mine.ids), seconds, is_first=mine.is_first)
+        return tuple(mine.ids[: self.policy.keep(terms, mine.chances, greedy)])
 
     def of(self, job: Job) -> Drafts:
         """What is kept for a job; made when it is asked for."""
         if job.drafting is None:
-            memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ) if self._drafter is None else None
-            job.drafting = Drafts(memory, self.policy.new_trial(job.request.params.temperature == 0))
+            job.drafting = Drafts(self.policy.kinds[job.request.params.temperature == 0])
         drafts: Drafts = job.drafting
         return drafts
 
     def remember(self, job: Job, streams: Any) -> None:
         """The trunk's streams [n, N, D] of what a job has just read."""
         mine = self.of(job)
-        if mine.memory is not None and mine.trial.wait <= mine.memory.most_waiting:
+        if self._drafter is None and mine.wait <= MOST_READ:
+            if mine.memory is None:
+                mine.memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ, torch.bfloat16)
             mine.memory.remember(streams, job.num_read)
 
     def count(self, job: Job, tokens: Sequence[int], verified: int) -> None:
@@ -143,15 +186,18 @@ class Speculation:
         if self._drafter is None and job.drafting is not None and job.drafting.ids:
             mine, greedy = self.of(job), job.request.params.temperature == 0
             self.policy.learn(mine.ids, mine.chances, tokens, greedy)
-            self.policy.adapt(mine.trial, verified, len(tokens) - 1)
+            self.policy.judge(
+                mine.trial, greedy, self._requests, len(mine.ids), verified, len(tokens) - 1, is_first=mine.is_first
+            )
             mine.ids, mine.chances = [], []
 
-    def end_round(self, work: Work, extra: int, tokens: int, seconds: float) -> None:
-        """Account for a round in which all jobs decoded: `seconds` for `tokens`, with `extra` drafts among its rows."""
-        if self._tried:
-            self.policy.judge(self._tried, len(work), tokens, seconds)
-        if not self._is_odd and (self._draft_s or self.policy.wants_plain(len(work))):
-            self.policy.costs.add_round(len(work), extra, seconds - self._draft_s)
+    def end_round(self, work: Work, extra: int, seconds: float) -> None:
+        """Account for a round in which all jobs decoded, with `extra` drafts among its rows."""
+        costs = self.policy.costs(len(work))
+        if not self._draft_s:
+            costs.add_plain(seconds)
+        elif not self._is_odd:
+            costs.add_rows(extra, seconds - self._draft_s)
 
 
 def has_mtp(model: Any) -> bool:

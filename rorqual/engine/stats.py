@@ -59,6 +59,8 @@ class EngineStats:
     """Drafts that were verified."""
     accepted_tokens: int = 0
     """Those of them that became tokens."""
+    verifications: int = 0
+    """Tokens that a request read together with drafts: one for each step and request."""
     accepted_length: float = 0.0
     """Mean tokens that a request got from a step with drafts, at least 1; 0 before the first."""
 

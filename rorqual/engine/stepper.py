@@ -59,10 +59,10 @@ class Stepper:
         model: Any,  # a LanguageModel
         num_choices: int,
         cache: PrefixCache | None = None,
-        watch: Callable[[Job, Tensor], None] | None = None,
     ) -> None:
-        """`watch` is shown the streams [n, N, D] of what a job reads, before they are counted."""
-        self._model, self._num_choices, self._cache, self._watch = model, num_choices, cache, watch
+        self._model, self._num_choices, self._cache = model, num_choices, cache
+        self.watch: Callable[[Job, Tensor], None] | None = None
+        """Is shown the streams [n, N, D] of what a job reads, before they are counted."""
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._can_share = hasattr(model, "next_scores")
         self.failures = 0
@@ -153,8 +153,8 @@ class Stepper:
         for (job, count), part in zip(work, tokens, strict=True):
             if job.request.params.prompt_logprobs and not job.ids:
                 self._score_prompt(job, streams[:, end : end + count])
-            if self._watch is not None:
-                self._watch(job, streams[0, end : end + len(part)])
+            if self.watch is not None:
+                self.watch(job, streams[0, end : end + len(part)])
             end += len(part)
             job.num_read += count
         if self._cache is not None:

@@ -23,7 +23,7 @@ from rorqual.model.scores import Scores
 from rorqual.ops.hadamard import scaled_hadamard
 from rorqual.ops.hyper_connections import MOST_ITERS, MOST_STREAMS
 from rorqual.ops.native import infers
-from rorqual.ops.native.decode_step import Network, columns
+from rorqual.ops.native.decode_step import Drafter, Network, columns
 from rorqual.ops.packed_weight import FORMATS, PackedWeight
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ class Plan(Addresses):
                 head = self._head(model, model)
                 self.network = Network(embedding, shape, numbers, torch.tensor(rows, dtype=torch.int64), head)
         self.ratios = {spec.compress_ratio for spec in model.cfg.layers if spec.compress_ratio}
-        self.drafter = self._drafter(model) if self.is_usable and len(model.mtp) else None
+        self._drafters: dict[torch.dtype, tuple[int, Drafter | None]] = {}
 
     def holds_for(self, model: "Transformer") -> bool:
         """Whether weights and modules are still those that this was made from."""
         return self.signature == _signature(model)
 
-    def _layer(self, block: Block, dtype: torch.dtype) -> list[int]:
+    def _layer(self, block: Block, dtype: torch.dtype, *, may_copy: bool = False) -> list[int]:
         attn, ffn = block.attn, block.ffn
         exact: dict[str, Tensor | None] = {
             "frequencies": attn.frequencies, "sink": attn.attn_sink, "bias": _bias(ffn),
@@ -88,40 +88,64 @@ class Plan(Addresses):
                 scale = weight.scale
                 values[f"{name}_scale"] = 0 if scale is None else self._address(scale, scale.dtype)
             else:
-                values[name] = self._address(weight, dtype)
+                values[name] = self._address(weight, dtype, may_copy=may_copy)
         return [values.get(name, 0) for name in columns("Layer")]
 
-    def _head(self, model: "Transformer", part: "Transformer | MTPModule") -> Tensor | None:
-        """HC head and norm of the trunk or of an MTP module, and the output head; None: the layer code has to do it."""
-        dtype = model.reference.dtype
+    def _head(
+        self, model: "Transformer", part: "Transformer | MTPModule", copied: torch.dtype | None = None
+    ) -> Tensor | None:
+        """HC head and norm of the trunk or of an MTP module, and the output head, as they are or `copied` to another
+        dtype; None: the layer code has to do it.
+        """
+        dtype = copied or model.reference.dtype
         exact = {"head_fn": part.hc_head_fn, "head_base": part.hc_head_base, "head_scale": part.hc_head_scale}
         typed = {"head_norm": part.norm.weight, "head_weight": model.head.weight}
         values = {name: self._address(tensor, torch.float32) for name, tensor in exact.items()}
-        values |= {name: self._address(tensor, dtype) for name, tensor in typed.items()}
+        values |= {name: self._address(tensor, dtype, may_copy=copied is not None) for name, tensor in typed.items()}
         is_usable, self.is_usable = self.is_usable, True  # the layers can be run in any case
         return torch.tensor([values[name] for name in columns("Head")]) if is_usable else None
 
-    def _drafter(self, model: "Transformer") -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Shape, layer, addresses and head of the first MTP module, for `ops/native/draft_body.h`."""
-        module, dtype = model.mtp[0], model.reference.dtype
-        assert isinstance(module, MTPModule)
+    def drafter(self, model: "Transformer", dtype: torch.dtype) -> "Drafter | None":
+        """The first MTP module's tables, weights in `dtype`: copies unless it is the model's; None: layer code drafts.
+
+        Copies are made anew when weights have changed in place.
+        """
+        module = model.mtp[0] if len(model.mtp) else None
+        if not self.is_usable or not isinstance(module, MTPModule):
+            return None
+        version = 0
+        if dtype is not model.reference.dtype:
+            weights = [*module.parameters(), model.embed.weight, model.head.weight]
+            version = sum(0 if weight.is_inference() else weight._version for weight in weights)
+        found = self._drafters.get(dtype)
+        if found is None or found[0] != version:
+            found = self._drafters[dtype] = version, self._new_drafter(model, module, dtype)
+        return found[1]
+
+    def _new_drafter(self, model: "Transformer", module: MTPModule, dtype: torch.dtype) -> "Drafter | None":
         if any(_format(weight) for weight in (module.e_proj.weight, module.attn.wq_a.weight, module.ffn.experts.w1)):
             return None  # packed weights: the layer code drafts
-        head = self._head(model, module)
+        others, self.kept = self.kept, []
+        head = self._head(model, module, dtype)
         typed = {
             "embed": model.embed.weight, "e_proj": module.e_proj.weight, "h_proj": module.h_proj.weight,
             "e_norm": module.enorm.weight, "h_norm": module.hnorm.weight,
         }  # fmt: skip
-        values = {name: self._address(tensor, dtype) for name, tensor in typed.items()}
-        layer, shape = self._layer(module, dtype), self.network.shape.clone()
+        values = {name: self._address(tensor, dtype, may_copy=True) for name, tensor in typed.items()}
+        layer, shape = self._layer(module, dtype, may_copy=True), self.network.shape.clone()
         shape[columns("Shape").index("layers")] = 1
         tables = torch.tensor(layer), torch.tensor([values[name] for name in columns("Draft")])
         is_usable, self.is_usable = self.is_usable, True  # the trunk's layers can be run in any case
-        return (shape, *tables, head) if is_usable and head is not None else None
+        mine, self.kept = self.kept, others
+        if not is_usable or head is None:
+            return None
+        return Drafter(dtype, shape, self.network.numbers, *tables, head, mine)
 
-    def _address(self, tensor: Tensor | None, dtype: torch.dtype) -> int:
+    def _address(self, tensor: Tensor | None, dtype: torch.dtype, *, may_copy: bool = False) -> int:
         if tensor is None:
             return 0
+        if may_copy and tensor.dtype.is_floating_point:
+            tensor = tensor.detach().to(dtype)
         if tensor.dtype is not dtype or not tensor.is_contiguous():
             self.is_usable = False
         self.kept.append(tensor.detach())

@@ -21,7 +21,6 @@ from rorqual.model.decode_memory import memory_columns
 from rorqual.model.layer_state import new_layer
 from rorqual.model.layout import Layout
 from rorqual.model.mtp import MTPModule
-from rorqual.ops.native.decode_step import draft_step
 from rorqual.ops.rope import rope_table
 
 if TYPE_CHECKING:
@@ -32,16 +31,27 @@ class DraftMemory:
     """What drafting needs of one sequence: the module's window, and streams of tokens that it has not read yet.
 
     most_drafts: most drafts at a time. most_waiting: most tokens to read at a time, the latest; unless given those of
-    the window and what may be taken back.
+    the window and what may be taken back. dtype: of the weights and the memory, the model's unless given; in bf16
+    drafts of an fp32 model cost less and are as good.
     Positions are those of the text; the module counts its own from where its memory starts, as rope is relative.
     """
 
-    def __init__(self, model: "Transformer", most_drafts: int, most_waiting: int | None = None) -> None:
-        cfg = model.cfg
+    def __init__(
+        self,
+        model: "Transformer",
+        most_drafts: int,
+        most_waiting: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        cfg, like = model.cfg, model.reference
+        plan = decode.plan_of(model, [])
+        self._drafter = None if plan is None else plan.drafter(model, dtype or like.dtype)
+        if self._drafter is not None:
+            like = like.new_empty(0, dtype=self._drafter.dtype)
         self.model, self.most_drafts = model, most_drafts
         self.most_waiting = cfg.sliding_window + most_drafts if most_waiting is None else most_waiting
         with torch.inference_mode(False):
-            self._layer = new_layer(cfg, cfg.mtp_layers[0], 1, most_drafts, model.reference)
+            self._layer = new_layer(cfg, cfg.mtp_layers[0], 1, most_drafts, like)
         self._table = torch.tensor([address for address, _ in memory_columns(self._layer)])
         self._held = 0  # rows in the module's window
         self._read = 0  # position behind the last of them
@@ -98,16 +108,13 @@ class DraftMemory:
         streams = self._waiting[0] if len(self._waiting) == 1 else torch.cat(list(self._waiting))
         rows = streams.shape[0]
         assert len(tokens) == rows, "one next token for each waiting row"
-        plan = decode.plan_of(self.model, []) if rows <= decode.MOST_TOKENS else None
-        following = torch.tensor(tokens, device=streams.device)
-        if plan is not None and plan.drafter is not None:
-            shape, layer, module, head = plan.drafter
-            out = draft_step(
-                streams.contiguous(), following, self._held, min(most, self.most_drafts), choices, shape,
-                plan.network.numbers, layer, self._table, module, head, kept, least,
-            )  # fmt: skip
+        most = min(most, self.most_drafts)
+        drafter = self._drafter
+        if drafter is not None and (rows <= decode.MOST_TOKENS or drafter.dtype is not self.model.reference.dtype):
+            out = drafter.step(streams.contiguous(), tokens, self._held, most, choices, self._table, kept, least)
         else:
-            out = self._by_layers(streams, following, min(most, self.most_drafts), kept, least, choices)
+            following = torch.tensor(tokens, device=streams.device)
+            out = self._by_layers(streams, following, most, kept, least, choices)
         self._held += rows
         self._begin = self._read = self._end
         self._waiting.clear()

@@ -67,7 +67,7 @@ def test_drafts_are_those_of_a_full_pass(parts: Any, hc_mult: int, is_half: bool
             assert all(0 < chance <= 1 for chance in chances)
     plan = model.__dict__.get("decode_plan")
     if any(drafts for _, _, drafts in parts) and registry.allows("native") and plan is not None:
-        assert (plan.is_usable and plan.drafter is not None) == is_fused
+        assert (plan.is_usable and plan.drafter(model, model.reference.dtype) is not None) == is_fused
 
 
 def test_both_ways_agree_on_probabilities_and_where_to_stop() -> None:
@@ -102,3 +102,20 @@ def test_a_memory_that_starts_in_the_middle() -> None:
     assert found[0] == found[1]
     memory.remember(streams[25:55], 25)
     assert memory.waiting == (55 - model.cfg.sliding_window - MOST, 55), "no more than the window waits"
+
+
+def test_half_precision_drafts_follow_weights_that_change_in_place() -> None:
+    """An fp32 model's module drafts from bf16 copies, as a bf16 model's would, and from new ones after an update."""
+    model = module_of()
+    row = some_tokens(model, 30)
+    for _ in range(2):
+        half = module_of(dtype=torch.bfloat16)
+        half.load_state_dict(model.state_dict())
+        streams, outs = model.forward_streams(row[None])[0], []
+        for one, dtype in ((model, torch.bfloat16), (half, None)):
+            memory = DraftMemory(one, MOST, dtype=dtype)
+            memory.remember(streams[:10].to(one.reference.dtype), 0)
+            outs.append(memory.draft(row[1:11].tolist(), MOST, CERTAIN, 0.0, 64))
+        assert outs[0] == outs[1] or not registry.allows("native")
+        for weight in (*model.mtp[0].parameters(), model.head.weight):
+            weight.mul_(1.5)

@@ -16,7 +16,7 @@ from rorqual.engine.draft_policy import Policy, Terms
 from rorqual.engine.memory import StateCost
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.errors import CacheError, ConfigError
-from rorqual.model import Transformer
+from rorqual.model import Segment, Transformer
 
 TOKENIZER = byte_tokenizer()
 PATIENCE_S = 300
@@ -36,8 +36,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """The module drafts, and its drafts are verified, in every round, whatever they cost."""
     draw = random.Random(1)
     monkeypatch.setattr(Policy, "terms", lambda self, requests: Terms(draw.randrange(1, 6), 0.0, 0.0))
-    monkeypatch.setattr(Policy, "judge", lambda *args: None)
-    monkeypatch.setattr(Policy, "adapt", lambda self, trial, *args: setattr(trial, "length", 5))
+    monkeypatch.setattr(Policy, "judge", lambda *args, **more: None)
 
 
 def params_of(number: int, max_tokens: int) -> SamplingParams:
@@ -237,3 +236,37 @@ def test_where_speculation_is_on(model: Transformer) -> None:
     with pytest.raises(ConfigError, match="needs a model with an MTP module"):
         Engine(bare, TOKENIZER, speculate=True)
     assert speculation.has_mtp(model) and not speculation.has_mtp(bare)
+
+
+def test_a_pause_is_passed_and_drafts_come_again(model: Transformer) -> None:
+    """Rounds of a pause neither draft nor watch; behind it the module drafts; the tokens are the same throughout."""
+    [prompt] = prompts_of(1, 3)
+    own = SamplingParams(temperature=0, max_tokens=150, suppress_token_ids=(TOKENIZER.eos_token_id,))
+    with Engine(model, TOKENIZER) as engine:
+        expected = engine.generate(prompt, own)
+    with Engine(model, TOKENIZER, speculate=True) as engine:
+        assert engine.speculation is not None
+        kind = engine.speculation.policy.kinds[True]
+        kind.wait = 100
+        assert engine.generate(prompt, own)[0].ids == expected[0].ids
+        assert engine.stats().drafted_tokens > 0 or kind.pause > 128, "it was tried"
+        kind.wait = 1000
+        before = engine.stats().drafted_tokens
+        assert engine.generate([prompt] * 3, own)[2].ids == expected[0].ids
+        assert engine.stats().drafted_tokens == before and 0 < kind.wait < 1000
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_what_drafts_left_behind_is_gone_bit_for_bit(model: Transformer, count: int) -> None:
+    """After wrong drafts are taken back, the next tokens' scores are those of a state that never saw them."""
+    row = torch.tensor([3 + 7 * i % 250 for i in range(60)])
+    with torch.inference_mode():
+        plain, drafted = model.new_state(1), model.new_state(1)
+        for state in (plain, drafted):
+            model.step([Segment(state, row[:20])])
+        for at in range(20, 50):
+            expected = model.next_scores([Segment(plain, row[at : at + 1])])
+            wrong = torch.cat([row[at : at + 1], (row[at + 1 : at + 1 + count] + 11) % 250])
+            found = model.next_scores([Segment(drafted, wrong)], [0])
+            drafted.truncate(at + 1)
+            assert torch.equal(found.logits, expected.logits)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rorqual.ops.native.library import address, call, kernel
+from rorqual.ops.native.library import address, kernel
 
 _SOURCE = Path(__file__).with_name("decode_step.c")
 
@@ -66,20 +66,36 @@ class Network:
         return out, hidden, logits, best.tolist()
 
 
-def draft_step(
-    trunk: Tensor, tokens: Tensor, position: int, most: int, choices: int, shape: Tensor, numbers: Tensor,
-    layer: Tensor, memory: Tensor, module: Tensor, head: Tensor, kept: Tensor, least: float,
-) -> tuple[list[int], list[float]]:  # fmt: skip
-    """Drafts after trunk streams [R, N, D] of tokens that are followed by `tokens` int64 [R], and their probabilities.
+class Drafter:
+    """What the draft step reads of an MTP module, in `dtype`: tables as the C source says. `kept` lives as long."""
 
-    `kept` and `least` say when to stop: see the C source, as for the tables. The module's memory holds R tokens more.
-    """
-    rows = trunk.shape[0]
-    room = torch.cat([tokens, tokens.new_zeros(most)])
-    chances, count = torch.empty(most), torch.empty(1, dtype=torch.int64)
-    call(
-        "draft_step", trunk, room, position, rows, most, choices, shape, numbers, layer, memory, module, head,
-        kept, kept.shape[0], kept.shape[1], least, chances, count,
-    )  # fmt: skip
-    made = int(count)
-    return room[rows : rows + made].tolist(), chances[:made].tolist()
+    def __init__(
+        self, dtype: torch.dtype, shape: Tensor, numbers: Tensor, layer: Tensor, module: Tensor, head: Tensor,
+        kept: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        self.dtype = dtype
+        self._function, _ = kernel("draft_step", dtype is torch.bfloat16)
+        self._kept = (shape, numbers, layer, module, head, kept)
+        self._shape, self._numbers, self._layer = shape.data_ptr(), numbers.data_ptr(), layer.data_ptr()
+        self._module, self._head = module.data_ptr(), head.data_ptr()
+
+    def step(
+        self, trunk: Tensor, tokens: Sequence[int], position: int, most: int, choices: int, memory: Tensor,
+        kept: Tensor, least: float,
+    ) -> tuple[list[int], list[float]]:  # fmt: skip
+        """Drafts after trunk streams [R, N, D], contiguous and of any float type, of tokens that are followed by the R
+        `tokens`, and their probabilities.
+
+        kept fp32 [places, bins] and `least` say when to stop: see the C source. The module's memory, whose addresses
+        are in `memory`, holds R tokens more.
+        """
+        rows, trunk = trunk.shape[0], trunk.to(self.dtype)
+        room, chances, count = array("q", tokens), array("f", bytes(4 * most)), array("q", (0,))
+        room.frombytes(bytes(8 * most))
+        self._function(
+            trunk.data_ptr(), room.buffer_info()[0], position, rows, most, choices, self._shape, self._numbers,
+            self._layer, memory.data_ptr(), self._module, self._head, kept.data_ptr(), kept.shape[0], kept.shape[1],
+            least, chances.buffer_info()[0], count.buffer_info()[0],
+        )  # fmt: skip
+        made = count[0]
+        return room[rows : rows + made].tolist(), chances[:made].tolist()
