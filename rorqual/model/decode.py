@@ -268,8 +268,8 @@ def step(
     segments: Sequence["Segment"],
     by_layers: Callable[["Transformer", Sequence["Segment"]], Tensor],
 ) -> Tensor:
-    """Checked segments' streams [1, T, N, D] by the fused step, those of a few tokens together, longer ones alone and in
-    pieces; by the layer code where it must run.
+    """Checked segments' streams [1, T, N, D] by the fused step, those of a few tokens together, longer ones alone and
+    in pieces; by the layer code where it must run.
     """
     fits = [not segment.state.is_replaying for segment in segments]
     known = [segment for segment, is_known in zip(segments, fits, strict=True) if is_known]
