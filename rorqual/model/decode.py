@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 
 MOST_TOKENS = 16
-"""Tokens of one sequence up to which the step is faster than the layer code: drafts to verify, and ends of prompts."""
+"""Tokens of one sequence that run in one step with those of others: drafts to verify, and ends of prompts."""
+PIECE = 1024
+"""Tokens of a longer prompt that run in one step: enough for weights to be turned once, few enough for the cache."""
 
 
 class Plan(Addresses):
@@ -290,21 +292,32 @@ def step(
     segments: Sequence["Segment"],
     by_layers: Callable[["Transformer", Sequence["Segment"]], Tensor],
 ) -> Tensor:
-    """Checked segments' streams [1, T, N, D]: those of a few tokens by the fused step, the others by the layer code."""
-    is_short = [len(segment.tokens) <= MOST_TOKENS and not segment.state.is_replaying for segment in segments]
-    short = [segment for segment, fits in zip(segments, is_short, strict=True) if fits]
-    plan = plan_of(model, [segment.state for segment in short]) if short else None
+    """Checked segments' streams [1, T, N, D] by the fused step, those of a few tokens together, longer ones alone and
+    in pieces; by the layer code where it must run.
+    """
+    fits = [not segment.state.is_replaying for segment in segments]
+    known = [segment for segment, is_known in zip(segments, fits, strict=True) if is_known]
+    plan = plan_of(model, [segment.state for segment in known]) if known else None
     if plan is None:
         return by_layers(model, segments)
+    short = [segment for segment in known if len(segment.tokens) <= MOST_TOKENS]
     ids = [one for segment in short for one in segment.ids]
     counts = [len(segment.tokens) for segment in short]
-    decoded = _decode(plan, ids, [segment.state for segment in short], counts).streams
-    if len(short) == len(segments):
-        return decoded
-    rest = [segment for segment, fits in zip(segments, is_short, strict=True) if not fits]
-    read = iter(by_layers(model, rest).split([len(segment.tokens) for segment in rest], 1))
-    alone = iter(decoded.split(counts, 1))
-    return torch.cat([next(alone if fits else read) for fits in is_short], 1)
+    parts: dict[int, list[Tensor]] = {}
+    if short:
+        decoded = _decode(plan, ids, [segment.state for segment in short], counts).streams.split(counts, 1)
+        parts |= {id(segment): [part] for segment, part in zip(short, decoded, strict=True)}
+    for segment in known:
+        if len(segment.tokens) > MOST_TOKENS:
+            ids = segment.ids
+            pieces = [ids[at : at + PIECE] for at in range(0, len(ids), PIECE)]
+            parts[id(segment)] = [_decode(plan, piece, [segment.state], [len(piece)]).streams for piece in pieces]
+    rest = [segment for segment in segments if id(segment) not in parts]
+    if rest:
+        read = by_layers(model, rest).split([len(segment.tokens) for segment in rest], 1)
+        parts |= {id(segment): [part] for segment, part in zip(rest, read, strict=True)}
+    found = [part for segment in segments for part in parts[id(segment)]]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def _decode(

@@ -196,3 +196,28 @@ def test_no_choice_without_places() -> None:
         index_scan.index_scan(
             torch.ones(1, 1, 32), torch.ones(1, 1), IndexKeys(torch.ones(4, 32), 32), None, torch.tensor([4]), 0
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "ties", "zeros", "broken"])
+@pytest.mark.parametrize("top_k", [1, 16, 100])
+def test_blocks(dtype: torch.dtype, kind: str, top_k: int) -> None:
+    """Several blocks of scores: what is picked are the best of `scan_scores`, the first among equals."""
+    torch.manual_seed(top_k)
+    q, weights, keys = torch.randn(40, 16, 32), torch.randn(40, 16), torch.randn(3000, 32)
+    if kind == "ties":
+        q, weights, keys = q.round(), weights.round(), keys.round()
+    elif kind == "zeros":
+        weights, keys = weights * 1e-38, torch.where(keys.abs() < 2, 0.0, keys)
+    elif kind == "broken":
+        keys[100], keys[200], q[3] = torch.nan, torch.inf, torch.nan
+    q, keys = q.to(dtype), IndexKeys(keys.to(dtype), 32)
+    end = torch.randint(0, 3001, (40,))
+    start = torch.minimum(end, torch.randint(0, 1500, (40,)))
+    scores = index_scan.scan_scores(q, weights, keys, 3000)
+    scores = torch.where(scores.isnan(), torch.inf, scores) + 0.0
+    for first in (None, start):
+        picks = index_scan.index_scan(q, weights, keys, first, end, top_k)
+        for row, (lo, hi) in enumerate(zip((torch.zeros_like(end) if first is None else first), end, strict=True)):
+            order = scores[row, lo:hi].sort(descending=True, stable=True).indices[:top_k] + lo
+            assert [i for i in picks[row].tolist() if i >= 0] == sorted(order.tolist())

@@ -6,27 +6,32 @@
 #ifndef ELEMENT_BF16
 #define KEY_BLOCK 64 /* keys that stay in cache while all heads add them up */
 
-/* Scores [n] of one head -> weights exp(score - top); returns top, the largest of them and the sink. */
+/* Scores [n] of one head -> weights exp(score - top); returns top, the largest of them and the sink. Rows are whole vectors,
+ * whose last lanes hold anything. */
 INLINE float weigh(float *score, long n, float scale, float sink) {
+    const Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Vector most = (Vector){0} + sink;
     for (long j = 0; j < n; j += VECTOR) {
-        Vector x = load(score + j, n - j) * scale;
-        store(score + j, n - j, x);
-        if (n - j < VECTOR) /* what lies beyond the last key must not win */
-            for (long i = n - j; i < VECTOR; i++) x[i] = sink;
+        Vector x = load(score + j, VECTOR) * scale;
+        store(score + j, VECTOR, x);
+        if (n - j < VECTOR) x = choose(lane < (int32_t)(n - j), x, most); /* what lies beyond the last key must not win */
         most = choose(most < x, x, most);
     }
+#ifdef __AVX512F__
+    float top = _mm512_reduce_max_ps((__m512)most);
+#else
     float top = most[0];
     for (int i = 1; i < VECTOR; i++) top = max_(top, most[i]);
-    for (long j = 0; j < n; j += VECTOR) store(score + j, n - j, exp_lanes(load(score + j, n - j) - top));
+#endif
+    for (long j = 0; j < n; j += VECTOR) store(score + j, VECTOR, exp_lanes(load(score + j, VECTOR) - top));
     return top;
 }
 #endif
 
 /* Adds `n` keys, one after the other, each by its weight (rows of weights `wide` apart): value [heads][padded] over
- * `vectors` of 16 channels from channel `at` on, and with the first channels the sum of weights, total [heads]. */
-INLINE void NAME(add_keys)(int heads, int vectors, const float *weights, long wide, const T *const *keys, long n, long at,
-                           long width, float *value, long padded, float *total) {
+ * `vectors` of 16 channels (is_whole: all there) from channel `at` on, and with the first channels the sum of weights, total [heads]. */
+INLINE void NAME(add_keys)(int heads, int vectors, int is_whole, const float *weights, long wide, const T *const *keys,
+                           long n, long at, long width, float *value, long padded, float *total) {
     Vector sum[4][4];
     float all[4];
 #pragma GCC unroll 4
@@ -39,7 +44,7 @@ INLINE void NAME(add_keys)(int heads, int vectors, const float *weights, long wi
         const T *key = keys[j] + at;
         Vector x[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) x[v] = LOAD(key + v * VECTOR, width - at - v * VECTOR);
+        for (int v = 0; v < vectors; v++) x[v] = LOAD(key + v * VECTOR, is_whole ? VECTOR : width - at - v * VECTOR);
 #pragma GCC unroll 4
         for (int h = 0; h < heads; h++) {
             float w = weights[h * wide + j];
@@ -60,11 +65,11 @@ INLINE void NAME(add_keys)(int heads, int vectors, const float *weights, long wi
 INLINE void NAME(add_keys_wide)(int heads, const float *weights, long wide, const T *const *keys, long n, long width,
                                 float *value, long padded, float *total) {
     long at = 0;
-    for (; padded - at >= 4 * VECTOR; at += 4 * VECTOR)
-        NAME(add_keys)(heads, 4, weights, wide, keys, n, at, width, value, padded, total);
-    for (; padded - at >= 2 * VECTOR; at += 2 * VECTOR)
-        NAME(add_keys)(heads, 2, weights, wide, keys, n, at, width, value, padded, total);
-    if (at < padded) NAME(add_keys)(heads, 1, weights, wide, keys, n, at, width, value, padded, total);
+    for (; width - at >= 4 * VECTOR; at += 4 * VECTOR)
+        NAME(add_keys)(heads, 4, 1, weights, wide, keys, n, at, width, value, padded, total);
+    for (; width - at >= VECTOR; at += VECTOR)
+        NAME(add_keys)(heads, 1, 1, weights, wide, keys, n, at, width, value, padded, total);
+    if (at < width) NAME(add_keys)(heads, 1, 0, weights, wide, keys, n, at, width, value, padded, total);
 }
 
 /* Heads [first, last) of one query [H, K] over `n` keys, oldest first, each both key and value; sink [H] -> out [H, K],

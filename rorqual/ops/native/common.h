@@ -14,11 +14,18 @@
 #define MAX_ITERS 64
 #define FORK_FROM 65536 /* multiply-adds below which a second thread costs more than it saves */
 
+#ifdef _OPENMP
+extern int omp_in_parallel(void);
+#else
+static inline int omp_in_parallel(void) { return 0; }
+#endif
+
 /* A loop whose rounds are shared out over threads where there is enough to do. A parallel region of one thread would do,
- * but entering it costs as much as many a round of decoding. `...` is the body. */
+ * but entering it costs as much as many a round of decoding. Within a parallel region a thread goes through the loop by
+ * itself. `...` is the body. */
 #define SHARED_OUT(is_much, head, ...)                                                                              \
     do {                                                                                                            \
-        if (is_much) {                                                                                              \
+        if ((is_much) && !omp_in_parallel()) {                                                                      \
             _Pragma("omp parallel for schedule(static)") for (head) __VA_ARGS__                                     \
         } else {                                                                                                    \
             for (head) __VA_ARGS__                                                                                  \

@@ -11,8 +11,12 @@
 
 #ifdef _OPENMP
 extern int omp_get_max_threads(void);
+extern int omp_get_num_threads(void);
+extern int omp_get_thread_num(void);
 #else
 static int omp_get_max_threads(void) { return 1; }
+static int omp_get_num_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
 #endif
 
 /* Names of what model/decode.py fills in; it reads them here. */
@@ -35,6 +39,8 @@ enum Memory { RING, RING_SIZE, BLOCKS_KV, BLOCKS_SCORE, BLOCKS_SIZE, ENTRIES, EN
 
 enum Head { HEAD_FN, HEAD_BASE, HEAD_SCALE, HEAD_NORM, HEAD_WEIGHT, HEAD_END };
 enum Draft { EMBED, E_PROJ, H_PROJ, E_NORM, H_NORM, DRAFT_END };
+
+#define PART_ROWS 32 /* at least, for a thread of its own */
 
 #define PLACE(table, field) ((void *)(uintptr_t)(table)[field])
 

@@ -2,22 +2,37 @@
 
 #include "kernels.h"
 
-/* One call: what came in, and room for what lies between kernels. */
+/* One call, or the part of its rows that a thread runs: what came in, and room for what lies between kernels. */
 typedef struct {
     const int64_t *shape, *tokens, *positions, *first, *tables, *memories; /* of each row: see decode_step */
     const float *numbers;
-    long rows;
-    T *other, *x, *normed, *y, *latent, *latent_normed, *q, *q_turned, *kv, *kv_turned, *o, *z, *index_q,
+    long rows, at, total, parts; /* rows of this part, of the call before it and in all; parts of the call */
+    T *other, *x, *normed, *y, *latent, *latent_normed, *q, *q_turned, *kv, *o, *z, *index_q,
         *index_turned, *index_out, *unpacked;
     T *gate, *up, *inner, *shared, *expert_inner, *expert_out;
-    float *post, *comb, *raw, *rs, *weight, *lse, *blocks, *scores, *head_weights, *angles, *plain_angles, *one_angle, *pooled;
+    float *post, *comb, *raw, *rs, *weight, *lse, *head_weights, *angles, *plain_angles, *one_angle, *pooled;
     float *router_scores, *routing, *sorted, *one_row;
+    /* what other parts read too, for even layers and odd ones: keys, and projections of both compressors */
+    T *turned[2], *kv_turned;
+    float *blocks[4], *scores[4];
     uint8_t *codes;
     int64_t *chosen, *token, *choice, *bounds, *slots, *picks;
-    void *all; /* of these, in one piece */
+    void *all, *common; /* of these, in one piece: what is this part's, and what the parts share */
     int has_angles, has_plain_angles;
     long layer; /* that is being run */
 } NAME(Step);
+
+/* Room that the parts of a call share; `make_room` is for the step of a part. */
+static void NAME(make_shared)(NAME(Step) * s) {
+    long width = s->shape[WIDTH], channels = 2 * most(width, s->shape[INDEX_WIDTH]);
+    size_t keys = (sizeof(T) * width * s->rows + 127) / 64 * 64; /* room for a vector behind */
+    size_t projected = (sizeof(float) * channels * s->rows + 127) / 64 * 64;
+    uint8_t *next = s->common = malloc(2 * keys + 8 * projected);
+    for (int i = 0; i < 2; i++, next += keys) s->turned[i] = (T *)next;
+    for (int i = 0; i < 4; i++, next += projected) s->blocks[i] = (float *)next;
+    for (int i = 0; i < 4; i++, next += projected) s->scores[i] = (float *)next;
+    s->total = s->rows, s->parts = 1;
+}
 
 static void NAME(make_room)(NAME(Step) * s) {
     const int64_t *n = s->shape;
@@ -28,7 +43,7 @@ static void NAME(make_room)(NAME(Step) * s) {
         long size;
     } typed[] = {{&s->other, streams * hidden}, {&s->x, hidden}, {&s->normed, hidden}, {&s->y, hidden}, {&s->latent, n[QUERY_RANK]},
                  {&s->latent_normed, n[QUERY_RANK]}, {&s->q, all}, {&s->q_turned, all}, {&s->kv, n[WIDTH]},
-                 {&s->kv_turned, n[WIDTH]}, {&s->o, all}, {&s->z, n[GROUPS] * n[OUTPUT_RANK]},
+                 {&s->o, all}, {&s->z, n[GROUPS] * n[OUTPUT_RANK]},
                  {&s->index_q, most(index, channels)}, {&s->index_turned, most(index, channels)},
                  {&s->index_out, most(index, channels)}, {&s->unpacked, most(n[WIDTH], n[INDEX_WIDTH])}, {&s->gate, n[EXPERT_WIDTH]}, {&s->up, n[EXPERT_WIDTH]},
                  {&s->inner, n[EXPERT_WIDTH]}, {&s->shared, hidden}, {&s->expert_inner, n[ACTIVE] * n[EXPERT_WIDTH]},
@@ -38,7 +53,7 @@ static void NAME(make_room)(NAME(Step) * s) {
         long size;
     } floats[] = {{&s->post, streams}, {&s->comb, streams * streams}, {&s->raw, streams * (streams + 2)},
                   {&s->rs, n[HEADS] + n[INDEX_HEADS] + streams}, {&s->weight, most(hidden, most(all, n[QUERY_RANK]))},
-                  {&s->lse, n[HEADS]}, {&s->blocks, channels}, {&s->scores, channels},
+                  {&s->lse, n[HEADS]},
                   {&s->head_weights, n[INDEX_HEADS]}, {&s->angles, n[ROPE]}, {&s->plain_angles, n[ROPE]},
                   {&s->one_angle, n[ROPE]}, {&s->pooled, channels}, {&s->router_scores, n[EXPERTS]},
                   {&s->routing, n[ACTIVE]}, {&s->sorted, n[ACTIVE]}, {&s->one_row, most(n[WIDTH], n[INDEX_WIDTH])}};
@@ -65,10 +80,11 @@ static void NAME(make_room)(NAME(Step) * s) {
     s->all = all_of_it, s->codes = all_of_it + used;
 }
 
-/* What the row's sequence remembers in the layer that is being run. */
-INLINE const int64_t *NAME(memory_of)(const NAME(Step) * s, long row) {
-    return (const int64_t *)(uintptr_t)s->memories[row] + s->layer * MEMORY_END;
+/* What the row's sequence remembers in a layer, and in the one that is being run. */
+INLINE const int64_t *NAME(memory_in)(const NAME(Step) * s, long row, long layer) {
+    return (const int64_t *)(uintptr_t)s->memories[row] + layer * MEMORY_END;
 }
+INLINE const int64_t *NAME(memory_of)(const NAME(Step) * s, long row) { return NAME(memory_in)(s, row, s->layer); }
 
 /* A norm's weight in fp32. */
 static const float *NAME(widened)(NAME(Step) * s, const T *weight, long n) {
@@ -151,40 +167,58 @@ static void NAME(finish_entry)(NAME(Step) * s, const int64_t *layer, const NAME(
     else if (!is_key && s->shape[ROUNDS_KV]) NAME(round_kv)(s, out);
 }
 
-/* The token's projections (`kv` and `score`, [channels]) complete a block of `row` or wait for it. */
-static void NAME(compress_row)(NAME(Step) * s, const int64_t *layer, const NAME(Compressor) * c, long row, long channels,
-                               const float *kv, const float *score) {
-    const int64_t *memory = NAME(memory_of)(s, row);
-    long ratio = layer[RATIO], position = s->positions[row], size = memory[c->ring_size];
-    float *ring_kv = PLACE(memory, c->ring_kv), *ring_score = PLACE(memory, c->ring_score);
-    if ((position + 1) % ratio == 0) {
+/* The place of the call's first token of the row's sequence, and whether a later one has the row's slot in a ring. */
+INLINE long NAME(begin_of)(const NAME(Step) * s, long row) { return s->positions[s->first[row] - s->at]; }
+INLINE int NAME(is_overwritten)(const NAME(Step) * s, long row, long size) {
+    return s->at + row + size < s->total && s->first[row + size] == s->first[row];
+}
+
+/* Projections of the tokens' blocks, to the places `which`. */
+static void NAME(project_blocks)(NAME(Step) * s, const int64_t *layer, const NAME(Compressor) * c, int which) {
+    long channels = c->width * (layer[OVERLAP] ? 2 : 1), hidden = s->shape[HIDDEN];
+    const float *ape = PLACE(layer, c->ape);
+    float *kv = s->blocks[which] + s->at * channels, *scores = s->scores[which] + s->at * channels;
+    NAME(linear)(s->normed, PLACE(layer, c->wkv), s->rows, 1, channels, hidden, NULL, kv);
+    NAME(linear)(s->normed, PLACE(layer, c->wgate), s->rows, 1, channels, hidden, NULL, scores);
+    for (long row = 0; row < s->rows; row++) {
+        float *score = scores + row * channels;
+        const float *place = ape + s->positions[row] % layer[RATIO] * channels;
+        for (long i = 0; i < channels; i++) score[i] += place[i];
+    }
+}
+
+/* Entries of the blocks that tokens complete, from their own projections and those of the tokens before them. */
+static void NAME(complete_blocks)(NAME(Step) * s, const int64_t *layer, const NAME(Compressor) * c, int which) {
+    long ratio = layer[RATIO], channels = c->width * (layer[OVERLAP] ? 2 : 1);
+    for (long row = 0; row < s->rows; row++) {
+        long position = s->positions[row], begin = NAME(begin_of)(s, row);
+        if ((position + 1) % ratio) continue;
+        const int64_t *memory = NAME(memory_of)(s, row), *table = (const int64_t *)(uintptr_t)s->tables[row];
+        const float *ring_kv = PLACE(memory, c->ring_kv), *ring_score = PLACE(memory, c->ring_score);
         long block = position / ratio, count = 0, back = layer[OVERLAP] && block > 0 ? 2 * ratio : ratio;
         const float *a[2 * ratio], *b[2 * ratio];
         for (long t = position - back + 1; t <= position; t++, count++) {
-            long half = layer[OVERLAP] && t > position - ratio ? c->width : 0, at = t % size * channels + half;
-            a[count] = t == position ? kv + half : ring_kv + at;
-            b[count] = t == position ? score + half : ring_score + at;
+            long half = layer[OVERLAP] && t > position - ratio ? c->width : 0, is_here = t >= begin;
+            long at = (is_here ? s->at + row - (position - t) : t % memory[c->ring_size]) * channels + half;
+            a[count] = (is_here ? s->blocks[which] : ring_kv) + at;
+            b[count] = (is_here ? s->scores[which] : ring_score) + at;
         }
         compress_entry(a, b, count, c->width, s->pooled);
         uint8_t *stored = PLACE(memory, c->stored);
-        const int64_t *table = (const int64_t *)(uintptr_t)s->tables[row];
         long bytes = c->row_bytes ? c->row_bytes : (long)sizeof(T) * c->width;
         NAME(finish_entry)(s, layer, c, block * ratio, stored + entry_row(table, memory[c->stored_rows], block) * bytes);
     }
-    memcpy(ring_kv + position % size * channels, kv, sizeof(float) * channels);
-    memcpy(ring_score + position % size * channels, score, sizeof(float) * channels);
 }
 
-static void NAME(compress)(NAME(Step) * s, const int64_t *layer, const NAME(Compressor) * c) {
-    long channels = c->width * (layer[OVERLAP] ? 2 : 1), hidden = s->shape[HIDDEN];
-    const float *ape = PLACE(layer, c->ape);
-    NAME(linear)(s->normed, PLACE(layer, c->wkv), s->rows, 1, channels, hidden, NULL, s->blocks);
-    NAME(linear)(s->normed, PLACE(layer, c->wgate), s->rows, 1, channels, hidden, NULL, s->scores);
+/* Keeps the projections for later calls. */
+static void NAME(keep_blocks)(NAME(Step) * s, const int64_t *layer, const NAME(Compressor) * c, int which) {
+    long channels = c->width * (layer[OVERLAP] ? 2 : 1);
     for (long row = 0; row < s->rows; row++) {
-        float *score = s->scores + row * channels;
-        const float *place = ape + s->positions[row] % layer[RATIO] * channels;
-        for (long i = 0; i < channels; i++) score[i] += place[i];
-        NAME(compress_row)(s, layer, c, row, channels, s->blocks + row * channels, score);
+        const int64_t *memory = NAME(memory_of)(s, row);
+        long size = memory[c->ring_size], at = s->positions[row] % size * channels;
+        if (NAME(is_overwritten)(s, row, size)) continue;
+        memcpy((float *)PLACE(memory, c->ring_kv) + at, s->blocks[which] + (s->at + row) * channels, sizeof(float) * channels);
+        memcpy((float *)PLACE(memory, c->ring_score) + at, s->scores[which] + (s->at + row) * channels, sizeof(float) * channels);
     }
 }
 
@@ -206,15 +240,19 @@ static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const flo
         PUT(&scaled, 0, GET(s->index_q, i) * s->numbers[INDEX_SCALE]);
         s->head_weights[i] = GET(&scaled, 0);
     }
-    long threads = s->rows > 1 || longest < 4096 ? 1 : omp_get_max_threads();
-    int is_much = s->rows > 1 && longest * heads * width * s->rows > FORK_FROM;
-    SHARED_OUT(is_much, long row = 0; row < s->rows; row++, {
+    int is_one = s->first[0] == s->first[s->rows - 1]; /* sequence: its rows share the tiles of its keys */
+    long threads = !is_one || longest < 4096 || s->parts > 1 ? 1 : omp_get_max_threads();
+    SHARED_OUT(!is_one && longest * heads * width * s->rows > FORK_FROM, long row = 0; row < s->rows; row++, {
+        if (row && s->first[row - 1] == s->first[row]) continue;
+        int64_t ends[s->rows - row];
+        long count = 0;
+        for (; row + count < s->rows && s->first[row + count] == s->first[row]; count++)
+            ends[count] = (s->positions[row + count] + 1) / layer[RATIO];
+        if (ends[count - 1] <= n[TOP_K]) continue;
         const int64_t *mine = NAME(memory_of)(s, row);
-        int64_t end = (s->positions[row] + 1) / layer[RATIO];
-        if (end <= n[TOP_K]) continue;
         void *keys = PLACE(mine, INDEX_KEYS);
         NAME(index_scan)(s->index_out + row * heads * width, s->head_weights + row * heads, n[KEY_BYTES] ? NULL : keys,
-                         n[KEY_BYTES] ? keys : NULL, (const int64_t *)(uintptr_t)s->tables[row], NULL, &end, 1, heads,
+                         n[KEY_BYTES] ? keys : NULL, (const int64_t *)(uintptr_t)s->tables[row], NULL, ends, count, heads,
                          width, mine[KEY_ROWS], n[TOP_K], threads, s->picks + row * n[TOP_K]);
     });
 }
@@ -232,8 +270,8 @@ static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, long row, 
     long position = s->positions[row], first = most(0, position - n[WINDOW] + 1), count = 0, width = n[WIDTH];
     const T *ring = PLACE(memory, RING), *entries = PLACE(memory, ENTRIES);
     for (long t = first; t <= position; t++)
-        keys[count++] = t < s->positions[s->first[row]] ? ring + t % memory[RING_SIZE] * width
-                                                        : s->kv_turned + (row - (position - t)) * width;
+        keys[count++] = t < NAME(begin_of)(s, row) ? ring + t % memory[RING_SIZE] * width
+                                                 : s->kv_turned + (row - (position - t)) * width;
     long used = NAME(used_entries)(s, layer, row);
     int is_choice = used && layer[INDEX_WKV] && (position + 1) / layer[RATIO] > n[TOP_K];
     for (long i = 0; i < used; i++) {
@@ -251,30 +289,55 @@ static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, long row, 
     return count;
 }
 
+/* Heads [first, last) of rows [from, to). */
+static void NAME(attend_some)(const NAME(Step) * s, const int64_t *layer, long from, long to, long first, long last,
+                              long used) {
+    const int64_t *n = s->shape;
+    long width = n[WIDTH], heads = n[HEADS], room = n[WINDOW] + used;
+    const T **keys = malloc(sizeof(T *) * room);
+    T *unpacked = n[ENTRY_BYTES] ? malloc(sizeof(T) * used * width + 64) : NULL;
+    float *work = malloc(sizeof(float) * attend_work(last - first, room, width));
+    for (long row = from; row < to; row++) {
+        long count = NAME(keys_of)(s, layer, row, unpacked, keys);
+        NAME(attend_query)(s->q_turned + row * heads * width, keys, count, PLACE(layer, SINK), first, last, width,
+                           s->numbers[SCALE], work, s->o + row * heads * width, s->lse + row * heads);
+    }
+    free(keys), free(unpacked), free(work);
+}
+
 static void NAME(attend_rows)(NAME(Step) * s, const int64_t *layer) {
     const int64_t *n = s->shape;
-    long heads = n[HEADS], width = n[WIDTH], used = 0, threads = omp_get_max_threads(), counts[s->rows];
-    for (long row = 0; row < s->rows; row++) used = most(used, NAME(used_entries)(s, layer, row));
-    long room = n[WINDOW] + used;
-    int is_much = s->rows * heads * room * width > FORK_FROM;
-    long parts = !is_much || s->rows >= threads ? 1 : heads < threads ? heads : threads, each = (heads + parts - 1) / parts;
-    const T **all_keys = malloc(sizeof(T *) * room * s->rows);
-    T *unpacked = n[ENTRY_BYTES] ? malloc(sizeof(T) * used * width * s->rows + 64) : NULL;
-    SHARED_OUT(n[ENTRY_BYTES] && is_much, long row = 0; row < s->rows; row++, {
-        counts[row] = NAME(keys_of)(s, layer, row, unpacked ? unpacked + row * used * width : NULL, all_keys + row * room);
+    long heads = n[HEADS], used = 0, rows = s->rows, threads = s->parts > 1 ? 1 : omp_get_max_threads();
+    for (long row = 0; row < rows; row++) used = most(used, NAME(used_entries)(s, layer, row));
+    int is_much = threads > 1 && rows * heads * (n[WINDOW] + used) * n[WIDTH] > FORK_FROM;
+    if (!is_much) {
+        NAME(attend_some)(s, layer, 0, rows, 0, heads, used);
+        return;
+    }
+    long cuts = rows >= threads ? 1 : heads < threads ? heads : threads; /* few rows are cut by their heads */
+    long each = (heads + cuts - 1) / cuts, groups = rows < threads ? rows : threads, size = (rows + groups - 1) / groups;
+    SHARED_OUT(1, long job = 0; job < groups * cuts; job++, {
+        long from = job / cuts * size, to = from + size < rows ? from + size : rows, first = job % cuts * each;
+        long last = first + each < heads ? first + each : heads;
+        if (from < to && first < last) NAME(attend_some)(s, layer, from, to, first, last, used);
     });
-    SHARED_OUT(is_much, long job = 0; job < s->rows * parts; job++, {
-        long row = job / parts, first = job % parts * each, last = first + each < heads ? first + each : heads;
-        float *work = malloc(sizeof(float) * attend_work(each, room, width));
-        NAME(attend_query)(s->q_turned + row * heads * width, all_keys + row * room, counts[row], PLACE(layer, SINK), first,
-                           last, width, s->numbers[SCALE], work, s->o + row * heads * width, s->lse + row * heads);
-        free(work);
-    });
-    free(all_keys), free(unpacked);
+}
+
+/* Keeps the keys of the layer that was run last, for later calls. */
+static void NAME(keep_window)(NAME(Step) * s, long layer) {
+    long width = s->shape[WIDTH];
     for (long row = 0; row < s->rows; row++) {
-        const int64_t *mine = NAME(memory_of)(s, row);
-        memcpy((T *)PLACE(mine, RING) + s->positions[row] % mine[RING_SIZE] * width, s->kv_turned + row * width,
+        const int64_t *memory = NAME(memory_in)(s, row, layer);
+        if (NAME(is_overwritten)(s, row, memory[RING_SIZE])) continue;
+        memcpy((T *)PLACE(memory, RING) + s->positions[row] % memory[RING_SIZE] * width, s->kv_turned + row * width,
                sizeof(T) * width);
+    }
+}
+
+/* Waits for the other parts of the call. */
+static void NAME(meet)(const NAME(Step) * s) {
+    if (s->parts > 1) {
+#pragma omp barrier
     }
 }
 
@@ -283,24 +346,32 @@ static void NAME(attention)(NAME(Step) * s, const int64_t *layer) {
     long rows = s->rows, heads = n[HEADS], width = n[WIDTH], rope = n[ROPE], hidden = n[HIDDEN], rank = n[QUERY_RANK];
     float eps = s->numbers[NORM_EPS];
     const float *angles = NAME(angles_of)(s, layer);
+    NAME(Compressor) entries = {ENTRY_WKV, ENTRY_WGATE, ENTRY_APE, ENTRY_NORM, BLOCKS_KV, BLOCKS_SCORE, BLOCKS_SIZE,
+                                ENTRIES, ENTRY_ROWS, width, n[ENTRY_BYTES]};
+    NAME(Compressor) keys = {INDEX_WKV, INDEX_WGATE, INDEX_APE, INDEX_NORM, INDEX_BLOCKS_KV, INDEX_BLOCKS_SCORE,
+                             INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, n[INDEX_WIDTH], n[KEY_BYTES]};
+    T *turned = s->turned[s->layer % 2] + s->at * width;
     NAME(project)(s, s->normed, layer + WQ_A, 1, rank, hidden, s->latent);
     NAME(norm)(s, s->latent, PLACE(layer, Q_NORM), rank, s->latent_normed);
     NAME(project)(s, s->latent_normed, layer + WQ_B, 1, heads * width, rank, s->q);
     NAME(norm_rope_forward)(s->q, NULL, angles, rows * heads, heads, rows, width, rope, eps, s->q_turned, s->rs);
     NAME(project)(s, s->normed, layer + WKV, 1, width, hidden, s->kv);
     NAME(norm_rope_forward)(s->kv, NAME(widened)(s, PLACE(layer, KV_NORM), width), angles, rows, 1, rows, width, rope, eps,
-                            s->kv_turned, s->rs);
-    for (long row = 0; n[ROUNDS_KV] && row < rows; row++) NAME(round_kv)(s, s->kv_turned + row * width);
+                            turned, s->rs);
+    for (long row = 0; n[ROUNDS_KV] && row < rows; row++) NAME(round_kv)(s, turned + row * width);
+    int first = (int)(s->layer % 2) * 2; /* of two pairs of projections */
+    if (layer[RATIO]) NAME(project_blocks)(s, layer, &entries, first);
+    if (layer[INDEX_WKV]) NAME(project_blocks)(s, layer, &keys, first + 1);
+    NAME(meet)(s); /* what other parts read of this layer is there, and none reads of the layer before */
+    if (s->layer) NAME(keep_window)(s, s->layer - 1);
+    s->kv_turned = turned;
     if (layer[RATIO]) {
-        NAME(Compressor) entries = {ENTRY_WKV, ENTRY_WGATE, ENTRY_APE, ENTRY_NORM, BLOCKS_KV, BLOCKS_SCORE, BLOCKS_SIZE,
-                                    ENTRIES, ENTRY_ROWS, width, n[ENTRY_BYTES]};
-        NAME(compress)(s, layer, &entries);
-    }
-    if (layer[INDEX_WKV]) {
-        NAME(Compressor) keys = {INDEX_WKV, INDEX_WGATE, INDEX_APE, INDEX_NORM, INDEX_BLOCKS_KV, INDEX_BLOCKS_SCORE,
-                                 INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, n[INDEX_WIDTH], n[KEY_BYTES]};
-        NAME(compress)(s, layer, &keys);
-        NAME(select_entries)(s, layer, angles);
+        NAME(complete_blocks)(s, layer, &entries, first);
+        if (layer[INDEX_WKV]) NAME(complete_blocks)(s, layer, &keys, first + 1);
+        NAME(meet)(s);
+        NAME(keep_blocks)(s, layer, &entries, first);
+        if (layer[INDEX_WKV]) NAME(keep_blocks)(s, layer, &keys, first + 1);
+        if (layer[INDEX_WKV]) NAME(select_entries)(s, layer, angles);
     }
     NAME(attend_rows)(s, layer);
     NAME(rope_rotate)(s->o, angles, rows * heads, heads, rows, width, rope, -1.0f, s->q);
@@ -363,4 +434,6 @@ static void NAME(run_layers)(NAME(Step) * s, const int64_t *layers, T *streams) 
             out = swap;
         }
     } /* an even number of swaps: the result lies in streams */
+    NAME(meet)(s);
+    NAME(keep_window)(s, shape[LAYERS] - 1);
 }

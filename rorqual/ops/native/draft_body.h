@@ -50,6 +50,7 @@ void NAME(draft_step)(const T *trunk, int64_t *tokens, long position, long rows,
     float *logits = malloc(sizeof(float) * choices + 64), product = 1.0f;
     NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = positions, .first = first, .tables = tables,
                     .memories = memories, .numbers = numbers, .rows = rows};
+    NAME(make_shared)(&s);
     NAME(make_room)(&s);
     for (long i = 0; i < rows; i++) positions[i] = position + i, memories[i] = (int64_t)(uintptr_t)memory;
     const T *streams = trunk;
@@ -64,9 +65,9 @@ void NAME(draft_step)(const T *trunk, int64_t *tokens, long position, long rows,
         memmove(joined, last, sizeof(T) * size); /* the module's own streams stand in for those of the trunk */
         streams = joined;
         positions[0] = position + rows + *count, s.tokens = tokens + rows + *count;
-        s.rows = 1, s.has_plain_angles = s.has_angles = 0;
+        s.rows = s.total = 1, s.has_plain_angles = s.has_angles = 0;
         ++*count;
     }
-    free(s.all);
+    free(s.all), free(s.common);
     free(positions), free(memories), free(turned), free(joined), free(logits);
 }

@@ -36,6 +36,18 @@ static void NAME(score)(NAME(Step) * s, const int64_t *head, const T *hidden, lo
     NAME(linear)(hidden, PLACE(head, HEAD_WEIGHT), rows, 1, choices, s->shape[HIDDEN], NULL, logits);
 }
 
+/* This thread's part of many rows through all layers: what a row needs of other rows it finds in shared room. So threads
+ * meet a few times a layer only, and what a part works on stays in its thread's cache. */
+static void NAME(run_part)(const NAME(Step) * whole, const int64_t *layers, T *streams) {
+    NAME(Step) s = *whole;
+    long parts = omp_get_num_threads(), part = omp_get_thread_num(), end = whole->rows * (part + 1) / parts;
+    s.parts = parts, s.at = whole->rows * part / parts, s.rows = end - s.at;
+    s.tokens += s.at, s.positions += s.at, s.first += s.at, s.tables += s.at, s.memories += s.at;
+    NAME(make_room)(&s);
+    NAME(run_layers)(&s, layers, streams + s.at * s.shape[STREAMS] * s.shape[HIDDEN]);
+    free(s.all);
+}
+
 /* embedding [V, D]; shape, numbers and layers [L, LAYER_END] of the model; of each row, one behind the other in `places`
  * [5][rows]: its token, its position, the row where its sequence begins (whose rows stand one behind the other), and the
  * addresses of the sequence's pages (0: none) and of its memory [L, MEMORY_END] -> streams [rows, N, D]. Behind `count` of
@@ -43,18 +55,26 @@ static void NAME(score)(NAME(Step) * s, const int64_t *head, const T *hidden, lo
 void NAME(decode_step)(const T *embedding, const int64_t *shape, const float *numbers, const int64_t *layers,
                        const int64_t *head, const int64_t *places, long rows, const int64_t *wanted, long count,
                        long choices, T *streams, T *hidden, float *logits, int64_t *best) {
-    const int64_t *tokens = places;
-    NAME(Step) s = {.shape = shape, .tokens = tokens, .positions = places + rows, .first = places + 2 * rows,
+    NAME(Step) s = {.shape = shape, .tokens = places, .positions = places + rows, .first = places + 2 * rows,
                     .tables = places + 3 * rows, .memories = places + 4 * rows, .numbers = numbers, .rows = rows};
     long d = shape[HIDDEN], n = shape[STREAMS];
-    NAME(make_room)(&s);
-    for (long i = 0; i < rows * n; i++) memcpy(streams + i * d, embedding + tokens[i / n] * d, sizeof(T) * d);
-    NAME(run_layers)(&s, layers, streams);
+    for (long i = 0; i < rows * n; i++) memcpy(streams + i * d, embedding + places[i / n] * d, sizeof(T) * d);
+    NAME(make_shared)(&s);
+    long parts = rows / PART_ROWS < omp_get_max_threads() ? rows / PART_ROWS : omp_get_max_threads();
+    if (parts > 1) {
+#pragma omp parallel num_threads(parts)
+        NAME(run_part)(&s, layers, streams);
+        s.rows = count;
+        NAME(make_room)(&s);
+    } else {
+        NAME(make_room)(&s);
+        NAME(run_layers)(&s, layers, streams);
+    }
     if (count) {
         for (long i = 0; i < count; i++) memcpy(s.other + i * n * d, streams + wanted[i] * n * d, sizeof(T) * n * d);
         NAME(finish)(&s, head, s.other, count, hidden);
         NAME(score)(&s, head, hidden, count, choices, logits);
         for (long i = 0; i < count; i++) best[i] = best_of(logits + i * choices, choices);
     }
-    free(s.all);
+    free(s.all), free(s.common);
 }

@@ -28,6 +28,12 @@ typedef int32_t Wholes __attribute__((vector_size(4 * LANE_COUNT), aligned(4)));
 #endif
 
 INLINE Lanes lanes_at(const float *p) { return *(const Lanes *)p; }
-INLINE Lanes positive(Lanes x) { return (Lanes)((Wholes)x & ~(x < 0.0f)); } /* a NaN stays */
+INLINE Lanes positive(Lanes x) { /* a NaN stays */
+#ifdef __AVX512F__
+    return (Lanes)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x); /* of a NaN and a number: the second */
+#else
+    return (Lanes)((Wholes)x & ~(x < 0.0f));
+#endif
+}
 
 #endif

@@ -8,6 +8,21 @@
 #define LINEAR_ROWS 96 /* a block of rows that stays in cache while panels pass */
 #endif
 
+/* m rows of x (x_row apart) times one panel, to the first `n` columns of y or of `exact` (row stride y_row). */
+INLINE void NAME(panel_column)(long m, long in, const T *x, long x_row, const WORD *panel, long n, long y_row, T *y,
+                               float *exact) {
+    for (long i = 0; i < m; i += PANEL_HEIGHT) {
+        Vector sums[PANEL_HEIGHT];
+        NAME(panel_block)(i, m, in, x, NULL, x_row, panel, sums);
+#pragma GCC unroll 8
+        for (int r = 0; r < PANEL_HEIGHT; r++) {
+            if (i + r >= m) break;
+            if (exact) store(exact + (i + r) * y_row, n, sums[r]);
+            else STORE(y + (i + r) * y_row, n, sums[r]);
+        }
+    }
+}
+
 /* `linear` by panels. */
 static void NAME(linear_panels)(const T *x, const T *w, long rows, long groups, long out, long in, T *y, float *exact) {
     long row_blocks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS, panels = (out + VECTOR - 1) / VECTOR;
@@ -20,19 +35,11 @@ static void NAME(linear_panels)(const T *x, const T *w, long rows, long groups, 
     SHARED_OUT(rows * groups * out * in > FORK_FROM, long job = 0; job < row_blocks * groups; job++, {
         long first = job / groups * LINEAR_ROWS, g = job % groups;
         long m = rows - first < LINEAR_ROWS ? rows - first : LINEAR_ROWS;
-        const T *mine = x + (first * groups + g) * in;
-        for (long p = 0; p < panels; p++)
-            for (long i = 0; i < m; i += PANEL_HEIGHT) {
-                Vector sums[PANEL_HEIGHT];
-                long to = ((first + i) * groups + g) * out + p * VECTOR;
-                NAME(panel_block)(i, m, in, mine, NULL, groups * in, turned + (g * panels + p) * size, sums);
-#pragma GCC unroll 8
-                for (int r = 0; r < PANEL_HEIGHT; r++, to += groups * out) {
-                    if (i + r >= m) break;
-                    if (exact) store(exact + to, out - p * VECTOR, sums[r]);
-                    else STORE(y + to, out - p * VECTOR, sums[r]);
-                }
-            }
+        for (long p = 0; p < panels; p++) {
+            long to = (first * groups + g) * out + p * VECTOR;
+            NAME(panel_column)(m, in, x + (first * groups + g) * in, groups * in, turned + (g * panels + p) * size,
+                               out - p * VECTOR, groups * out, exact ? NULL : y + to, exact ? exact + to : NULL);
+        }
     });
     free(turned);
 }

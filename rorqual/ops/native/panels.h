@@ -12,7 +12,8 @@
 #define HAS_PANELS 1 /* narrower processors have too few registers */
 #endif
 #define PANEL_HEIGHT 6 /* rows worked on at once */
-#define PANELS_FROM 12 /* rows from which turning pays */
+#define PANELS_FROM 48 /* rows from which turning pays */
+#define PANEL_STEPS 8  /* of 16 words, up to which it does: in longer rows the shuffles of `dots` are few */
 
 /* a [16 rows][16 words] -> its transpose. */
 INLINE void turn_16(const Bits *a, Bits *out) {
@@ -47,10 +48,10 @@ INLINE void turn_16(const Bits *a, Bits *out) {
 }
 #endif
 
-/* Whether rows of k elements can be turned: whole steps only. */
+/* Whether `rows` rows of k elements are multiplied by panels: whole steps only. */
 INLINE int NAME(panels_fit)(long rows, long k) {
 #ifdef HAS_PANELS
-    return rows >= PANELS_FROM && k % (VECTOR * PER_WORD) == 0;
+    return rows >= PANELS_FROM && k % (VECTOR * PER_WORD) == 0 && k <= PANEL_STEPS * VECTOR * PER_WORD;
 #else
     return 0 * rows * k;
 #endif
@@ -106,29 +107,14 @@ PANEL_SUM(panel_eight, panel_four, 2)
 PANEL_SUM(panel_all, panel_eight, 1)
 #undef PANEL_SUM
 
-/* Rows `row` [height] of k elements times a panel: out [height]. */
-INLINE void NAME(panel_products)(int height, long k, const T *const *row, const WORD *panel, Vector *out) {
-    long words = k / PER_WORD;
-    for (long from = 0; from < words; from += DOT_STEPS * VECTOR) {
-        long count = words - from < DOT_STEPS * VECTOR ? words - from : DOT_STEPS * VECTOR;
-        const WORD *a[8];
-        Vector sum[8];
-#pragma GCC unroll 8
-        for (int r = 0; r < height; r++) a[r] = (const WORD *)row[r] + from;
-        NAME(panel_all)(height, 0, count / VECTOR, a, panel + from * VECTOR, sum);
-#pragma GCC unroll 8
-        for (int r = 0; r < height; r++) out[r] = from ? out[r] + sum[r] : sum[r];
-    }
-}
-
 /* PANEL_HEIGHT rows of a from `i` on (rows `index` of it unless NULL); where there are fewer than m, row i again. */
 INLINE void NAME(panel_block)(long i, long m, long k, const T *a, const int64_t *index, long a_row, const WORD *panel,
                               Vector *out) {
-    const T *row[PANEL_HEIGHT];
+    const WORD *row[PANEL_HEIGHT];
 #pragma GCC unroll 8
     for (int r = 0; r < PANEL_HEIGHT; r++) {
         long at = i + r < m ? i + r : i;
-        row[r] = a + (index ? index[at] : at) * a_row;
+        row[r] = (const WORD *)(a + (index ? index[at] : at) * a_row);
     }
-    NAME(panel_products)(PANEL_HEIGHT, k, row, panel, out);
+    NAME(panel_all)(PANEL_HEIGHT, 0, k / PER_WORD / VECTOR, row, panel, out);
 }
