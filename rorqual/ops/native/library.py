@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -96,12 +97,12 @@ def _compile(cc: list[str], flags: list[str], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         library = Path(folder) / "kernels.so"
         openmp = ["-fopenmp"] if runtime else []
-        objects = []
-        for source in SOURCES:
-            objects.append(str(Path(folder) / f"{source.stem}.o"))
-            subprocess.run(
-                [*cc, *flags, *openmp, "-c", str(source), "-o", objects[-1]], check=True, capture_output=True
-            )
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
+        commands = [
+            [*cc, *flags, *openmp, "-c", str(source), "-o", out] for source, out in zip(SOURCES, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(partial(subprocess.run, check=True, capture_output=True), commands))
         # linked by hand: -fopenmp here would bring in a second OpenMP runtime beside torch's
         link = [*cc, "-shared", *objects, *([str(runtime)] if runtime else []), "-lm", "-o", str(library)]
         subprocess.run(link, check=True, capture_output=True)
