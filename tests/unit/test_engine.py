@@ -1,9 +1,11 @@
 """The engine with models that weigh nothing: order, neighbours, limits, cancelling, failures."""
 
+import ctypes
 import math
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -402,3 +404,24 @@ def test_what_is_no_token_id_and_no_priority_is_refused_by_name(tokens: Any, opt
         with pytest.raises(RequestError, match="names all"):
             engine.submit([1], every)
         assert engine.submit([1], SamplingParams(max_tokens=1)).result().ids, "and it goes on"
+
+
+def test_the_engines_thread_uses_as_many_threads_as_were_set() -> None:
+    """OpenMP asks each new thread anew, and C operations do not go through torch's own parallel loops."""
+    found = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
+    if found is None:
+        pytest.skip("torch brings no libgomp here")
+    openmp, seen, before = ctypes.CDLL(str(found)), [], torch.get_num_threads()
+
+    class Watched(HashModel):
+        def forward_streams(self, tokens: torch.Tensor, *, state: Any) -> torch.Tensor:
+            seen.append(openmp.omp_get_max_threads())
+            return super().forward_streams(tokens, state=state)
+
+    torch.set_num_threads(1)
+    try:
+        with Engine(Watched(), TOKENIZER) as engine:
+            engine.generate([1, 2, 3], SamplingParams(max_tokens=2))
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
