@@ -262,7 +262,7 @@ class Engine:
     # The engine's thread
 
     def _run(self) -> None:
-        torch.get_num_threads()  # a new thread asks before OpenMP knows what `set_num_threads` said; else all cores work
+        torch.get_num_threads()  # asked in each new thread, or OpenMP does not hear of `set_num_threads` there
         try:
             with torch.inference_mode():
                 while self._round():

@@ -105,6 +105,11 @@ class SamplingParams:
             object.__setattr__(self, name, tuple(ids))
 
     @cached_property
+    def suppressed(self) -> frozenset[int]:
+        """`suppress_token_ids` to look one up."""
+        return frozenset(self.suppress_token_ids)
+
+    @cached_property
     def suppress_index(self) -> Tensor:
         """`suppress_token_ids` as an index [N], made once for all steps of a request."""
         return torch.tensor(self.suppress_token_ids, dtype=torch.int64)

@@ -98,14 +98,19 @@ def choose(
     best_R: where they are known, the likeliest tokens: the first among equals, and a NaN before all.
     Shapes: logits [R, V], any float type.
     """
-    if any(choice.params.suppress_token_ids for choice in choices):
-        logits_RV, best_R = logits_RV.float().clone(), None
-        for logits_V, choice in zip(logits_RV, choices, strict=True):
-            if choice.params.suppress_token_ids:
-                logits_V.index_fill_(0, choice.params.suppress_index.to(logits_V.device), float("-inf"))
+    is_own = False
+    known_R: list[int | None] = [None] * len(choices) if best_R is None else [*best_R]
+    for row, choice in enumerate(choices):
+        params = choice.params
+        # a greedy row's likeliest token, if it is not suppressed, is the likeliest of those that are not
+        if params.suppressed and (params.temperature > 0 or known_R[row] is None or known_R[row] in params.suppressed):
+            if not is_own:
+                logits_RV, is_own = logits_RV.float().clone(), True
+            logits_RV[row].index_fill_(0, params.suppress_index.to(logits_RV.device), float("-inf"))
+            known_R[row] = None
     scores_RV = logits_RV.detach().float().cpu().numpy()
-    if best_R is None:
-        best_R = scores_RV.argmax(-1).tolist()  # numpy promises the first among equals, and takes NaN for the largest
+    # numpy promises the first among equals, and takes NaN for the largest
+    best_R = [int(scores_RV[row].argmax()) if best is None else best for row, best in enumerate(known_R)]
     out: list[int | RequestError] = []
     for row, (choice, best) in enumerate(zip(choices, best_R, strict=True)):
         score = float(scores_RV[row, best])

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rorqual.engine import SamplingParams, sampler
 from rorqual.errors import RequestError
@@ -202,3 +204,24 @@ def test_rows_of_a_step_are_chosen_as_each_alone() -> None:
         else:
             assert token == sampler.sample(logits[i], own, 3, 40 + i)
     assert chosen[1] == 5
+
+
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 1.0]))
+def test_known_best_tokens_change_no_choice(seed: int, temperature: float) -> None:
+    """Ties, damaged scores and suppressed ids among them: the model's likeliest tokens only save looking for them."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-3, 4, (4, 12), generator=draw).float()
+    logits[torch.rand(4, 12, generator=draw) < 0.03] = float("nan")
+    best = logits.numpy().argmax(-1).tolist()
+    before = logits.clone()
+    ids = [torch.randperm(12, generator=draw)[: int(n)].tolist() for n in torch.randint(0, 12, (4,), generator=draw)]
+    choices = [
+        sampler.Choice(SamplingParams(temperature=temperature, suppress_token_ids=ids[i]), seed, i) for i in range(4)
+    ]
+    found, wanted = sampler.choose(logits, choices, best), sampler.choose(logits, choices)
+    assert [str(one) for one in found] == [str(one) for one in wanted]
+    assert torch.equal(logits.nan_to_num(99), before.nan_to_num(99)), "nobody's logits have changed"
+    for row, token in enumerate(found):
+        kept = [i for i in range(12) if i not in ids[row]]
+        if not isinstance(token, RequestError) and temperature == 0:
+            assert token == kept[int(logits[row, kept].argmax())]
