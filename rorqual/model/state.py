@@ -404,6 +404,8 @@ class State:
 
 def _whole_numbers(given: object, rows: int) -> list[int]:
     """One whole number for all rows, or one per row, as a list; an empty one for anything else."""
+    if type(given) is int:  # as when drafts are taken back, round after round: asking for a protocol takes longer
+        return [given] * rows
     if isinstance(given, SupportsIndex):  # a tensor or an array too, of which only one of a single element is a number
         with contextlib.suppress(TypeError):
             return [operator.index(given)] * rows
