@@ -9,10 +9,11 @@ that the plain model gives alone, one sequence at a time, its prompt in one call
 as they came.
 
 The requests come in lives of an engine. Each life draws how many requests share a step, how large chunks are, how much
-memory states get (so that some lose theirs and begin again), policy and size of the prefix cache, and drafts where the
-engine has them; its prompts share beginnings of all lengths, and some come twice. Some requests are cancelled. A life
-ends quietly, or while requests run (they come again in the next), and then either with everything written or with a
-copy of the cache's folder as it was at that moment, records half written included. The next life has the folder.
+memory states get (so that some lose theirs and begin again), policy and size of the prefix cache, and drafts: none, the
+MTP module's as far as they pay, or the plain model's own text with a quarter of it wrong, verified in every step. Its
+prompts share beginnings of all lengths, and some come twice. Some requests are cancelled. A life ends quietly, or while
+requests run (they come again in the next), and then either with everything written or with a copy of the cache's folder
+as it was at that moment, records half written included. The next life has the folder.
 
 * `exactness.tokens`: differing tokens of all, `ours`. The peer is a control that must differ: the same, with the C
   operations off, so that torch's products and the reference operations run (`control_requests` of them).
@@ -30,7 +31,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ class House:
             yield prompt, draw.randint(SHORTEST, LONGEST)
 
 
-def engine_options(draw: random.Random, model: Transformer) -> dict[str, Any]:
+def engine_options(draw: random.Random) -> dict[str, Any]:
     """How this life's engine is set up."""
     running = 1 if draw.random() < 0.05 else draw.choice([3, 8, 16, 24])
     options: dict[str, Any] = {
@@ -147,8 +148,6 @@ def engine_options(draw: random.Random, model: Transformer) -> dict[str, Any]:
     }  # fmt: skip
     if draw.random() < 0.3:
         options["step_tokens"] = running + draw.randint(8, 100)
-    if draw.random() < 0.3:
-        options["speculate"] = False
     if draw.random() < 0.4:
         options["max_state_bytes"] = draw.choice([1_000_000, 4_000_000])
     return options
@@ -163,16 +162,44 @@ def cache_options(draw: random.Random) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class Truths:
+    """What the plain model says behind each prompt, and drafts of it, of which a quarter are wrong."""
+
+    def __init__(self, model: Transformer, draw: random.Random) -> None:
+        self._model, self._draw = model, draw
+        self._known: dict[tuple[int, ...], list[int]] = {}
+
+    def of(self, prompt: Sequence[int], length: int) -> list[int]:
+        """`length` tokens."""
+        prompt = tuple(prompt)
+        if len(self._known.get(prompt, ())) < length:
+            self._known[prompt] = plain_ids(self._model, prompt, length)
+        return self._known[prompt][:length]
+
+    def draft(self, known: Sequence[int], most: int) -> list[int]:
+        """At most so many tokens behind a prompt and what has been answered so far."""
+        for prompt, truth in self._known.items():
+            if tuple(known[: len(prompt)]) == prompt and len(known) > len(prompt):
+                ahead = truth[len(known) - len(prompt) :][: self._draw.randint(0, most)]
+                return [self._draw.randrange(VOCAB) if self._draw.random() < 0.25 else token for token in ahead]
+        return []
+
+
 def live(model: Transformer, house: House, number: int, wanted: int) -> Count:
     """One life of an engine: `wanted` requests begun, those that it finishes compared."""
     draw, count = random.Random(1000 * house.seed + number), Count()
+    torch.set_num_threads(1)
+    truths, prompts = Truths(model, random.Random(draw.random())), house.prompts(draw)
+    asked = [next(prompts) for _ in range(wanted)]
+    speculate: Any = draw.choice([False, True, truths.draft, truths.draft])
+    for prompt, length in asked if callable(speculate) else ():
+        truths.of(prompt, length)
     torch.set_num_threads(2 if draw.random() < 0.1 else 1)
     cache = None if draw.random() < 0.1 else PrefixCache(model, folder=house.folder, **cache_options(draw))
     dies, in_flight, done = draw.random() < 0.5, [], []
-    prompts = house.prompts(draw)
-    with Engine(model, IdsOnly(VOCAB), prefix_cache=cache, **engine_options(draw, model)) as engine:
-        for _ in range(wanted):
-            prompt, length = next(prompts)
+    options = engine_options(draw)
+    with Engine(model, IdsOnly(VOCAB), prefix_cache=cache, speculate=speculate, **options) as engine:
+        for prompt, length in asked:
             greedy = SamplingParams(temperature=0, max_tokens=length)
             request = engine.submit(prompt, greedy, priority=draw.choice([0, 0, 0, 1, -1]), wait=True)
             in_flight.append(request)
@@ -194,11 +221,9 @@ def live(model: Transformer, house: House, number: int, wanted: int) -> Count:
         leave(cache, house, politely=draw.random() < 0.5)
     count.preemptions, count.steps = stats.preemptions, stats.rounds
     torch.set_num_threads(1)
-    truths: dict[tuple[int, ...], list[int]] = {}
     for request in done:
-        if len(truths.get(request.prompt_ids, ())) < request.max_tokens:
-            truths[request.prompt_ids] = plain_ids(model, request.prompt_ids, request.max_tokens)
-        count.compare(request, truths[request.prompt_ids][: request.max_tokens], f"house {house.seed}, life {number}")
+        truth = truths.of(request.prompt_ids, request.max_tokens)
+        count.compare(request, truth, f"house {house.seed}, life {number}")
     return count
 
 
