@@ -94,7 +94,8 @@ class Scheduler:
 
     @property
     def is_full(self) -> bool:
-        return len(self.waiting) >= self.max_queued
+        """Whether one more would be one too many: free places are taken by those that wait at the next round."""
+        return len(self.waiting) >= self.max_queued + max(0, self.max_running - len(self.running))
 
     @property
     def is_idle(self) -> bool:

@@ -261,3 +261,15 @@ def test_whatever_was_measured_a_prompt_moves_on(gap_s: float, steps: list[tuple
         pace.observe(prompt_tokens, decoding, seconds)
         for others in (0, 1, 64):
             assert min(chunk, GRAIN) <= pace(others) <= chunk
+
+
+def test_a_burst_before_the_first_round_may_fill_places_and_queue() -> None:
+    scheduler = Scheduler(3, 2)
+    for _ in range(5):
+        scheduler.add(job(4, 4))
+    with pytest.raises(RequestError, match="Try again"):
+        scheduler.add(job(4, 4))
+    scheduler.next_round()
+    assert (len(scheduler.running), len(scheduler.waiting)) == (3, 2)
+    with pytest.raises(RequestError, match="Try again"):
+        scheduler.add(job(4, 4))
