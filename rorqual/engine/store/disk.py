@@ -9,10 +9,8 @@ are. Source: V4 report on on-disk storage; the record discipline of colibri.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ from rorqual.engine.store import records, segments
 from rorqual.engine.store.checksum import checksum, checksums
 from rorqual.engine.store.records import Header
 from rorqual.engine.store.segments import Segment
+from rorqual.engine.store.stored import Stored, announce, read_ahead, spans_of
 from rorqual.engine.store.tree import chain_key
 
 logger = log.get(__name__)
@@ -40,31 +39,10 @@ RUN_BYTES = 512 << 10
 processor's cache meanwhile, and the system, which sees a file read from front to back, fetches what comes next.
 """
 
-AHEAD_BYTES = 256 << 20
-"""No more than this is asked for before it is known to be wanted."""
-
-SCATTERED_BYTES = 2 << 20
-"""Pieces of a file shorter than this are announced to the system, which cannot guess where the next one lies. A long
-one is read sooner without: asked for all of it at once, the system goes through its list before the first byte.
-"""
-
 POINT_AGE = 4.0
 """A checkpoint segment counts as so many times older than it is when room is needed."""
 
 REFRESH_S = 2.0
-
-
-@dataclass(eq=False, slots=True)
-class Stored:
-    """Where a record lies, from `offset` up to `end`."""
-
-    segment: Segment
-    offset: int
-    header: Header
-    end: int = 0
-
-    def __post_init__(self) -> None:
-        self.end = self.offset + self.header.nbytes
 
 
 @dataclass
@@ -194,9 +172,9 @@ class DiskStore:
         """
         began = time.perf_counter()
         done = 0
-        spans = _spans(stored)
+        spans = spans_of(stored)
         with self._lock:
-            self._announce(stored, spans)
+            announce(stored, spans)
         for first, end in spans:
             step = max(1, RUN_BYTES // stored[first].header.nbytes)
             for at in range(first, end, step):
@@ -217,14 +195,8 @@ class DiskStore:
         return done
 
     def expect(self, first: Stored, count: int) -> None:
-        """Let the system begin to read up to `count` pages from `first` on, while they are looked up one by one.
-
-        A thread sends them nowhere: the file is read from front to back in the system's own way, and nothing is copied.
-        On a single processor that would only be in the way.
-        """
-        num_bytes = min(count * first.header.nbytes, AHEAD_BYTES)
-        if sys.platform == "linux" and num_bytes > RUN_BYTES and len(os.sched_getaffinity(0)) > 1:
-            threading.Thread(target=_send_nowhere, args=(first.segment.path, first.offset, num_bytes)).start()
+        """Let the system begin to read up to `count` pages from `first` on, while they are looked up one by one."""
+        read_ahead(first.segment.path, first.offset, count * first.header.nbytes, RUN_BYTES)
 
     def read_point(self, stored: Stored) -> tuple[Tensor, Tensor | None] | None:
         """A checkpoint's content uint8 [n] and the hidden state fp32 [D] of its last token; None when it is
@@ -244,16 +216,6 @@ class DiskStore:
         hidden = torch.from_numpy(data[: header.hidden_bytes]).view(torch.float32) if header.hidden_bytes else None
         content = torch.from_numpy(data[header.hidden_bytes : header.hidden_bytes + header.content_bytes])
         return content, hidden
-
-    @staticmethod
-    def _announce(stored: Sequence[Stored], spans: Sequence[tuple[int, int]]) -> None:
-        """Let the system fetch scattered pieces of what will be read while the first pages are checked."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for first, end in spans[1:]:
-            fd, begin = stored[first].segment.fd, stored[first].offset
-            if fd >= 0 and stored[end - 1].end - begin <= SCATTERED_BYTES:
-                os.posix_fadvise(fd, begin, stored[end - 1].end - begin, os.POSIX_FADV_WILLNEED)
 
     def _read_run(self, run: Sequence[Stored]) -> Tensor:
         """The contents uint8 [n, page_bytes] of the sound records of a run, from the first on."""
@@ -457,31 +419,6 @@ class DiskStore:
                     del self._points[key][tail]
         self._segments.pop(segment.path.name, None)
         segment.close()
-
-
-def _spans(stored: Sequence[Stored]) -> list[tuple[int, int]]:
-    """From which of these records up to which they lie one behind the other, all of one size."""
-    out: list[tuple[int, int]] = []
-    first, at, segment, size = 0, -1, None, (-1, -1)
-    for i, one in enumerate(stored):
-        own = one.end - one.offset, one.header.content_bytes
-        if one.offset != at or one.segment is not segment or own != size:
-            if i:
-                out.append((first, i))
-            first, segment, size = i, one.segment, own
-        at = one.end
-    return [*out, (first, len(stored))] if stored else []
-
-
-def _send_nowhere(path: Path, offset: int, num_bytes: int) -> None:
-    with (
-        contextlib.suppress(OSError),
-        open(path, "rb", buffering=0) as file,
-        open(os.devnull, "wb", buffering=0) as out,
-    ):
-        end = offset + num_bytes
-        while offset < end and (sent := os.sendfile(out.fileno(), file.fileno(), offset, end - offset)):
-            offset += sent
 
 
 def _contents(rows: NDArray[np.uint8], header: Header) -> Tensor:

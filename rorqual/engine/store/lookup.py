@@ -9,8 +9,9 @@ from itertools import takewhile
 import numpy as np
 from torch import Tensor
 
-from rorqual.engine.store.disk import DiskStore, Stored
+from rorqual.engine.store.disk import DiskStore
 from rorqual.engine.store.explain import Reason
+from rorqual.engine.store.stored import Stored
 from rorqual.engine.store.tree import Hit, Node, Point, PrefixTree, Tokens, chain_key
 from rorqual.errors import CacheError
 from rorqual.model.page_table import PageTable
