@@ -15,7 +15,7 @@ filled with random entries of the sizes that so many tokens leave, and the time 
 `prefill.million` (with --million) reads 1,048,576 random tokens with the bundled Minke in a process of its own and says
 how long it took, its peak resident memory, and whether the last logits have the same bits three ways: the end in one
 chunk, the end token by token, and a second process that reads with other chunks (--second-chunk; 0: the prompt in one
-call, which wants 16 GiB). `prefill.exact` does the same at 32K with every way of cutting. The bound of these two is no
+call, which takes 2.5 GiB). `prefill.exact` does the same at 32K with every way of cutting. The bound of these two is no
 limit of the machine but what is wanted: a million tokens in 15 minutes.
 
 The bound is the rate of a matrix product of torch in the same dtype, measured in the same run, over the operations of
