@@ -143,32 +143,30 @@ schedules = st.lists(st.sampled_from([0, 4, 4, 8]), min_size=1, max_size=4)
 """Layer kinds of a small network."""
 
 
+def layers(draw: st.DrawFn) -> dict[str, Any]:
+    """Settings of a few layers of any kinds."""
+    ratios = draw(schedules)
+    return {
+        "num_hidden_layers": len(ratios),
+        "compress_ratios": ratios,
+        "num_hash_layers": draw(st.integers(0, len(ratios))),
+        "sliding_window": draw(st.sampled_from([1, 3, 8, 64])),
+        "index_topk": draw(st.sampled_from([1, 2, 3, 64])),
+        "hc_mult": draw(st.sampled_from([1, 2, 4])),
+    }
+
+
 @st.composite
 def models(draw: st.DrawFn) -> Transformer:
     """A random small network."""
-    ratios = draw(schedules)
-    cfg = config(
-        num_hidden_layers=len(ratios),
-        compress_ratios=ratios,
-        num_hash_layers=draw(st.integers(0, len(ratios))),
-        sliding_window=draw(st.sampled_from([1, 3, 8, 64])),
-        index_topk=draw(st.sampled_from([1, 2, 3, 64])),
-        hc_mult=draw(st.sampled_from([1, 2, 4])),
-    )
-    return build(cfg, draw(st.integers(0, 1000)))
+    return build(config(**layers(draw)), draw(st.integers(0, 1000)))
 
 
 @st.composite
 def networks(draw: st.DrawFn) -> Transformer:
     """A random small network in fp32 or bf16, sizes that do not divide into vectors among them."""
-    ratios = draw(schedules)
     cfg = config(
-        num_hidden_layers=len(ratios),
-        compress_ratios=ratios,
-        num_hash_layers=draw(st.integers(0, len(ratios))),
-        sliding_window=draw(st.sampled_from([1, 3, 8, 64])),
-        index_topk=draw(st.sampled_from([1, 2, 3, 64])),
-        hc_mult=draw(st.sampled_from([1, 2, 4])),
+        **layers(draw),
         hidden_size=draw(st.sampled_from([32, 40])),
         head_dim=draw(st.sampled_from([24, 32])),
         moe_intermediate_size=draw(st.sampled_from([16, 22])),
