@@ -12,12 +12,12 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from rorqual.engine import Engine
-from rorqual.errors import ConfigError
 from rorqual.server import chat, completions, errors
 from rorqual.server.guard import Guard
 from rorqual.server.metadata import metrics, statistics
 from rorqual.server.schema import ChatRequest, CompletionRequest
-from rorqual.server.served import ServedModel, find_model
+from rorqual.server.served import ServedModel
+from rorqual.server.service import Service, by_name
 
 STATIC = Path(__file__).parent / "static"
 
@@ -39,13 +39,8 @@ def create_app(
     allowed_hosts: names the Host header may carry; None allows any. `run` sets it for loopback addresses.
     The engines stay the caller's to close. Raises: ConfigError when two models share a name.
     """
-    served = [ServedModel(model_name, engine, revision), *others]
-    models = {model.name: model for model in served}
-    if len(models) < len(served):
-        raise ConfigError(
-            f"the models are named {', '.join(model.name for model in served)}, so a request could not tell "
-            "them apart. Give each its own name."
-        )
+    service = Service(by_name([ServedModel(model_name, engine, revision), *others]), keep_alive_s)
+    models = service.models
     # FastAPI's own documentation pages load scripts from elsewhere; the schema itself is at /openapi.json.
     app = FastAPI(title="Rorqual", docs_url=None, redoc_url=None)
     errors.install(app)
@@ -55,13 +50,13 @@ def create_app(
     @app.post("/chat/completions", include_in_schema=False)
     @app.post("/beta/chat/completions", include_in_schema=False)
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
-        return await chat.answer(body, http, models, keep_alive_s)
+        return await chat.answer(body, http, service)
 
     @app.post("/beta/completions")
     @app.post("/v1/completions", include_in_schema=False)
     @app.post("/completions", include_in_schema=False)
     async def text_completions(body: CompletionRequest, http: HttpRequest) -> Response:
-        return await completions.answer(body, http, models, keep_alive_s)
+        return await completions.answer(body, http, service)
 
     def describe(model: ServedModel) -> dict[str, object]:
         return {"id": model.name, "object": "model", "owned_by": "rorqual"}
@@ -70,13 +65,13 @@ def create_app(
     @app.get("/models", include_in_schema=False)
     @app.get("/beta/models", include_in_schema=False)
     async def list_models() -> dict[str, object]:
-        return {"object": "list", "data": [describe(model) for model in served]}
+        return {"object": "list", "data": [describe(model) for model in models.values()]}
 
     @app.get("/v1/models/{name:path}")
     @app.get("/models/{name:path}", include_in_schema=False)
     @app.get("/beta/models/{name:path}", include_in_schema=False)
     async def one_model(name: str) -> dict[str, object]:
-        return describe(find_model(models, name, status=404))
+        return describe(service.find(name, status=404))
 
     @app.get("/health")
     @app.head("/health", include_in_schema=False)

@@ -6,89 +6,83 @@ wherever they come, in the reasoning too.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from functools import partial
+from collections.abc import AsyncIterator
+from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from rorqual.chat import suppressed_ids
+from rorqual import chat
 from rorqual.errors import RequestError
-from rorqual.server.errors import named_as_sent
-from rorqual.server.messages import build_prompt
-from rorqual.server.metadata import metadata
-from rorqual.server.replies import Piece, ReplyReader, exactness_body
+from rorqual.server import turn as turns
 from rorqual.server.schema import ChatRequest
-from rorqual.server.served import Envelope, ServedModel, find_model
-from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
+from rorqual.server.served import Envelope
+from rorqual.server.service import Service
+from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, sse, sse_error
+from rorqual.server.turn import Turn
 
-DEFAULT_MAX_TOKENS = 8192
 
-
-async def answer(
-    body: ChatRequest, http: HttpRequest, models: Mapping[str, ServedModel], keep_alive_s: float
-) -> Response:
+async def answer(body: ChatRequest, http: HttpRequest, service: Service) -> Response:
     """Raises: RequestError for anything that cannot be served, before a byte is sent."""
-    served = find_model(models, body.model)
-    body.max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    # Rendering and encoding a long history takes a while; other requests stream on meanwhile.
-    prompt = await run_in_threadpool(build_prompt, body, served.tokenizer, served.revision)
-    sent = {} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
-    with named_as_sent(**sent):
-        params = served.params(
-            body,
-            len(prompt.tokens),
-            limit=served.max_output,
-            default=DEFAULT_MAX_TOKENS,
-            logprobs=bool(body.logprobs),
-            top_logprobs=body.top_logprobs or 0,
-            suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
-        )
-        stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual)
-    reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
+    turn = await turns.start(body, service)
     if body.stream:
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-        lines = _lines(stream, reader, served.name, wants_usage, keep_alive_s)
-        return EventStream(lines, stream.request)
-    for event in await stream.collect(http):
-        for _ in reader.read(event):
-            pass
+        return EventStream(_lines(turn, wants_usage, service.keep_alive_s), turn.stream.request)
+    finished = await turn.whole(http)
     choice = {
-        "message": reader.message,
-        "logprobs": reader.whole_logprobs(),
-        "finish_reason": reader.finish_reason,
+        "message": _message(finished, turn.reader.thinking),
+        "logprobs": turn.reader.whole_logprobs(),
+        "finish_reason": finished.finish_reason,
     }
-    envelope = Envelope("chat.completion", served.name)
-    more = {"exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
-    return JSONResponse(envelope.body(choice, usage=reader.usage(stream.request.usage), **more))
+    envelope = Envelope("chat.completion", turn.served.name)
+    return JSONResponse(envelope.body(choice, usage=turn.usage(), **turn.beside()))
 
 
-async def _lines(
-    stream: TokenStream, reader: ReplyReader, model: str, wants_usage: bool, keep_alive_s: float
-) -> AsyncIterator[str]:
+async def _lines(turn: Turn, wants_usage: bool, keep_alive_s: float) -> AsyncIterator[str]:
     """The whole stream: role, deltas, one last chunk with the finish reason and the usage, `[DONE]`."""
-    body = partial(_chunk, Envelope("chat.completion.chunk", model))
+    envelope, thinking = Envelope("chat.completion.chunk", turn.served.name), turn.reader.thinking
     between = {"usage": None} if wants_usage else {}
-    yield sse(body(reader.opening(), None, **between))
+
+    def line(delta: dict[str, Any], logprobs: Any, reason: str | None, **more: Any) -> str:
+        return sse(envelope.body({"delta": delta, "logprobs": logprobs, "finish_reason": reason}, **more))
+
+    opening = {"content": None, "reasoning_content": ""} if thinking else {"content": ""}
+    yield line({"role": "assistant", **opening}, None, None, **between)
     try:
-        async for batch in stream.batches(keep_alive_s):
-            if not batch:
+        async for pieces in turn.pieces(keep_alive_s):
+            if not pieces:
                 yield KEEP_ALIVE
-            for event in batch:
-                for piece in reader.read(event):
-                    if reader.finish_reason:
-                        more = {
-                            "usage": reader.usage(stream.request.usage), "exactness": exactness_body(stream.request),
-                            "rorqual": metadata(stream.request),
-                        }  # fmt: skip
-                        yield sse(body(piece, reader.finish_reason, **more)) + DONE
-                    else:
-                        yield sse(body(piece, None, **between))
+            for piece in pieces:
+                delta = _delta(piece.event, thinking)
+                if isinstance(piece.event, chat.Finished):
+                    more = {"usage": turn.usage(), **turn.beside()}
+                    yield line(delta or {}, piece.logprobs, piece.event.finish_reason, **more) + DONE
+                elif delta is not None:
+                    yield line(delta, piece.logprobs, None, **between)
     except RequestError as error:
         yield sse_error(error)
 
 
-def _chunk(envelope: Envelope, piece: Piece, finish_reason: str | None, **more: object) -> dict[str, object]:
-    choice = {"delta": piece.delta, "logprobs": piece.logprobs, "finish_reason": finish_reason}
-    return envelope.body(choice, **more)
+def _delta(event: chat.Event, thinking: bool) -> dict[str, Any] | None:
+    """The event as a chunk's `delta`; None for what has no place in one."""
+    beside: dict[str, Any] = {"reasoning_content": None} if thinking else {}
+    if isinstance(event, chat.ReasoningDelta):
+        return {"content": None, "reasoning_content": event.text}
+    if isinstance(event, chat.ContentDelta):
+        return {"content": event.text, **beside}
+    if isinstance(event, chat.ToolCallStart):
+        function = {"name": event.name, "arguments": ""}
+        return {"tool_calls": [{"index": event.index, "id": event.id, "type": "function", "function": function}]}
+    if isinstance(event, chat.ToolCallArguments):
+        return {"tool_calls": [{"index": event.index, "function": {"arguments": event.piece}}]}
+    return {"content": "", **beside} if isinstance(event, chat.Finished) else None
+
+
+def _message(finished: chat.Finished, thinking: bool) -> dict[str, Any]:
+    """The reply as the API's message: `reasoning_content` with thinking only, `tool_calls` where there are any."""
+    message = {"role": "assistant", "content": finished.message["content"]}
+    if thinking:
+        message["reasoning_content"] = finished.message["reasoning_content"]
+    if finished.message["tool_calls"]:
+        message["tool_calls"] = [{"index": i, **call} for i, call in enumerate(finished.message["tool_calls"])]
+    return message

@@ -21,7 +21,8 @@ from rorqual.server.errors import named_as_sent
 from rorqual.server.metadata import metadata
 from rorqual.server.replies import api_reason, exactness_body, token_logprob, usage_body
 from rorqual.server.schema import CompletionRequest
-from rorqual.server.served import Envelope, ServedModel, find_model
+from rorqual.server.served import Envelope
+from rorqual.server.service import Service
 from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
 from rorqual.tokenizer import BOS, Tokenizer
 from rorqual.tokenizer.tokenizer import clean_text
@@ -29,11 +30,9 @@ from rorqual.tokenizer.tokenizer import clean_text
 MAX_TOKENS = 4096
 
 
-async def answer(
-    body: CompletionRequest, http: HttpRequest, models: Mapping[str, ServedModel], keep_alive_s: float
-) -> Response:
+async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -> Response:
     """Raises: RequestError for anything that cannot be served, before a byte is sent."""
-    served = find_model(models, body.model)
+    served = service.find(body.model)
     if body.echo and body.logprobs is not None and body.suffix is not None:
         raise RequestError(
             "echo with logprobs is not supported for fill-in-the-middle, where prompt and suffix are one "
@@ -58,7 +57,7 @@ async def answer(
         stream = TokenStream(served.engine, tokens, params, body.rorqual)
     writer = _Writer(served.tokenizer, body)
     if body.stream:
-        return EventStream(_lines(stream, writer, body, served.name, keep_alive_s), stream.request)
+        return EventStream(_lines(stream, writer, body, served.name, service.keep_alive_s), stream.request)
     events = await stream.collect(http)
     pieces = [writer.opening(stream.request.prompt_scores)] if body.echo else []
     pieces += [writer.piece([event]) for event in events]

@@ -16,20 +16,20 @@ IMPOSSIBLE = -9999.0  # what the API reports for a log probability that is minus
 
 @dataclass(frozen=True)
 class Piece:
-    """A `delta` to send, with the log probabilities of the tokens it is made of (None when not asked for)."""
+    """An event of the reply, with the log probabilities of the tokens since the last one (None when not asked for)."""
 
-    delta: dict[str, Any]
+    event: chat.Event
     logprobs: dict[str, Any] | None
 
 
 class ReplyReader:
-    """Feed it the engine's events in order; then `message` and `finish_reason` hold the whole answer."""
+    """Feed it the engine's events in order; then `finished` holds the whole answer."""
 
     def __init__(
         self, tokenizer: Tokenizer, thinking: bool, tools: Sequence[dict[str, Any]], *, logprobs: bool
     ) -> None:
         self._tokenizer = tokenizer
-        self._thinking = thinking
+        self.thinking = thinking
         self._parser = chat.StreamParser(
             "thinking" if thinking else "chat", list(tools) or None, allow_calls=bool(tools)
         )
@@ -39,18 +39,14 @@ class ReplyReader:
         self._pending: dict[str, list[dict[str, Any]]] = self._no_logprobs()
         self._all_logprobs: dict[str, list[dict[str, Any]]] = self._no_logprobs()
         self.reasoning_tokens = 0
-        self.message: dict[str, Any] = {}
-        self.finish_reason = ""
 
-    def opening(self) -> Piece:
-        """The first chunk: the role."""
-        delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        if self._thinking:
-            delta |= {"content": None, "reasoning_content": ""}
-        return Piece(delta, None)
+    @property
+    def finished(self) -> chat.Finished:
+        """The whole answer, once the last event has been read."""
+        return self._parser.result
 
     def read(self, event: TokenEvent) -> Iterator[Piece]:
-        """Pieces that this event settles; the last event ends with the closing piece and sets `message`."""
+        """Pieces that this event settles; the last one of the last event holds `chat.Finished`."""
         was_reasoning = self._in_reasoning
         events = self._parser.feed(event.text)
         if event.id == self._end_think or any(not isinstance(e, chat.ReasoningDelta) for e in events):
@@ -60,10 +56,8 @@ class ReplyReader:
         if event.finish_reason is not None:
             events += self._parser.finish(api_reason(event.finish_reason))
         for parsed in events:
-            if isinstance(parsed, chat.Finished):
-                yield self._close(parsed)
-            elif (delta := self._delta(parsed)) is not None:
-                yield Piece(delta, self._take_logprobs())
+            is_sent = not isinstance(parsed, chat.ToolCallEnd)  # no dialect has a place for logprobs there
+            yield Piece(parsed, self._take_logprobs() if is_sent else None)
 
     def whole_logprobs(self) -> dict[str, Any] | None:
         """Log probabilities of the whole answer."""
@@ -71,32 +65,7 @@ class ReplyReader:
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """The usage object, reasoning counted by token."""
-        return usage_body(usage, self.reasoning_tokens if self._thinking else None)
-
-    def _delta(self, event: chat.Event) -> dict[str, Any] | None:
-        beside: dict[str, Any] = {"reasoning_content": None} if self._thinking else {}
-        if isinstance(event, chat.ReasoningDelta):
-            return {"content": None, "reasoning_content": event.text}
-        if isinstance(event, chat.ContentDelta):
-            return {"content": event.text, **beside}
-        if isinstance(event, chat.ToolCallStart):
-            function = {"name": event.name, "arguments": ""}
-            call = {"index": event.index, "id": event.id, "type": "function", "function": function}
-            return {"tool_calls": [call]}
-        if isinstance(event, chat.ToolCallArguments):
-            return {"tool_calls": [{"index": event.index, "function": {"arguments": event.piece}}]}
-        return None
-
-    def _close(self, finished: chat.Finished) -> Piece:
-        self.finish_reason = finished.finish_reason
-        self.message = {"role": "assistant", "content": finished.message["content"]}
-        delta: dict[str, Any] = {"content": ""}
-        if self._thinking:
-            self.message["reasoning_content"] = finished.message["reasoning_content"]
-            delta["reasoning_content"] = None
-        if finished.message["tool_calls"]:
-            self.message["tool_calls"] = [{"index": i, **call} for i, call in enumerate(finished.message["tool_calls"])]
-        return Piece(delta, self._take_logprobs())
+        return usage_body(usage, self.reasoning_tokens if self.thinking else None)
 
     def _count(self, event: TokenEvent, was_reasoning: bool) -> None:
         self.reasoning_tokens += was_reasoning
@@ -107,7 +76,7 @@ class ReplyReader:
             self._all_logprobs[kind].append(entry)
 
     def _no_logprobs(self) -> dict[str, list[dict[str, Any]]]:
-        return {"content": [], "reasoning_content": []} if self._thinking else {"content": []}
+        return {"content": [], "reasoning_content": []} if self.thinking else {"content": []}
 
     def _take_logprobs(self) -> dict[str, Any] | None:
         if not self._wants_logprobs:

@@ -1,0 +1,88 @@
+"""One assistant turn from a chat request to the pieces of its reply: the path that all dialects share.
+
+Chat completions, Anthropic messages and Responses each turn their body into a `ChatRequest`, start a turn here, and
+spell its pieces in their own words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+
+from rorqual import chat
+from rorqual.chat import suppressed_ids
+from rorqual.server.errors import named_as_sent
+from rorqual.server.messages import build_prompt
+from rorqual.server.metadata import metadata
+from rorqual.server.replies import Piece, ReplyReader, exactness_body
+from rorqual.server.schema import ChatRequest
+from rorqual.server.served import ServedModel
+from rorqual.server.service import Service
+from rorqual.server.streams import TokenStream
+
+DEFAULT_MAX_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A reply being made. Read it once: `pieces` as it comes, or `whole`."""
+
+    served: ServedModel
+    stream: TokenStream
+    reader: ReplyReader
+
+    async def pieces(self, patience_s: float) -> AsyncIterator[list[Piece]]:
+        """Pieces in order, those that are ready together; an empty list after `patience_s` without any.
+
+        The last piece holds `chat.Finished`. Raises: the RequestError of a request that failed.
+        """
+        async for batch in self.stream.batches(patience_s):
+            ready = [piece for event in batch for piece in self.reader.read(event)]
+            if ready or not batch:
+                yield ready
+
+    async def whole(self, http: HttpRequest) -> chat.Finished:
+        """The finished reply. Raises: RequestError, and ClientGone when the client went away first."""
+        for event in await self.stream.collect(http):
+            for _ in self.reader.read(event):
+                pass
+        return self.reader.finished
+
+    def usage(self) -> dict[str, Any]:
+        """The usage object of chat completions, true once the turn is over."""
+        return self.reader.usage(self.stream.request.usage)
+
+    def beside(self) -> dict[str, Any]:
+        """What a finished answer says beyond the API, whichever dialect it is in: `exactness` and `rorqual`."""
+        request = self.stream.request
+        return {"exactness": exactness_body(request), "rorqual": metadata(request)}
+
+
+async def start(body: ChatRequest, service: Service, **sent_as: str) -> Turn:
+    """Check the request, render its prompt and hand it to the engine; call it inside the event loop.
+
+    sent_as: fields of `body` that the caller's dialect calls otherwise (`max_tokens="max_output_tokens"`), for errors.
+    Raises: RequestError for anything that cannot be served, before a byte is sent.
+    """
+    served = service.find(body.model)
+    if body.max_completion_tokens is not None:
+        body.max_tokens, sent_as = body.max_completion_tokens, {"max_tokens": "max_completion_tokens", **sent_as}
+    # Rendering and encoding a long history takes a while; other requests stream on meanwhile.
+    prompt = await run_in_threadpool(build_prompt, body, served.tokenizer, served.revision)
+    with named_as_sent(**sent_as):
+        params = served.params(
+            body,
+            len(prompt.tokens),
+            limit=served.max_output,
+            default=DEFAULT_MAX_TOKENS,
+            logprobs=bool(body.logprobs),
+            top_logprobs=body.top_logprobs or 0,
+            suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
+        )
+        stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual)
+    reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
+    return Turn(served, stream, reader)
