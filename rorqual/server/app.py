@@ -17,7 +17,7 @@ from rorqual.server.guard import Guard
 from rorqual.server.metadata import metrics, statistics
 from rorqual.server.schema import ChatRequest, CompletionRequest
 from rorqual.server.served import ServedModel
-from rorqual.server.service import Service, by_name
+from rorqual.server.service import Behaviour, make_service
 
 STATIC = Path(__file__).parent / "static"
 
@@ -28,6 +28,7 @@ def create_app(
     *,
     revision: str = "2026-04",
     others: Sequence[ServedModel] = (),
+    behaviour: Behaviour | None = None,
     keep_alive_s: float = 10.0,
     allowed_hosts: Collection[str] | None = None,
 ) -> FastAPI:
@@ -35,11 +36,12 @@ def create_app(
 
     revision: the prompt format the checkpoint was trained with.
     others: further models; the first one is what the page offers first.
+    behaviour: where the server differs from the hosted one.
     keep_alive_s: a waiting stream gets a comment line this often.
     allowed_hosts: names the Host header may carry; None allows any. `run` sets it for loopback addresses.
     The engines stay the caller's to close. Raises: ConfigError when two models share a name.
     """
-    service = Service(by_name([ServedModel(model_name, engine, revision), *others]), keep_alive_s)
+    service = make_service([ServedModel(model_name, engine, revision), *others], behaviour, keep_alive_s)
     models = service.models
     # FastAPI's own documentation pages load scripts from elsewhere; the schema itself is at /openapi.json.
     app = FastAPI(title="Rorqual", docs_url=None, redoc_url=None)

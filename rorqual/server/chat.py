@@ -34,13 +34,13 @@ async def answer(body: ChatRequest, http: HttpRequest, service: Service) -> Resp
         "logprobs": turn.reader.whole_logprobs(),
         "finish_reason": finished.finish_reason,
     }
-    envelope = Envelope("chat.completion", turn.served.name)
+    envelope = Envelope("chat.completion", turn.asked)
     return JSONResponse(envelope.body(choice, usage=turn.usage(), **turn.beside()))
 
 
 async def _lines(turn: Turn, wants_usage: bool, keep_alive_s: float) -> AsyncIterator[str]:
     """The whole stream: role, deltas, one last chunk with the finish reason and the usage, `[DONE]`."""
-    envelope, thinking = Envelope("chat.completion.chunk", turn.served.name), turn.reader.thinking
+    envelope, thinking = Envelope("chat.completion.chunk", turn.asked), turn.reader.thinking
     between = {"usage": None} if wants_usage else {}
 
     def line(delta: dict[str, Any], logprobs: Any, reason: str | None, **more: Any) -> str:

@@ -57,7 +57,7 @@ async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -
         stream = TokenStream(served.engine, tokens, params, body.rorqual)
     writer = _Writer(served.tokenizer, body)
     if body.stream:
-        return EventStream(_lines(stream, writer, body, served.name, service.keep_alive_s), stream.request)
+        return EventStream(_lines(stream, writer, body, service.keep_alive_s), stream.request)
     events = await stream.collect(http)
     pieces = [writer.opening(stream.request.prompt_scores)] if body.echo else []
     pieces += [writer.piece([event]) for event in events]
@@ -68,13 +68,13 @@ async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -
     }
     usage = usage_body(stream.request.usage, None)
     more = {"usage": usage, "exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
-    return JSONResponse(Envelope("text_completion", served.name).body(choice, **more))
+    return JSONResponse(Envelope("text_completion", body.model).body(choice, **more))
 
 
 async def _lines(
-    stream: TokenStream, writer: _Writer, body: CompletionRequest, model: str, keep_alive_s: float
+    stream: TokenStream, writer: _Writer, body: CompletionRequest, keep_alive_s: float
 ) -> AsyncIterator[str]:
-    envelope = Envelope("text_completion", model)
+    envelope = Envelope("text_completion", body.model)
     wants_usage = bool(body.stream_options and body.stream_options.include_usage)
     between: dict[str, Any] = {"usage": None} if wants_usage else {}
     has_opened = not body.echo

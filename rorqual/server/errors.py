@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from rorqual.errors import RequestError, RorqualError
-from rorqual.server.schema import unknown_field
+from rorqual.server.refusals import unknown_field
 
 
 class ClientGone(Exception):

@@ -6,19 +6,37 @@ work there work here. Source: DeepSeek's API documentation and its observed beha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rorqual import chat
 from rorqual.errors import RequestError
+from rorqual.referee import Restored
+from rorqual.server import aliases
+from rorqual.server.content import read_content
 from rorqual.server.schema import ChatRequest, Message
-from rorqual.tokenizer import Tokenizer
+from rorqual.server.served import ServedModel
+from rorqual.server.service import Service
 from rorqual.tokenizer.special import ASSISTANT, END_THINK, THINK
 
 _FIELDS_OF_ROLE = {
-    "assistant": {"role", "content", "name", "reasoning_content", "tool_calls", "prefix"},
-    "tool": {"role", "content", "tool_call_id"},
+    "assistant": {
+        "role",
+        "content",
+        "name",
+        "reasoning_content",
+        "reasoning",
+        "refusal",
+        "tool_calls",
+        "prefix",
+        "annotations",
+        "audio",
+        "reasoning_details",
+        "thinking_blocks",
+        "provider_specific_fields",
+    },
+    "tool": {"role", "content", "name", "tool_call_id"},
 }
 _FIELDS_OF_OTHERS = {"role", "content", "name"}
 _WITHOUT_HEADER = ("system", "assistant")
@@ -31,29 +49,44 @@ class ChatPrompt:
     tokens: list[int]
     thinking: bool
     tools: list[dict[str, Any]]  # those the model was shown
+    messages: list[dict[str, Any]]  # as rendered
+    restored: Restored | None  # what was done about dropped reasoning; None where nothing is
 
 
-def build_prompt(body: ChatRequest, tokenizer: Tokenizer, revision: str) -> ChatPrompt:
+def build_prompt(body: ChatRequest, served: ServedModel, service: Service, owner: str = "") -> ChatPrompt:
     """Check the messages, render them and encode them; text of callers never becomes a control token.
 
+    owner: whose conversation it is, for reasoning that is put back.
     Raises: RequestError naming the message and the fix.
     """
-    mode, effort = chat.resolve_effort(body.reasoning_effort, revision)
-    if body.thinking is not None and body.thinking.type == "disabled":
-        mode, effort = "chat", None
+    mode, effort = _mode(body, served.revision)
     thinking = mode == "thinking"
     tools = [] if body.tool_choice == "none" else list(body.tools or [])
     messages = [_render_form(message, i) for i, message in enumerate(body.messages)]
     if not messages:
         raise RequestError("Empty input messages. Send at least one message.", param="messages")
     _check_order(body.messages)
+    restored = None
     if thinking:
-        _check_reasoning(body.messages)
+        if service.continuity is not None:
+            restored = service.continuity.restore(owner, messages)
+            messages = [dict(message) for message in restored.messages]
+        else:
+            _check_reasoning(messages, bool(tools) and service.behaviour.documented_reasoning_check)
     rendered = chat.render_messages(
-        messages, tools or None, thinking_mode=mode, reasoning_effort=effort, revision=revision
+        messages, tools or None, thinking_mode=mode, reasoning_effort=effort, revision=served.revision
     )
     pieces = [*rendered.pieces(), *_missing_header(body.messages, thinking)]
-    return ChatPrompt(tokenizer.encode_guarded(pieces), thinking, tools)
+    return ChatPrompt(served.tokenizer.encode_guarded(pieces), thinking, tools, messages, restored)
+
+
+def _mode(body: ChatRequest, revision: str) -> tuple[str, str | None]:
+    """Thinking mode and effort: what the request says, or else what the model's name does."""
+    mode, effort = chat.resolve_effort(body.reasoning_effort, revision)
+    says = body.thinking.type != "disabled" if body.thinking is not None else None
+    if says is None and body.reasoning_effort is None:
+        says = aliases.thinks(body.model)
+    return ("chat", None) if says is False else (mode, effort)
 
 
 def _render_form(message: Message, index: int) -> dict[str, Any]:
@@ -73,7 +106,8 @@ def _render_form(message: Message, index: int) -> dict[str, Any]:
             param=f"{where}.prefix",
         )
     form: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
-    form["content"] = _text(message.content, f"{where}.content")
+    content = read_content(message.content, f"{where}.content", is_assistant=message.role == "assistant")
+    form["content"] = content.text
     if message.role == "tool":
         if message.tool_call_id is None:
             raise RequestError(
@@ -82,40 +116,20 @@ def _render_form(message: Message, index: int) -> dict[str, Any]:
             )
         form["tool_call_id"] = message.tool_call_id
     elif message.role == "assistant":
+        form["content"] = content.text if content.text is not None else message.refusal
         if form["content"] is None and not message.tool_calls:
             raise RequestError(
                 f"{where}: an assistant message needs `content` or `tool_calls`; set one of the two.",
                 param=f"{where}.content",
             )
-        form["reasoning_content"] = message.reasoning_content
+        given = (message.reasoning_content, message.reasoning, content.reasoning)
+        form["reasoning_content"] = next((text for text in given if text is not None), None)
         form["tool_calls"] = [call.model_dump(exclude={"index"}) for call in message.tool_calls or []]
     if form["content"] is None:
         if message.role != "assistant":
             raise RequestError(f"{where}: missing field `content`. Add it.", param=f"{where}.content")
         form["content"] = ""
     return form
-
-
-def _text(content: Any, where: str) -> str | None:  # Any: whatever JSON holds
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(
-            f"{where}: invalid type: expected a string or a list of text parts. Send the text as a string.",
-            param=where,
-        )
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("image_url", "image", "input_image"):
-            raise RequestError("This model does not support image. Send text only.", param=f"{where}[{i}]")
-        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise RequestError(
-                f'{where}[{i}] is not a text part. Send {{"type": "text", "text": "..."}}, or one string.',
-                param=f"{where}[{i}]",
-            )
-        texts.append(part["text"])
-    return "\n\n".join(texts)
 
 
 def _check_order(messages: Sequence[Message]) -> None:
@@ -146,12 +160,18 @@ def _check_answered(open_ids: Sequence[str], index: int) -> None:
         )
 
 
-def _check_reasoning(messages: Sequence[Message]) -> None:
-    """The check the hosted API was seen to make: reasoning must come back beside calls just answered."""
-    if messages[-1].role != "tool":
+def _check_reasoning(messages: Sequence[Mapping[str, Any]], of_all: bool) -> None:
+    """Refuse what the hosted API was seen to: calls just answered without their reasoning.
+
+    of_all: as it is documented, any assistant message without.
+    """
+    if of_all:
+        asked = [message for message in messages if message["role"] == "assistant"]
+    elif messages[-1]["role"] == "tool":
+        asked = [next(message for message in reversed(messages) if message["role"] == "assistant")]
+    else:
         return
-    last = next(message for message in reversed(messages) if message.role == "assistant")
-    if last.reasoning_content is None:
+    if any(message["reasoning_content"] is None for message in asked):
         raise RequestError(
             "The `reasoning_content` in the thinking mode must be passed back to the API. Send each "
             "assistant message as it was received (an empty string passes), or switch thinking off.",

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rorqual.errors import RequestError
+from rorqual.server.tools import check_tools, forced_call
 
-TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 USER_ID = re.compile(r"[A-Za-z0-9_-]{1,512}")
 
 
@@ -46,9 +46,18 @@ class Extension(Body):
     timeout_s: float | None = Field(None, description="Seconds after which the answer ends with what it has.")
 
 
+class JsonSchema(Body):
+    name: str | None = Field(None, description="No effect.")
+    description: str | None = Field(None, description="No effect.")
+    schema_: dict[str, Any] = Field({}, alias="schema")
+    strict: bool | None = Field(None, description="No effect: the answer always obeys the schema.")
+
+
 class ResponseFormat(Body):
-    type: str
-    json_schema: Any = None
+    """`json_schema` is an addition: the hosted API takes it on /responses only."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class PastFunction(Body):
@@ -70,6 +79,13 @@ class Message(Body):
     content: Any = Field(None, description="A string, or a list of text parts.")
     name: str | None = Field(None, description="No effect: the prompt format has no place for it.")
     reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="As `reasoning_content`, which goes first; some clients' name.")
+    refusal: str | None = Field(None, description="No effect on a message with content; else the content.")
+    annotations: Any = Field(None, description="No effect.")
+    audio: Any = Field(None, description="No effect.")
+    reasoning_details: Any = Field(None, description="No effect.")
+    thinking_blocks: Any = Field(None, description="No effect.")
+    provider_specific_fields: Any = Field(None, description="No effect.")
     tool_calls: list[PastCall] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = None
@@ -133,8 +149,17 @@ class ChatRequest(Sampling):
     thinking: Thinking | None = Field(None, description="Enabled unless switched off.")
     reasoning_effort: str | None = None
     tools: list[Any] | None = None
-    tool_choice: Any = Field(None, description="`none` or `auto`.")
+    tool_choice: Any = Field(None, description="`none`, `auto`, `required` or a tool.")
     parallel_tool_calls: bool | None = Field(None, description="Calls may always be parallel; only true.")
+    metadata: Any = Field(None, description="No effect.")
+    store: bool | None = Field(None, description="No effect: nothing is stored.")
+    service_tier: str | None = Field(None, description="No effect.")
+    safety_identifier: str | None = Field(None, description="No effect.")
+    prompt_cache_key: str | None = Field(None, description="No effect: equal beginnings are found without one.")
+    prompt_cache_retention: str | None = Field(None, description="No effect.")
+    verbosity: str | None = Field(None, description="No effect.")
+    modalities: list[Literal["text"]] | None = None
+    prediction: Any = Field(None, description="No effect: the server drafts by itself.")
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -152,59 +177,9 @@ class ChatRequest(Sampling):
                 "Leave it out.",
                 param="parallel_tool_calls",
             )
-        if self.response_format is not None and self.response_format.type != "text":
-            raise RequestError(
-                "This response_format type is unavailable now: "
-                f"`{self.response_format.type}` needs constrained decoding, which this server does not have "
-                "yet. Ask for JSON in the prompt, or send the type `text`.",
-                param="response_format.type",
-            )
-        self._check_tools()
-        self._check_tool_choice()
+        check_tools(self.tools or [])
+        forced_call(self.tool_choice, self.tools or [])
         return self
-
-    def _check_tools(self) -> None:
-        tools = self.tools or []
-        if len(tools) > 128:
-            raise RequestError(f"tools holds {len(tools)} functions; at most 128 are allowed.", param="tools")
-        for i, tool in enumerate(tools):
-            where = f"tools[{i}]"
-            function = tool.get("function") if isinstance(tool, dict) else None
-            if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(function, dict):
-                raise RequestError(
-                    f'{where} must be {{"type": "function", "function": {{"name": ...}}}}; other kinds '
-                    "of tools are not supported.",
-                    param=where,
-                )
-            unknown = next((key for key in tool if key not in ("type", "function")), None)
-            if unknown is not None:
-                raise unknown_field(f"{where}.{unknown}")
-            name = function.get("name")
-            if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-                raise RequestError(
-                    f"{where}.function.name is {name!r}: use 1 to 64 letters, digits, `_` and `-`.",
-                    param=f"{where}.function.name",
-                )
-            if function.get("strict"):
-                raise RequestError(
-                    f"{where}.function.strict is true, but calls are not constrained to their schema yet. "
-                    "Leave strict out and check the arguments you get.",
-                    param=f"{where}.function.strict",
-                )
-
-    def _check_tool_choice(self) -> None:
-        if self.tool_choice in (None, "none", "auto") or not self.tools:
-            return  # without tools any value passes: there is nothing to choose from
-        if self.tool_choice == "required" or isinstance(self.tool_choice, dict):
-            raise RequestError(
-                f"tool_choice {self.tool_choice!r} forces a call, which needs constrained decoding; this "
-                "server does not have it yet. Use `auto`, and say in the prompt which tool to call.",
-                param="tool_choice",
-            )
-        raise RequestError(
-            f"tool_choice is {self.tool_choice!r}: expected one of `none`, `auto`, `required` or a tool.",
-            param="tool_choice",
-        )
 
 
 class CompletionRequest(Sampling):
@@ -214,12 +189,3 @@ class CompletionRequest(Sampling):
     suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, description="How many of the likeliest tokens to report, 0 to 20.")
-
-
-def unknown_field(path: str) -> RequestError:
-    """The refusal of a field this server does not act on."""
-    return RequestError(
-        f"Unknown field `{path}`: this server refuses what it would not act on. Remove it from the request.",
-        param=path,
-        code="unknown_field",
-    )

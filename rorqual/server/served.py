@@ -55,20 +55,6 @@ class ServedModel:
         return SamplingParams(max_tokens=max_tokens, **given, **more)
 
 
-def find_model(models: Mapping[str, ServedModel], name: str, status: int = 400) -> ServedModel:
-    """Raises: RequestError naming the models there are."""
-    if name in models:
-        return models[name]
-    names = list(models)
-    if len(names) == 1:
-        known = f"The supported API model name is {names[0]}"
-    elif len(names) == 2:
-        known = f"The supported API model names are {names[0]} or {names[1]}"
-    else:
-        known = f"The supported API model names are {', '.join(names[:-1])}, and {names[-1]}"
-    raise RequestError(f"{known}, but you passed {name}.", status=status, param="model", code="model_not_found")
-
-
 @dataclass(frozen=True)
 class Envelope:
     """The fields that every part of one answer shares."""

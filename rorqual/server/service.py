@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rorqual.errors import ConfigError
-from rorqual.server.served import ServedModel, find_model
+from rorqual.referee import Continuity
+from rorqual.server import aliases
+from rorqual.server.refusals import unknown_model
+from rorqual.server.served import ServedModel
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Where this server can differ from the hosted one; the defaults are what most clients need.
+
+    aliases: further names of models, by the name clients send.
+    keep_reasoning: put reasoning back that a client dropped (`referee/continuity.py`); False answers a tool turn
+        without it as the hosted API does, with a 400.
+    documented_reasoning_check: without `keep_reasoning`, refuse as the documentation says (any assistant message
+        without reasoning in a request with tools), not only where the hosted API was seen to.
+    forced_calls_while_thinking: let `tool_choice` force a call in thinking mode too, which the hosted API refuses.
+    """
+
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    keep_reasoning: bool = True
+    documented_reasoning_check: bool = False
+    forced_calls_while_thinking: bool = False
 
 
 @dataclass(frozen=True)
@@ -15,22 +36,38 @@ class Service:
 
     models: by the names they are served under; the first one is what the page offers first.
     keep_alive_s: a waiting stream gets a comment line this often.
+    continuity: the reasoning of answers given, None where it is not kept.
     """
 
     models: Mapping[str, ServedModel]
+    behaviour: Behaviour = field(default_factory=Behaviour)
     keep_alive_s: float = 10.0
+    continuity: Continuity | None = None
 
-    def find(self, name: str, status: int = 400) -> ServedModel:
-        """The model that `name` stands for. Raises: RequestError naming those there are."""
-        return find_model(self.models, name, status)
+    def find(self, name: str, status: int = 400, *, claude: bool = False) -> ServedModel:
+        """The model that `name` stands for; `claude`: Anthropic's names too. Raises: RequestError naming those there
+        are.
+        """
+        served = aliases.resolve(name, self.models, dict(self.behaviour.aliases), claude=claude)
+        if served is None:
+            raise unknown_model(self.models, name, status)
+        return self.models[served]
 
 
-def by_name(models: Sequence[ServedModel]) -> dict[str, ServedModel]:
-    """Raises: ConfigError when two models share a name."""
+def make_service(
+    models: Sequence[ServedModel], behaviour: Behaviour | None = None, keep_alive_s: float = 10.0
+) -> Service:
+    """Raises: ConfigError when two models share a name, or an alias names none of them."""
     named = {model.name: model for model in models}
     if len(named) < len(models):
         raise ConfigError(
             f"the models are named {', '.join(model.name for model in models)}, so a request could not tell "
             "them apart. Give each its own name."
         )
-    return named
+    behaviour = behaviour or Behaviour()
+    for alias, name in behaviour.aliases.items():
+        if name not in named:
+            raise ConfigError(
+                f"the alias {alias!r} stands for {name!r}, but no such model is served. Use one of {', '.join(named)}."
+            )
+    return Service(named, behaviour, keep_alive_s, Continuity() if behaviour.keep_reasoning else None)

@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 from rorqual import chat
 from rorqual.chat import suppressed_ids
 from rorqual.server.errors import named_as_sent
-from rorqual.server.messages import build_prompt
+from rorqual.server.messages import ChatPrompt, build_prompt
 from rorqual.server.metadata import metadata
 from rorqual.server.replies import Piece, ReplyReader, exactness_body
 from rorqual.server.schema import ChatRequest
@@ -29,9 +29,16 @@ DEFAULT_MAX_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Turn:
-    """A reply being made. Read it once: `pieces` as it comes, or `whole`."""
+    """A reply being made. Read it once: `pieces` as it comes, or `whole`.
 
+    asked: the model's name in the request. owner: whose conversation it is.
+    """
+
+    service: Service
     served: ServedModel
+    asked: str
+    owner: str
+    prompt: ChatPrompt
     stream: TokenStream
     reader: ReplyReader
 
@@ -42,6 +49,8 @@ class Turn:
         """
         async for batch in self.stream.batches(patience_s):
             ready = [piece for event in batch for piece in self.reader.read(event)]
+            if ready and isinstance(ready[-1].event, chat.Finished):
+                self._keep_reasoning()
             if ready or not batch:
                 yield ready
 
@@ -50,6 +59,7 @@ class Turn:
         for event in await self.stream.collect(http):
             for _ in self.reader.read(event):
                 pass
+        self._keep_reasoning()
         return self.reader.finished
 
     def usage(self) -> dict[str, Any]:
@@ -58,21 +68,30 @@ class Turn:
 
     def beside(self) -> dict[str, Any]:
         """What a finished answer says beyond the API, whichever dialect it is in: `exactness` and `rorqual`."""
-        request = self.stream.request
-        return {"exactness": exactness_body(request), "rorqual": metadata(request)}
+        request, restored = self.stream.request, self.prompt.restored
+        about = {"model": self.served.name, **metadata(request)}
+        if restored is not None:
+            about["continuity"] = restored.to_dict()
+        return {"exactness": exactness_body(request), "rorqual": about}
+
+    def _keep_reasoning(self) -> None:
+        if self.service.continuity is not None and self.prompt.thinking:
+            self.service.continuity.remember(self.owner, self.prompt.messages, self.reader.finished.message)
 
 
-async def start(body: ChatRequest, service: Service, **sent_as: str) -> Turn:
+async def start(body: ChatRequest, service: Service, served: ServedModel | None = None, **sent_as: str) -> Turn:
     """Check the request, render its prompt and hand it to the engine; call it inside the event loop.
 
+    served: the model, where the dialect has its own way of finding it by name.
     sent_as: fields of `body` that the caller's dialect calls otherwise (`max_tokens="max_output_tokens"`), for errors.
     Raises: RequestError for anything that cannot be served, before a byte is sent.
     """
-    served = service.find(body.model)
+    served = served or service.find(body.model)
+    owner = body.user_id or body.user or ""
     if body.max_completion_tokens is not None:
         body.max_tokens, sent_as = body.max_completion_tokens, {"max_tokens": "max_completion_tokens", **sent_as}
     # Rendering and encoding a long history takes a while; other requests stream on meanwhile.
-    prompt = await run_in_threadpool(build_prompt, body, served.tokenizer, served.revision)
+    prompt = await run_in_threadpool(build_prompt, body, served, service, owner)
     with named_as_sent(**sent_as):
         params = served.params(
             body,
@@ -85,4 +104,4 @@ async def start(body: ChatRequest, service: Service, **sent_as: str) -> Turn:
         )
         stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual)
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
-    return Turn(served, stream, reader)
+    return Turn(service, served, body.model, owner, prompt, stream, reader)
