@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from rorqual import chat
 from rorqual.errors import RequestError
@@ -18,7 +18,7 @@ from rorqual.server import turn as turns
 from rorqual.server.schema import ChatRequest
 from rorqual.server.served import Envelope
 from rorqual.server.service import Service
-from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, sse, sse_error
+from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, sse, sse_error, whole_answer
 from rorqual.server.turn import Turn
 
 
@@ -28,14 +28,17 @@ async def answer(body: ChatRequest, http: HttpRequest, service: Service) -> Resp
     if body.stream:
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_lines(turn, wants_usage, service.keep_alive_s), turn.stream.request)
+    return await whole_answer(_body(turn, http), service.keep_alive_s)
+
+
+async def _body(turn: Turn, http: HttpRequest) -> dict[str, Any]:
     finished = await turn.whole(http)
     choice = {
         "message": _message(finished, turn.reader.thinking),
         "logprobs": turn.reader.whole_logprobs(),
         "finish_reason": finished.finish_reason,
     }
-    envelope = Envelope("chat.completion", turn.asked)
-    return JSONResponse(envelope.body(choice, usage=turn.usage(), **turn.beside()))
+    return Envelope("chat.completion", turn.asked).body(choice, usage=turn.usage(), **turn.beside())
 
 
 async def _lines(turn: Turn, wants_usage: bool, keep_alive_s: float) -> AsyncIterator[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from rorqual import chat
 from rorqual.engine import TokenEvent, TokenScore
@@ -23,7 +23,7 @@ from rorqual.server.replies import api_reason, exactness_body, token_logprob, us
 from rorqual.server.schema import CompletionRequest
 from rorqual.server.served import Envelope
 from rorqual.server.service import Service
-from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error
+from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error, whole_answer
 from rorqual.tokenizer import BOS, Tokenizer
 from rorqual.tokenizer.tokenizer import clean_text
 
@@ -58,6 +58,10 @@ async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -
     writer = _Writer(served.tokenizer, body)
     if body.stream:
         return EventStream(_lines(stream, writer, body, service.keep_alive_s), stream.request)
+    return await whole_answer(_body(stream, writer, body, http), service.keep_alive_s)
+
+
+async def _body(stream: TokenStream, writer: _Writer, body: CompletionRequest, http: HttpRequest) -> dict[str, Any]:
     events = await stream.collect(http)
     pieces = [writer.opening(stream.request.prompt_scores)] if body.echo else []
     pieces += [writer.piece([event]) for event in events]
@@ -68,7 +72,7 @@ async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -
     }
     usage = usage_body(stream.request.usage, None)
     more = {"usage": usage, "exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
-    return JSONResponse(Envelope("text_completion", body.model).body(choice, **more))
+    return Envelope("text_completion", body.model).body(choice, **more)
 
 
 async def _lines(
