@@ -12,9 +12,10 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from rorqual.engine import Engine
-from rorqual.server import chat, completions, errors
+from rorqual.server import chat, completions, errors, responses
 from rorqual.server.guard import Guard
 from rorqual.server.metadata import metrics, statistics
+from rorqual.server.responses import ResponsesRequest
 from rorqual.server.schema import ChatRequest, CompletionRequest
 from rorqual.server.served import ServedModel
 from rorqual.server.service import Behaviour, make_service
@@ -53,6 +54,11 @@ def create_app(
     @app.post("/beta/chat/completions", include_in_schema=False)
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         return await chat.answer(body, http, service)
+
+    @app.post("/v1/responses")
+    @app.post("/responses", include_in_schema=False)
+    async def responses_(body: ResponsesRequest, http: HttpRequest) -> Response:
+        return await responses.answer(body, http, service)
 
     @app.post("/beta/completions")
     @app.post("/v1/completions", include_in_schema=False)

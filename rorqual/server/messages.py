@@ -53,7 +53,9 @@ class ChatPrompt:
     restored: Restored | None  # what was done about dropped reasoning; None where nothing is
 
 
-def build_prompt(body: ChatRequest, served: ServedModel, service: Service, owner: str = "") -> ChatPrompt:
+def build_prompt(
+    body: ChatRequest, served: ServedModel, service: Service, owner: str, reasoning_name: str = "reasoning_content"
+) -> ChatPrompt:
     """Check the messages, render them and encode them; text of callers never becomes a control token.
 
     owner: whose conversation it is, for reasoning that is put back.
@@ -72,7 +74,8 @@ def build_prompt(body: ChatRequest, served: ServedModel, service: Service, owner
             restored = service.continuity.restore(owner, messages)
             messages = [dict(message) for message in restored.messages]
         else:
-            _check_reasoning(messages, bool(tools) and service.behaviour.documented_reasoning_check)
+            of_all = bool(tools) and service.behaviour.documented_reasoning_check
+            _check_reasoning(messages, of_all, reasoning_name)
     rendered = chat.render_messages(
         messages, tools or None, thinking_mode=mode, reasoning_effort=effort, revision=served.revision
     )
@@ -160,7 +163,7 @@ def _check_answered(open_ids: Sequence[str], index: int) -> None:
         )
 
 
-def _check_reasoning(messages: Sequence[Mapping[str, Any]], of_all: bool) -> None:
+def _check_reasoning(messages: Sequence[Mapping[str, Any]], of_all: bool, name: str) -> None:
     """Refuse what the hosted API was seen to: calls just answered without their reasoning.
 
     of_all: as it is documented, any assistant message without.
@@ -173,7 +176,7 @@ def _check_reasoning(messages: Sequence[Mapping[str, Any]], of_all: bool) -> Non
         return
     if any(message["reasoning_content"] is None for message in asked):
         raise RequestError(
-            "The `reasoning_content` in the thinking mode must be passed back to the API. Send each "
+            f"The `{name}` in the thinking mode must be passed back to the API. Send each "
             "assistant message as it was received (an empty string passes), or switch thinking off.",
             param="messages",
         )

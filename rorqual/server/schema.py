@@ -8,12 +8,12 @@ that the engine checks (temperature, stop, ...) are left to it. Source: DeepSeek
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rorqual.errors import RequestError
-from rorqual.server.tools import check_tools, forced_call
+from rorqual.server import tools
 
 USER_ID = re.compile(r"[A-Za-z0-9_-]{1,512}")
 
@@ -144,6 +144,8 @@ class Sampling(Body):
 class ChatRequest(Sampling):
     """POST /chat/completions."""
 
+    tool_name: ClassVar[re.Pattern[str]] = tools.NAME
+
     messages: list[Message]
     max_completion_tokens: int | None = Field(None, description="Another name of max_tokens.")
     thinking: Thinking | None = Field(None, description="Enabled unless switched off.")
@@ -177,8 +179,8 @@ class ChatRequest(Sampling):
                 "Leave it out.",
                 param="parallel_tool_calls",
             )
-        check_tools(self.tools or [])
-        forced_call(self.tool_choice, self.tools or [])
+        tools.check_tools(self.tools or [], self.tool_name)
+        tools.forced_call(self.tool_choice, self.tools or [])
         return self
 
 

@@ -6,7 +6,7 @@ spell its pieces in their own words.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +54,15 @@ class Turn:
             if ready or not batch:
                 yield ready
 
-    async def whole(self, http: HttpRequest) -> chat.Finished:
-        """The finished reply. Raises: RequestError, and ClientGone when the client went away first."""
+    async def whole(self, http: HttpRequest, each: Callable[[Piece], None] | None = None) -> chat.Finished:
+        """The finished reply; `each` sees its pieces first.
+
+        Raises: RequestError, and ClientGone when the client went away before it was there.
+        """
         for event in await self.stream.collect(http):
-            for _ in self.reader.read(event):
-                pass
+            for piece in self.reader.read(event):
+                if each is not None:
+                    each(piece)
         self._keep_reasoning()
         return self.reader.finished
 
@@ -79,20 +83,31 @@ class Turn:
             self.service.continuity.remember(self.owner, self.prompt.messages, self.reader.finished.message)
 
 
-async def start(body: ChatRequest, service: Service, served: ServedModel | None = None, **sent_as: str) -> Turn:
+async def start(
+    body: ChatRequest,
+    service: Service,
+    served: ServedModel | None = None,
+    *,
+    reasoning_name: str = "reasoning_content",
+    sent_as: Mapping[str, str] | None = None,
+) -> Turn:
     """Check the request, render its prompt and hand it to the engine; call it inside the event loop.
 
     served: the model, where the dialect has its own way of finding it by name.
-    sent_as: fields of `body` that the caller's dialect calls otherwise (`max_tokens="max_output_tokens"`), for errors.
+    reasoning_name: what the dialect calls `reasoning_content`, for the refusal of a turn without.
+    sent_as: fields of `body` that the dialect calls otherwise (`{"max_tokens": "max_output_tokens"}`), for errors.
     Raises: RequestError for anything that cannot be served, before a byte is sent.
     """
     served = served or service.find(body.model)
     owner = body.user_id or body.user or ""
     if body.max_completion_tokens is not None:
-        body.max_tokens, sent_as = body.max_completion_tokens, {"max_tokens": "max_completion_tokens", **sent_as}
-    # Rendering and encoding a long history takes a while; other requests stream on meanwhile.
-    prompt = await run_in_threadpool(build_prompt, body, served, service, owner)
-    with named_as_sent(**sent_as):
+        body.max_tokens, sent_as = (
+            body.max_completion_tokens,
+            {"max_tokens": "max_completion_tokens", **(sent_as or {})},
+        )
+    with named_as_sent(**(sent_as or {})):
+        # Rendering and encoding a long history takes a while; other requests stream on meanwhile.
+        prompt = await run_in_threadpool(build_prompt, body, served, service, owner, reasoning_name)
         params = served.params(
             body,
             len(prompt.tokens),
