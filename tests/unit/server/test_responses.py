@@ -122,6 +122,7 @@ def test_a_history_is_shown_in_the_models_format(client: TestClient) -> None:
         {"role": "user", "content": "Hi"},
     ]
     assert ask(client, items, tools=[CLOCK]).status_code == 200
+    call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": CALL["arguments"]}}
     expected = chat.encode_messages(
         [
             {"role": "system", "content": "Be kind."},
