@@ -107,9 +107,14 @@ class Sampling(Body):
     presence_penalty: float | None = Field(None, description="Deprecated, no effect; checked to be in -2 to 2.")
     frequency_penalty: float | None = Field(None, description="Deprecated, no effect; checked to be in -2 to 2.")
     n: int | None = Field(None, description="Only 1.")
-    user: str | None = Field(None, description="No effect: nothing is kept or shared between requests.")
-    user_id: str | None = Field(None, description="As `user`.")
+    user: str | None = Field(None, description="As `user_id`, with any characters.")
+    user_id: str | None = Field(None, description="Your end user: each has a cache of its own.")
     rorqual: Extension | None = Field(None, description="Our own: `priority` and `timeout_s`.")
+
+    @property
+    def owner(self) -> str:
+        """The caller's end user, who shares neither cache nor remembered reasoning with others."""
+        return self.user_id or self.user or ""
 
     @field_validator("presence_penalty", "frequency_penalty")
     @classmethod
