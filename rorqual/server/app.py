@@ -8,12 +8,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from rorqual.engine import Engine
 from rorqual.server import chat, completions, errors, openapi, responses
+from rorqual.server.engine_view import engine_picks, engine_view
 from rorqual.server.guard import Guard
 from rorqual.server.metadata import metrics, statistics
 from rorqual.server.responses import ResponsesRequest
@@ -105,6 +107,16 @@ def create_app(
     async def prometheus() -> PlainTextResponse:
         """The same for Prometheus."""
         return PlainTextResponse(metrics(models), media_type="text/plain; version=0.0.4")
+
+    @app.get("/engine/view")
+    async def view() -> JSONResponse:
+        """What every engine is doing now: requests and their phases, memory by kind, the last steps."""
+        return JSONResponse(await run_in_threadpool(engine_view, service))
+
+    @app.get("/engine/picks")
+    async def picks(request: str) -> JSONResponse:
+        """Which blocks of its context the indexer picked for an answer of this process, by the answer's id."""
+        return JSONResponse(await engine_picks(service, request))
 
     @app.get("/", include_in_schema=False)
     @app.head("/", include_in_schema=False)

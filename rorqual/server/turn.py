@@ -42,6 +42,11 @@ class Turn:
     stream: TokenStream
     reader: ReplyReader
 
+    @property
+    def id(self) -> str:
+        """Of the answer, also for `/engine/picks`."""
+        return self.stream.request.id
+
     async def pieces(self, patience_s: float) -> AsyncIterator[list[Piece]]:
         """Pieces in order, those that are ready together; an empty list after `patience_s` without any.
 
@@ -118,5 +123,7 @@ async def start(
             suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
         )
         stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual, owner)
+    if service.recent is not None:
+        service.recent.add(served, stream.request)
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
     return Turn(service, served, body.model, owner, prompt, stream, reader)
