@@ -124,8 +124,8 @@ for (const button of document.querySelectorAll(".example")) {
 for (const dialog of document.querySelectorAll("dialog")) {
   dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
 }
-addEventListener("pagehide", () => { session.keep(true); store.flush(); });
-document.addEventListener("visibilitychange", () => { if (document.hidden) store.flush(); });
+addEventListener("pagehide", () => { if (session.isBusy) session.keep(); store.leave(); });
+document.addEventListener("visibilitychange", () => { if (document.hidden) store.write(); });
 
 listenToKeys({
   newChat: () => open(null),

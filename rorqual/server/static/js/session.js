@@ -16,11 +16,12 @@ export class Session extends EventTarget {
     this.conversation = null;      // null: a new one, not stored before something is said
     this.messages = [];
     this.trouble = null;
-    this.#abort = null;
+    settings.addEventListener("change", () => { if (!this.#isOpening) this.keep(); });
   }
 
-  #abort;
+  #abort = null;
   #rounds = 0;
+  #isOpening = false;
 
   get isBusy() {
     return this.#abort !== null;
@@ -37,7 +38,9 @@ export class Session extends EventTarget {
     this.messages = conversation?.messages ?? [];
     this.trouble = null;
     for (const one of this.messages) if (one.state === "writing") one.state = "stopped";   // a reload cut it off
+    this.#isOpening = true;
     if (conversation) this.settings.take(conversation.settings);
+    this.#isOpening = false;
     this.#emit("change");
   }
 
@@ -206,13 +209,14 @@ class Answer {
         onWrite();
       }
       reply.state = "done";
+      if (figures.finish !== "tool_calls") delete reply.tool_calls;   // half a call is none
     } catch (error) {
       reply.state = "stopped";
       if (error.name !== "AbortError") {
         reply.state = "failed";
         trouble = error instanceof ApiError ? error : new ApiError(`The answer could not be read: ${error.message}`);
       }
-      delete reply.tool_calls;                              // half a call is none
+      delete reply.tool_calls;
     }
     return trouble;
   }

@@ -1,6 +1,8 @@
 // Conversations, kept in this browser's IndexedDB; in memory alone where the browser forbids that.
 
 const NAME = "rorqual", TABLE = "conversations";
+const UNSAVED = "rorqual.unsaved";     // what was not written when the page went; written when it comes again
+const WRITE_MS = 400;
 const ROLES = new Set(["user", "assistant", "tool"]);
 
 function request(asked) {
@@ -19,7 +21,9 @@ export class Store {
   all = new Map();      // by id
   isKept = true;        // false: the browser stores nothing, and a reload forgets
   #db = null;
-  #waiting = new Map(); // conversations to be written, by id
+  #unsaved = new Map(); // by id: a conversation, and a stamp that changes with each `put`
+  #stamp = 0;
+  #timer = 0;
 
   async open() {
     try {
@@ -30,6 +34,10 @@ export class Store {
     } catch {
       this.isKept = false;
     }
+    try {
+      for (const one of JSON.parse(localStorage.getItem(UNSAVED)) ?? []) this.put(one, true);
+      localStorage.removeItem(UNSAVED);
+    } catch { /* nothing was left */ }
   }
 
   #table(mode) {
@@ -44,34 +52,41 @@ export class Store {
       .sort((a, b) => b.updated - a.updated);
   }
 
-  // Written soon; `at once` before the page may go.
+  // Written soon; `atOnce` as soon as can be.
   put(conversation, atOnce = false) {
     this.all.set(conversation.id, conversation);
-    const isWaiting = this.#waiting.size > 0;
-    this.#waiting.set(conversation.id, conversation);
-    if (atOnce) this.#write();
-    else if (!isWaiting) setTimeout(() => this.#write(), 400);
+    this.#unsaved.set(conversation.id, { conversation, stamp: ++this.#stamp });
+    if (atOnce) this.write();
+    else this.#timer ||= setTimeout(() => this.write(), WRITE_MS);
   }
 
-  flush() {
-    this.#write();
-  }
-
-  async #write() {
-    const waiting = [...this.#waiting.values()];
-    this.#waiting.clear();
-    if (!this.#db || !waiting.length) return;
+  async write() {
+    clearTimeout(this.#timer);
+    this.#timer = 0;
+    const unsaved = [...this.#unsaved];
+    if (!this.#db || !unsaved.length) return;
     try {
       const table = this.#table("readwrite");
-      await Promise.all(waiting.map((one) => request(table.put(one))));
+      await Promise.all(unsaved.map(([, { conversation }]) => request(table.put(conversation))));
+      for (const [id, { stamp }] of unsaved) if (this.#unsaved.get(id)?.stamp === stamp) this.#unsaved.delete(id);
+      localStorage.removeItem(UNSAVED);
     } catch {
       this.isKept = false;                                // full, or forbidden since
     }
   }
 
+  // The page will be gone in a moment, and what the database is asked now may never be done.
+  leave() {
+    if (!this.#unsaved.size) return;
+    try {
+      localStorage.setItem(UNSAVED, JSON.stringify([...this.#unsaved.values()].map((one) => one.conversation)));
+    } catch { /* too much for it: the database may still manage */ }
+    this.write();
+  }
+
   async delete(id) {
     this.all.delete(id);
-    this.#waiting.delete(id);
+    this.#unsaved.delete(id);
     if (this.#db) await request(this.#table("readwrite").delete(id));
   }
 }
@@ -98,6 +113,7 @@ export function readExport(text) {
 function readConversation(one) {
   if (!Array.isArray(one?.messages)) return null;
   const messages = one.messages.filter((m) => ROLES.has(m?.role) && typeof m.content === "string").map(readMessage);
+  if (!messages.length) return null;
   const time = Number(one.updated) || Date.now();
   const settings = typeof one.settings === "object" && one.settings ? one.settings : {};
   return { id: makeId(), title: String(one.title ?? "Imported").slice(0, 200), created: Number(one.created) || time,

@@ -200,7 +200,7 @@ class AnswerView {
 
   #drawFigures() {
     const { message } = this, parts = answerFigures({ ...message.figures, state: message.state });
-    this.figures.replaceChildren(...parts.map(([text, title]) => h("span", { title }, text)));
+    this.figures.replaceChildren(...parts.flatMap(([text, title], i) => [i ? " · " : "", h("span", { title }, text)]));
     const why = message.figures?.rorqual?.cache?.text;
     if (why) {
       const { rorqual, exactness } = message.figures;
