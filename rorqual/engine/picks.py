@@ -81,7 +81,10 @@ def find_picks(model: Transformer, prompt: Sequence[int], output: Sequence[int])
     shape = -(-len(output) // row_tokens), -(-total // block_tokens)
     found = {
         spec.index: LayerPicks(
-            spec.index, spec.compress_ratio, torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+            spec.index,
+            spec.compress_ratio,
+            torch.zeros(shape, dtype=torch.int64),
+            torch.zeros(shape, dtype=torch.int64),
         )
         for spec in layers
     }
@@ -94,7 +97,9 @@ def find_picks(model: Transformer, prompt: Sequence[int], output: Sequence[int])
     for at in range(0, len(queries), TRACED):
         _trace(model, state, queries[at : at + TRACED], at, row_tokens, block_tokens, found)
         yield
-    return Picks(len(prompt), len(output), row_tokens, block_tokens, *shape, model.cfg.index_topk, tuple(found.values()))
+    return Picks(
+        len(prompt), len(output), row_tokens, block_tokens, *shape, model.cfg.index_topk, tuple(found.values())
+    )
 
 
 def _trace(

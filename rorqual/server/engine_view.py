@@ -48,7 +48,7 @@ class Recent:
             found = next((pair for pair in self._kept if pair[1].id == id), None)
         if found is None:
             raise RequestError(
-                f"Nothing is known of an answer {id!r}: the last {MOST_KEPT} answers since the server's start are kept. "
+                f"Nothing is known of an answer {id!r}: the last {MOST_KEPT} answers of this process are kept. "
                 "Ask again, and use the new answer's id.",
                 status=404,
                 param="request",

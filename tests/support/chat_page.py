@@ -19,7 +19,8 @@ EVIL = (
     '<img src=x onerror="window.hacked = 1"> <script>window.hacked = 2</script>\n\n'
     "[run](javascript:window.hacked=3) [data](data:text/html,<script>1</script>) ![pic](https://example.com/a.png)\n\n"
     "<iframe src='javascript:window.hacked=4'></iframe> [fine](https://example.com/?q=<b>)\n\n"
-    "```html\n<img src=x onerror=window.hacked=5>\n```\n\n| <svg onload=window.hacked=6> | b |\n| --- | --- |\n| c | d |"
+    "```html\n<img src=x onerror=window.hacked=5>\n```\n\n| <svg onload=window.hacked=6> | b |\n"
+    "| --- | --- |\n| c | d |"
 )
 CALL = (
     'I will look.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="{name}">\n'

@@ -212,6 +212,23 @@ function link(address, children) {
 
 // ---- text that grows --------------------------------------------------------------------------
 
+// Long lists and code are changed where they grew; false where the block has to be drawn anew.
+function regrow(node, old, block) {
+  if (old?.kind !== block.kind) return false;
+  if (block.kind === "code" && old.language === block.language && block.text.startsWith(old.text) && old.text) {
+    node.querySelector("code").firstChild.appendData(block.text.slice(old.text.length));
+    return true;
+  }
+  if (block.kind !== "list" || old.isOrdered !== block.isOrdered || old.first !== block.first) return false;
+  block.items.forEach((item, i) => {
+    if (item === old.items[i]) return;
+    const fresh = h("li", {}, ...nested(item, 0));
+    i < old.items.length ? node.children[i].replaceWith(fresh) : node.append(fresh);
+  });
+  while (node.childElementCount > block.items.length) node.lastElementChild.remove();
+  return true;
+}
+
 // Draws a text into `box`, and again as it grows, touching only the last blocks.
 export class Drawn {
   #text = "";
@@ -232,13 +249,9 @@ export class Drawn {
     while (this.box.childElementCount > kept + old.length) this.box.lastElementChild.remove();
     fresh.forEach((block, i) => {
       const source = text.slice(block.start, block.end), place = this.box.children[kept + i];
-      if (place && old[i]?.source === source && old[i].kind === block.kind) {
-        this.#blocks.push({ ...old[i], end: block.end });
-      } else {
-        const node = draw(block);
-        place ? place.replaceWith(node) : this.box.append(node);
-        this.#blocks.push({ end: block.end, kind: block.kind, source });
-      }
+      this.#blocks.push({ ...block, source });
+      if (!place) this.box.append(draw(block));
+      else if (old[i]?.source !== source && !regrow(place, old[i], block)) place.replaceWith(draw(block));
     });
     while (this.box.childElementCount > kept + fresh.length) this.box.lastElementChild.remove();
     this.#text = text;
