@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
 
 from rorqual.engine import Engine
-from rorqual.server import chat, completions, errors, openapi, responses
+from rorqual.server import chat, completions, errors, openapi, page, responses
 from rorqual.server.engine_view import engine_picks, engine_view
 from rorqual.server.guard import Guard
 from rorqual.server.metadata import metrics, statistics
@@ -22,8 +20,6 @@ from rorqual.server.responses import ResponsesRequest
 from rorqual.server.schema import ChatRequest, CompletionRequest
 from rorqual.server.served import ServedModel
 from rorqual.server.service import Behaviour, make_service
-
-STATIC = Path(__file__).parent / "static"
 
 
 def create_app(
@@ -118,10 +114,5 @@ def create_app(
         """Which blocks of its context the indexer picked for an answer of this process, by the answer's id."""
         return JSONResponse(await engine_picks(service, request))
 
-    @app.get("/", include_in_schema=False)
-    @app.head("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
-
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    page.install(app)
     return app

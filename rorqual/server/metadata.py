@@ -11,8 +11,8 @@ from rorqual.server.served import ServedModel
 
 
 def metadata(request: Request) -> dict[str, Any]:
-    """How the request ran: its id (`/engine/picks` takes it), seed, seconds in each phase, and what the prefix cache did
-    for it and why.
+    """How the request ran: its id (for `/engine/picks`), seed, seconds in each phase, and what the prefix cache did for
+    it and why.
 
     `cache` is None where there is no cache. `ended`: the engine's own reason, which says `timeout` where the API's
     finish reason can only say `length`.

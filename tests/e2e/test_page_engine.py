@@ -14,10 +14,11 @@ from rorqual.engine import CacheSettings, Engine, EngineSettings
 from rorqual.server import create_app
 
 NOTES = (
-    "Mira keeps the harbour at Vell. Her sister Tala lives in Brandt and paints boats. In the spring of the long rain "
-    "the harbour master counted forty boats. The key of the boathouse is 7413. In summer the ferry runs twice a day, at "
-    "eight and at five, unless the wind is in the north. The school bell is made from a ship's bell that nobody claimed. "
-)  # fmt: skip
+    "Mira keeps the harbour at Vell. Her sister Tala lives in Brandt and paints boats. In the spring of the long "
+    "rain the harbour master counted forty boats. The key of the boathouse is 7413. In summer the ferry runs twice a "
+    "day, at eight and at five, unless the wind is in the north. The school bell is made from a ship's bell that "
+    "nobody claimed. "
+)
 
 
 def test_what_runs_is_seen_while_it_runs(page: Browser, scripted: tuple[str, Engine]) -> None:

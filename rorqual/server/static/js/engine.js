@@ -171,8 +171,8 @@ function drawCache(cache) {
 
 // The last steps: height is time, colour says what was in them.
 function drawSteps(canvas, steps) {
-  const width = canvas.parentElement.clientWidth, height = 56, scale = devicePixelRatio;
   $("steps-box").hidden = !steps.length;
+  const width = canvas.parentElement.clientWidth, height = 56, scale = devicePixelRatio;
   if (!steps.length || !width) return;
   canvas.width = width * scale;
   canvas.height = height * scale;

@@ -21,12 +21,26 @@ export function rate(n) {
   return n >= 100 ? count(n) : n.toPrecision(3);
 }
 
+// The sums of a conversation; "" before its first answer.
+export function totals(messages) {
+  const known = messages.filter((one) => one.figures?.usage).map((one) => one.figures);
+  if (!known.length) return "";
+  const sum = (of) => known.reduce((total, one) => total + (of(one) ?? 0), 0);
+  const sent = sum(({ usage }) => usage.prompt_tokens), cached = sum(({ usage }) => usage.prompt_cache_hit_tokens);
+  const prices = known.map(({ rorqual }) => price(rorqual)).filter((one) => one !== null);
+  const spent = prices.length ? ` · ${money(prices.reduce((total, one) => total + one.amount, 0), prices[0].unit)}` : "";
+  return `${count(sent)} in, ${percent(cached, sent)} cached · ${count(sum(({ usage }) => usage.completion_tokens))} out${spent}`;
+}
+
 // What an answer cost, where the server says so; null where it does not.
-export function cost(rorqual) {
+function price(rorqual) {
   const said = rorqual?.cost;
   const amount = typeof said === "number" ? said : Number(said?.total ?? said?.amount ?? NaN);
-  if (!Number.isFinite(amount)) return null;
   const unit = typeof said?.currency === "string" ? said.currency : "USD";
+  return Number.isFinite(amount) ? { amount, unit } : null;
+}
+
+function money(amount, unit) {
   const number = amount === 0 ? "0" : amount < 0.01 ? amount.toPrecision(2) : amount.toFixed(2);
   return unit === "USD" ? `$${number}` : `${number} ${unit}`;
 }
@@ -43,8 +57,8 @@ export function answerFigures({ usage, rorqual, firstToken, tokensPerSecond, fin
   }
   if (tokensPerSecond) out.push([`${rate(tokensPerSecond)} tokens/s`, "From the first token to the last."]);
   if (firstToken) out.push([`first after ${seconds(firstToken)}`, "From sending to the first token, as seen here."]);
-  const price = cost(rorqual);
-  if (price) out.push([price, "What this answer cost."]);
+  const paid = price(rorqual);
+  if (paid) out.push([money(paid.amount, paid.unit), "What this answer cost."]);
   if (rorqual?.ended === "timeout") out.push(["out of time", "The answer was cut off at its deadline."]);
   else if (finish === "length") out.push(["cut off at the limit", "The answer reached the most tokens that were allowed."]);
   if (state === "stopped") out.push(["stopped", "The answer was stopped before its end."]);

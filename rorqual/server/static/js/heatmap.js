@@ -21,6 +21,15 @@ export class HeatMap {
     this.note = h("p", { class: "hint" });
     this.text = h("div", { class: "context", tabindex: "0", role: "group", "aria-label": "The context, tinted" });
     box.append(this.note, this.layers, h("div", { class: "map" }, this.canvas, this.axis), this.cell, this.text);
+    this.layers.addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      const number = this.#data.layers.length;
+      this.#layer = (this.#layer + step + number) % number;
+      this.draw();
+      this.layers.children[this.#layer].focus();
+    });
     this.canvas.addEventListener("pointermove", (event) => this.#point(event));
     this.canvas.addEventListener("pointerdown", (event) => this.#point(event));
     this.canvas.addEventListener("pointerleave", () => this.#choose(-1, -1));

@@ -90,7 +90,7 @@ function showBusy() {
   }
   const last = session.messages.at(-1);
   if (session.trouble) say("The answer failed.");
-  else if (last?.role === "assistant") say(last.state === "stopped" ? "Stopped." : `Answer: ${last.content.slice(0, 400)}`);
+  else if (last?.role === "assistant") say(last.state === "stopped" ? "Stopped." : `Answer: ${last.content.slice(0, 1000)}`);
   const { activeElement } = document;
   const isFree = !activeElement || activeElement === document.body || activeElement === $("stop");
   if (isFree && matchMedia("(hover: hover)").matches) promptBox.focus();

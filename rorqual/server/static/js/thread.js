@@ -1,7 +1,7 @@
 // The conversation on the page: messages, thinking, tool calls, figures, and what can be done with each.
 
 import { $, copy, h, icon, iconButton, say, toast } from "./dom.js";
-import { answerFigures } from "./figures.js";
+import { answerFigures, totals } from "./figures.js";
 import { Drawn } from "./markdown.js";
 import { OWN_TOOLS, pretty } from "./tools.js";
 
@@ -40,6 +40,7 @@ export class Thread {
     const last = shown.at(-1);
     for (const [message, view] of views) view.draw(message === last);
     $("welcome").hidden = messages.length > 0;
+    $("totals").textContent = totals(messages);
     this.#drawTrouble(trouble);
     if (wasAtEnd || isNew) this.scrollDown();
     this.#showDown();
