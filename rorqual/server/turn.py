@@ -90,12 +90,14 @@ async def start(
     *,
     reasoning_name: str = "reasoning_content",
     sent_as: Mapping[str, str] | None = None,
+    lower_max_tokens: bool = False,
 ) -> Turn:
     """Check the request, render its prompt and hand it to the engine; call it inside the event loop.
 
     served: the model, where the dialect has its own way of finding it by name.
     reasoning_name: what the dialect calls `reasoning_content`, for the refusal of a turn without.
     sent_as: fields of `body` that the dialect calls otherwise (`{"max_tokens": "max_output_tokens"}`), for errors.
+    lower_max_tokens: lower it to what there is room for, instead of refusing.
     Raises: RequestError for anything that cannot be served, before a byte is sent.
     """
     served = served or service.find(body.model)
@@ -113,6 +115,7 @@ async def start(
             len(prompt.tokens),
             limit=served.max_output,
             default=DEFAULT_MAX_TOKENS,
+            lower=lower_max_tokens,
             logprobs=bool(body.logprobs),
             top_logprobs=body.top_logprobs or 0,
             suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
