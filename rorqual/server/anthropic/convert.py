@@ -72,10 +72,11 @@ def to_chat(body: MessagesRequest, service: Service) -> ChatRequest:
             param="thread",
         )
     effort = body.output_config.effort if body.output_config is not None else None
-    if body.thinking is None and effort is None:
-        thinks = aliases.thinks(body.model) is not False
+    if body.thinking is not None:
+        thinks = body.thinking.type != "disabled"
+        effort = None if thinks and effort == "none" else effort  # the switch itself goes first
     else:
-        thinks = effort != "none" and (body.thinking is None or body.thinking.type != "disabled")
+        thinks = effort != "none" if effort is not None else aliases.thinks(body.model) is not False
     user = body.metadata.user_id if body.metadata is not None else None
     return ManyTools.model_validate(
         {
@@ -219,10 +220,8 @@ def _tool(tool: Any, i: int) -> dict[str, Any]:
             f"tools[{i}] is of type `{kind}`, which is not supported: {_NO_SERVER_TOOLS}", param=f"tools[{i}].type"
         )
     read = _read(Tool, tool, ("tools", i))
-    function: dict[str, Any] = {"name": read.name}
-    if read.description is not None:
-        function["description"] = read.description
-    return {"type": "function", "function": {**function, "parameters": read.input_schema}}
+    function = {"name": read.name, "description": read.description or "", "parameters": read.input_schema}
+    return {"type": "function", "function": function}
 
 
 def _tool_choice(body: MessagesRequest, is_free: bool) -> Any:

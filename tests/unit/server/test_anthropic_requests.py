@@ -122,7 +122,8 @@ def test_results_come_before_the_text_they_were_sent_with(client: TestClient) ->
 
 def test_effort_and_thinking(client: TestClient) -> None:
     for fields, ending in {
-        "<think>": [{}, {"thinking": {"type": "enabled", "budget_tokens": 1024}}, {"thinking": {"type": "adaptive"}}],
+        "<think>": [{}, {"thinking": {"type": "enabled", "budget_tokens": 1024}}, {"thinking": {"type": "adaptive"}},
+                    {"thinking": {"type": "enabled"}, "output_config": {"effort": "none"}}],
         "</think>": [OFF, {"output_config": {"effort": "none"}}, {"model": "deepseek-chat"},
                      {**OFF, "output_config": {"effort": "max"}}],
     }.items():  # fmt: skip
