@@ -5,7 +5,8 @@ Left out, because the two differ on purpose: results that come after text in the
 are taken here; images and documents are refused here rather than replaced by a remark; an account line is also left out
 of a system text that is no list of blocks; `any` forces a call without thinking; a call that is cut off is no block of
 the whole answer, and complete calls before the cut are made (`tool_use`). The recipe leaves a newline behind text that
-ends in `<` before calls, drops newlines at the end of thinking, splits arguments into other pieces, and has `xhigh` as a level of its own.
+ends in `<` before calls, drops newlines at the end of thinking, splits arguments into other pieces, and has `xhigh` as
+a level of its own.
 """
 
 import json

@@ -55,8 +55,7 @@ async def count_tokens(body: MessagesRequest, service: Service) -> Response:
     """How long the prompt of this request is, with the reasoning that would be put back. Raises: RequestError."""
     served, asked = service.find(body.model, claude=True), to_chat(body, service)
     with named_as_sent(**SENT_AS):
-        owner = asked.user_id or asked.user or ""
-        prompt = await run_in_threadpool(build_prompt, asked, served, service, owner, _REASONING)
+        prompt = await run_in_threadpool(build_prompt, asked, served, service, asked.owner, _REASONING)
     return JSONResponse({"input_tokens": len(prompt.tokens)})
 
 

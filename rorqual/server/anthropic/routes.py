@@ -9,6 +9,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from rorqual.errors import RequestError
+from rorqual.server import openapi
 from rorqual.server.anthropic.answer import answer, count_tokens
 from rorqual.server.anthropic.schema import MessagesRequest
 from rorqual.server.served import ServedModel
@@ -20,7 +21,7 @@ _UNKNOWN_DATE = "1970-01-01T00:00:00Z"
 def make_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/anthropic/v1/messages")
+    @router.post("/anthropic/v1/messages", responses={200: {"content": openapi.STREAM}})
     @router.post("/anthropic/messages", include_in_schema=False)
     @router.post("/v1/messages", include_in_schema=False)
     async def messages(body: MessagesRequest, http: HttpRequest) -> Response:
