@@ -24,13 +24,22 @@ class ClientGone(Exception):
 
 
 def error_body(error: RequestError, path: str = "") -> dict[str, Any]:
-    """The JSON body of a refusal; on Anthropic's paths also with the mark that its clients look for."""
+    """The JSON body of a refusal; on Anthropic's paths with what its clients look for besides."""
     # A message may quote the request, and JSON can carry half a surrogate pair, which UTF-8 cannot.
     message, param = (
         text.encode("utf-8", "replace").decode() if text is not None else None for text in (error.message, error.param)
     )
-    mark = {"type": "error"} if path.startswith(_ANTHROPIC) else {}
-    return {**mark, "error": {"message": message, "type": error.type, "param": param, "code": error.code}}
+    body = {"error": {"message": message, "type": error.type, "param": param, "code": error.code}}
+    return for_anthropic(body) if path.startswith(_ANTHROPIC) else body
+
+
+def for_anthropic(body: dict[str, Any]) -> dict[str, Any]:
+    """An error body with the mark that it is one, and the code, where it says more than the type, once more under
+    the name it has there.
+    """
+    error = body["error"]
+    details = {} if error["code"] == error["type"] else {"details": {"error_code": error["code"]}}
+    return {"type": "error", "error": {**error, **details}}
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:

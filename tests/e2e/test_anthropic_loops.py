@@ -33,13 +33,12 @@ def url(engine: Engine) -> Iterator[str]:
         yield url
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-@pytest.mark.parametrize("keeps", ["everything", "text and calls"])
+@pytest.mark.parametrize(("streamed", "keeps"), [(False, "everything"), (True, "text and calls")])
 def test_the_sdk(url: str, streamed: bool, keeps: str) -> None:
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
     with anthropic.Anthropic(base_url=f"{url}/anthropic", api_key="none", max_retries=0) as client:
         for _ in range(5):
-            fields: Any = {"model": "claude-sonnet-4-5-20250929", "max_tokens": 2000, "messages": messages}
+            fields: Any = {"model": "claude-sonnet-5", "max_tokens": 2000, "messages": messages}
             fields |= {"tools": [WEATHER], "thinking": {"type": "enabled", "budget_tokens": 1024}}
             if streamed:
                 with client.messages.stream(**fields) as stream:
@@ -105,8 +104,7 @@ def claude_code(client: Any, turn: int, messages: list[Any], tool: Any) -> Any:
     return message
 
 
-@pytest.mark.parametrize("strips", [False, True])
-@pytest.mark.parametrize("base", ["", "/anthropic"])
+@pytest.mark.parametrize(("base", "strips"), [("", False), ("/anthropic", True)])
 def test_requests_like_those_of_claude_code(url: str, base: str, strips: bool) -> None:
     schema = {"$schema": "http://json-schema.org/draft-07/schema#", **PARAMETERS, "additionalProperties": False}
     messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]

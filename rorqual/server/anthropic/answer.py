@@ -22,7 +22,7 @@ from rorqual.server import turn as turns
 from rorqual.server.anthropic.convert import SENT_AS, to_chat
 from rorqual.server.anthropic.schema import MessagesRequest
 from rorqual.server.anthropic.writer import Event, Writer
-from rorqual.server.errors import error_body, named_as_sent
+from rorqual.server.errors import error_body, for_anthropic, named_as_sent
 from rorqual.server.messages import build_prompt
 from rorqual.server.replies import Piece
 from rorqual.server.service import Service
@@ -98,7 +98,7 @@ class _Message:
                         yield _line({"type": "message_delta", "delta": end, "usage": usage, **self._beside()})
                         yield _line({"type": "message_stop"})
         except RequestError as error:
-            yield _line({"type": "error", **error_body(error)})
+            yield _line(for_anthropic(error_body(error)))
 
     def _begin(self) -> Iterator[Event]:
         usage = {**_usage(self._turn.usage()), "output_tokens": 0}

@@ -70,6 +70,7 @@ def to_chat(body: MessagesRequest, service: Service) -> ChatRequest:
             "thread refers to a conversation kept by the server, and this server stores none. Send the whole history "
             "in messages.",
             param="thread",
+            code="thread_unsupported_request",  # the SDK's tool runner then goes on without
         )
     effort = body.output_config.effort if body.output_config is not None else None
     if body.thinking is not None:

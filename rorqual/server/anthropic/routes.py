@@ -16,6 +16,13 @@ from rorqual.server.served import ServedModel
 from rorqual.server.service import Service
 
 _UNKNOWN_DATE = "1970-01-01T00:00:00Z"
+_PAGING: dict[str, Any] = {
+    "parameters": [
+        {"name": "limit", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 1000}},
+        {"name": "after_id", "in": "query", "schema": {"type": "string"}},
+        {"name": "before_id", "in": "query", "schema": {"type": "string"}},
+    ]
+}
 
 
 def make_router(service: Service) -> APIRouter:
@@ -33,7 +40,7 @@ def make_router(service: Service) -> APIRouter:
     async def count(body: MessagesRequest) -> Response:
         return await count_tokens(body, service)
 
-    @router.get("/anthropic/v1/models")
+    @router.get("/anthropic/v1/models", openapi_extra=_PAGING)
     async def models(http: HttpRequest) -> dict[str, Any]:
         return list_models(http, service)
 

@@ -104,9 +104,17 @@ class ToolResultBlock(Body):
     toolset_name: Any = Field(None, description="No effect.")
 
 
+def _described(*blocks: type[Body]) -> Any:  # Any: pydantic types it too narrowly
+    """For the OpenAPI document only, as blocks are read one by one: a text, or a list of such blocks."""
+    items = {"anyOf": [block.model_json_schema() for block in blocks]}
+    return {"anyOf": [{"type": "string"}, {"type": "array", "items": items}]}
+
+
 class InputMessage(Body):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Any]
+    content: str | list[Any] = Field(
+        json_schema_extra=_described(TextBlock, ThinkingBlock, ToolUseBlock, ToolResultBlock)
+    )
 
 
 class MessagesRequest(Body):
@@ -114,7 +122,7 @@ class MessagesRequest(Body):
 
     model: str
     messages: list[InputMessage]
-    system: str | list[Any] | None = None
+    system: str | list[Any] | None = Field(None, json_schema_extra=_described(TextBlock))
     max_tokens: int | None = Field(None, description="Lowered to what the context has room for.")
     temperature: float | None = None
     top_p: float | None = None
@@ -127,7 +135,9 @@ class MessagesRequest(Body):
     output_config: OutputConfig | None = None
     output_format: JsonFormat | None = Field(None, description="As `output_config.format`, which goes first.")
     metadata: Metadata | None = None
-    tools: list[Any] | None = None
+    tools: list[Any] | None = Field(
+        None, json_schema_extra={"anyOf": [{"type": "array", "items": Tool.model_json_schema()}, {"type": "null"}]}
+    )
     tool_choice: ToolChoice | None = None
     rorqual: Extension | None = Field(None, description="Our own: `priority` and `timeout_s`.")
     thread: Any = Field(None, description="Refused: nothing is stored.")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from messages_stream import check_stream, events_of
 from mock_model import ScriptModel, byte_tokenizer
-from scripted_api import PROMPTS, refused
+from scripted_api import PROMPTS
 from starlette.testclient import TestClient
 
 from rorqual.config import ModelConfig
@@ -53,7 +53,7 @@ def test_every_path_answers(client: TestClient, path: str) -> None:
     assert body["content"] == [{"type": "text", "text": "Hello 🐋!"}]
     assert "output_tokens_details" not in body["usage"]
     counted = client.post(path.replace("messages", "messages/count_tokens", 1), json={"model": "m", "messages": []})
-    assert refused(counted)["code"] == "model_not_found"
+    assert refused_here(counted)["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("fields", [{}, OFF, {"tools": [CLOCK]}, {"max_tokens": 5}, {"stop_sequences": ["lo", "x"]}])
@@ -160,8 +160,11 @@ def refused_here(response: Any, status: int = 400) -> Any:
     assert response.status_code == status, response.text
     body = response.json()
     assert set(body) == {"type", "error"} and body["type"] == "error"
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    return body["error"]
+    error = body["error"]
+    assert set(error) - {"details"} == {"message", "type", "param", "code"}
+    assert ("details" in error) == (error["code"] != error["type"])
+    assert error.get("details", {"error_code": error["code"]}) == {"error_code": error["code"]}
+    return error
 
 
 def test_tokens_are_counted_as_the_answer_counts_them(client: TestClient) -> None:
