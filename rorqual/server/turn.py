@@ -15,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 
 from rorqual import chat
 from rorqual.chat import suppressed_ids
+from rorqual.server.constraints import grammar_for
 from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import ChatPrompt, build_prompt
 from rorqual.server.metadata import metadata
@@ -89,6 +90,7 @@ async def start(
     served: ServedModel | None = None,
     *,
     reasoning_name: str = "reasoning_content",
+    forces_thinking: bool | None = None,
     sent_as: Mapping[str, str] | None = None,
     lower_max_tokens: bool = False,
 ) -> Turn:
@@ -96,6 +98,8 @@ async def start(
 
     served: the model, where the dialect has its own way of finding it by name.
     reasoning_name: what the dialect calls `reasoning_content`, for the refusal of a turn without.
+    forces_thinking: whether a call can be forced in thinking mode, where the dialect says; as the server is set up
+        otherwise.
     sent_as: fields of `body` that the dialect calls otherwise (`{"max_tokens": "max_output_tokens"}`), for errors.
     lower_max_tokens: lower it to what there is room for, instead of refusing.
     Raises: RequestError for anything that cannot be served, before a byte is sent.
@@ -110,6 +114,11 @@ async def start(
     with named_as_sent(**(sent_as or {})):
         # Rendering and encoding a long history takes a while; other requests stream on meanwhile.
         prompt = await run_in_threadpool(build_prompt, body, served, service, owner, reasoning_name)
+        if forces_thinking is None:
+            forces_thinking = service.behaviour.forced_calls_while_thinking
+        grammar = grammar_for(body, prompt, forces_thinking=forces_thinking)
+        if grammar is not None:  # the first of its kind is compiled, which takes a while
+            await run_in_threadpool(served.engine.grammars.constraint, grammar)
         params = served.params(
             body,
             len(prompt.tokens),
@@ -118,8 +127,12 @@ async def start(
             lower=lower_max_tokens,
             logprobs=bool(body.logprobs),
             top_logprobs=body.top_logprobs or 0,
-            suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
+            suppress_token_ids=suppressed_ids(
+                served.tokenizer, thinking=prompt.opens_reasoning, tools=bool(prompt.tools)
+            ),
+            grammar=grammar,
         )
         stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual, owner)
-    reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
+    logprobs, opens = bool(body.logprobs), prompt.opens_reasoning
+    reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=logprobs, opens_reasoning=opens)
     return Turn(service, served, body.model, owner, prompt, stream, reader)
