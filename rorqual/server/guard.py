@@ -48,7 +48,7 @@ class Guard:
         headers = Headers(scope=scope)
         refusal = self._refusal(headers)
         if refusal is not None:
-            await JSONResponse(error_body(refusal), refusal.status)(scope, receive, send)
+            await JSONResponse(error_body(refusal, scope["path"]), refusal.status)(scope, receive, send)
             return
         num_bytes = 0
 

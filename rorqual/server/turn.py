@@ -92,6 +92,7 @@ async def start(
     reasoning_name: str = "reasoning_content",
     forces_thinking: bool | None = None,
     sent_as: Mapping[str, str] | None = None,
+    lower_max_tokens: bool = False,
 ) -> Turn:
     """Check the request, render its prompt and hand it to the engine; call it inside the event loop.
 
@@ -100,6 +101,7 @@ async def start(
     forces_thinking: whether a call can be forced in thinking mode, where the dialect says; as the server is set up
         otherwise.
     sent_as: fields of `body` that the dialect calls otherwise (`{"max_tokens": "max_output_tokens"}`), for errors.
+    lower_max_tokens: lower it to what there is room for, instead of refusing.
     Raises: RequestError for anything that cannot be served, before a byte is sent.
     """
     served = served or service.find(body.model)
@@ -122,6 +124,7 @@ async def start(
             len(prompt.tokens),
             limit=served.max_output,
             default=DEFAULT_MAX_TOKENS,
+            lower=lower_max_tokens,
             logprobs=bool(body.logprobs),
             top_logprobs=body.top_logprobs or 0,
             suppress_token_ids=suppressed_ids(
