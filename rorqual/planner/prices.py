@@ -1,7 +1,7 @@
 """What tokens cost: prices with their dates, and the exact cost of a request.
 
-Amounts are whole numbers of 1e-12 of a currency unit ("picos"): a price per million tokens with up to six decimals is
-then a whole number a token, so no sum is ever rounded. The table of the hosted API lies beside this file
+Amounts are in picos (`money.py`): a price per million tokens with up to six decimals is then a whole number a token, so
+no sum is ever rounded. The table of the hosted API lies beside this file
 (`prices.toml`); a user's own has the same form. Source: DeepSeek's price pages of April to September 2026.
 """
 
@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rorqual.errors import ConfigError
+from rorqual.money import amount_text
 
-PICOS = 10**12
 _PER_TOKEN = 10**6  # a unit per million tokens is a million picos a token
 _KINDS = ("hit", "miss", "output")
 
@@ -250,24 +250,6 @@ def cost(
     """
     tokens = usage if isinstance(usage, Tokens) else Tokens.from_usage(usage)
     return Cost(tokens, price_at(model, when, currency=currency, table=table), _utc(when))
-
-
-def amount_text(picos: int) -> str:
-    """Exact decimal text without needless zeros, two decimals at least: `0.00`, `12.50`, `0.000000003625`."""
-    whole, rest = divmod(abs(picos), PICOS)
-    decimals = f"{rest:012d}".rstrip("0").ljust(2, "0")
-    return f"{'-' if picos < 0 else ''}{whole}.{decimals}"
-
-
-def parse_amount(text: str) -> int:
-    """Picos of a decimal text. Raises: ConfigError when it is none, or finer than a pico."""
-    try:
-        picos = Decimal(text) * PICOS
-        if picos.is_finite() and picos == int(picos):
-            return int(picos)
-    except InvalidOperation:
-        pass
-    raise ConfigError(f"{text!r} is no amount of money. Write for example 5 or 0.25.")
 
 
 def time_text(when: datetime) -> str:

@@ -9,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rorqual.errors import ConfigError
+from rorqual.money import amount_text, parse_amount
 from rorqual.planner.prices import (
     PriceTable,
     Tokens,
-    amount_text,
     cost,
     hosted_prices,
-    parse_amount,
     price_at,
 )
 
@@ -102,7 +101,7 @@ def test_amounts_survive_their_text(picos: int) -> None:
 
 
 def test_how_amounts_read() -> None:
-    assert [amount_text(n) for n in (0, 5 * 10**12, 3625, -10**11)] == ["0.00", "5.00", "0.000000003625", "-0.10"]
+    assert [amount_text(n) for n in (0, 5 * 10**12, 3625, -(10**11))] == ["0.00", "5.00", "0.000000003625", "-0.10"]
     for text in ("", "five", "NaN", "inf", "0.0000000000001"):
         with pytest.raises(ConfigError, match="no amount of money"):
             parse_amount(text)
