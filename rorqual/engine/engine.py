@@ -128,6 +128,7 @@ class Engine:
         on_progress: Progress | None = None,
         wait: bool = False,
         rendered: bool = False,
+        cache_scope: str = "",
     ) -> Request:
         """Queue a prompt of token ids and return its handle at once.
 
@@ -138,12 +139,13 @@ class Engine:
         wait: block while the queue is full instead of refusing.
         rendered: the tokens are tokenised text, so turns that this engine sampled may be put back as it sampled them
         (the same bytes); the handle's `prompt_ids` are then those.
+        cache_scope: requests share what the prefix cache holds with those of the same scope only.
         Raises: RequestError for an empty or impossible prompt, one beyond the context limit or the memory for states,
         a full queue (429) or a closed engine (503).
         """
         params = params or SamplingParams()
         if rendered and self.prefix_cache is not None:
-            tokens = self.prefix_cache.as_sampled(tokens)
+            tokens = self.prefix_cache.as_sampled(tokens, cache_scope)
         if isinstance(tokens, list):
             tokens = tuple(tokens)  # once, for the check and the request
         ids = as_array(tokens)
@@ -154,7 +156,7 @@ class Engine:
         seed = params.seed if params.seed is not None else secrets.randbits(SEED_BITS)
         request = Request(
             tokens, params, ids=ids, max_tokens=max_tokens, seed=seed, priority=priority, timeout_s=timeout_s,
-            listener=listener, on_progress=on_progress, wake=self._notify,
+            listener=listener, on_progress=on_progress, wake=self._notify, cache_scope=cache_scope,
         )  # fmt: skip
         job = Job(request, self.tokenizer.stream_decoder(), StopFilter(params.stop))
         with self._changed:
@@ -383,7 +385,7 @@ class Engine:
         job.request.exactness = describe(examine(self.model), job.request)
         if self.prefix_cache is not None and job.lease is not None and reason != "error":
             try:
-                self.prefix_cache.end_of_output(job.lease, job.request.prompt_ids, job.ids)
+                self.prefix_cache.end_of_output(job.lease, job.request.prompt_ids, job.ids, job.request.cache_scope)
             except Exception as error:  # the output is complete, whatever becomes of its copy
                 logger.error("an output could not be stored for later requests", exc_info=error)
         job.forget()  # its memory is free before the next admission

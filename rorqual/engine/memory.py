@@ -103,7 +103,8 @@ class PagedCost(StateCost):
 
     def _shared(self, job: Job) -> int:
         """Pages that the job will find in use by others."""
-        nodes = self._cache.tree.match(job.request.prompt_array).nodes
+        tree, request = self._cache.tree, job.request
+        nodes = tree.match(request.prompt_array, tree.root_of(request.cache_scope)).nodes
         return self._pool.num_in_use_of([node.page for node in nodes])
 
     def _pages(self, num_tokens: int) -> int:

@@ -58,6 +58,8 @@ class Lease:
     explanation: Explanation
     hidden: Tensor | None = None
     node: Node | None = None
+    root: Node | None = None
+    """Where texts of its scope begin."""
     branch: int = 0
     """Where this prompt leaves stored text without a checkpoint there: one is taken, for the next that does so."""
 
@@ -160,24 +162,25 @@ class PrefixCache:
 
     # Beginning
 
-    def begin(self, tokens: Sequence[int] | Tokens, ask: bool = True) -> Lease:
+    def begin(self, tokens: Sequence[int] | Tokens, ask: bool = True, scope: str = "") -> Lease:
         """A state for a prompt, as far along as the store can bring it; the caller feeds tokens from `num_cached` on.
 
         ask: False leaves the store alone, for a request that needs every position's logits. After a hit the state may
         run tokens again whose entries are there (`State.is_replaying`): nothing may be sampled from their streams.
+        scope: what is stored for one is never used for another.
         """
         began = time.perf_counter()
         ids = np.asarray(tokens, dtype=np.int32)
-        state = self.model.new_state(1, rewind=self.rewind, pool=self.pool)
+        state, root = self.model.new_state(1, rewind=self.rewind, pool=self.pool), self.tree.root_of(scope)
         if not ask or not len(ids):
             explanation = Explanation(len(ids), computed_tokens=len(ids), reason="not asked")
-            return Lease(state, 0, explanation, node=self.tree.root)
+            return Lease(state, 0, explanation, None, root, root)
         if self.disk is not None:
             self.disk.refresh()
-        lookup = Lookup(self.tree, self.disk, ids, self.replay_tokens)
+        lookup = Lookup(self.tree, self.disk, ids, self.replay_tokens, root)
         found = lookup.run()
         point = found.point if isinstance(found.point, Point) else None
-        node = found.hit.nodes[found.num_pages - 1] if found.num_pages else self.tree.root
+        node = found.hit.nodes[found.num_pages - 1] if found.num_pages else root
         if found.num_pages or point is not None:
             found.table.truncate(found.num_pages * self.pool.page_tokens)
             self._install(state, ids, found, point)
@@ -190,7 +193,7 @@ class PrefixCache:
             hidden = hidden.to(self.model.streams_dtype)
         leaves_at = max(found.num_pages * self.pool.page_tokens, explanation.differs_at or 0)
         branch = leaves_at if self.ends and leaves_at - found.restored_at >= BRANCH_TOKENS else 0
-        return Lease(state, state.lengths[0], explanation, hidden, node, branch)
+        return Lease(state, state.lengths[0], explanation, hidden, node, root, branch)
 
     def _install(self, state: State, ids: Tokens, found: Found, point: Point | None) -> None:
         tokens, frozen = torch.from_numpy(ids), found.num_pages * self.pool.page_tokens
@@ -268,10 +271,12 @@ class PrefixCache:
             self._checkpoint(lease, hidden, is_last=False)
             self.tree.shrink()
 
-    def end_of_output(self, lease: Lease, prompt: Sequence[int] = (), output: Sequence[int] = ()) -> None:
+    def end_of_output(
+        self, lease: Lease, prompt: Sequence[int] = (), output: Sequence[int] = (), scope: str = ""
+    ) -> None:
         """Store a sequence whose output is complete, as far as it has been read, and the turn that was sampled."""
         if self.turns is not None and output:
-            self.turns.remember([*prompt, *output], len(prompt))
+            self.turns.remember([*prompt, *output], len(prompt), scope)
         self.progress(lease)
         if self.ends:
             self._checkpoint(lease, None, is_last=True)
@@ -304,13 +309,13 @@ class PrefixCache:
         size, full = self.pool.page_tokens, lease.state.lengths[0] // self.pool.page_tokens
         node = lease.node
         if node is None or not (node.is_alive and node.depth <= full):
-            hit = self.tree.match(lease.state.tokens[0, : full * size].numpy())
-            node = hit.nodes[-1] if hit.nodes else self.tree.root
+            hit = self.tree.match(lease.state.tokens[0, : full * size].numpy(), lease.root)
+            node = hit.nodes[-1] if hit.nodes else lease.root or self.tree.root
         return node
 
-    def as_sampled(self, tokens: Sequence[int]) -> Sequence[int]:
-        """A rendered prompt's ids with turns that were sampled here as they were sampled: the same bytes."""
-        return tokens if self.turns is None else self.turns.restore(tokens)[0]
+    def as_sampled(self, tokens: Sequence[int], scope: str = "") -> Sequence[int]:
+        """A rendered prompt's ids with turns that were sampled in this scope as they were sampled: the same bytes."""
+        return tokens if self.turns is None else self.turns.restore(tokens, scope)[0]
 
     def clear(self) -> None:
         """Forget everything in memory, as after a change of weights."""

@@ -41,6 +41,7 @@ class Request:
         listener: Listener | None = None,
         on_progress: Progress | None = None,
         wake: Callable[[], None] = lambda: None,
+        cache_scope: str = "",
     ) -> None:
         self.prompt_ids = tuple(prompt_ids)
         self.prompt_array = np.asarray(self.prompt_ids, dtype=np.int32) if ids is None else ids
@@ -49,6 +50,7 @@ class Request:
         self.seed = seed
         self.priority = priority
         self.timeout_s = timeout_s
+        self.cache_scope = cache_scope
         self.error: RequestError | None = None
         self.cache: Explanation | None = None  # what the prefix cache did for it, once it runs
         self.drafted = self.accepted = 0  # tokens, by speculation

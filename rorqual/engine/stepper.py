@@ -112,7 +112,8 @@ class Stepper:
             known = job.request.prompt_array
             if job.ids:
                 known = np.concatenate([known, np.asarray(job.ids, dtype=np.int32)])
-            job.lease = cache.begin(known, ask=not job.request.params.prompt_logprobs)
+            asks = not job.request.params.prompt_logprobs
+            job.lease = cache.begin(known, asks, job.request.cache_scope)
             job.state, job.num_read = job.lease.state, job.lease.num_cached
             if job.request.cache is None:  # not after a preemption
                 job.request.cache = job.lease.explanation

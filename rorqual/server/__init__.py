@@ -3,5 +3,6 @@
 from rorqual.server.app import create_app
 from rorqual.server.run import run
 from rorqual.server.served import ServedModel
+from rorqual.server.service import Behaviour
 
-__all__ = ["ServedModel", "create_app", "run"]
+__all__ = ["Behaviour", "ServedModel", "create_app", "run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from rorqual.engine import Engine
-from rorqual.server import chat, completions, errors, responses
+from rorqual.server import chat, completions, errors, openapi, responses
 from rorqual.server.guard import Guard
 from rorqual.server.metadata import metrics, statistics
 from rorqual.server.responses import ResponsesRequest
@@ -47,20 +48,23 @@ def create_app(
     # FastAPI's own documentation pages load scripts from elsewhere; the schema itself is at /openapi.json.
     app = FastAPI(title="Rorqual", docs_url=None, redoc_url=None)
     errors.install(app)
+    openapi.install(app)
     app.add_middleware(Guard, allowed_hosts=allowed_hosts)
 
-    @app.post("/v1/chat/completions")
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": openapi.STREAM}}
+
+    @app.post("/v1/chat/completions", responses=streams)
     @app.post("/chat/completions", include_in_schema=False)
     @app.post("/beta/chat/completions", include_in_schema=False)
     async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         return await chat.answer(body, http, service)
 
-    @app.post("/v1/responses")
+    @app.post("/v1/responses", responses=streams)
     @app.post("/responses", include_in_schema=False)
     async def responses_(body: ResponsesRequest, http: HttpRequest) -> Response:
         return await responses.answer(body, http, service)
 
-    @app.post("/beta/completions")
+    @app.post("/beta/completions", responses=streams)
     @app.post("/v1/completions", include_in_schema=False)
     @app.post("/completions", include_in_schema=False)
     async def text_completions(body: CompletionRequest, http: HttpRequest) -> Response:

@@ -54,7 +54,7 @@ async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
     with named_as_sent(messages="prompt"):
-        stream = TokenStream(served.engine, tokens, params, body.rorqual)
+        stream = TokenStream(served.engine, tokens, params, body.rorqual, body.owner)
     writer = _Writer(served.tokenizer, body)
     if body.stream:
         return EventStream(_lines(stream, writer, body, service.keep_alive_s), stream.request)

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rorqual.errors import RequestError
 from rorqual.server import tools
+from rorqual.server.described import CONTENT, STOP, TOOLS, within
 
+MAX_OUTPUT = 393_216
 USER_ID = re.compile(r"[A-Za-z0-9_-]{1,512}")
 
 
@@ -76,7 +78,7 @@ class PastCall(Body):
 
 class Message(Body):
     role: Literal["system", "user", "assistant", "tool", "latest_reminder", "developer"]
-    content: Any = Field(None, description="A string, or a list of text parts.")
+    content: Any = Field(None, description="A string, or a list of text parts.", json_schema_extra=CONTENT)
     name: str | None = Field(None, description="No effect: the prompt format has no place for it.")
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="As `reasoning_content`, which goes first; some clients' name.")
@@ -95,21 +97,28 @@ class Sampling(Body):
     """What chat and completions share."""
 
     model: str
-    max_tokens: int | None = None
-    temperature: float | None = Field(None, description="0 to 2; honoured in thinking mode too.")
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: Any = Field(None, description="A string or up to 16 of them.")
+    max_tokens: int | None = Field(None, json_schema_extra=within(1, MAX_OUTPUT))
+    temperature: float | None = Field(
+        None, description="0 to 2; honoured in thinking mode too.", json_schema_extra=within(0, 2)
+    )
+    top_p: float | None = Field(None, description="Above 0, up to 1.", json_schema_extra=within(0, 1))
+    top_k: int | None = Field(None, json_schema_extra=within(1))
+    min_p: float | None = Field(None, json_schema_extra=within(0, 1))
+    seed: int | None = Field(None, json_schema_extra=within(0, 2**63 - 1))
+    stop: Any = Field(None, description="A string or up to 16 of them.", json_schema_extra=STOP)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     presence_penalty: float | None = Field(None, description="Deprecated, no effect; checked to be in -2 to 2.")
     frequency_penalty: float | None = Field(None, description="Deprecated, no effect; checked to be in -2 to 2.")
     n: int | None = Field(None, description="Only 1.")
-    user: str | None = Field(None, description="No effect: nothing is kept or shared between requests.")
-    user_id: str | None = Field(None, description="As `user`.")
+    user: str | None = Field(None, description="As `user_id`, with any characters.")
+    user_id: str | None = Field(None, description="Your end user: each has a cache of its own.")
     rorqual: Extension | None = Field(None, description="Our own: `priority` and `timeout_s`.")
+
+    @property
+    def owner(self) -> str:
+        """The caller's end user, who shares neither cache nor remembered reasoning with others."""
+        return self.user_id or self.user or ""
 
     @field_validator("presence_penalty", "frequency_penalty")
     @classmethod
@@ -150,7 +159,7 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = Field(None, description="Another name of max_tokens.")
     thinking: Thinking | None = Field(None, description="Enabled unless switched off.")
     reasoning_effort: str | None = None
-    tools: list[Any] | None = None
+    tools: list[Any] | None = Field(None, json_schema_extra=TOOLS)
     tool_choice: Any = Field(None, description="`none`, `auto`, `required` or a tool.")
     parallel_tool_calls: bool | None = Field(None, description="Calls may always be parallel; only true.")
     metadata: Any = Field(None, description="No effect.")
@@ -164,7 +173,7 @@ class ChatRequest(Sampling):
     prediction: Any = Field(None, description="No effect: the server drafts by itself.")
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, json_schema_extra=within(0, 20))
 
     @model_validator(mode="after")
     def _supported(self) -> ChatRequest:

@@ -11,10 +11,8 @@ from typing import Any
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import RequestError
-from rorqual.server.schema import Sampling
+from rorqual.server.schema import MAX_OUTPUT, Sampling
 from rorqual.tokenizer import Tokenizer
-
-MAX_OUTPUT = 393_216
 
 
 @dataclass(frozen=True)

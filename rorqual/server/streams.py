@@ -23,12 +23,17 @@ KEEP_ALIVE = ": keep-alive\n\n"
 class TokenStream:
     """One engine request seen from the event loop; make it inside the loop.
 
-    more: what the body's `rorqual` object asks for.
+    more: what the body's `rorqual` object asks for. cache_scope: as for `Engine.submit`.
     Raises: RequestError as `Engine.submit`.
     """
 
     def __init__(
-        self, engine: Engine, tokens: Sequence[int], params: SamplingParams, more: Extension | None = None
+        self,
+        engine: Engine,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        more: Extension | None = None,
+        cache_scope: str = "",
     ) -> None:
         loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
@@ -45,6 +50,7 @@ class TokenStream:
                 timeout_s=more.timeout_s,
                 listener=listener,
                 rendered=True,
+                cache_scope=cache_scope,
             )
 
     async def batches(self, patience_s: float) -> AsyncIterator[list[TokenEvent]]:

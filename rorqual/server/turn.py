@@ -99,7 +99,7 @@ async def start(
     Raises: RequestError for anything that cannot be served, before a byte is sent.
     """
     served = served or service.find(body.model)
-    owner = body.user_id or body.user or ""
+    owner = body.owner
     if body.max_completion_tokens is not None:
         body.max_tokens, sent_as = (
             body.max_completion_tokens,
@@ -117,6 +117,6 @@ async def start(
             top_logprobs=body.top_logprobs or 0,
             suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
         )
-        stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual)
+        stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual, owner)
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
     return Turn(service, served, body.model, owner, prompt, stream, reader)

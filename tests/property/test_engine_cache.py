@@ -226,3 +226,35 @@ def test_a_budget_with_a_cache_is_kept(model: Transformer, seed: int) -> None:
     assert [list(out.ids) for out in outs] == [alone(model, ids, own, TOKENIZER.eos_token_id) for ids in prompts]
     cache.clear()
     assert cache.pool.num_in_use == 0 and cache.pool.num_free == cache.pool.num_pages
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_scopes_share_nothing(model: Transformer, tmp_path: Path, on_disk: bool) -> None:
+    """Neither pages nor checkpoints nor sampled turns of one scope serve another, here or after a restart."""
+    prompt = [random.Random(7).randrange(3, 259) for _ in range(60)]
+    own = SamplingParams(temperature=0, max_tokens=12)
+    folder = tmp_path if on_disk else None
+    cached: dict[str, list[int]] = {}
+    for _ in range(2):
+        cache = new_cache(model, folder=folder, tokenizer=TOKENIZER)
+        with Engine(model, TOKENIZER, prefix_cache=cache) as engine:
+            for scope in ("", "a", "b", "a", "", "b"):
+                request = engine.submit(prompt, own, cache_scope=scope, rendered=True)
+                request.result(PATIENCE_S)
+                cached.setdefault(scope, []).append(request.usage.cached_tokens)
+        cache.close()
+    first, again = 0, len(prompt)
+    restarted = again if on_disk else first
+    assert cached == {scope: [first, again, restarted, again] for scope in ("", "a", "b")}
+
+
+def test_many_scopes_are_forgotten_once_they_hold_nothing(model: Transformer) -> None:
+    cache = new_cache(model)
+    kept = cache.tree.root_of("kept")
+    lease = cache.begin([5] * 20, scope="kept")
+    model(torch.tensor([[5] * 20]), state=lease.state)
+    cache.end_of_output(lease)
+    for i in range(10_000):
+        cache.tree.root_of(str(i))
+    assert cache.tree.root_of("kept") is kept and len(cache.tree._roots) < 5000
+    assert cache.begin([5] * 21, scope="kept").num_cached and not cache.begin([5] * 21).num_cached

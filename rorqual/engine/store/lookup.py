@@ -51,10 +51,13 @@ class Departure:
 
 
 class Lookup:
-    """One prompt's search. `replay_tokens`: how many tokens restore a window where no checkpoint stands."""
+    """One prompt's search, from `root` on.
 
-    def __init__(self, tree: PrefixTree, disk: DiskStore | None, ids: Tokens, replay_tokens: int) -> None:
-        self.tree, self.disk, self.ids = tree, disk, ids
+    replay_tokens: how many tokens restore a window where no checkpoint stands.
+    """
+
+    def __init__(self, tree: PrefixTree, disk: DiskStore | None, ids: Tokens, replay_tokens: int, root: Node) -> None:
+        self.tree, self.disk, self.ids, self.root = tree, disk, ids, root
         self.replay_tokens = replay_tokens
         self.disk_pages = self.bytes_read = 0
         self.from_disk: Point | None = None
@@ -75,7 +78,7 @@ class Lookup:
             return found
 
     def _find(self) -> Found:
-        hit, size, total = self.tree.match(self.ids), self._size, len(self.ids)
+        hit, size, total = self.tree.match(self.ids, self.root), self._size, len(self.ids)
         found = Found(hit, self.tree.table(hit.nodes), [*self._pages_on_disk(hit)])
         points: list[Point | Stored] = [*hit.points, *self._points_on_disk(found)]
         for point in points:
@@ -96,7 +99,7 @@ class Lookup:
 
     def _pages_on_disk(self, hit: Hit) -> Iterator[Stored]:
         """Pages on disk that go on where memory ends."""
-        key = hit.nodes[-1].key if hit.nodes else self.tree.root.key
+        key = hit.nodes[-1].key if hit.nodes else self.root.key
         first, end = len(hit.nodes), len(self.ids) // self._size if self.disk is not None else 0
         for at in range(first, end):
             page = self.disk.find_next(key, self._block(at)) if self.disk is not None else None
@@ -111,7 +114,7 @@ class Lookup:
         """Checkpoints on disk that fit the prompt."""
         if self.disk is None:
             return
-        keys = [self.tree.root.key, *(n.key for n in found.hit.nodes), *(s.header.key for s in found.stored)]
+        keys = [self.root.key, *(n.key for n in found.hit.nodes), *(s.header.key for s in found.stored)]
         for depth, key in enumerate(keys):
             for point in self.disk.find_points(key):
                 begin, tail = 4 * self._size * depth, point.header.tokens
@@ -122,7 +125,7 @@ class Lookup:
         """Read pages into the tree; False when some cannot be had, which are given up."""
         assert self.disk is not None
         pool = self.tree.pool
-        node = found.hit.nodes[-1] if found.hit.nodes else self.tree.root
+        node = found.hit.nodes[-1] if found.hit.nodes else self.root
         step = max(1, LOAD_BYTES // max(1, pool.page_bytes))
         for at in range(0, len(stored), step):
             part = stored[at : at + step]
@@ -160,7 +163,7 @@ class Lookup:
             self.trouble = _trouble([point])
             return False
         depth = point.header.position // self._size
-        node = found.hit.nodes[depth - 1] if depth else self.tree.root
+        node = found.hit.nodes[depth - 1] if depth else self.root
         found.point = self.from_disk = self.tree.add_point(node, point.header.tokens, *loaded)
         self.bytes_read += self.from_disk.nbytes
         return True
@@ -179,7 +182,7 @@ class Lookup:
             return Departure(self.trouble)
         if depth and not found.num_pages and found.point is None:
             return Departure("window missing")
-        node = found.hit.nodes[-1] if depth else self.tree.root
+        node = found.hit.nodes[-1] if depth else self.root
         rest = self.ids[depth * size :]
         if len(rest) >= size and self.tree.was_evicted(chain_key(node.key, self._block(depth))):
             return Departure("evicted")

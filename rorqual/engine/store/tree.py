@@ -25,6 +25,9 @@ from rorqual.model.pages import PagePool
 
 Tokens = NDArray[np.int32]
 
+MOST_ROOTS = 4096
+"""Scopes whose beginnings are kept although nothing may be stored behind them any more."""
+
 REMEMBERED = 65536
 """Keys of evicted pages that are remembered, to tell "evicted" from "never stored"."""
 
@@ -88,6 +91,7 @@ class PrefixTree:
         self.pool, self.budget = pool, budget
         self._page_cost = max(pool.page_bytes, 4 * pool.page_tokens)  # a model without entries has ids at least
         self.root = Node(None, b"", root_key, 0)
+        self._roots: dict[str, Node] = {"": self.root}
         self.page_bytes = self.point_bytes = 0
         self.evicted_pages = self.evicted_points = 0
         self._nodes: OrderedDict[Node, None] = OrderedDict()  # a child always stands before its parent
@@ -103,10 +107,22 @@ class PrefixTree:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def match(self, tokens: Tokens) -> Hit:
-        """The longest stored beginning of `tokens` int32 [n], in full pages, and the checkpoints that fit it."""
+    def root_of(self, scope: str) -> Node:
+        """Where the texts of `scope` begin; scopes share nothing, here and on disk."""
+        root = self._roots.get(scope)
+        if root is None:
+            if len(self._roots) >= MOST_ROOTS:  # those that hold nothing are made again when they are asked for
+                self._roots = {s: r for s, r in self._roots.items() if not s or r.children or r.points}
+            root = self._roots[scope] = Node(None, b"", chain_key(self.root.key, b"scope" + scope.encode()), 0)
+        return root
+
+    def match(self, tokens: Tokens, root: Node | None = None) -> Hit:
+        """The longest stored beginning of `tokens` int32 [n], in full pages, and the checkpoints that fit it.
+
+        root: of another scope than the common one.
+        """
         data, width = tokens.tobytes(), 4 * self.pool.page_tokens
-        node, at = self.root, 0
+        node, at = root or self.root, 0
         nodes: list[Node] = []
         points: list[Point] = []
         while True:

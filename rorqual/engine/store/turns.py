@@ -79,10 +79,10 @@ class TurnStore:
         """Bytes of all remembered runs as they stand in the file."""
         return self._nbytes
 
-    def remember(self, ids: Sequence[int], start: int) -> int:
+    def remember(self, ids: Sequence[int], start: int, scope: str = "") -> int:
         """Remember what was sampled: `ids` is the whole sequence, sampling began at `start`. Returns the runs kept."""
         kept = 0
-        for begin, end, key, data in self._runs(np.asarray(ids, dtype=np.int32), start):
+        for begin, end, key, data in self._runs(np.asarray(ids, dtype=np.int32), start, scope):
             if end <= start:
                 continue
             own = np.asarray(ids[begin:end], dtype=np.int32)
@@ -97,7 +97,7 @@ class TurnStore:
                 kept += 1
         return kept
 
-    def restore(self, ids: Sequence[int]) -> tuple[list[int], list[Replaced]]:
+    def restore(self, ids: Sequence[int], scope: str = "") -> tuple[list[int], list[Replaced]]:
         """A rendered prompt's ids with remembered runs as they were sampled, and which those are.
 
         The result stands for the same bytes.
@@ -107,7 +107,7 @@ class TurnStore:
         source = np.asarray(ids, dtype=np.int32)
         out: list[NDArray[np.int32]] = []
         replaced: list[Replaced] = []
-        before = hashlib.blake2b(digest_size=16)
+        before = hashlib.blake2b(scope.encode(), digest_size=16)
         at = 0
         bytes_before = np.concatenate([[0], np.cumsum(self._tokenizer.byte_lengths[source])])
         for begin, end in self._bounds(source):
@@ -132,9 +132,9 @@ class TurnStore:
             yield begin, end
             begin = end + 1
 
-    def _runs(self, ids: NDArray[np.int32], start: int) -> Iterator[tuple[int, int, bytes, bytes]]:
+    def _runs(self, ids: NDArray[np.int32], start: int, scope: str) -> Iterator[tuple[int, int, bytes, bytes]]:
         """(begin, end, key, bytes) of every run with text that ends behind `start`."""
-        before = hashlib.blake2b(digest_size=16)
+        before = hashlib.blake2b(scope.encode(), digest_size=16)
         for begin, end in self._bounds(ids):
             if end > max(begin, start):
                 data = self._bytes(ids[begin:end])
