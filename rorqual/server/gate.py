@@ -44,7 +44,7 @@ class Gate:
             type="server_error",
             code="draining",
         )
-        scope["state"]["refusal"] = error
+        scope.setdefault("state", {})["refusal"] = error
         return JSONResponse(error_body(error), 503, {"retry-after": "5", "connection": "close"})
 
     async def _stranger(self, scope: Scope) -> Response | None:

@@ -34,6 +34,10 @@ class Operations:
     meters: Meters = field(default_factory=Meters)
     drain: Drain = field(default_factory=Drain)
 
+    def close(self) -> None:
+        """Close the accounts' ledger."""
+        self.accounts.close()
+
     def install(self, app: FastAPI, allowed_hosts: Collection[str] | None) -> None:
         """Put the middleware around `app`, innermost first, and add the balance's route."""
         app.add_middleware(Gate, accounts=self.accounts, drain=self.drain)
@@ -46,7 +50,7 @@ class Operations:
                 allow_headers=["*"],
                 expose_headers=[logs.TRACE_HEADER, "retry-after"],
             )
-        app.add_middleware(Watch, accounts=self.accounts, meters=self.meters, drain=self.drain)
+        app.add_middleware(Watch, meters=self.meters, drain=self.drain)
 
         @app.get("/user/balance")
         @app.get("/v1/user/balance", include_in_schema=False)

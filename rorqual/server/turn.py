@@ -15,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 
 from rorqual import chat
 from rorqual.chat import suppressed_ids
+from rorqual.server.accounts import Ticket
 from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import ChatPrompt, build_prompt
 from rorqual.server.metadata import metadata
@@ -41,6 +42,7 @@ class Turn:
     prompt: ChatPrompt
     stream: TokenStream
     reader: ReplyReader
+    ticket: Ticket
 
     async def pieces(self, patience_s: float) -> AsyncIterator[list[Piece]]:
         """Pieces in order, those that are ready together; an empty list after `patience_s` without any.
@@ -51,6 +53,7 @@ class Turn:
             ready = [piece for event in batch for piece in self.reader.read(event)]
             if ready and isinstance(ready[-1].event, chat.Finished):
                 self._keep_reasoning()
+                await self.ticket.settle(self.reader.finished.finish_reason)
             if ready or not batch:
                 yield ready
 
@@ -64,6 +67,7 @@ class Turn:
                 if each is not None:
                     each(piece)
         self._keep_reasoning()
+        await self.ticket.settle(self.reader.finished.finish_reason)
         return self.reader.finished
 
     def usage(self) -> dict[str, Any]:
@@ -73,7 +77,7 @@ class Turn:
     def beside(self) -> dict[str, Any]:
         """What a finished answer says beyond the API, whichever dialect it is in: `exactness` and `rorqual`."""
         request, restored = self.stream.request, self.prompt.restored
-        about = {"model": self.served.name, **metadata(request)}
+        about = {"model": self.served.name, **metadata(request), "cost": self.ticket.cost(self.usage())}
         if restored is not None:
             about["continuity"] = restored.to_dict()
         return {"exactness": exactness_body(request), "rorqual": about}
@@ -86,6 +90,7 @@ class Turn:
 async def start(
     body: ChatRequest,
     service: Service,
+    http: HttpRequest | None,
     served: ServedModel | None = None,
     *,
     reasoning_name: str = "reasoning_content",
@@ -93,6 +98,7 @@ async def start(
 ) -> Turn:
     """Check the request, render its prompt and hand it to the engine; call it inside the event loop.
 
+    http: the exchange it is for, which says who asks; None for nobody in particular.
     served: the model, where the dialect has its own way of finding it by name.
     reasoning_name: what the dialect calls `reasoning_content`, for the refusal of a turn without.
     sent_as: fields of `body` that the dialect calls otherwise (`{"max_tokens": "max_output_tokens"}`), for errors.
@@ -117,6 +123,15 @@ async def start(
             top_logprobs=body.top_logprobs or 0,
             suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
         )
+        ticket = await service.accounts.admit(
+            http,
+            served.name,
+            prompt_tokens=len(prompt.tokens),
+            max_tokens=params.max_tokens or served.max_output,
+            user_id=owner,
+        )
         stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual, owner)
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
-    return Turn(service, served, body.model, owner, prompt, stream, reader)
+    turn = Turn(service, served, body.model, owner, prompt, stream, reader, ticket)
+    ticket.follow(stream.request, turn.usage)
+    return turn

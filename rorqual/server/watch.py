@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rorqual.errors import RequestError
 from rorqual.money import amount_text
 from rorqual.server import logs
-from rorqual.server.accounts import Accounts, Outcome, Ticket, endpoint_of
+from rorqual.server.accounts import Outcome, Ticket, endpoint_of
 from rorqual.server.drain import Drain
 from rorqual.server.meters import Meters
 
@@ -23,8 +23,8 @@ class Watch:
     `refusal` there.
     """
 
-    def __init__(self, app: ASGIApp, accounts: Accounts, meters: Meters, drain: Drain) -> None:
-        self._app, self._accounts, self._meters, self._drain = app, accounts, meters, drain
+    def __init__(self, app: ASGIApp, meters: Meters, drain: Drain) -> None:
+        self._app, self._meters, self._drain = app, meters, drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -99,7 +99,7 @@ class _Exchange:
         refusal: RequestError | None = self._state.get("refusal")
         endpoint = endpoint_of(self._scope)
         outcomes = [ticket.outcome for ticket in self.tickets if ticket.outcome is not None]
-        is_gone = self._status == 499 or not self._is_whole and self._status < 500
+        is_gone = self._status == 499 or (not self._is_whole and self._status < 500)
         self._meters.answered(endpoint, self._status, duration_s, None if refusal is None else refusal.code)
         for outcome in outcomes:
             self._meters.ended(outcome)
