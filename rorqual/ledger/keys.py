@@ -135,12 +135,6 @@ def find(database: Database, secret: str) -> Key | None:
         return None if row is None else _key(row)
 
 
-def any_active(database: Database) -> bool:
-    """Whether some key is not revoked."""
-    with database.reading() as rows:
-        return rows.execute("SELECT 1 FROM keys WHERE revoked IS NULL LIMIT 1").fetchone() is not None
-
-
 def _named(rows: sqlite3.Connection, name: str) -> Key:
     row = rows.execute("SELECT * FROM keys WHERE name = ?", (name,)).fetchone()
     if row is None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.errors import ConfigError, RequestError
-from rorqual.ledger.database import Database, default_path
+from rorqual.ledger.database import Database
 from rorqual.ledger.keys import Key, Limits
 
 WINDOW_S = 60.0
@@ -91,11 +91,6 @@ class Ledger:
             self._alive = os.open(self._folder / self.server, os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(self._alive, fcntl.LOCK_EX)
         self.release_of_the_dead()
-
-    @classmethod
-    def of_user(cls) -> Ledger:
-        """The one in the user's data folder."""
-        return cls(default_path())
 
     def close(self) -> None:
         """Reservations still held are given back: the requests they were for have ended with the server."""

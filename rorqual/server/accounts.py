@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from starlette.requests import HTTPConnection
 
 from rorqual import log
-from rorqual.errors import RequestError
+from rorqual.errors import ConfigError, RequestError
 from rorqual.ledger import keys
 from rorqual.ledger.keys import Limits
 from rorqual.ledger.ledger import Asked, Ledger, Reservation, Used, balance_of
@@ -52,6 +52,9 @@ class Tariff:
     """
 
     def __init__(self, own: PriceTable | None = None, *, like: str | None = None) -> None:
+        if like is not None and like not in hosted_prices().models():
+            known = ", ".join(hosted_prices().models())
+            raise ConfigError(f"{like!r} has no prices that could hold for other models. Use one of {known}.")
         self._own, self._like = own or PriceTable(), like
         self.currency = self._own.price[0].currency if self._own.price else "USD"
 
@@ -268,6 +271,10 @@ class Accounts:
 
 
 def endpoint_of(scope: Mapping[str, Any]) -> str:
-    """The route's pattern, so that there are few of them; `other` where none matched."""
+    """The route's pattern, so that there are few of them; `other` where none matches."""
     route = scope.get("route")
-    return str(getattr(route, "path", "other"))
+    if route is not None:
+        return str(getattr(route, "path", "other"))
+    path: str = scope["path"]  # refused before it was routed, perhaps
+    known = getattr(scope.get("app"), "routes", ())
+    return path if any(getattr(route, "path", None) == path for route in known) else "other"

@@ -6,6 +6,7 @@ Source: DeepSeek's API documentation and its observed answers.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class Gatekeeper:
                     f"a key was given by the name {key.name!r}, which a key of the ledger has, so their usage would be "
                     "one. Name it otherwise in the key file."
                 )
+        self.says_open = is_open is True
         has_keys = bool(self._given) or any(key.revoked is None for key in in_ledger)
         self.is_open = not has_keys if is_open is None else is_open
 
@@ -82,6 +84,23 @@ class Gatekeeper:
                 code="invalid_request_error",
             )
         return Identity(key.name, key.limits, key)
+
+
+def check_exposure(host: str, gatekeeper: Gatekeeper) -> None:
+    """Raises: ConfigError when others could reach a server that asks for no key, and nobody said that they may."""
+    if gatekeeper.is_open and not gatekeeper.says_open and not is_loopback(host):
+        raise ConfigError(
+            f"the server would listen on {host!r}, which other machines reach, and it has no keys, so anybody could "
+            "use it. Make keys (rorqual keys add NAME), give some (--key-file FILE), or say --no-auth."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def read_key_file(path: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from rorqual.engine import Engine, EngineSettings
 from rorqual.errors import ConfigError
 from rorqual.server import logs
 from rorqual.server.app import create_app
+from rorqual.server.auth import check_exposure, is_loopback
 from rorqual.server.operations import Operations
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -67,13 +68,14 @@ def run(
 
     port: 0 takes a free one. settings: of the engine and its cache. operations: accounts and limits, closed at the end.
     on_ready: called with the URL once the server listens.
-    Raises: ConfigError when the address cannot be used.
+    Raises: ConfigError when the address cannot be used, or others reach it and no key is asked for.
     """
     operations = operations or Operations()
+    check_exposure(host, operations.accounts.gatekeeper)
     listener = bind(host, port)
     scheme = "http" if certificate is None else "https"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    hosts = LOOPBACK if is_loopback(host) else None
+    hosts = (*LOOPBACK, host) if is_loopback(host) else None
     with contextlib.closing(operations), (settings or EngineSettings()).open(model, tokenizer) as engine:
         app = create_app(engine, model_name, revision=revision, allowed_hosts=hosts, operations=operations)
         logs.configure(log_style)
@@ -88,11 +90,6 @@ def run(
             on_ready(url)  # the socket listens already, so a browser opened now will get its answer
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
             server.run(sockets=[listener])
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    return host in ("127.0.0.1", "localhost", "::1")
 
 
 class _Server(uvicorn.Server):
