@@ -5,8 +5,8 @@
 * `constrained.decode`: Minke decodes with each grammar (any JSON object, a nested schema, a strict tool call) and then
   the same number of tokens without; the peer is the free one, by turns, at a batch of 1 and of 8.
 * `constrained.mask`: microseconds for one token's mask, applied to the scores, in the middle of a reply; with Minke's
-  vocabulary and with one of 129,280 tokens, V4's number, made from it (its tokens, and pairs of them behind). The peer is
-  the same over the whole time of a token of Minke without a grammar.
+  vocabulary and with one of 129,280 tokens, V4's number, made from it (its tokens, and pairs of them behind). The peer
+  is the whole time of a token of Minke without a grammar.
 * `constrained.compile`: milliseconds until a request with a grammar can start, for a grammar seen first and again
   (`ours` and `peer`).
 """
@@ -82,8 +82,8 @@ def decode(threads: int, repeats: int, as_json: bool) -> float:
                     free = SamplingParams(max_tokens=max(2, round(count)), suppress_token_ids=eos)
                     peer.append(rate(engine, ids, free, batch)[0])
                 free_s = free_s or 1 / measure.middle(peer)
-                print_line("decode", f"{name}-{batch}/minke/{threads}t/bf16", "tokens/s", ours, peer, "without a grammar",
-                           {"tokens": counts}, as_json)  # fmt: skip
+                case = f"{name}-{batch}/minke/{threads}t/bf16"
+                print_line("decode", case, "tokens/s", ours, peer, "without a grammar", {"tokens": counts}, as_json)
     return free_s
 
 
