@@ -27,6 +27,8 @@ class RequestView:
     priority: int
     age_s: float
     """Since it was submitted."""
+    scope: str
+    """Its `cache_scope`: whose it is."""
 
 
 def view_of(job: Job, *, is_running: bool) -> RequestView:
@@ -49,4 +51,5 @@ def view_of(job: Job, *, is_running: bool) -> RequestView:
         max_tokens=request.max_tokens,
         priority=request.priority,
         age_s=request.age_s,
+        scope=request.cache_scope,
     )

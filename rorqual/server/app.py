@@ -12,10 +12,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from rorqual.engine import Engine
-from rorqual.server import chat, completions, errors, openapi, page, responses
+from rorqual.server import anthropic, chat, completions, errors, openapi, page, responses
+from rorqual.server.accounts import account_of
 from rorqual.server.engine_view import engine_picks, engine_view
-from rorqual.server.guard import Guard
 from rorqual.server.metadata import metrics, statistics
+from rorqual.server.operations import Operations
 from rorqual.server.responses import ResponsesRequest
 from rorqual.server.schema import ChatRequest, CompletionRequest
 from rorqual.server.served import ServedModel
@@ -31,6 +32,7 @@ def create_app(
     behaviour: Behaviour | None = None,
     keep_alive_s: float = 10.0,
     allowed_hosts: Collection[str] | None = None,
+    operations: Operations | None = None,
 ) -> FastAPI:
     """The API and the page for one model, or several.
 
@@ -39,15 +41,18 @@ def create_app(
     behaviour: where the server differs from the hosted one.
     keep_alive_s: a waiting stream gets a comment line this often.
     allowed_hosts: names the Host header may carry; None allows any. `run` sets it for loopback addresses.
+    operations: accounts, log, meters and what else running a server for others takes.
     The engines stay the caller's to close. Raises: ConfigError when two models share a name.
     """
-    service = make_service([ServedModel(model_name, engine, revision), *others], behaviour, keep_alive_s)
+    operations = operations or Operations()
+    offered = [ServedModel(model_name, engine, revision), *others]
+    service = make_service(offered, behaviour, keep_alive_s, operations.accounts)
     models = service.models
     # FastAPI's own documentation pages load scripts from elsewhere; the schema itself is at /openapi.json.
     app = FastAPI(title="Rorqual", docs_url=None, redoc_url=None)
     errors.install(app)
     openapi.install(app)
-    app.add_middleware(Guard, allowed_hosts=allowed_hosts)
+    operations.install(app, allowed_hosts)
 
     streams: dict[int | str, dict[str, Any]] = {200: {"content": openapi.STREAM}}
 
@@ -68,13 +73,17 @@ def create_app(
     async def text_completions(body: CompletionRequest, http: HttpRequest) -> Response:
         return await completions.answer(body, http, service)
 
+    app.include_router(anthropic.make_router(service))
+
     def describe(model: ServedModel) -> dict[str, object]:
         return {"id": model.name, "object": "model", "owned_by": "rorqual"}
 
     @app.get("/v1/models")
     @app.get("/models", include_in_schema=False)
     @app.get("/beta/models", include_in_schema=False)
-    async def list_models() -> dict[str, object]:
+    async def list_models(http: HttpRequest) -> dict[str, object]:
+        if "anthropic-version" in http.headers:  # that API has the same path
+            return anthropic.list_models(http, service)
         return {"object": "list", "data": [describe(model) for model in models.values()]}
 
     @app.get("/v1/models/{name:path}")
@@ -86,13 +95,14 @@ def create_app(
     @app.get("/health")
     @app.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
-        """200 while every engine can run requests, else 503."""
+        """200 while every engine can run requests and new ones are taken, else 503."""
         alive = all(model.engine.is_alive for model in models.values())
         state = {}
         for name, model in models.items():
             running, waiting = model.engine.occupancy()
             state[name] = {"running": running, "waiting": waiting}
-        return JSONResponse({"status": "ok" if alive else "failed", "models": state}, 200 if alive else 503)
+        status = "failed" if not alive else "draining" if operations.drain.is_draining else "ok"
+        return JSONResponse({"status": status, "models": state}, 200 if status == "ok" else 503)
 
     @app.get("/stats")
     async def stats() -> JSONResponse:
@@ -102,17 +112,17 @@ def create_app(
     @app.get("/metrics", include_in_schema=False)
     async def prometheus() -> PlainTextResponse:
         """The same for Prometheus."""
-        return PlainTextResponse(metrics(models), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics(models) + operations.meters.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/engine/view")
-    async def view() -> JSONResponse:
+    async def view(http: HttpRequest) -> JSONResponse:
         """What every engine is doing now: requests and their phases, memory by kind, the last steps."""
-        return JSONResponse(await run_in_threadpool(engine_view, service))
+        return JSONResponse(await run_in_threadpool(engine_view, service, account_of(http)))
 
     @app.get("/engine/picks")
-    async def picks(request: str) -> JSONResponse:
+    async def picks(request: str, http: HttpRequest) -> JSONResponse:
         """Which blocks of its context the indexer picked for an answer of this process, by the answer's id."""
-        return JSONResponse(await engine_picks(service, request))
+        return JSONResponse(await engine_picks(service, request, account_of(http)))
 
     page.install(app)
     return app

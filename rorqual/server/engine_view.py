@@ -1,7 +1,8 @@
 """What the page's engine view shows: the engine's moment in numbers, and what the indexer picked for an answer.
 
-Numbers say nothing about what anybody wrote. Picks come with the text they point at, so they are told only to who knows
-the answer's id, which is random and was given with the answer; and only for the last answers of this process.
+Numbers say nothing about what anybody wrote; where keys are asked for, a key sees single requests of its own only. Picks
+come with the text they point at, so they are told only to who knows the answer's id, which is random and was given with
+the answer, and asks with the key that it was made for; and only for the last answers of this process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rorqual.engine import Request
 from rorqual.engine.picks import LayerPicks, Picks, check_picks, find_picks
+from rorqual.engine.watch import RequestView
 from rorqual.errors import RequestError
 from rorqual.model import Transformer
 from rorqual.server.metadata import statistics
@@ -32,20 +34,20 @@ class Recent:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: deque[tuple[ServedModel, Request]] = deque(maxlen=MOST_KEPT)
+        self._kept: deque[tuple[ServedModel, Request, str]] = deque(maxlen=MOST_KEPT)
 
-    def add(self, served: ServedModel, request: Request) -> None:
-        """Remember an answer, and forget old ones beyond the bounds."""
+    def add(self, served: ServedModel, request: Request, account: str = "") -> None:
+        """Remember an answer of an account, and forget old ones beyond the bounds."""
         with self._lock:
-            self._kept.append((served, request))
-            tokens = sum(_num_tokens(one) for _, one in self._kept)
+            self._kept.append((served, request, account))
+            tokens = sum(_num_tokens(one) for _, one, _ in self._kept)
             while len(self._kept) > 1 and tokens > MOST_KEPT_TOKENS:
                 tokens -= _num_tokens(self._kept.popleft()[1])
 
-    def find(self, id: str) -> tuple[ServedModel, Request]:
-        """Raises: RequestError (404) for an id that is not, or no more, known."""
+    def find(self, id: str, account: str = "") -> tuple[ServedModel, Request]:
+        """Raises: RequestError (404) for an id that is not, or no more, known, or another account's."""
         with self._lock:
-            found = next((pair for pair in self._kept if pair[1].id == id), None)
+            found = next((one[:2] for one in self._kept if (one[1].id, one[2]) == (id, account)), None)
         if found is None:
             raise RequestError(
                 f"Nothing is known of an answer {id!r}: the last {MOST_KEPT} answers of this process are kept. "
@@ -60,22 +62,26 @@ def _num_tokens(request: Request) -> int:
     return len(request.prompt_ids) + len(request.events)
 
 
-def engine_view(service: Service) -> dict[str, Any]:
-    """Every model's moment. Raises: RequestError (404) where the view is switched off."""
+def engine_view(service: Service, account: str = "") -> dict[str, Any]:
+    """Every model's moment; of single requests those of `account`, all where there are none.
+
+    Raises: RequestError (404) where the view is switched off.
+    """
     _check_on(service)
-    return {"time": time.time(), "models": {name: _model_view(model) for name, model in service.models.items()}}
+    models = {name: _model_view(model, account) for name, model in service.models.items()}
+    return {"time": time.time(), "models": models}
 
 
 def _check_on(service: Service) -> None:
     if service.recent is None:
         raise RequestError(
-            "The engine view is switched off on this server, since it shows what all its users do. Start the server "
-            "with it to see it.",
+            "The engine view is switched off on this server, so nothing is kept that it could show. Start the server "
+            "with it (Behaviour.engine_view).",
             status=404,
         )
 
 
-def _model_view(served: ServedModel) -> dict[str, Any]:
+def _model_view(served: ServedModel, account: str) -> dict[str, Any]:
     engine, numbers = served.engine, statistics(served)
     cache = engine.prefix_cache
     if cache is not None:
@@ -95,9 +101,15 @@ def _model_view(served: ServedModel) -> dict[str, Any]:
         "max_running": engine.max_running,
         "speculates": engine.speculation is not None,
         "layers": _layers(engine.model),
-        "requests": [{**asdict(one), "age_s": round(one.age_s, 3)} for one in engine.requests()],
+        "requests": [_request(one) for one in engine.requests() if one.scope.startswith(f"{account}/" if account else "")],
         "steps": steps,
     }
+
+
+def _request(view: RequestView) -> dict[str, Any]:
+    told = {**asdict(view), "age_s": round(view.age_s, 3)}
+    del told["scope"]
+    return told
 
 
 def _page_bytes(pool: Any, pages: int) -> dict[str, int]:
@@ -114,11 +126,11 @@ def _layers(model: Any) -> list[dict[str, Any]]:  # Any: a LanguageModel
     return [{"layer": one.index, "kind": one.kind, "entry_tokens": one.compress_ratio} for one in model.cfg.layers]
 
 
-async def engine_picks(service: Service, id: str) -> dict[str, Any]:
+async def engine_picks(service: Service, id: str, account: str = "") -> dict[str, Any]:
     """The heat map of one answer. Raises: RequestError for an unknown (404) or running one, or one that is too long."""
     _check_on(service)
     assert service.recent is not None
-    served, request = service.recent.find(id)
+    served, request = service.recent.find(id, account)
     output = [event.id for event in list(request.events) if event.id is not None]
     if not request.finished:
         raise RequestError("The answer is still being written. Ask for its picks when it has ended.", param="request")

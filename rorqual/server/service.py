@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from rorqual.errors import ConfigError
 from rorqual.referee import Continuity
 from rorqual.server import aliases
+from rorqual.server.accounts import Accounts
 from rorqual.server.engine_view import Recent
 from rorqual.server.refusals import unknown_model
 from rorqual.server.served import ServedModel
@@ -40,6 +41,7 @@ class Service:
     models: by the names they are served under; the first one is what the page offers first.
     keep_alive_s: a waiting stream gets a comment line this often.
     continuity: the reasoning of answers given, None where it is not kept.
+    accounts: who may ask for how much, and what it costs.
     recent: the last answers, for the engine view; None where it is switched off.
     """
 
@@ -47,6 +49,7 @@ class Service:
     behaviour: Behaviour = field(default_factory=Behaviour)
     keep_alive_s: float = 10.0
     continuity: Continuity | None = None
+    accounts: Accounts = field(default_factory=Accounts)
     recent: Recent | None = None
 
     def find(self, name: str, status: int = 400, *, claude: bool = False) -> ServedModel:
@@ -60,7 +63,10 @@ class Service:
 
 
 def make_service(
-    models: Sequence[ServedModel], behaviour: Behaviour | None = None, keep_alive_s: float = 10.0
+    models: Sequence[ServedModel],
+    behaviour: Behaviour | None = None,
+    keep_alive_s: float = 10.0,
+    accounts: Accounts | None = None,
 ) -> Service:
     """Raises: ConfigError when two models share a name, or an alias names none of them."""
     named = {model.name: model for model in models}
@@ -76,4 +82,5 @@ def make_service(
                 f"the alias {alias!r} stands for {name!r}, but no such model is served. Use one of {', '.join(named)}."
             )
     continuity = Continuity() if behaviour.keep_reasoning else None
-    return Service(named, behaviour, keep_alive_s, continuity, Recent() if behaviour.engine_view else None)
+    recent = Recent() if behaviour.engine_view else None
+    return Service(named, behaviour, keep_alive_s, continuity, accounts or Accounts(), recent)

@@ -32,16 +32,15 @@ export function totals(messages) {
   return `${count(sent)} in, ${percent(cached, sent)} cached · ${count(sum(({ usage }) => usage.completion_tokens))} out${spent}`;
 }
 
-// What an answer cost, where the server says so; null where it does not.
+// What an answer cost, where its model has a price; else null.
 function price(rorqual) {
-  const said = rorqual?.cost;
-  const amount = typeof said === "number" ? said : Number(said?.total ?? said?.amount ?? NaN);
-  const unit = typeof said?.currency === "string" ? said.currency : "USD";
-  return Number.isFinite(amount) ? { amount, unit } : null;
+  const said = rorqual?.cost, isFree = !(Number(said?.price?.output_per_million) > 0);
+  const amount = Number(said?.total), without = Number(said?.without_cache);
+  return isFree || !Number.isFinite(amount) ? null : { amount, without, unit: String(said.currency) };
 }
 
 function money(amount, unit) {
-  const number = amount === 0 ? "0" : amount < 0.01 ? amount.toPrecision(2) : amount.toFixed(2);
+  const number = amount === 0 ? "0" : amount < 0.01 ? amount.toFixed(8).replace(/0+$/, "") : amount.toFixed(2);
   return unit === "USD" ? `$${number}` : `${number} ${unit}`;
 }
 
@@ -58,7 +57,8 @@ export function answerFigures({ usage, rorqual, firstToken, tokensPerSecond, fin
   if (tokensPerSecond) out.push([`${rate(tokensPerSecond)} tokens/s`, "From the first token to the last."]);
   if (firstToken) out.push([`first after ${seconds(firstToken)}`, "From sending to the first token, as seen here."]);
   const paid = price(rorqual);
-  if (paid) out.push([money(paid.amount, paid.unit), "What this answer cost."]);
+  if (paid) out.push([money(paid.amount, paid.unit),
+    `What this answer cost; ${money(paid.without, paid.unit)} without the cache.`]);
   if (rorqual?.ended === "timeout") out.push(["out of time", "The answer was cut off at its deadline."]);
   else if (finish === "length") out.push(["cut off at the limit", "The answer reached the most tokens that were allowed."]);
   if (state === "stopped") out.push(["stopped", "The answer was stopped before its end."]);
