@@ -1,8 +1,8 @@
 """What the page's engine view shows: the engine's moment in numbers, and what the indexer picked for an answer.
 
-Numbers say nothing about what anybody wrote; where keys are asked for, a key sees single requests of its own only. Picks
-come with the text they point at, so they are told only to who knows the answer's id, which is random and was given with
-the answer, and asks with the key that it was made for; and only for the last answers of this process.
+Numbers say nothing about what anybody wrote; where keys are asked for, a key sees single requests of its own only.
+Picks come with the text they point at, so they are told only to who knows the answer's id, which is random and was
+given with the answer, and asks with the key that it was made for; and only for the last answers of this process.
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def _model_view(served: ServedModel, account: str) -> dict[str, Any]:
         "max_running": engine.max_running,
         "speculates": engine.speculation is not None,
         "layers": _layers(engine.model),
-        "requests": [_request(one) for one in engine.requests() if one.scope.startswith(f"{account}/" if account else "")],
+        "requests": [
+            _request(one) for one in engine.requests() if one.scope.startswith(f"{account}/" if account else "")
+        ],
         "steps": steps,
     }
 

@@ -245,6 +245,11 @@ def test_parameters_reach_the_server(page: Browser) -> None:
     assert {name: sent[name] for name in expected} == expected
     assert "cut off at the limit" in page.text(".figures")
     page.click("#json")
+    ask(page, "Hello")
+    page.wait_for("sent.length === 2")
+    assert page.value("sent[1].response_format") == {"type": "json_object"}
+    page.press("Escape")
+    page.wait_for("document.querySelector('#stop').hidden")
     set_field(page, "#seed", "-5")  # no seed: it is marked, and the last one stays
     assert page.value("document.querySelector('#seed').getAttribute('aria-invalid')") == "true"
     assert page.text("#marks") == "system prompt · JSON"

@@ -1,6 +1,7 @@
 """The page trusts nothing that a model writes, and asks for a key where the server wants one."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +11,12 @@ from browser import Browser
 from chat_page import EVIL, ask, load, open_fresh, reload, wait_for_answers
 from live_server import live
 from mock_model import ScriptModel, byte_tokenizer
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rorqual.engine import Engine
 from rorqual.server import create_app
+from rorqual.server.accounts import Accounts, Tariff
+from rorqual.server.aliases import PRO
+from rorqual.server.operations import Operations
 
 SCHEMES = "[...document.querySelectorAll('.answer a')].map(a => new URL(a.href).protocol)"
 DRAW = (
@@ -100,27 +101,14 @@ def test_no_text_takes_long(page: Browser, unit: str) -> None:
     assert took < 3000
 
 
-class Keyed:
-    """Asks for the key `secret` before the API."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asks = scope["type"] == "http" and scope["path"].startswith(("/v1", "/engine"))
-        if asks and Request(scope).headers.get("authorization") != "Bearer secret":
-            body = {"error": {"message": "No key. Send one.", "type": "x", "param": None, "code": None}}
-            await JSONResponse(body, 401)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-
 @contextmanager
 def keyed_site() -> Iterator[str]:
-    with Engine(ScriptModel(lambda prompt: "x</think>Hi"), byte_tokenizer()) as engine:
-        app: Any = Keyed(create_app(engine, "minke"))
-        with live(app) as url:
-            yield url
+    operations = Operations(accounts=Accounts(given_keys={"me": "secret"}, tariff=Tariff(like=PRO)))
+    with (
+        Engine(ScriptModel(lambda prompt: "x</think>Hi"), byte_tokenizer()) as engine,
+        live(create_app(engine, "minke", operations=operations)) as url,
+    ):
+        yield url
 
 
 @pytest.mark.slow
@@ -134,13 +122,14 @@ def test_a_server_with_keys_is_given_one(browser: Browser) -> None:
         browser.wait_for("document.querySelector('#model').value === 'minke'")
         ask(browser, "Hello", 1)
         assert browser.text(".answer") == "Hi"
+        assert re.search(r"· \$0\.0\d+", browser.text(".figures")) and "$0.0" in browser.text("#totals")  # what it cost
         assert browser.value("localStorage.getItem('rorqual.key')") is None  # not kept unless asked for
         load(browser, f"{url}/?again")
         browser.wait_for("document.querySelector('#model').value === 'minke'")
         browser.value("sessionStorage.clear()")
         ask(browser, "Again")
         browser.wait_for("document.querySelector('#key-dialog').open")
-        assert browser.text("#trouble p") == "No key. Send one."
+        assert browser.text("#trouble p").startswith("Authentication Fails: no API key was sent")
         browser.value("document.querySelector('#key').focus()")
         browser.type("secret")
         browser.press("Enter")

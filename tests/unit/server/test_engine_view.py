@@ -14,7 +14,9 @@ from starlette.testclient import TestClient
 from rorqual.engine import CacheSettings, Engine, EngineSettings, Request, SamplingParams
 from rorqual.errors import RequestError
 from rorqual.server import ServedModel, create_app
+from rorqual.server.accounts import Accounts
 from rorqual.server.engine_view import MOST_KEPT, MOST_KEPT_TOKENS, Recent, engine_picks
+from rorqual.server.operations import Operations
 from rorqual.server.service import Behaviour, make_service
 
 TOKENIZER = byte_tokenizer()
@@ -137,6 +139,27 @@ def test_long_prompts_push_others_out(engine: Engine) -> None:
     assert recent.find(kept[1].id)[1] is kept[1] and recent.find(kept[2].id)[1] is kept[2]
     with pytest.raises(RequestError, match="Nothing is known"):
         recent.find(kept[0].id)
+
+
+def test_keys_see_their_own() -> None:
+    model = ScriptModel(lambda prompt: "on " * 50)
+    accounts = Accounts(given_keys={"ann": "key-a", "bob": "key-b"})
+    with Engine(model, TOKENIZER) as engine:
+        client = TestClient(create_app(engine, "minke", operations=Operations(accounts=accounts)))
+        ann, bob = ({"authorization": f"Bearer key-{letter}"} for letter in "ab")
+        assert client.get("/engine/view").status_code == client.get("/engine/picks?request=x").status_code == 401
+        body = {"model": "minke", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+        id = client.post("/v1/chat/completions", json=body, headers=ann).json()["id"]
+        path = f"/engine/picks?request={id}"
+        assert "no lightning indexer" in refused(client.get(path, headers=ann))["message"]  # it was found
+        assert "Nothing is known" in refused(client.get(path, headers=bob), 404)["message"]
+        model.gate.clear()
+        running = engine.submit(TOKENIZER.encode("A question"), cache_scope="ann/user")
+        seen = [client.get("/engine/view", headers=who).json()["models"]["minke"] for who in (ann, bob)]
+        assert [len(view["requests"]) for view in seen] == [1, 0]
+        assert "ann" not in str(seen)
+        model.gate.set()
+        running.cancel()
 
 
 def test_it_can_be_switched_off(engine: Engine) -> None:

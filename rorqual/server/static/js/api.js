@@ -53,7 +53,8 @@ async function refusal(response) {
   try {
     return JSON.parse(text).error.message;
   } catch {
-    return `The server answered ${response.status}: ${text.slice(0, 200)}`;
+    const isPlain = response.headers.get("content-type")?.startsWith("text/plain");
+    return isPlain ? text.slice(0, 400) : `The server answered ${response.status}: ${text.slice(0, 200)}`;
   }
 }
 

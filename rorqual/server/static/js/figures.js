@@ -40,7 +40,7 @@ function price(rorqual) {
 }
 
 function money(amount, unit) {
-  const number = amount === 0 ? "0" : amount < 0.01 ? amount.toFixed(8).replace(/0+$/, "") : amount.toFixed(2);
+  const number = amount === 0 ? "0" : amount < 0.01 ? amount.toFixed(8).replace(/\.?0+$/, "") : amount.toFixed(2);
   return unit === "USD" ? `$${number}` : `${number} ${unit}`;
 }
 
