@@ -24,7 +24,7 @@ from rorqual.model.trace import Trace
 MOST_TOKENS = 32_768
 """Of prompt and answer together, that are run again."""
 MOST_ROWS, MOST_BLOCKS = 96, 192
-READ, TRACED = 256, 32
+READ, TRACED = 128, 32
 """Tokens of a piece: of the prompt, and of the answer."""
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from browser import Browser
-from chat_page import IDLE, ask, open_fresh, reload, set_field
+from chat_page import IDLE, ask, open_fresh, reload, set_field, show_engine
 from live_server import live
 
 from rorqual import load
@@ -23,8 +23,7 @@ NOTES = (
 
 def test_what_runs_is_seen_while_it_runs(page: Browser, scripted: tuple[str, Engine]) -> None:
     page.press("Escape")
-    page.click("#show-engine")
-    page.wait_for("document.querySelector('#now dd')")
+    show_engine(page)
     assert page.value("!document.querySelector('#no-requests').hidden")
     ask(page, "Go on forever")
     page.wait_for("document.querySelector('#requests .answering')")
@@ -60,7 +59,7 @@ def minke(browser: Browser, minke_url: str) -> Iterator[Browser]:
 @pytest.mark.slow
 def test_minkes_memory_and_heat_map(minke: Browser) -> None:
     page = minke
-    page.click("#show-engine")
+    show_engine(page)
     ask(page, f"{NOTES}\n\nWhat is the key of the boathouse?", 1)
     page.wait_for("document.querySelector('#kept-bars .legend')")
     kinds = page.value("[...document.querySelectorAll('#kept-bars dt')].map(e => e.textContent)")
@@ -84,7 +83,7 @@ def test_minkes_memory_and_heat_map(minke: Browser) -> None:
     page.value("document.querySelector('.map canvas').focus()")
     for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
         page.press(key)
-    assert re.search(r"Writing .+% picked of .+ tokens 8–11$", page.text(".cell"))
+    assert re.search(r"Writing .+, (picked|left out) .+ tokens 8–11$", page.text(".cell"))
     assert page.value("document.querySelector('.context .chosen').dataset.block") == "2"
     page.value("document.querySelectorAll('.context span')[5].dispatchEvent(new Event('pointerover', {bubbles: true}))")
     assert page.text(".cell").endswith("tokens 20–23")
@@ -94,7 +93,7 @@ def test_minkes_memory_and_heat_map(minke: Browser) -> None:
     assert tints == {"0%", "70%"}  # one row: a block is one entry here, picked or not
     # a reload knows the answer's id still
     reload(page)
-    page.click("#show-engine")
+    show_engine(page)
     page.click("#last-picks")
     page.wait_for("!document.querySelector('#heat').hidden")
 
@@ -121,7 +120,7 @@ def test_the_cache_hit_of_a_second_question_is_shown(minke: Browser) -> None:
     assert share is not None and int(share[1]) > 40
     page.click(".why summary")
     assert "prompt tokens came from the store" in page.text(".why")
-    page.click("#show-engine")
+    show_engine(page)
     page.wait_for("document.querySelector('#reasons dt')")
     hits = page.value("document.querySelectorAll('#cache-figures dd')[1].textContent")
     assert int(hits.split(" / ")[0]) >= 1
@@ -131,7 +130,7 @@ def test_the_cache_hit_of_a_second_question_is_shown(minke: Browser) -> None:
 def test_a_short_question_says_that_there_was_no_choice(minke: Browser) -> None:
     ask(minke, "Hi", 1)
     minke.press("Escape")
-    minke.click("#show-engine")
+    show_engine(minke)
     minke.click("#last-picks")
     minke.wait_for("!document.querySelector('#heat').hidden")
     assert "it took all of them" in minke.text("#heat .hint")

@@ -93,6 +93,12 @@ def wait_for_answers(page: Browser, count: int) -> None:
     page.wait_for(f"document.querySelectorAll('.assistant').length === {count} && {IDLE}")
 
 
+def show_engine(page: Browser) -> None:
+    """Open the engine view, and wait until it says something: what is below then stays where it is."""
+    page.click("#show-engine")
+    page.wait_for("document.querySelector('#now dd')")
+
+
 def set_field(page: Browser, selector: str, value: str) -> None:
     """Give a field a value as if it had been typed."""
     page.value(

@@ -134,8 +134,9 @@ export class HeatMap {
       return;
     }
     const share = row ? this.#cells[this.#row][this.#block] : undefined;
-    this.cell.replaceChildren(...(row ? ["Writing ", h("q", {}, shown(row.text)), ", "] : []),
-      share === undefined ? "" : share === null ? "not there yet: " : `${Math.round(share * 100)} % picked of `,
+    const what = share === null ? "not there yet: " : share === 1 ? "picked " : share === 0 ? "left out "
+      : `${Math.round(share * 100)} % picked of `;
+    this.cell.replaceChildren(...(row ? ["Writing ", h("q", {}, shown(row.text)), ", ", what] : []),
       h("q", {}, shown(block.text)), h("span", { class: "place" }, ` tokens ${block.begin}–${block.end - 1}`));
   }
 
@@ -143,7 +144,7 @@ export class HeatMap {
     if (!this.#data) return;
     const box = this.canvas.getBoundingClientRect(), { blocks, rows } = this.#data;
     const within = (part, n) => Math.max(0, Math.min(n - 1, Math.floor(part * n)));
-    this.#choose(within((event.clientY - box.top) / box.height, rows.length),
+    this.#show(within((event.clientY - box.top) / box.height, rows.length),
       within((event.clientX - box.left) / box.width, blocks.length));
   }
 
@@ -152,7 +153,14 @@ export class HeatMap {
     if (!step || !this.#data) return;
     event.preventDefault();
     const { blocks, rows } = this.#data, fit = (at, n) => Math.max(0, Math.min(n - 1, at));
-    this.#choose(fit(Math.max(0, this.#row) + step[0], rows.length), fit(Math.max(0, this.#block) + step[1], blocks.length));
+    this.#show(fit(Math.max(0, this.#row) + step[0], rows.length), fit(Math.max(0, this.#block) + step[1], blocks.length));
+  }
+
+  // Choose a cell of the map, and bring its text into view.
+  #show(row, block) {
+    this.#choose(row, block);
+    const span = this.text.children[block];
+    this.text.scrollTop = span.offsetTop - this.text.clientHeight / 2;
   }
 
   #choose(row, block) {
