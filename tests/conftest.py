@@ -1,7 +1,10 @@
 """Makes the modules in `tests/support` importable from every test folder, and has what several folders ask for."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +13,9 @@ import torch
 
 if not torch.accelerator.is_available():  # before anything imports triton, whose own functions are made at its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+os.environ["RORQUAL_HOME"] = tempfile.mkdtemp(prefix="rorqual-home-")  # no test touches the user's own ledger
+atexit.register(shutil.rmtree, os.environ["RORQUAL_HOME"], ignore_errors=True)
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 

@@ -130,7 +130,8 @@ class StreamParser:
         """End the text; return what was held back and `Finished`. A second call returns nothing.
 
         finish_reason: "stop" or "length" as the engine knows it, which matters when EOS is not part of the
-        text; None to tell from the text. A complete call makes it "tool_calls" either way.
+        text, or the word for another end, which stays; None to tell from the text. A complete call makes it
+        "tool_calls" either way.
         """
         if self._result is not None:
             return []
@@ -155,7 +156,7 @@ class StreamParser:
         }
         if calls:
             reason = "tool_calls"
-        elif self._was_cut:
+        elif self._was_cut and finish_reason in (None, "stop", "length"):
             reason = "length"
         else:
             reason = finish_reason or ("stop" if self._saw_eos or self._ends_with_block else "length")

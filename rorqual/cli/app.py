@@ -24,7 +24,7 @@ class Command:
     group: str
 
 
-TALK, LEARN, LOOK = "Talk to a model", "Train", "Look inside"
+TALK, RUN, LEARN, LOOK = "Talk to a model", "Run a server for others", "Train", "Look inside"
 
 COMMANDS: dict[str, Command] = {
     "up": Command("Start the bundled model, its server and the web page; works offline.", TALK),
@@ -32,6 +32,8 @@ COMMANDS: dict[str, Command] = {
     "ask": Command("Ask a question about a long text file, up to a million tokens.", TALK),
     "complete": Command("Complete code or text, before a cursor or between two pieces.", TALK),
     "serve": Command("Serve any checkpoint over HTTP, with the web page.", TALK),
+    "keys": Command("Make, list, top up and revoke API keys with budgets and limits.", RUN),
+    "usage": Command("Show requests, tokens and cost by day, key and model.", RUN),
     "train": Command("Train a model from a recipe.", LEARN),
     "inspect": Command("Explain a preset, a config or a checkpoint: layers, parameters, names.", LOOK),
     "selftest": Command("Prove that answers here do not depend on batch, cache or restarts.", LOOK),

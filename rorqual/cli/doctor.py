@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 EXTRAS = {
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "plots": ("matplotlib",),
     "hub": ("huggingface_hub",),
     "gpu": ("triton",),

@@ -6,8 +6,29 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rorqual.chat import REVISIONS
+from rorqual.cli.operating import (
+    AllowOrigin,
+    ApiKeys,
+    CertFile,
+    DrainSeconds,
+    KeyFile,
+    KeyOfCert,
+    LedgerOption,
+    Limit,
+    LogStyle,
+    MaxBody,
+    NoAuth,
+    NoLedger,
+    PriceAs,
+    Prices,
+    RequestsPerMinute,
+    TokensPerMinute,
+    UserLimit,
+    build_operations,
+    certificate,
+)  # fmt: skip
 from rorqual.cli.options import MODEL, NETWORK, CacheFormat, Json, ModelArgument, Port, Speculate, Threads, Weights
-from rorqual.cli.serving import start
+from rorqual.cli.serving import require_server, start
 from rorqual.cli.sizes import parse_bytes
 from rorqual.errors import ConfigError
 
@@ -25,7 +46,7 @@ def serve(
         str,
         typer.Option(
             "--host",
-            help="Address to listen on. There is no authentication: beyond 127.0.0.1 anyone can use it.",
+            help="Address to listen on; beyond this machine it takes keys, or --no-auth.",
             rich_help_panel=NETWORK,
         ),
     ] = "127.0.0.1",
@@ -102,6 +123,23 @@ def serve(
     threads: Threads = None,
     weights: Weights = None,
     cache_format: CacheFormat = None,
+    api_key: ApiKeys = None,
+    key_file: KeyFile = None,
+    no_auth: NoAuth = False,
+    ledger: LedgerOption = None,
+    no_ledger: NoLedger = False,
+    limit: Limit = None,
+    user_limit: UserLimit = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    prices: Prices = None,
+    price_as: PriceAs = None,
+    allow_origin: AllowOrigin = None,
+    max_body: MaxBody = "48MiB",
+    ssl_certfile: CertFile = None,
+    ssl_keyfile: KeyOfCert = None,
+    drain_s: DrainSeconds = 30.0,
+    log: LogStyle = "text",
     as_json: Json = False,
 ) -> None:
     """Serve a checkpoint over an OpenAI-style HTTP API, with the web page.
@@ -111,6 +149,7 @@ def serve(
     rorqual serve runs/mine/model --name mine --port 8001
     rorqual serve minke --weights fp4 --cache-format fp8
     rorqual serve minke --max-running 32 --cache-dir cache --cache-bytes 4GiB
+    rorqual serve minke --host 0.0.0.0 --key-file keys.txt --ssl-certfile cert.pem --ssl-keyfile key.pem --log json
     """
     if revision not in REVISIONS:
         raise ConfigError(
@@ -120,6 +159,22 @@ def serve(
         max_running, max_queue, context, state_bytes, cache_bytes, cache_dir, cache_disk_bytes, cache_writes,
         cache_policy, cache_period, speculate,
     )  # fmt: skip
+    require_server()
+    operations = build_operations(
+        api_keys=api_key,
+        key_file=key_file,
+        no_auth=no_auth,
+        ledger=ledger,
+        no_ledger=no_ledger,
+        limit=limit,
+        user_limit=user_limit,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        prices=prices,
+        price_as=price_as,
+        allow_origin=allow_origin,
+        max_body_bytes=parse_bytes(max_body, "--max-body"),
+    )
     start(
         model,
         host=host,
@@ -130,6 +185,10 @@ def serve(
         threads=threads,
         weights=weights,
         cache_format=cache_format,
+        operations=operations,
+        certificate=certificate(ssl_certfile, ssl_keyfile),
+        drain_s=drain_s,
+        log_style=log,
         as_json=as_json,
     )
 

@@ -11,6 +11,11 @@ from rorqual.errors import MissingExtraError
 
 if TYPE_CHECKING:  # it brings torch, which takes seconds to import
     from rorqual.engine import EngineSettings
+    from rorqual.server.logs import Style
+    from rorqual.server.operations import Operations
+    from rorqual.server.run import Certificate
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def start(
@@ -24,27 +29,29 @@ def start(
     threads: int | None = None,
     weights: str | None = None,
     cache_format: str | None = None,
+    operations: "Operations | None" = None,
+    certificate: "Certificate | None" = None,
+    drain_s: float = 30.0,
+    log_style: "Style" = "off",
     as_json: bool = False,
 ) -> None:
     """Load `model` (bundled name, folder or Hub id) and serve it until Ctrl-C; prints where once it listens.
 
-    settings: of the engine; without any, its own limits and a cache in memory.
+    settings: of the engine; without any, its own limits and a cache in memory. operations: accounts and limits.
 
     Raises: ConfigError when the address cannot be used, CheckpointError when the model cannot be loaded,
     MissingExtraError without the `serve` extra.
     """
-    absent = [package for package in ("fastapi", "uvicorn") if importlib.util.find_spec(package) is None]
-    if absent:
-        raise MissingExtraError(
-            f"{' and '.join(absent)} not installed, and the server is built on them. "
-            'Install them with: pip install "rorqual[serve]"'
-        )
+    require_server()
     from rorqual.checkpoint import load
     from rorqual.engine import CacheSettings, EngineSettings
     from rorqual.ops import native
     from rorqual.server import run
+    from rorqual.server.auth import check_exposure
     from rorqual.server.run import bind
 
+    if operations is not None:
+        check_exposure(host, operations.accounts.gatekeeper)
     bind(host, port).close()  # a taken port is better known before the model is loaded than after
     if not as_json:
         typer.echo(f"Loading {model} ...")
@@ -68,5 +75,19 @@ def start(
         model_name=served_as,
         revision=revision,
         settings=settings or EngineSettings(cache=CacheSettings()),
+        operations=operations,
+        certificate=certificate,
+        drain_s=drain_s,
+        log_style=log_style,
         on_ready=say_where,
     )
+
+
+def require_server() -> None:
+    """Raises: MissingExtraError without the `serve` extra."""
+    absent = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+    if absent:
+        raise MissingExtraError(
+            f"{' and '.join(absent)} not installed, and the server is built on them. "
+            'Install them with: pip install "rorqual[serve]"'
+        )

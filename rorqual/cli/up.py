@@ -1,7 +1,8 @@
 """`rorqual up`: the main job. The bundled model, its server and the web page, offline, in one command."""
 
+from rorqual.cli.operating import build_operations
 from rorqual.cli.options import CacheFormat, Json, ModelOption, Port, Speculate, Threads, Weights
-from rorqual.cli.serving import start
+from rorqual.cli.serving import require_server, start
 from rorqual.errors import ConfigError
 
 HOST = "127.0.0.1"
@@ -23,13 +24,14 @@ def up(
     rorqual up --port 8001 --threads 2
     rorqual up --weights fp4 --cache-format fp8
     """
+    require_server()
     from rorqual.engine import CacheSettings, EngineSettings
 
     settings = EngineSettings(cache=CacheSettings(), speculate=speculate)
     try:
         start(
             model, host=HOST, port=port, settings=settings, threads=threads, weights=weights, cache_format=cache_format,
-            as_json=as_json,
+            operations=build_operations(no_auth=True), as_json=as_json,
         )  # fmt: skip
     except ConfigError as error:
         if f"{HOST}:{port}" in str(error):

@@ -14,8 +14,8 @@ from starlette.staticfiles import StaticFiles
 
 from rorqual.engine import Engine
 from rorqual.server import anthropic, chat, completions, errors, openapi, responses
-from rorqual.server.guard import Guard
 from rorqual.server.metadata import metrics, statistics
+from rorqual.server.operations import Operations
 from rorqual.server.responses import ResponsesRequest
 from rorqual.server.schema import ChatRequest, CompletionRequest
 from rorqual.server.served import ServedModel
@@ -33,6 +33,7 @@ def create_app(
     behaviour: Behaviour | None = None,
     keep_alive_s: float = 10.0,
     allowed_hosts: Collection[str] | None = None,
+    operations: Operations | None = None,
 ) -> FastAPI:
     """The API and the page for one model, or several.
 
@@ -41,15 +42,18 @@ def create_app(
     behaviour: where the server differs from the hosted one.
     keep_alive_s: a waiting stream gets a comment line this often.
     allowed_hosts: names the Host header may carry; None allows any. `run` sets it for loopback addresses.
+    operations: accounts, log, meters and what else running a server for others takes.
     The engines stay the caller's to close. Raises: ConfigError when two models share a name.
     """
-    service = make_service([ServedModel(model_name, engine, revision), *others], behaviour, keep_alive_s)
+    operations = operations or Operations()
+    offered = [ServedModel(model_name, engine, revision), *others]
+    service = make_service(offered, behaviour, keep_alive_s, operations.accounts)
     models = service.models
     # FastAPI's own documentation pages load scripts from elsewhere; the schema itself is at /openapi.json.
     app = FastAPI(title="Rorqual", docs_url=None, redoc_url=None)
     errors.install(app)
     openapi.install(app)
-    app.add_middleware(Guard, allowed_hosts=allowed_hosts)
+    operations.install(app, allowed_hosts)
 
     streams: dict[int | str, dict[str, Any]] = {200: {"content": openapi.STREAM}}
 
@@ -92,13 +96,14 @@ def create_app(
     @app.get("/health")
     @app.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
-        """200 while every engine can run requests, else 503."""
+        """200 while every engine can run requests and new ones are taken, else 503."""
         alive = all(model.engine.is_alive for model in models.values())
         state = {}
         for name, model in models.items():
             running, waiting = model.engine.occupancy()
             state[name] = {"running": running, "waiting": waiting}
-        return JSONResponse({"status": "ok" if alive else "failed", "models": state}, 200 if alive else 503)
+        status = "failed" if not alive else "draining" if operations.drain.is_draining else "ok"
+        return JSONResponse({"status": status, "models": state}, 200 if status == "ok" else 503)
 
     @app.get("/stats")
     async def stats() -> JSONResponse:
@@ -108,7 +113,7 @@ def create_app(
     @app.get("/metrics", include_in_schema=False)
     async def prometheus() -> PlainTextResponse:
         """The same for Prometheus."""
-        return PlainTextResponse(metrics(models), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(metrics(models) + operations.meters.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", include_in_schema=False)
     @app.head("/", include_in_schema=False)

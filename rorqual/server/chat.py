@@ -24,7 +24,7 @@ from rorqual.server.turn import Turn
 
 async def answer(body: ChatRequest, http: HttpRequest, service: Service) -> Response:
     """Raises: RequestError for anything that cannot be served, before a byte is sent."""
-    turn = await turns.start(body, service)
+    turn = await turns.start(body, service, http)
     if body.stream:
         wants_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_lines(turn, wants_usage, service.keep_alive_s), turn.stream.request)

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from rorqual import chat
 from rorqual.engine import TokenEvent, TokenScore
 from rorqual.errors import RequestError
+from rorqual.server.accounts import Ticket, owner_of
 from rorqual.server.errors import named_as_sent
 from rorqual.server.metadata import metadata
 from rorqual.server.replies import api_reason, exactness_body, token_logprob, usage_body
@@ -53,15 +54,21 @@ async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -
         suppress_token_ids=chat.suppressed_ids_after(served.tokenizer, tokens),
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
+    ticket = await service.accounts.admit(
+        http, served.name, prompt_tokens=len(tokens), max_tokens=params.max_tokens or limit, user_id=body.owner
+    )
     with named_as_sent(messages="prompt"):
-        stream = TokenStream(served.engine, tokens, params, body.rorqual, body.owner)
+        stream = TokenStream(served.engine, tokens, params, body.rorqual, owner_of(http, body.owner))
+    ticket.follow(stream.request, lambda: usage_body(stream.request.usage, None))
     writer = _Writer(served.tokenizer, body)
     if body.stream:
-        return EventStream(_lines(stream, writer, body, service.keep_alive_s), stream.request)
-    return await whole_answer(_body(stream, writer, body, http), service.keep_alive_s)
+        return EventStream(_lines(stream, ticket, writer, body, service.keep_alive_s), stream.request)
+    return await whole_answer(_body(stream, ticket, writer, body, http), service.keep_alive_s)
 
 
-async def _body(stream: TokenStream, writer: _Writer, body: CompletionRequest, http: HttpRequest) -> dict[str, Any]:
+async def _body(
+    stream: TokenStream, ticket: Ticket, writer: _Writer, body: CompletionRequest, http: HttpRequest
+) -> dict[str, Any]:
     events = await stream.collect(http)
     pieces = [writer.opening(stream.request.prompt_scores)] if body.echo else []
     pieces += [writer.piece([event]) for event in events]
@@ -70,13 +77,20 @@ async def _body(stream: TokenStream, writer: _Writer, body: CompletionRequest, h
         "finish_reason": api_reason(events[-1].finish_reason),
         "logprobs": _joined([piece["logprobs"] for piece in pieces]) if body.logprobs is not None else None,
     }
-    usage = usage_body(stream.request.usage, None)
-    more = {"usage": usage, "exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
+    more = await _ending(stream, ticket, api_reason(events[-1].finish_reason))
     return Envelope("text_completion", body.model).body(choice, **more)
 
 
+async def _ending(stream: TokenStream, ticket: Ticket, finish_reason: str) -> dict[str, Any]:
+    """Settle the ticket; what stands beside the last choice."""
+    await ticket.settle(finish_reason)
+    usage = usage_body(stream.request.usage, None)
+    about = {**metadata(stream.request), "cost": ticket.cost(usage)}
+    return {"usage": usage, "exactness": exactness_body(stream.request), "rorqual": about}
+
+
 async def _lines(
-    stream: TokenStream, writer: _Writer, body: CompletionRequest, keep_alive_s: float
+    stream: TokenStream, ticket: Ticket, writer: _Writer, body: CompletionRequest, keep_alive_s: float
 ) -> AsyncIterator[str]:
     envelope = Envelope("text_completion", body.model)
     wants_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -94,10 +108,9 @@ async def _lines(
             for event in batch:
                 piece = writer.piece([event])
                 if event.finish_reason is not None:
-                    usage = usage_body(stream.request.usage, None)
                     choice = {**piece, "finish_reason": api_reason(event.finish_reason)}
-                    more = {"exactness": exactness_body(stream.request), "rorqual": metadata(stream.request)}
-                    yield sse(envelope.body(choice, usage=usage, **more)) + DONE
+                    more = await _ending(stream, ticket, choice["finish_reason"])
+                    yield sse(envelope.body(choice, **more)) + DONE
                 elif piece["text"] or piece["logprobs"]:
                     yield sse(envelope.body({**piece, "finish_reason": None}, **between))
     except RequestError as error:

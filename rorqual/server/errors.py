@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from rorqual.errors import RequestError, RorqualError
+from rorqual.server.logs import TRACE_HEADER
 from rorqual.server.refusals import unknown_field
 
 _ANTHROPIC = ("/anthropic/", "/v1/messages")
@@ -100,6 +101,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> JSONResponse:
+        request.state.refusal = error
         again = error.retry_after_s
         headers = None if again is None else {"retry-after": str(max(1, math.ceil(again)))}
         return JSONResponse(error_body(error, request.url.path), error.status, headers)
@@ -125,7 +127,7 @@ def install(app: FastAPI) -> None:
             message = f"The request body is not UTF-8 text ({error.__cause__}). Send JSON encoded as UTF-8."
         elif isinstance(error.__cause__, ValueError):  # Python's bound on the digits of an integer
             message = "The request body holds an integer of too many digits to be read. Send one that fits 64 bits."
-        refusal = RequestError(message, status=error.status_code)
+        refusal = request.state.refusal = RequestError(message, status=error.status_code)
         return JSONResponse(error_body(refusal, request.url.path), error.status_code, headers=error.headers)
 
     @app.exception_handler(ClientGone)
@@ -136,5 +138,6 @@ def install(app: FastAPI) -> None:
     async def failed(request: Request, error: Exception) -> JSONResponse:
         known = isinstance(error, RorqualError)  # anything else is logged with its trace by the server
         message = str(error) if known else f"The server failed: {type(error).__name__}. Its log has the trace."
+        headers = {TRACE_HEADER: getattr(request.state, "trace", "")}  # it is answered outside of what adds it
         refusal = RequestError(message, status=500, type="server_error")
-        return JSONResponse(error_body(refusal, request.url.path), 500)
+        return JSONResponse(error_body(refusal, request.url.path), 500, headers)

@@ -2,7 +2,8 @@
 
 A server on the loopback address is still reachable by any web page the user opens. Checking the Host header
 stops a foreign name that was pointed at 127.0.0.1; requiring a JSON content type (done by FastAPI) makes
-browsers ask first, and nothing here answers such a question. Left out: keys and accounts.
+browsers ask first, and nothing here answers such a question. Keys and accounts are
+asked for after it, in `gate.py`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Guard:
         headers = Headers(scope=scope)
         refusal = self._refusal(headers)
         if refusal is not None:
+            scope.setdefault("state", {})["refusal"] = refusal
             await JSONResponse(error_body(refusal, scope["path"]), refusal.status)(scope, receive, send)
             return
         num_bytes = 0

@@ -100,8 +100,13 @@ class ReplyReader:
         }
 
 
-def api_reason(reason: FinishReason | None) -> Literal["stop", "length"]:
-    """The engine's finish reason in the API's words: an answer cut off by its deadline is one cut short."""
+def api_reason(reason: FinishReason | None) -> Literal["stop", "length", "insufficient_system_resource"]:
+    """The engine's finish reason in the API's words: an answer cut off by its deadline is one cut short.
+
+    A cancelled one is only ever read when the server itself cancelled it, to go away.
+    """
+    if reason == "cancelled":
+        return "insufficient_system_resource"
     return "length" if reason in ("length", "timeout") else "stop"
 
 

@@ -5,17 +5,45 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import signal
 import socket
+import ssl
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
 
 from rorqual.engine import Engine, EngineSettings
 from rorqual.errors import ConfigError
+from rorqual.server import logs
 from rorqual.server.app import create_app
+from rorqual.server.auth import check_exposure, is_loopback
+from rorqual.server.operations import Operations
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Files of a TLS certificate; without `key_file` the certificate's file holds the key too.
+
+    Raises: ConfigError when they do not load.
+    """
+
+    file: Path
+    key_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.file, self.key_file, lambda: "")
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(
+                f"the certificate {self.file} with the key {self.key_file or self.file} does not load: {error}. "
+                "Give PEM files that belong together, the key without a password."
+            ) from error
 
 
 def run(
@@ -27,21 +55,37 @@ def run(
     model_name: str = "minke",
     revision: str = "2026-04",
     settings: EngineSettings | None = None,
+    operations: Operations | None = None,
+    certificate: Certificate | None = None,
+    drain_s: float = 30.0,
+    log_style: logs.Style = "off",
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve the API and the page until Ctrl-C; what is being generated then ends with an error (503).
+    """Serve the API and the page until a signal.
 
-    port: 0 takes a free one. settings: of the engine and its cache. on_ready: called with the URL once the server
-    listens.
-    Raises: ConfigError when the address cannot be used.
+    SIGTERM: new requests are refused (503), running ones have `drain_s` to finish, and what is left then ends where it
+    stands, as the API ends what the service cuts off. A second signal, or Ctrl-C, ends everything at once.
+
+    port: 0 takes a free one. settings: of the engine and its cache. operations: accounts and limits, closed at the end.
+    on_ready: called with the URL once the server listens.
+    Raises: ConfigError when the address cannot be used, or others reach it and no key is asked for.
     """
+    operations = operations or Operations()
+    check_exposure(host, operations.accounts.gatekeeper)
     listener = bind(host, port)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    is_loopback = host in ("127.0.0.1", "localhost", "::1")
-    with (settings or EngineSettings()).open(model, tokenizer) as engine:
-        app = create_app(engine, model_name, revision=revision, allowed_hosts=LOOPBACK if is_loopback else None)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
-        server = _Server(config, engine)
+    scheme = "http" if certificate is None else "https"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    hosts = (*LOOPBACK, host) if is_loopback(host) else None
+    with contextlib.closing(operations), (settings or EngineSettings()).open(model, tokenizer) as engine:
+        app = create_app(engine, model_name, revision=revision, allowed_hosts=hosts, operations=operations)
+        logs.configure(log_style)
+        tls: dict[str, Any] = {}
+        if certificate is not None:
+            tls = {"ssl_certfile": certificate.file, "ssl_keyfile": certificate.key_file}
+        if log_style == "json":
+            tls["log_config"] = None  # uvicorn's lines then go where all others do
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, **tls)
+        server = _Server(config, engine, operations, drain_s)
         if on_ready is not None:
             on_ready(url)  # the socket listens already, so a browser opened now will get its answer
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
@@ -49,11 +93,31 @@ def run(
 
 
 class _Server(uvicorn.Server):
-    """Ends the engine's requests first when it shuts down, so that no open stream holds it up."""
+    """Drains at SIGTERM, and ends the engine's requests before it shuts down, so that no open stream holds it up."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, operations: Operations, drain_s: float) -> None:
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._drain, self._drain_s = engine, operations.drain, drain_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig != signal.SIGTERM or self._drain.is_draining or self._loop is None:
+            super().handle_exit(sig, frame)
+            return
+        self._drain.begin()  # the signal counts as handled: the process ends by returning, and closes its files
+        self._loop.call_soon_threadsafe(self._start_draining)
+
+    def _start_draining(self) -> None:
+        self._draining = asyncio.ensure_future(self._leave())
+
+    async def _leave(self) -> None:
+        await self._drain.finish(self._drain_s)
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await asyncio.to_thread(self._engine.close)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from rorqual.errors import ConfigError
 from rorqual.referee import Continuity
 from rorqual.server import aliases
+from rorqual.server.accounts import Accounts
 from rorqual.server.refusals import unknown_model
 from rorqual.server.served import ServedModel
 
@@ -37,12 +38,14 @@ class Service:
     models: by the names they are served under; the first one is what the page offers first.
     keep_alive_s: a waiting stream gets a comment line this often.
     continuity: the reasoning of answers given, None where it is not kept.
+    accounts: who may ask for how much, and what it costs.
     """
 
     models: Mapping[str, ServedModel]
     behaviour: Behaviour = field(default_factory=Behaviour)
     keep_alive_s: float = 10.0
     continuity: Continuity | None = None
+    accounts: Accounts = field(default_factory=Accounts)
 
     def find(self, name: str, status: int = 400, *, claude: bool = False) -> ServedModel:
         """The model that `name` stands for; `claude`: Anthropic's names too. Raises: RequestError naming those there
@@ -55,7 +58,10 @@ class Service:
 
 
 def make_service(
-    models: Sequence[ServedModel], behaviour: Behaviour | None = None, keep_alive_s: float = 10.0
+    models: Sequence[ServedModel],
+    behaviour: Behaviour | None = None,
+    keep_alive_s: float = 10.0,
+    accounts: Accounts | None = None,
 ) -> Service:
     """Raises: ConfigError when two models share a name, or an alias names none of them."""
     named = {model.name: model for model in models}
@@ -70,4 +76,5 @@ def make_service(
             raise ConfigError(
                 f"the alias {alias!r} stands for {name!r}, but no such model is served. Use one of {', '.join(named)}."
             )
-    return Service(named, behaviour, keep_alive_s, Continuity() if behaviour.keep_reasoning else None)
+    continuity = Continuity() if behaviour.keep_reasoning else None
+    return Service(named, behaviour, keep_alive_s, continuity, accounts or Accounts())

@@ -15,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 
 from rorqual import chat
 from rorqual.chat import suppressed_ids
+from rorqual.server.accounts import Ticket, owner_of
 from rorqual.server.constraints import grammar_for
 from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import ChatPrompt, build_prompt
@@ -32,7 +33,7 @@ DEFAULT_MAX_TOKENS = 8192
 class Turn:
     """A reply being made. Read it once: `pieces` as it comes, or `whole`.
 
-    asked: the model's name in the request. owner: whose conversation it is.
+    asked: the model's name in the request. owner: whose conversation it is, over all keys.
     """
 
     service: Service
@@ -42,6 +43,7 @@ class Turn:
     prompt: ChatPrompt
     stream: TokenStream
     reader: ReplyReader
+    ticket: Ticket
 
     async def pieces(self, patience_s: float) -> AsyncIterator[list[Piece]]:
         """Pieces in order, those that are ready together; an empty list after `patience_s` without any.
@@ -52,6 +54,7 @@ class Turn:
             ready = [piece for event in batch for piece in self.reader.read(event)]
             if ready and isinstance(ready[-1].event, chat.Finished):
                 self._keep_reasoning()
+                await self.ticket.settle(self.reader.finished.finish_reason)
             if ready or not batch:
                 yield ready
 
@@ -65,6 +68,7 @@ class Turn:
                 if each is not None:
                     each(piece)
         self._keep_reasoning()
+        await self.ticket.settle(self.reader.finished.finish_reason)
         return self.reader.finished
 
     def usage(self) -> dict[str, Any]:
@@ -74,7 +78,7 @@ class Turn:
     def beside(self) -> dict[str, Any]:
         """What a finished answer says beyond the API, whichever dialect it is in: `exactness` and `rorqual`."""
         request, restored = self.stream.request, self.prompt.restored
-        about = {"model": self.served.name, **metadata(request)}
+        about = {"model": self.served.name, **metadata(request), "cost": self.ticket.cost(self.usage())}
         if restored is not None:
             about["continuity"] = restored.to_dict()
         return {"exactness": exactness_body(request), "rorqual": about}
@@ -87,6 +91,7 @@ class Turn:
 async def start(
     body: ChatRequest,
     service: Service,
+    http: HttpRequest | None,
     served: ServedModel | None = None,
     *,
     reasoning_name: str = "reasoning_content",
@@ -96,6 +101,7 @@ async def start(
 ) -> Turn:
     """Check the request, render its prompt and hand it to the engine; call it inside the event loop.
 
+    http: the exchange it is for, which says who asks; None for nobody in particular.
     served: the model, where the dialect has its own way of finding it by name.
     reasoning_name: what the dialect calls `reasoning_content`, for the refusal of a turn without.
     forces_thinking: whether a call can be forced in thinking mode, where the dialect says; as the server is set up
@@ -105,13 +111,11 @@ async def start(
     Raises: RequestError for anything that cannot be served, before a byte is sent.
     """
     served = served or service.find(body.model)
-    owner = body.owner
+    owner = owner_of(http, body.owner)
+    names = dict(sent_as or {})
     if body.max_completion_tokens is not None:
-        body.max_tokens, sent_as = (
-            body.max_completion_tokens,
-            {"max_tokens": "max_completion_tokens", **(sent_as or {})},
-        )
-    with named_as_sent(**(sent_as or {})):
+        body.max_tokens, names["max_tokens"] = body.max_completion_tokens, "max_completion_tokens"
+    with named_as_sent(**names):
         # Rendering and encoding a long history takes a while; other requests stream on meanwhile.
         prompt = await run_in_threadpool(build_prompt, body, served, service, owner, reasoning_name)
         if forces_thinking is None:
@@ -132,7 +136,16 @@ async def start(
             ),
             grammar=grammar,
         )
+        ticket = await service.accounts.admit(
+            http,
+            served.name,
+            prompt_tokens=len(prompt.tokens),
+            max_tokens=params.max_tokens or served.max_output,
+            user_id=body.owner,
+        )
         stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual, owner)
     logprobs, opens = bool(body.logprobs), prompt.opens_reasoning
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=logprobs, opens_reasoning=opens)
-    return Turn(service, served, body.model, owner, prompt, stream, reader)
+    turn = Turn(service, served, body.model, owner, prompt, stream, reader, ticket)
+    ticket.follow(stream.request, turn.usage)
+    return turn

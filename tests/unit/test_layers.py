@@ -22,10 +22,10 @@ LINES = [  # from top to bottom; rooms on one line do not know each other
     {"posttrain", "agents", "referee"},
     {"train", "sandbox"},
     {"engine", "parallel"},
-    {"chat", "data", "tokenizer", "checkpoint", "planner", "journal"},
+    {"chat", "data", "tokenizer", "checkpoint", "planner", "journal", "ledger"},
     {"model"},
     {"ops"},
-    {"config", "config_dialects", "config_engram", "errors", "log", "seeds"},
+    {"config", "config_dialects", "config_engram", "errors", "log", "money", "seeds"},
 ]
 SAME_LINE = {
     ("posttrain", "agents"),
@@ -43,6 +43,7 @@ FOUNDATION = {
     ("config", "log"),
     ("log", "errors"),
     ("seeds", "errors"),
+    ("money", "errors"),
 }
 FORBIDDEN = {("server", "train"), ("server", "evals")}
 ORACLES_AND_CLIENTS = {"transformers", "deepseek_recipe", "openai", "anthropic", "pytest", "hypothesis"}
@@ -159,7 +160,7 @@ def test_no_circular_imports() -> None:
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", ["rorqual", "rorqual.cli", "rorqual.config", "rorqual.chat"])
+@pytest.mark.parametrize("module", ["rorqual", "rorqual.cli", "rorqual.config", "rorqual.chat", "rorqual.ledger"])
 def test_imports_without_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

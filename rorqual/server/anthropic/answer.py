@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from rorqual import chat
 from rorqual.errors import RequestError
 from rorqual.server import turn as turns
+from rorqual.server.accounts import owner_of
 from rorqual.server.anthropic.convert import SENT_AS, to_chat
 from rorqual.server.anthropic.schema import MessagesRequest
 from rorqual.server.anthropic.writer import Event, Writer
@@ -42,6 +43,7 @@ async def answer(body: MessagesRequest, http: HttpRequest, service: Service) -> 
         turn = await turns.start(
             to_chat(body, service),
             service,
+            http,
             served,
             reasoning_name=_REASONING,
             forces_thinking=forces_thinking,
@@ -54,11 +56,12 @@ async def answer(body: MessagesRequest, http: HttpRequest, service: Service) -> 
     return await whole_answer(message.whole(http), service.keep_alive_s)
 
 
-async def count_tokens(body: MessagesRequest, service: Service) -> Response:
+async def count_tokens(body: MessagesRequest, http: HttpRequest, service: Service) -> Response:
     """How long the prompt of this request is, with the reasoning that would be put back. Raises: RequestError."""
     served, asked = service.find(body.model, claude=True), to_chat(body, service)
     with named_as_sent(**SENT_AS):
-        prompt = await run_in_threadpool(build_prompt, asked, served, service, asked.owner, _REASONING)
+        owner = owner_of(http, asked.owner)
+        prompt = await run_in_threadpool(build_prompt, asked, served, service, owner, _REASONING)
     return JSONResponse({"input_tokens": len(prompt.tokens)})
 
 

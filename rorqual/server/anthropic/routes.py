@@ -37,8 +37,8 @@ def make_router(service: Service) -> APIRouter:
     @router.post("/anthropic/v1/messages/count_tokens")
     @router.post("/anthropic/messages/count_tokens", include_in_schema=False)
     @router.post("/v1/messages/count_tokens", include_in_schema=False)
-    async def count(body: MessagesRequest) -> Response:
-        return await count_tokens(body, service)
+    async def count(body: MessagesRequest, http: HttpRequest) -> Response:
+        return await count_tokens(body, http, service)
 
     @router.get("/anthropic/v1/models", openapi_extra=_PAGING)
     async def models(http: HttpRequest) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rorqual import chat
 from rorqual.errors import RequestError
 from rorqual.server import turn as turns
 from rorqual.server.responses.convert import Converted, to_chat
-from rorqual.server.responses.items import Writer
+from rorqual.server.responses.items import CUT, Writer
 from rorqual.server.responses.schema import ResponsesRequest
 from rorqual.server.service import Service
 from rorqual.server.streams import KEEP_ALIVE, EventStream, whole_answer
@@ -33,7 +33,7 @@ _SENT_AS = {
 async def answer(body: ResponsesRequest, http: HttpRequest, service: Service) -> Response:
     """Raises: RequestError for anything that cannot be served, before a byte is sent."""
     converted = to_chat(body)
-    turn = await turns.start(converted.body, service, reasoning_name="reasoning_text", sent_as=_SENT_AS)
+    turn = await turns.start(converted.body, service, http, reasoning_name="reasoning_text", sent_as=_SENT_AS)
     response = _Response(body, converted, turn)
     if body.stream:
         return EventStream(response.lines(service.keep_alive_s), turn.stream.request)
@@ -84,7 +84,7 @@ class _Response:
             yield line({"type": "response.failed", "response": failed})
 
     def _done(self, finished: chat.Finished) -> dict[str, Any]:
-        is_cut = finished.finish_reason == "length"
+        is_cut = finished.finish_reason in CUT
         beside = self._turn.beside()
         if self._ignored:
             beside["rorqual"]["ignored"] = self._ignored

@@ -17,6 +17,9 @@ from rorqual.server.responses.convert import INPUT
 
 Event = dict[str, Any]
 
+# The finish reasons of a reply that is not all there.
+CUT = ("length", "insufficient_system_resource")
+
 
 class Writer:
     """Feed it the pieces of a reply; it gives events without their sequence numbers, and keeps `output`.
@@ -49,10 +52,10 @@ class Writer:
     def _finish(self, finished: chat.Finished, logprobs: list[Any]) -> Iterator[Event]:
         if logprobs and self._item is not None and self._item["type"] == "message":
             self._item["content"][0]["logprobs"] += logprobs
-        yield from self._end("incomplete" if finished.finish_reason == "length" else "completed")
+        yield from self._end("incomplete" if finished.finish_reason in CUT else "completed")
         if not any(item["type"] != "reasoning" for item in self.output):  # SDKs look for a message
             yield from self._begin("message")
-            yield from self._end("incomplete" if finished.finish_reason == "length" else "completed")
+            yield from self._end("incomplete" if finished.finish_reason in CUT else "completed")
 
     def _more(self, kind: str, text: str, logprobs: list[Any] | None = None) -> Iterator[Event]:
         if self._item is None or self._item["type"] != kind:

@@ -1,12 +1,12 @@
 """The `rorqual` object of requests and answers, a full queue, and the counters."""
 
-import re
 import threading
 import time
 from typing import Any
 
 import pytest
 from mock_model import ScriptModel, byte_tokenizer
+from prometheus_client.parser import text_string_to_metric_families
 from scripted_api import ask, chunks_of, refused
 from starlette.testclient import TestClient
 
@@ -87,6 +87,7 @@ def test_counters_for_people_and_for_prometheus(engine: Engine, client: TestClie
     text = client.get("/metrics").text
     assert f'rorqual_sampled_tokens_total{{model="minke"}} {engine.stats().sampled_tokens}\n' in text
     assert f'rorqual_finished_total{{model="minke",reason="stop"}} {after["finished"]["stop"]}\n' in text
-    sample = re.compile(r'rorqual_[a-z_]+\{model="minke"(,[a-z]+="[^"]+")?\} [0-9.e+-]+')
-    for line in text.splitlines():
-        assert line.startswith("# TYPE rorqual_") or sample.fullmatch(line), line
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert all(name.startswith("rorqual_") for name in families)
+    (tokens,) = [sample for sample in families["rorqual_sampled_tokens"].samples if sample.name.endswith("_total")]
+    assert tokens.labels == {"model": "minke"} and tokens.value == after["sampled_tokens"]

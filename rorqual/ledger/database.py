@@ -1,0 +1,142 @@
+"""The file that keys, budgets and usage are kept in: SQLite with a write-ahead log, shared by any number of processes.
+
+A transaction is short and takes the write lock at once, so what it read still holds when it writes. A process may be
+killed at any moment: what was committed stays, what was not is as if it had never begun. Amounts of money are whole
+picos (1e-12 of a currency unit); times are seconds since 1970.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rorqual.errors import ConfigError
+
+VERSION = 1
+SCHEMA = """
+CREATE TABLE keys (
+    name TEXT PRIMARY KEY,
+    digest BLOB NOT NULL UNIQUE,      -- SHA-256 of the key, which itself is nowhere
+    hint TEXT NOT NULL,               -- its last four characters
+    created REAL NOT NULL,
+    revoked REAL,
+    granted INTEGER,                  -- what is left; NULL: no budget, so no bound
+    topped_up INTEGER,
+    running INTEGER,                  -- limits; NULL: the server's own
+    running_per_user INTEGER,
+    requests_per_minute INTEGER,
+    tokens_per_minute INTEGER
+);
+CREATE TABLE reservations (           -- one row for each request that runs
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    server TEXT NOT NULL,
+    account TEXT NOT NULL,
+    user_id TEXT NOT NULL,
+    amount INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    started REAL NOT NULL,
+    trace TEXT NOT NULL,
+    endpoint TEXT NOT NULL,
+    model TEXT NOT NULL
+);
+CREATE INDEX reservations_of_account ON reservations (account);
+CREATE TABLE usage (                  -- one row for each request that ran
+    id INTEGER PRIMARY KEY,
+    started REAL NOT NULL,
+    account TEXT NOT NULL,
+    user_id TEXT NOT NULL,
+    endpoint TEXT NOT NULL,
+    model TEXT NOT NULL,
+    trace TEXT NOT NULL,
+    status INTEGER NOT NULL,
+    finish TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL,
+    hit_tokens INTEGER NOT NULL,
+    miss_tokens INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    reasoning_tokens INTEGER NOT NULL,
+    cost INTEGER NOT NULL,
+    without_cache INTEGER NOT NULL,
+    duration REAL NOT NULL
+);
+CREATE INDEX usage_of_account ON usage (account, started);
+CREATE INDEX usage_by_time ON usage (started);
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+def default_path() -> Path:
+    """`ledger.sqlite` in the user's data folder: $RORQUAL_HOME, $XDG_DATA_HOME/rorqual, or ~/.local/share/rorqual."""
+    home, data = os.environ.get("RORQUAL_HOME"), os.environ.get("XDG_DATA_HOME")
+    folder = Path(home) if home else (Path(data) if data else Path.home() / ".local" / "share") / "rorqual"
+    return folder / "ledger.sqlite"
+
+
+class Database:
+    """One connection, which threads take in turns. `path` None keeps everything in memory, for this process alone.
+
+    Raises: ConfigError when the file cannot be used.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite's own files take the same mode
+            self._connection = sqlite3.connect(
+                ":memory:" if path is None else path, timeout=30, isolation_level=None, check_same_thread=False
+            )
+            self._connection.row_factory = sqlite3.Row
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")  # a committed row survives a power cut too
+            with self.transaction() as rows:
+                self._prepare(rows)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"the ledger {path} cannot be used: {error}. Give the server a file it may write, with --ledger FILE, "
+                "or run it with --no-ledger."
+            ) from error
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Everything in the block, or nothing; nobody else writes meanwhile."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """One state of the file, whatever others write meanwhile."""
+        with self._lock:
+            self._connection.execute("BEGIN")
+            try:
+                yield self._connection
+            finally:
+                self._connection.execute("COMMIT")
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    def _prepare(self, rows: sqlite3.Connection) -> None:
+        version = rows.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            for statement in SCHEMA.split(";\n"):
+                rows.execute(statement)
+            rows.execute(f"PRAGMA user_version = {VERSION}")
+        elif version != VERSION:
+            raise ConfigError(
+                f"the ledger {self.path} has version {version}, and this Rorqual reads version {VERSION}. "
+                "Use the Rorqual that wrote it, or name another file with --ledger."
+            )
