@@ -17,7 +17,7 @@ from starlette.responses import Response
 from rorqual import chat
 from rorqual.engine import TokenEvent, TokenScore
 from rorqual.errors import RequestError
-from rorqual.server.accounts import Ticket
+from rorqual.server.accounts import Ticket, owner_of
 from rorqual.server.errors import named_as_sent
 from rorqual.server.metadata import metadata
 from rorqual.server.replies import api_reason, exactness_body, token_logprob, usage_body
@@ -58,7 +58,7 @@ async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -
         http, served.name, prompt_tokens=len(tokens), max_tokens=params.max_tokens or limit, user_id=body.owner
     )
     with named_as_sent(messages="prompt"):
-        stream = TokenStream(served.engine, tokens, params, body.rorqual, body.owner)
+        stream = TokenStream(served.engine, tokens, params, body.rorqual, owner_of(http, body.owner))
     ticket.follow(stream.request, lambda: usage_body(stream.request.usage, None))
     writer = _Writer(served.tokenizer, body)
     if body.stream:

@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 
 from rorqual import chat
 from rorqual.chat import suppressed_ids
-from rorqual.server.accounts import Ticket
+from rorqual.server.accounts import Ticket, owner_of
 from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import ChatPrompt, build_prompt
 from rorqual.server.metadata import metadata
@@ -105,7 +105,7 @@ async def start(
     Raises: RequestError for anything that cannot be served, before a byte is sent.
     """
     served = served or service.find(body.model)
-    owner = body.owner
+    owner = owner_of(http, body.owner)
     if body.max_completion_tokens is not None:
         body.max_tokens, sent_as = (
             body.max_completion_tokens,
@@ -128,7 +128,7 @@ async def start(
             served.name,
             prompt_tokens=len(prompt.tokens),
             max_tokens=params.max_tokens or served.max_output,
-            user_id=owner,
+            user_id=body.owner,
         )
         stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual, owner)
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
