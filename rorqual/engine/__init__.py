@@ -3,6 +3,7 @@
 from rorqual.engine.engine import Engine
 from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
 from rorqual.engine.exactness import Exactness
+from rorqual.engine.grammar import Grammar
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.request import Request
@@ -18,6 +19,7 @@ __all__ = [
     "EngineStats",
     "Exactness",
     "FinishReason",
+    "Grammar",
     "LanguageModel",
     "Request",
     "SamplingParams",

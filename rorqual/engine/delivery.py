@@ -41,7 +41,7 @@ class Delivery:
         is_control = token in self._tokenizer.control_token_ids
         ready = job.stops.push(TokenEvent(token, text, logprob, best), is_control=is_control)
         if job.stops.stopped:
-            reason = "stop"
+            reason, job.request.stop_string = "stop", job.stops.matched
         if reason is not None:
             ready += job.stops.flush()
             ready[-1] = replace(ready[-1], finish_reason=reason)

@@ -24,6 +24,7 @@ from rorqual.engine.delivery import Delivery
 from rorqual.engine.events import Completion, FinishReason, TokenEvent
 from rorqual.engine.exactness import describe, examine
 from rorqual.engine.failures import closed, failed
+from rorqual.engine.grammar import Grammars
 from rorqual.engine.handover import let_others_run
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.job import Job
@@ -105,6 +106,7 @@ class Engine:
             own = speculate if callable(speculate) else None
             self.speculation = Speculation(model, self._num_choices, own)
         self._stepper = Stepper(model, self._num_choices, prefix_cache)
+        self.grammars = Grammars(tokenizer, self._num_choices)
         self._delivery = Delivery(tokenizer)
         self._meter = Meter(log_steps)
         self._scheduler.expected_wait_s = lambda: self._meter.mean_stay_s / max_running
@@ -158,7 +160,8 @@ class Engine:
             tokens, params, ids=ids, max_tokens=max_tokens, seed=seed, priority=priority, timeout_s=timeout_s,
             listener=listener, on_progress=on_progress, wake=self._notify, cache_scope=cache_scope,
         )  # fmt: skip
-        job = Job(request, self.tokenizer.stream_decoder(), StopFilter(params.stop))
+        constraint = None if params.grammar is None else self.grammars.constraint(params.grammar)
+        job = Job(request, self.tokenizer.stream_decoder(), StopFilter(params.stop), constraint=constraint)
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: not self._scheduler.is_full or not self.is_alive)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from rorqual.engine.grammar import Constraint
 from rorqual.engine.request import Request
 from rorqual.engine.stops import StopFilter
 
@@ -25,6 +26,7 @@ class Job:
     lease: Any = None  # what the prefix cache knows of the state, where there is a cache
     num_read: int = 0
     ids: list[int] = field(default_factory=list)  # sampled so far
+    constraint: Constraint | None = None  # told of every sampled token; a job that starts again keeps it as it is
     drafts: tuple[int, ...] = ()  # tokens that the next step reads besides, to be verified
     drafting: Any = None  # what speculation keeps for this job, where it is on
     may_draft: bool = True  # until a step with drafts failed

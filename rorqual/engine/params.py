@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rorqual.engine.grammar import Grammar
 from rorqual.errors import RequestError
 
 MAX_STOP_STRINGS = 16
@@ -40,6 +41,7 @@ class SamplingParams:
     logprobs: report each chosen token's log probability under the model itself (no temperature, no filters).
     top_logprobs: how many of the likeliest tokens to report beside it (needs `logprobs`).
     prompt_logprobs: also report them for the prompt's own tokens.
+    grammar: what the output must be; tokens it does not allow are never chosen (`grammar.py`).
 
     Raises: RequestError naming the first field that is out of range.
     """
@@ -56,6 +58,7 @@ class SamplingParams:
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature <= 2:

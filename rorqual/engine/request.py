@@ -57,6 +57,7 @@ class Request:
         self.exactness: Exactness | None = None  # what is promised about its bits, once it ends
         self.batched_with = self.prompt_steps = 0
         self.finish_reason: FinishReason | None = None
+        self.stop_string: str | None = None  # the one that ended it
         self.events: list[TokenEvent] = []
         self.prompt_scores: list[TokenScore] = []
         self._listener = listener

@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rorqual.engine import sampler
 from rorqual.engine.draft_policy import Policy, Terms, Trial
+from rorqual.engine.grammar import Constraint
 from rorqual.engine.job import Job
 from rorqual.engine.stepper import Outcome, Work
 from rorqual.errors import CacheError, ConfigError, RequestError
@@ -213,7 +215,7 @@ def can_verify(model: Any) -> bool:
 def choose(outcome: Outcome) -> list[list[int | RequestError]]:
     """The next tokens of each sampling job: one, and one more for each draft that was right."""
     assert outcome.logits is not None
-    if not any(job.drafts for job in outcome.sampling):
+    if not any(job.drafts or job.constraint for job in outcome.sampling):
         plain = [sampler.Choice(job.request.params, job.request.seed, job.num_tokens) for job in outcome.sampling]
         return [[token] for token in sampler.choose(outcome.logits, plain, outcome.best)]
     first = [sum(1 + len(job.drafts) for job in outcome.sampling[:i]) for i in range(len(outcome.sampling))]
@@ -225,6 +227,7 @@ def choose(outcome: Outcome) -> list[list[int | RequestError]]:
     places = [
         (n, i)
         for n, job in enumerate(outcome.sampling)
+        if job.constraint is None
         for i in range(1 + (len(job.drafts) if job.request.params.temperature == 0 else 0))
     ]
     rows = [first[n] + i for n, i in places]
@@ -234,6 +237,9 @@ def choose(outcome: Outcome) -> list[list[int | RequestError]]:
     chosen = dict(zip(places, found, strict=True))
     out: list[list[int | RequestError]] = []
     for n, job in enumerate(outcome.sampling):
+        if job.constraint is not None:
+            out.append(_choose_constrained(job, job.constraint, outcome.logits[first[n] :]))
+            continue
         tokens = [chosen[n, 0]]
         for i, draft in enumerate(job.drafts, 1):
             if tokens[-1] != draft:
@@ -246,3 +252,20 @@ def choose(outcome: Outcome) -> list[list[int | RequestError]]:
             tokens.append(chosen[n, i])
         out.append(tokens)
     return out
+
+
+def _choose_constrained(job: Job, constraint: Constraint, logits_RV: Tensor) -> list[int | RequestError]:
+    """The same for a job that is held to a grammar, which is told of each token before the next one is chosen."""
+    tokens: list[int | RequestError] = []
+    for i in range(1 + len(job.drafts)):
+        own = sampler.Choice(job.request.params, job.request.seed, job.num_tokens + i)
+        try:
+            [token] = sampler.choose(constraint.apply(logits_RV[i])[None], [own])
+            if not isinstance(token, RequestError):
+                constraint.advance(token)
+        except RequestError as error:
+            token = error
+        tokens.append(token)
+        if isinstance(token, RequestError) or i == len(job.drafts) or token != job.drafts[i]:
+            break
+    return tokens

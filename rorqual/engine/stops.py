@@ -14,13 +14,18 @@ from rorqual.engine.events import TokenEvent
 
 
 class StopFilter:
-    """Feed events with `push`; it returns those that may go out. `stopped`: a stop string was seen."""
+    """Feed events with `push`; it returns those that may go out. `matched`: the stop string that ended them."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
         self._events: list[TokenEvent] = []
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was seen."""
+        return self.matched is not None
 
     def push(self, event: TokenEvent, *, is_control: bool = False) -> list[TokenEvent]:
         """Add one event; return the events that are now final, in order."""
@@ -30,9 +35,9 @@ class StopFilter:
             return [*self.flush(), event]
         self._events.append(event)
         self._held += event.text
-        start = self._find_stop()
-        if start is not None:
-            self.stopped = True
+        found = self._find_stop()
+        if found is not None:
+            start, self.matched = found
             self._held = self._held[:start]
             return self.flush()
         return self._release(len(self._held) - self._tail_that_may_match())
@@ -47,10 +52,10 @@ class StopFilter:
             out.append(event if text == event.text else replace(event, text=text))
         return out
 
-    def _find_stop(self) -> int | None:
-        """Where the earliest-ending stop string in the held text begins."""
-        found = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
-        return min(found)[1] if found else None
+    def _find_stop(self) -> tuple[int, str] | None:
+        """The earliest-ending stop string in the held text: where it begins, and which one it is."""
+        found = [(start + len(stop), start, stop) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        return min(found)[1:] if found else None
 
     def _tail_that_may_match(self) -> int:
         """Length of the longest tail of the held text that a stop string begins with."""

@@ -284,3 +284,10 @@ def endpoint_of(scope: Mapping[str, Any]) -> str:
     path: str = scope["path"]  # refused before it was routed, perhaps
     known = getattr(scope.get("app"), "routes", ())
     return path if any(getattr(route, "path", None) == path for route in known) else "other"
+
+
+def owner_of(http: HTTPConnection | None, user_id: str) -> str:
+    """Whose a conversation is: the key's end user. Owners share neither cache nor remembered reasoning."""
+    identity = None if http is None else http.scope.get("state", {}).get("identity")
+    account = "" if identity is None else identity.account
+    return f"{account}/{user_id}" if account else user_id

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from rorqual.engine import Engine
-from rorqual.server import chat, completions, errors, openapi, responses
+from rorqual.server import anthropic, chat, completions, errors, openapi, responses
 from rorqual.server.metadata import metrics, statistics
 from rorqual.server.operations import Operations
 from rorqual.server.responses import ResponsesRequest
@@ -74,13 +74,17 @@ def create_app(
     async def text_completions(body: CompletionRequest, http: HttpRequest) -> Response:
         return await completions.answer(body, http, service)
 
+    app.include_router(anthropic.make_router(service))
+
     def describe(model: ServedModel) -> dict[str, object]:
         return {"id": model.name, "object": "model", "owned_by": "rorqual"}
 
     @app.get("/v1/models")
     @app.get("/models", include_in_schema=False)
     @app.get("/beta/models", include_in_schema=False)
-    async def list_models() -> dict[str, object]:
+    async def list_models(http: HttpRequest) -> dict[str, object]:
+        if "anthropic-version" in http.headers:  # that API has the same path
+            return anthropic.list_models(http, service)
         return {"object": "list", "data": [describe(model) for model in models.values()]}
 
     @app.get("/v1/models/{name:path}")

@@ -17,18 +17,30 @@ from rorqual.errors import RequestError, RorqualError
 from rorqual.server.logs import TRACE_HEADER
 from rorqual.server.refusals import unknown_field
 
+_ANTHROPIC = ("/anthropic/", "/v1/messages")
+
 
 class ClientGone(Exception):
     """The client closed the connection before its whole answer was there."""
 
 
-def error_body(error: RequestError) -> dict[str, Any]:
-    """The JSON body of a refusal."""
+def error_body(error: RequestError, path: str = "") -> dict[str, Any]:
+    """The JSON body of a refusal; on Anthropic's paths with what its clients look for besides."""
     # A message may quote the request, and JSON can carry half a surrogate pair, which UTF-8 cannot.
     message, param = (
         text.encode("utf-8", "replace").decode() if text is not None else None for text in (error.message, error.param)
     )
-    return {"error": {"message": message, "type": error.type, "param": param, "code": error.code}}
+    body = {"error": {"message": message, "type": error.type, "param": param, "code": error.code}}
+    return for_anthropic(body) if path.startswith(_ANTHROPIC) else body
+
+
+def for_anthropic(body: dict[str, Any]) -> dict[str, Any]:
+    """An error body with the mark that it is one, and the code, where it says more than the type, once more under
+    the name it has there.
+    """
+    error = body["error"]
+    details = {} if error["code"] == error["type"] else {"details": {"error_code": error["code"]}}
+    return {"type": "error", "error": {**error, **details}}
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:
@@ -92,15 +104,15 @@ def install(app: FastAPI) -> None:
         request.state.refusal = error
         again = error.retry_after_s
         headers = None if again is None else {"retry-after": str(max(1, math.ceil(again)))}
-        return JSONResponse(error_body(error), error.status, headers)
+        return JSONResponse(error_body(error, request.url.path), error.status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(error_body(from_validation(error.errors())), 400)
+        return JSONResponse(error_body(from_validation(error.errors()), request.url.path), 400)
 
     @app.exception_handler(ValidationError)
     async def invalid_inside(request: Request, error: ValidationError) -> JSONResponse:
-        return JSONResponse(error_body(from_validation(error.errors())), 400)
+        return JSONResponse(error_body(from_validation(error.errors()), request.url.path), 400)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -116,7 +128,7 @@ def install(app: FastAPI) -> None:
         elif isinstance(error.__cause__, ValueError):  # Python's bound on the digits of an integer
             message = "The request body holds an integer of too many digits to be read. Send one that fits 64 bits."
         refusal = request.state.refusal = RequestError(message, status=error.status_code)
-        return JSONResponse(error_body(refusal), error.status_code, headers=error.headers)
+        return JSONResponse(error_body(refusal, request.url.path), error.status_code, headers=error.headers)
 
     @app.exception_handler(ClientGone)
     async def gone(request: Request, error: ClientGone) -> Response:
@@ -127,4 +139,5 @@ def install(app: FastAPI) -> None:
         known = isinstance(error, RorqualError)  # anything else is logged with its trace by the server
         message = str(error) if known else f"The server failed: {type(error).__name__}. Its log has the trace."
         headers = {TRACE_HEADER: getattr(request.state, "trace", "")}  # it is answered outside of what adds it
-        return JSONResponse(error_body(RequestError(message, status=500, type="server_error")), 500, headers)
+        refusal = RequestError(message, status=500, type="server_error")
+        return JSONResponse(error_body(refusal, request.url.path), 500, headers)

@@ -43,7 +43,7 @@ class Gate:
             code="draining",
         )
         scope.setdefault("state", {})["refusal"] = error
-        return JSONResponse(error_body(error), 503, {"retry-after": "5", "connection": "close"})
+        return JSONResponse(error_body(error, scope["path"]), 503, {"retry-after": "5", "connection": "close"})
 
     def _stranger(self, scope: Scope) -> Response | None:
         gatekeeper, headers = self._accounts.gatekeeper, Headers(scope=scope)
@@ -62,4 +62,4 @@ class Gate:
             return PlainTextResponse(text, 401, {"www-authenticate": "Bearer"})
         except RequestError as error:
             state["refusal"] = error
-            return JSONResponse(error_body(error), error.status, {"www-authenticate": "Bearer"})
+            return JSONResponse(error_body(error, path), error.status, {"www-authenticate": "Bearer"})

@@ -50,7 +50,7 @@ class Guard:
         refusal = self._refusal(headers)
         if refusal is not None:
             scope.setdefault("state", {})["refusal"] = refusal
-            await JSONResponse(error_body(refusal), refusal.status)(scope, receive, send)
+            await JSONResponse(error_body(refusal, scope["path"]), refusal.status)(scope, receive, send)
             return
         num_bytes = 0
 

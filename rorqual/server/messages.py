@@ -48,6 +48,7 @@ class ChatPrompt:
 
     tokens: list[int]
     thinking: bool
+    opens_reasoning: bool  # the reply begins inside the reasoning
     tools: list[dict[str, Any]]  # those the model was shown
     messages: list[dict[str, Any]]  # as rendered
     restored: Restored | None  # what was done about dropped reasoning; None where nothing is
@@ -68,6 +69,7 @@ def build_prompt(
     if not messages:
         raise RequestError("Empty input messages. Send at least one message.", param="messages")
     _check_order(body.messages)
+    _check_prefix(body)
     restored = None
     if thinking:
         if service.continuity is not None:
@@ -79,8 +81,14 @@ def build_prompt(
     rendered = chat.render_messages(
         messages, tools or None, thinking_mode=mode, reasoning_effort=effort, revision=served.revision
     )
-    pieces = [*rendered.pieces(), *_missing_header(body.messages, thinking)]
-    return ChatPrompt(served.tokenizer.encode_guarded(pieces), thinking, tools, messages, restored)
+    pieces, opens = list(rendered.pieces()), thinking
+    if body.messages[-1].prefix:
+        opens = thinking and not messages[-1]["content"]
+        if opens and pieces[-1] == (END_THINK, True):  # the reasoning itself is to be continued
+            pieces.pop()
+    else:
+        pieces += _missing_header(body.messages, thinking)
+    return ChatPrompt(served.tokenizer.encode_guarded(pieces), thinking, opens, tools, messages, restored)
 
 
 def _mode(body: ChatRequest, revision: str) -> tuple[str, str | None]:
@@ -102,12 +110,6 @@ def _render_form(message: Message, index: int) -> dict[str, Any]:
                 f"{where}.{name} has no meaning on a message with role `{message.role}`. Remove it.",
                 param=f"{where}.{name}",
             )
-    if message.prefix:
-        raise RequestError(
-            f"{where}.prefix is true, but continuing an assistant message is not supported yet. "
-            "Use POST /beta/completions to continue plain text.",
-            param=f"{where}.prefix",
-        )
     form: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     content = read_content(message.content, f"{where}.content", is_assistant=message.role == "assistant")
     form["content"] = content.text
@@ -127,6 +129,8 @@ def _render_form(message: Message, index: int) -> dict[str, Any]:
             )
         given = (message.reasoning_content, message.reasoning, content.reasoning)
         form["reasoning_content"] = next((text for text in given if text is not None), None)
+        if message.prefix:
+            form |= {"wo_eos": True, "reasoning_content": form["reasoning_content"] or ""}
         form["tool_calls"] = [call.model_dump(exclude={"index"}) for call in message.tool_calls or []]
     if form["content"] is None:
         if message.role != "assistant":
@@ -151,6 +155,23 @@ def _check_order(messages: Sequence[Message]) -> None:
         _check_answered(open_ids, i)
         open_ids = [call.id for call in message.tool_calls or []]
     _check_answered(open_ids, len(messages))
+
+
+def _check_prefix(body: ChatRequest) -> None:
+    """Only the last message can be continued, and only as text."""
+    for i, message in enumerate(body.messages):
+        if not message.prefix:
+            continue
+        where = f"messages[{i}].prefix"
+        if i < len(body.messages) - 1:
+            raise RequestError(f"{where} is true, but only the last message can be continued. Remove it.", param=where)
+        is_text = body.response_format is None or body.response_format.type == "text"
+        if message.tool_calls or not is_text or body.tool_choice not in (None, "none", "auto"):
+            raise RequestError(
+                f"{where} is true, and the message or the request asks for calls or JSON, which cannot begin in the "
+                "middle of a text. Leave out one of them.",
+                param=where,
+            )
 
 
 def _check_answered(open_ids: Sequence[str], index: int) -> None:

@@ -23,18 +23,26 @@ class Piece:
 
 
 class ReplyReader:
-    """Feed it the engine's events in order; then `finished` holds the whole answer."""
+    """Feed it the engine's events in order; then `finished` holds the whole answer.
+
+    opens_reasoning: whether the reply begins inside the reasoning; in thinking mode unless its prompt has closed it.
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, thinking: bool, tools: Sequence[dict[str, Any]], *, logprobs: bool
+        self,
+        tokenizer: Tokenizer,
+        thinking: bool,
+        tools: Sequence[dict[str, Any]],
+        *,
+        logprobs: bool,
+        opens_reasoning: bool | None = None,
     ) -> None:
+        opens = thinking if opens_reasoning is None else opens_reasoning
         self._tokenizer = tokenizer
         self.thinking = thinking
-        self._parser = chat.StreamParser(
-            "thinking" if thinking else "chat", list(tools) or None, allow_calls=bool(tools)
-        )
+        self._parser = chat.StreamParser("thinking" if opens else "chat", list(tools) or None, allow_calls=bool(tools))
         self._end_think = tokenizer.token_id(END_THINK)
-        self._in_reasoning = thinking
+        self._in_reasoning = opens
         self._wants_logprobs = logprobs
         self._pending: dict[str, list[dict[str, Any]]] = self._no_logprobs()
         self._all_logprobs: dict[str, list[dict[str, Any]]] = self._no_logprobs()

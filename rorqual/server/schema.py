@@ -154,6 +154,7 @@ class ChatRequest(Sampling):
     """POST /chat/completions."""
 
     tool_name: ClassVar[re.Pattern[str]] = tools.NAME
+    max_tools: ClassVar[int | None] = tools.MAX_TOOLS
 
     messages: list[Message]
     max_completion_tokens: int | None = Field(None, description="Another name of max_tokens.")
@@ -188,7 +189,7 @@ class ChatRequest(Sampling):
                 "Leave it out.",
                 param="parallel_tool_calls",
             )
-        tools.check_tools(self.tools or [], self.tool_name)
+        tools.check_tools(self.tools or [], self.tool_name, self.max_tools)
         tools.forced_call(self.tool_choice, self.tools or [])
         return self
 

@@ -33,18 +33,24 @@ class ServedModel:
     def max_output(self) -> int:
         return min(MAX_OUTPUT, self.engine.context_limit)
 
-    def params(self, body: Sampling, prompt_tokens: int, limit: int, default: int, **more: Any) -> SamplingParams:
+    def params(
+        self, body: Sampling, prompt_tokens: int, limit: int, default: int, *, lower: bool = False, **more: Any
+    ) -> SamplingParams:
         """What the request asks for. `limit` and `default` bound and fill in max_tokens.
 
+        lower: a max_tokens beyond what there is room for is lowered instead of refused.
         Raises: RequestError naming the field that is out of range.
         """
         max_tokens = body.max_tokens
+        room = max(1, self.engine.context_limit - prompt_tokens)
+        if lower and max_tokens is not None:
+            max_tokens = min(max_tokens, limit, room)
         if max_tokens is not None and not 1 <= max_tokens <= limit:
             raise RequestError(
                 f"Invalid max_tokens value, the valid range of max_tokens is [1, {limit}]", param="max_tokens"
             )
         if max_tokens is None:
-            max_tokens = max(1, min(default, self.engine.context_limit - prompt_tokens))
+            max_tokens = min(default, room)
         given = {
             name: value
             for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop")

@@ -14,10 +14,10 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 
 
-def check_tools(tools: Sequence[Any], name: re.Pattern[str] = NAME) -> None:
+def check_tools(tools: Sequence[Any], name: re.Pattern[str] = NAME, most: int | None = MAX_TOOLS) -> None:
     """Raises: RequestError naming the tool that is none of chat completions' functions."""
-    if len(tools) > MAX_TOOLS:
-        raise RequestError(f"tools holds {len(tools)} functions; at most {MAX_TOOLS} are allowed.", param="tools")
+    if most is not None and len(tools) > most:
+        raise RequestError(f"tools holds {len(tools)} functions; at most {most} are allowed.", param="tools")
     for i, tool in enumerate(tools):
         _check_tool(tool, f"tools[{i}]", name)
 

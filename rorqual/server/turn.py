@@ -16,6 +16,7 @@ from starlette.requests import Request as HttpRequest
 from rorqual import chat
 from rorqual.chat import suppressed_ids
 from rorqual.server.accounts import Ticket, owner_of
+from rorqual.server.constraints import grammar_for
 from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import ChatPrompt, build_prompt
 from rorqual.server.metadata import metadata
@@ -32,7 +33,7 @@ DEFAULT_MAX_TOKENS = 8192
 class Turn:
     """A reply being made. Read it once: `pieces` as it comes, or `whole`.
 
-    asked: the model's name in the request. owner: whose conversation it is.
+    asked: the model's name in the request. owner: whose conversation it is, over all keys.
     """
 
     service: Service
@@ -94,34 +95,46 @@ async def start(
     served: ServedModel | None = None,
     *,
     reasoning_name: str = "reasoning_content",
+    forces_thinking: bool | None = None,
     sent_as: Mapping[str, str] | None = None,
+    lower_max_tokens: bool = False,
 ) -> Turn:
     """Check the request, render its prompt and hand it to the engine; call it inside the event loop.
 
     http: the exchange it is for, which says who asks; None for nobody in particular.
     served: the model, where the dialect has its own way of finding it by name.
     reasoning_name: what the dialect calls `reasoning_content`, for the refusal of a turn without.
+    forces_thinking: whether a call can be forced in thinking mode, where the dialect says; as the server is set up
+        otherwise.
     sent_as: fields of `body` that the dialect calls otherwise (`{"max_tokens": "max_output_tokens"}`), for errors.
+    lower_max_tokens: lower it to what there is room for, instead of refusing.
     Raises: RequestError for anything that cannot be served, before a byte is sent.
     """
     served = served or service.find(body.model)
     owner = owner_of(http, body.owner)
+    names = dict(sent_as or {})
     if body.max_completion_tokens is not None:
-        body.max_tokens, sent_as = (
-            body.max_completion_tokens,
-            {"max_tokens": "max_completion_tokens", **(sent_as or {})},
-        )
-    with named_as_sent(**(sent_as or {})):
+        body.max_tokens, names["max_tokens"] = body.max_completion_tokens, "max_completion_tokens"
+    with named_as_sent(**names):
         # Rendering and encoding a long history takes a while; other requests stream on meanwhile.
         prompt = await run_in_threadpool(build_prompt, body, served, service, owner, reasoning_name)
+        if forces_thinking is None:
+            forces_thinking = service.behaviour.forced_calls_while_thinking
+        grammar = grammar_for(body, prompt, forces_thinking=forces_thinking)
+        if grammar is not None:  # the first of its kind is compiled, which takes a while
+            await run_in_threadpool(served.engine.grammars.constraint, grammar)
         params = served.params(
             body,
             len(prompt.tokens),
             limit=served.max_output,
             default=DEFAULT_MAX_TOKENS,
+            lower=lower_max_tokens,
             logprobs=bool(body.logprobs),
             top_logprobs=body.top_logprobs or 0,
-            suppress_token_ids=suppressed_ids(served.tokenizer, thinking=prompt.thinking, tools=bool(prompt.tools)),
+            suppress_token_ids=suppressed_ids(
+                served.tokenizer, thinking=prompt.opens_reasoning, tools=bool(prompt.tools)
+            ),
+            grammar=grammar,
         )
         ticket = await service.accounts.admit(
             http,
@@ -131,7 +144,8 @@ async def start(
             user_id=body.owner,
         )
         stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual, owner)
-    reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=bool(body.logprobs))
+    logprobs, opens = bool(body.logprobs), prompt.opens_reasoning
+    reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=logprobs, opens_reasoning=opens)
     turn = Turn(service, served, body.model, owner, prompt, stream, reader, ticket)
     ticket.follow(stream.request, turn.usage)
     return turn

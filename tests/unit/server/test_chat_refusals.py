@@ -7,6 +7,9 @@ import pytest
 from scripted_api import TOOLS, ask, refused
 from starlette.testclient import TestClient
 
+from rorqual.engine import Engine
+from rorqual.server import Behaviour, create_app
+
 
 @pytest.mark.parametrize(
     ("fields", "param", "text"),
@@ -61,10 +64,11 @@ from starlette.testclient import TestClient
                 "messages": [
                     {"role": "user", "content": "a"},
                     {"role": "assistant", "content": "b", "prefix": True},
+                    {"role": "user", "content": "c"},
                 ]
             },
             "messages[1].prefix",
-            "not supported yet",
+            "only the last message",
         ),
         ({"temperature": 3}, "temperature", "the valid range of temperature is [0, 2]"),
         ({"temperature": "1"}, "temperature", "temperature"),
@@ -82,17 +86,28 @@ from starlette.testclient import TestClient
         ({"seed": -1}, "seed", "seed"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "[0, 20]"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs must be set to true"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "constrained decoding"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "Prompt must contain the word 'json'"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "unknown variant `xml`"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is missing"),
         ({"reasoning_effort": "ultra"}, "reasoning_effort", "ultra"),
         ({"user_id": "no spaces"}, "user_id", "user_id"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "constrained decoding"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "Thinking mode does not support this tool_choice"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "watch"}}},
+            "tool_choice",
+            "the request's tools are clock",
+        ),
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice", "expected one of `none`, `auto`"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name", "letters"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]", "other kinds"),
         (
-            {"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]},
-            "tools[0].function.strict",
-            "strict",
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "a", "strict": True, "parameters": {"type": "array"}}}
+                ]
+            },
+            "tools[0].function.parameters",
+            "object schema",
         ),
         ({"parallel_tool_calls": False}, "parallel_tool_calls", "Leave it out"),
         ({"model": "\ud800"}, "model", "but you passed ?"),
@@ -124,7 +139,8 @@ def calls_history(**assistant: Any) -> list[dict[str, Any]]:
     ]
 
 
-def test_calls_need_their_results_and_their_reasoning(client: TestClient) -> None:
+def test_calls_need_their_results_and_their_reasoning(engine: Engine) -> None:
+    client = TestClient(create_app(engine, "minke", behaviour=Behaviour(keep_reasoning=False)))
     result = {"role": "tool", "tool_call_id": "c1", "content": "noon"}
 
     def post(messages: list[Any], **more: Any) -> Any:
@@ -138,6 +154,16 @@ def test_calls_need_their_results_and_their_reasoning(client: TestClient) -> Non
     assert error["message"].startswith("The `reasoning_content` in the thinking mode must be passed back to the API.")
     assert post([*calls_history(reasoning_content=""), result]).status_code == 200
     assert post([*calls_history(), result], thinking={"type": "disabled"}).status_code == 200
+    assert post(calls_history(reasoning_content="r") + [result, {"role": "user", "content": "z"}]).status_code == 200
+    strict = TestClient(create_app(engine, behaviour=Behaviour(keep_reasoning=False, documented_reasoning_check=True)))
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    body = {"model": "minke", "messages": messages}
+    assert strict.post("/chat/completions", json=body).status_code == 200, "no tools"
+    assert "must be passed back" in refused(strict.post("/chat/completions", json={**body, "tools": TOOLS}))["message"]
 
 
 def test_nulls_and_documented_no_ops_are_accepted(client: TestClient) -> None:
