@@ -13,12 +13,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rorqual import log
+from rorqual.engine.aside import Asides, Work
 from rorqual.engine.checks import as_array, check_limits, check_priority, check_request, check_timeout
 from rorqual.engine.delivery import Delivery
 from rorqual.engine.events import Completion, FinishReason, TokenEvent
@@ -37,6 +39,7 @@ from rorqual.engine.speculation import MOST_DRAFTS, OwnDrafter, Speculation, cho
 from rorqual.engine.stats import EngineStats, Meter, StepRecord
 from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
+from rorqual.engine.watch import RequestView, view_of
 from rorqual.errors import ConfigError, RequestError
 
 logger = log.get(__name__)
@@ -79,7 +82,7 @@ class Engine:
         step_tokens: int | None = None,
         context_limit: int | None = None,
         max_state_bytes: int | None = None,
-        log_steps: int = 0,
+        log_steps: int = 120,
         prefix_cache: PrefixCache | None = None,
         speculate: bool | OwnDrafter = False,
     ) -> None:
@@ -95,7 +98,7 @@ class Engine:
         self._scheduler = Scheduler(
             max_running, max_queued, chunk, step_tokens, max_bytes=max_state_bytes, cost=cost, gap_s=gap_s
         )
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.max_running = model, tokenizer, max_running
         self.vocab_size = int(model.cfg.vocab_size)
         # padding rows of the head's table have no text, so they are never chosen, nor read or scored
         self._num_choices = min(self.vocab_size, int(tokenizer.vocab_size))
@@ -109,6 +112,7 @@ class Engine:
         self.grammars = Grammars(tokenizer, self._num_choices)
         self._delivery = Delivery(tokenizer)
         self._meter = Meter(log_steps)
+        self._asides = Asides()
         self._scheduler.expected_wait_s = lambda: self._meter.mean_stay_s / max_running
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
         self._closing = False
@@ -236,6 +240,27 @@ class Engine:
                 accepted_length=meter.accepted_length,
             )
 
+    def requests(self) -> list[RequestView]:
+        """The running requests, then the waiting ones, by rank."""
+        with self._changed:
+            return [
+                *(view_of(job, is_running=True) for job in self._scheduler.running),
+                *(view_of(job, is_running=False) for job in self._scheduler.waiting),
+            ]
+
+    def aside(self, work: Work) -> Future[Any]:
+        """Run a generator on the engine's thread, a piece (up to its next `yield`) at a time, between requests' steps;
+        the future holds what it returns. It may use the model, and should yield every few ten milliseconds.
+
+        Raises: RequestError when too much waits (429) or the engine is closed (503).
+        """
+        with self._changed:
+            if not self.is_alive:
+                raise self._broken or closed()
+            future = self._asides.add(work)
+            self._changed.notify_all()
+        return future
+
     def step_log(self) -> list[StepRecord]:
         """The last steps, oldest first; as many as `log_steps` says."""
         return list(self._meter.steps)
@@ -279,15 +304,21 @@ class Engine:
             left = [*self._scheduler.running, *self._scheduler.waiting]
             self._scheduler.running, self._scheduler.waiting = [], []
             self._changed.notify_all()
+        self._asides.close()
         for job in left:
             job.request.fail(self._broken or closed())
 
     def _round(self) -> bool:
         """Wait for work and do one round of it. False when the engine is to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or not self._scheduler.is_idle)
+            self._changed.wait_for(lambda: self._closing or not (self._scheduler.is_idle and self._asides.is_idle))
             if self._closing:
                 return False
+            is_free = self._scheduler.is_idle
+        if is_free:
+            self._asides.run_piece()
+            return True
+        with self._changed:
             plan = self._scheduler.next_round()
             self._changed.notify_all()  # places in the queue may be free
         for job in plan.gone:
@@ -309,6 +340,7 @@ class Engine:
             self._handle(outcome)
         seconds = time.perf_counter() - began
         self._record(plan, decoding, max(0, read - decoding), seconds)
+        self._asides.after_round(seconds)
         if drafts is not None and decoding == len(plan.work) == read:
             drafts.end_round(plan.work, self._meter.drafted_tokens - drafted, seconds)
         return True

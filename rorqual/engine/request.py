@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -43,6 +44,7 @@ class Request:
         wake: Callable[[], None] = lambda: None,
         cache_scope: str = "",
     ) -> None:
+        self.id = str(uuid.uuid4())  # known to who asked; nobody can guess it
         self.prompt_ids = tuple(prompt_ids)
         self.prompt_array = np.asarray(self.prompt_ids, dtype=np.int32) if ids is None else ids
         self.params = params
@@ -118,6 +120,11 @@ class Request:
             first_token_s=max(0.0, self._first - self._started),
             decode_s=max(0.0, self._last - self._first),
         )
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the request was submitted."""
+        return time.monotonic() - self._submitted
 
     @property
     def running_s(self) -> float | None:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.staticfiles import StaticFiles
 
 from rorqual.engine import Engine
-from rorqual.server import anthropic, chat, completions, errors, openapi, responses
+from rorqual.server import anthropic, chat, completions, errors, openapi, page, responses
+from rorqual.server.accounts import account_of
+from rorqual.server.engine_view import engine_picks, engine_view
 from rorqual.server.metadata import metrics, statistics
 from rorqual.server.operations import Operations
 from rorqual.server.responses import ResponsesRequest
 from rorqual.server.schema import ChatRequest, CompletionRequest
 from rorqual.server.served import ServedModel
 from rorqual.server.service import Behaviour, make_service
-
-STATIC = Path(__file__).parent / "static"
 
 
 def create_app(
@@ -115,10 +114,15 @@ def create_app(
         """The same for Prometheus."""
         return PlainTextResponse(metrics(models) + operations.meters.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/", include_in_schema=False)
-    @app.head("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(STATIC / "index.html", headers={"cache-control": "no-cache"})
+    @app.get("/engine/view")
+    async def view(http: HttpRequest) -> JSONResponse:
+        """What every engine is doing now: requests and their phases, memory by kind, the last steps."""
+        return JSONResponse(await run_in_threadpool(engine_view, service, account_of(http)))
 
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    @app.get("/engine/picks")
+    async def picks(request: str, http: HttpRequest) -> JSONResponse:
+        """Which blocks of its context the indexer picked for an answer of this process, by the answer's id."""
+        return JSONResponse(await engine_picks(service, request, account_of(http)))
+
+    page.install(app)
     return app

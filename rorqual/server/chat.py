@@ -38,12 +38,13 @@ async def _body(turn: Turn, http: HttpRequest) -> dict[str, Any]:
         "logprobs": turn.reader.whole_logprobs(),
         "finish_reason": finished.finish_reason,
     }
-    return Envelope("chat.completion", turn.asked).body(choice, usage=turn.usage(), **turn.beside())
+    envelope = Envelope("chat.completion", turn.asked, turn.id)
+    return envelope.body(choice, usage=turn.usage(), **turn.beside())
 
 
 async def _lines(turn: Turn, wants_usage: bool, keep_alive_s: float) -> AsyncIterator[str]:
     """The whole stream: role, deltas, one last chunk with the finish reason and the usage, `[DONE]`."""
-    envelope, thinking = Envelope("chat.completion.chunk", turn.asked), turn.reader.thinking
+    envelope, thinking = Envelope("chat.completion.chunk", turn.asked, turn.id), turn.reader.thinking
     between = {"usage": None} if wants_usage else {}
 
     def line(delta: dict[str, Any], logprobs: Any, reason: str | None, **more: Any) -> str:

@@ -11,13 +11,15 @@ from rorqual.server.served import ServedModel
 
 
 def metadata(request: Request) -> dict[str, Any]:
-    """How the request ran: seed, seconds in each phase, and what the prefix cache did for it and why.
+    """How the request ran: its id (for `/engine/picks`), seed, seconds in each phase, and what the prefix cache did for
+    it and why.
 
     `cache` is None where there is no cache. `ended`: the engine's own reason, which says `timeout` where the API's
     finish reason can only say `length`.
     """
     timing = {name: round(seconds, 6) for name, seconds in dataclasses.asdict(request.timing).items()}
     return {
+        "request": request.id,
         "seed": request.seed,
         "ended": request.finish_reason,
         "timing": timing,

@@ -9,6 +9,7 @@ from rorqual.errors import ConfigError
 from rorqual.referee import Continuity
 from rorqual.server import aliases
 from rorqual.server.accounts import Accounts
+from rorqual.server.engine_view import Recent
 from rorqual.server.refusals import unknown_model
 from rorqual.server.served import ServedModel
 
@@ -23,12 +24,14 @@ class Behaviour:
     documented_reasoning_check: without `keep_reasoning`, refuse as the documentation says (any assistant message
         without reasoning in a request with tools), not only where the hosted API was seen to.
     forced_calls_while_thinking: let `tool_choice` force a call in thinking mode too, which the hosted API refuses.
+    engine_view: show what the engine does at `/engine/view`, and to who has an answer's id what was picked for it.
     """
 
     aliases: Mapping[str, str] = field(default_factory=dict)
     keep_reasoning: bool = True
     documented_reasoning_check: bool = False
     forced_calls_while_thinking: bool = False
+    engine_view: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Service:
     keep_alive_s: a waiting stream gets a comment line this often.
     continuity: the reasoning of answers given, None where it is not kept.
     accounts: who may ask for how much, and what it costs.
+    recent: the last answers, for the engine view; None where it is switched off.
     """
 
     models: Mapping[str, ServedModel]
@@ -46,6 +50,7 @@ class Service:
     keep_alive_s: float = 10.0
     continuity: Continuity | None = None
     accounts: Accounts = field(default_factory=Accounts)
+    recent: Recent | None = None
 
     def find(self, name: str, status: int = 400, *, claude: bool = False) -> ServedModel:
         """The model that `name` stands for; `claude`: Anthropic's names too. Raises: RequestError naming those there
@@ -77,4 +82,5 @@ def make_service(
                 f"the alias {alias!r} stands for {name!r}, but no such model is served. Use one of {', '.join(named)}."
             )
     continuity = Continuity() if behaviour.keep_reasoning else None
-    return Service(named, behaviour, keep_alive_s, continuity, accounts or Accounts())
+    recent = Recent() if behaviour.engine_view else None
+    return Service(named, behaviour, keep_alive_s, continuity, accounts or Accounts(), recent)

@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 
 from rorqual import chat
 from rorqual.chat import suppressed_ids
-from rorqual.server.accounts import Ticket, owner_of
+from rorqual.server.accounts import Ticket, account_of, owner_of
 from rorqual.server.constraints import grammar_for
 from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import ChatPrompt, build_prompt
@@ -44,6 +44,11 @@ class Turn:
     stream: TokenStream
     reader: ReplyReader
     ticket: Ticket
+
+    @property
+    def id(self) -> str:
+        """Of the answer, also for `/engine/picks`."""
+        return self.stream.request.id
 
     async def pieces(self, patience_s: float) -> AsyncIterator[list[Piece]]:
         """Pieces in order, those that are ready together; an empty list after `patience_s` without any.
@@ -144,6 +149,8 @@ async def start(
             user_id=body.owner,
         )
         stream = TokenStream(served.engine, prompt.tokens, params, body.rorqual, owner)
+    if service.recent is not None:
+        service.recent.add(served, stream.request, account_of(http))
     logprobs, opens = bool(body.logprobs), prompt.opens_reasoning
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=logprobs, opens_reasoning=opens)
     turn = Turn(service, served, body.model, owner, prompt, stream, reader, ticket)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from browser import Browser, find_chromium
+from chat_page import ask, open_fresh, set_field
 from live_server import live
 
 from rorqual import Engine, SamplingParams, load
@@ -88,13 +89,9 @@ def test_it_knows_its_trade(engine: Engine) -> None:
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium found (Debian: apt-get install chromium)")
 def test_its_page_answers_in_a_browser(url: str, tmp_path: Path) -> None:
     with Browser(find_chromium() or "", tmp_path) as page:
-        page.open(url)
-        page.wait_for("document.querySelector('#model').value === 'minke'")
-        page.value("document.querySelector('#temperature').value = '0'")
-        page.click("#prompt")
-        page.type("Hello! Who are you?")
-        page.press("Enter", 13)
-        page.wait_for("document.querySelectorAll('.answer').length === 1 && document.querySelector('#stop').hidden")
+        open_fresh(page, url)
+        set_field(page, "#temperature", "0")
+        ask(page, "Hello! Who are you?", 1)
         assert "Minke" in page.text(".answer")
         assert page.text(".reasoning")
         assert page.errors == []

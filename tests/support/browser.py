@@ -30,6 +30,12 @@ FLAGS = (
     "--window-size=1100,800",
 )
 
+KEYS = {
+    "Enter": 13, "Escape": 27, "Tab": 9, " ": 32, "/": 191, "?": 191,
+    "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40,
+}  # fmt: skip
+"""Windows' key codes of keys whose name is not their character."""
+
 
 def find_chromium() -> str | None:
     """Path of an installed Chromium, or None. `CHROMIUM` names another one."""
@@ -148,9 +154,10 @@ class Browser:
         """Type into the focused element."""
         self.call("Input.insertText", text=text)
 
-    def press(self, key: str, code: int, *, shift: bool = False) -> None:
-        """Press a key; `code` is its Windows key code."""
-        text = {"text": "\r"} if key == "Enter" else {}
+    def press(self, key: str, *, shift: bool = False) -> None:
+        """Press a key by its name (`Enter`, `Escape`, `Tab`, `ArrowLeft`, a letter)."""
+        code = KEYS.get(key, ord(key.upper()[0]))
+        text = {"Enter": "\r"}.get(key, key if len(key) == 1 else None)
         for kind in ("keyDown", "keyUp"):
             self.call(
                 "Input.dispatchKeyEvent",
@@ -159,8 +166,19 @@ class Browser:
                 code=key,
                 windowsVirtualKeyCode=code,
                 modifiers=8 if shift else 0,
-                **(text if kind == "keyDown" else {}),
+                **({"text": text} if text is not None and kind == "keyDown" else {}),
             )
+
+    def look(self, width: int = 1280, height: int = 800, *, scheme: str = "light", calm: bool = False) -> None:
+        """Size of the view (a phone's below 600 pixels), the system's colour scheme, and whether motion is reduced."""
+        is_phone = width < 600
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=is_phone
+        )
+        motion = "reduce" if calm else "no-preference"
+        features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
+        named = [{"name": name, "value": value} for name, value in features.items()]
+        self.call("Emulation.setEmulatedMedia", features=named)
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))

@@ -90,7 +90,7 @@ def test_which_key_was_sent(authorization: str | None, x_api_key: str | None, ex
 def test_keys_are_asked_for_where_there_are_any(serve: Serve, ledger: Ledger) -> None:
     mine = stored.add(ledger.database, "ada")
     with serve(accounts=Accounts(ledger, given_keys={"given": "sk-given"})) as client:
-        for path in ("/", "/health", "/static/app.js", "/openapi.json"):
+        for path in ("/", "/health", "/static/js/main.js", "/openapi.json"):
             assert client.get(path).status_code == 200, path
         for path in ("/v1/models", "/metrics", "/stats", "/user/balance", "/nowhere"):
             answer = client.get(path)
@@ -311,7 +311,7 @@ def test_one_line_a_request_and_nothing_that_was_said(
             client.post("/beta/chat/completions", json=body | {"stream": True}, headers=bearer("sk-ada")),
             client.post(PATHS[0], json=body, headers=bearer("SECRET-KEY")),
             client.get("/v1/models/none", headers=bearer("sk-ada")),
-            client.get("/static/app.js"),
+            client.get("/static/js/main.js"),
         ]
     lines = [line for line in json_lines() if "endpoint" in line]
     assert [line["trace"] for line in lines] == [answer.headers["x-ds-trace-id"] for answer in answers]

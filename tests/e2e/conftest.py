@@ -1,0 +1,38 @@
+"""The page in a browser, for the tests that open it."""
+
+from collections.abc import Iterator
+
+import pytest
+from browser import Browser, find_chromium
+from chat_page import open_fresh, scripted_site
+
+from rorqual.engine import Engine
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("no Chromium found (Debian: apt-get install chromium)")
+    with Browser(executable, tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def scripted() -> Iterator[tuple[str, Engine]]:
+    with scripted_site() as site:
+        yield site
+
+
+@pytest.fixture
+def url(scripted: tuple[str, Engine]) -> str:
+    return scripted[0]
+
+
+@pytest.fixture
+def page(browser: Browser, url: str) -> Iterator[Browser]:
+    """The scripted model's page as a newcomer sees it; afterwards its scripts must have raised nothing."""
+    open_fresh(browser, url)
+    yield browser
+    refused = "Failed to load resource: the server responded with a status of 400"  # how a browser notes a refusal
+    assert [error for error in browser.errors if not error.startswith(refused)] == []
