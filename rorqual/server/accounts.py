@@ -290,9 +290,3 @@ def account_of(http: HTTPConnection | None) -> str:
     """The name of the key that asks; empty where none is asked for."""
     identity = None if http is None else http.scope.get("state", {}).get("identity")
     return "" if identity is None else str(identity.account)
-
-
-def owner_of(http: HTTPConnection | None, user_id: str) -> str:
-    """Whose a conversation is: the key's end user. Owners share neither cache nor remembered reasoning."""
-    account = account_of(http)
-    return f"{account}/{user_id}" if account else user_id
