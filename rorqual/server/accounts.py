@@ -270,12 +270,6 @@ class Accounts:
             ) from error
 
 
-def owner_of(http: HTTPConnection | None, user_id: str) -> str:
-    """Whose conversation it is: what is kept for one owner is used for no other. Keys do not share, nor their users."""
-    identity: Identity | None = None if http is None else getattr(http.state, "identity", None)
-    return user_id if identity is None or not identity.account else f"{identity.account} {user_id}"
-
-
 def endpoint_of(scope: Mapping[str, Any]) -> str:
     """The route's pattern, so that there are few of them; `other` where none matches."""
     route = scope.get("route")
@@ -290,3 +284,9 @@ def account_of(http: HTTPConnection | None) -> str:
     """The name of the key that asks; empty where none is asked for."""
     identity = None if http is None else http.scope.get("state", {}).get("identity")
     return "" if identity is None else str(identity.account)
+
+
+def owner_of(http: HTTPConnection | None, user_id: str) -> str:
+    """Whose a conversation is: the key's end user. Owners share neither cache nor remembered reasoning."""
+    account = account_of(http)
+    return f"{account}/{user_id}" if account else user_id

@@ -31,7 +31,12 @@ from rorqual.server.streams import KEEP_ALIVE, EventStream, whole_answer
 from rorqual.server.turn import Turn
 
 _REASONING = "content[].thinking"
-_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_STOP_REASONS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "insufficient_system_resource": "max_tokens",  # cut short; no reason of Anthropic's says by whom
+}
 
 
 async def answer(body: MessagesRequest, http: HttpRequest, service: Service) -> Response:
