@@ -10,6 +10,7 @@ from rorqual.errors import ConfigError
 
 if TYPE_CHECKING:  # it brings torch, which takes seconds to import
     from rorqual.ledger import Ledger
+    from rorqual.server import Behaviour
     from rorqual.server.operations import Operations
     from rorqual.server.run import Certificate
 
@@ -98,10 +99,44 @@ DrainSeconds = Annotated[
         "--drain-s", min=0, help="Seconds that running requests get to finish after SIGTERM.", rich_help_panel=NETWORK
     ),
 ]
+Aliases = Annotated[
+    list[str] | None,
+    typer.Option("--alias", help="NAME=MODEL: another name clients may ask by; repeatable.", rich_help_panel=NETWORK),
+]
+KeepReasoning = Annotated[
+    bool,
+    typer.Option(
+        "--keep-reasoning/--no-keep-reasoning",
+        help="Put reasoning back that a client dropped, or refuse its tool turns as the hosted API does.",
+        rich_help_panel=NETWORK,
+    ),
+]
+ForcedWhileThinking = Annotated[
+    bool,
+    typer.Option(
+        "--force-while-thinking",
+        help="Let tool_choice force a call in thinking mode, which the hosted API refuses.",
+        rich_help_panel=NETWORK,
+    ),
+]
 LogStyle = Annotated[
     Literal["text", "json", "off"],
     typer.Option("--log", help="A line on stderr for each request; not what is said in it.", rich_help_panel=NETWORK),
 ]
+
+
+def build_behaviour(aliases: list[str] | None, keep_reasoning: bool, force_while_thinking: bool) -> "Behaviour":
+    """Where the server differs from the hosted one. Raises: ConfigError for an alias that is none."""
+    from rorqual.errors import ConfigError
+    from rorqual.server import Behaviour
+
+    named = {}
+    for one in aliases or []:
+        alias, _, name = one.partition("=")
+        if not alias or not name:
+            raise ConfigError(f"--alias is {one!r}; write NAME=MODEL, such as gpt-4o=minke.")
+        named[alias] = name
+    return Behaviour(aliases=named, keep_reasoning=keep_reasoning, forced_calls_while_thinking=force_while_thinking)
 
 
 def build_operations(

@@ -7,10 +7,13 @@ import typer
 
 from rorqual.chat import REVISIONS
 from rorqual.cli.operating import (
+    Aliases,
     AllowOrigin,
     ApiKeys,
     CertFile,
     DrainSeconds,
+    ForcedWhileThinking,
+    KeepReasoning,
     KeyFile,
     KeyOfCert,
     LedgerOption,
@@ -24,6 +27,7 @@ from rorqual.cli.operating import (
     RequestsPerMinute,
     TokensPerMinute,
     UserLimit,
+    build_behaviour,
     build_operations,
     certificate,
 )  # fmt: skip
@@ -139,6 +143,9 @@ def serve(
     ssl_certfile: CertFile = None,
     ssl_keyfile: KeyOfCert = None,
     drain_s: DrainSeconds = 30.0,
+    alias: Aliases = None,
+    keep_reasoning: KeepReasoning = True,
+    force_while_thinking: ForcedWhileThinking = False,
     log: LogStyle = "text",
     as_json: Json = False,
 ) -> None:
@@ -186,6 +193,7 @@ def serve(
         weights=weights,
         cache_format=cache_format,
         operations=operations,
+        behaviour=build_behaviour(alias, keep_reasoning, force_while_thinking),
         certificate=certificate(ssl_certfile, ssl_keyfile),
         drain_s=drain_s,
         log_style=log,

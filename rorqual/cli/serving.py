@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # it brings torch, which takes seconds to import
     from rorqual.server.logs import Style
     from rorqual.server.operations import Operations
     from rorqual.server.run import Certificate
+    from rorqual.server.service import Behaviour
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -30,6 +31,7 @@ def start(
     weights: str | None = None,
     cache_format: str | None = None,
     operations: "Operations | None" = None,
+    behaviour: "Behaviour | None" = None,
     certificate: "Certificate | None" = None,
     drain_s: float = 30.0,
     log_style: "Style" = "off",
@@ -76,6 +78,7 @@ def start(
         revision=revision,
         settings=settings or EngineSettings(cache=CacheSettings()),
         operations=operations,
+        behaviour=behaviour,
         certificate=certificate,
         drain_s=drain_s,
         log_style=log_style,

@@ -77,24 +77,25 @@ def default_path() -> Path:
 
 
 class Database:
-    """One connection, which threads take in turns. `path` None keeps everything in memory, for this process alone.
+    """Two connections, one to write and one to read, which threads take in turns.
 
+    path: None keeps everything in memory, for this process alone.
     Raises: ConfigError when the file cannot be used.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._lock = threading.RLock()
+        self._writing, self._reading = threading.Lock(), threading.Lock()
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite's own files take the same mode
-            self._connection = sqlite3.connect(
-                ":memory:" if path is None else path, timeout=30, isolation_level=None, check_same_thread=False
-            )
-            self._connection.row_factory = sqlite3.Row
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")  # a committed row survives a power cut too
+            self._writer = _connect(path)
+            self._writer.execute("PRAGMA journal_mode = WAL")
+            if path is None:
+                self._reader, self._reading = self._writer, self._writing
+            else:
+                self._reader = _connect(path)  # which does not wait while the other one writes
             with self.transaction() as rows:
                 self._prepare(rows)
         except (OSError, sqlite3.Error) as error:
@@ -104,30 +105,35 @@ class Database:
             ) from error
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Everything in the block, or nothing; nobody else writes meanwhile."""
-        with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
+    def transaction(self, *, outlives_power: bool = True) -> Iterator[sqlite3.Connection]:
+        """Everything in the block, or nothing; nobody else writes meanwhile.
+
+        outlives_power: wait until the disk has it. Without, which is quicker, it outlives the process only.
+        """
+        with self._writing:
+            self._writer.execute(f"PRAGMA synchronous = {'FULL' if outlives_power else 'NORMAL'}")
+            self._writer.execute("BEGIN IMMEDIATE")
             try:
-                yield self._connection
+                yield self._writer
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                self._writer.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
+            self._writer.execute("COMMIT")
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """One state of the file, whatever others write meanwhile."""
-        with self._lock:
-            self._connection.execute("BEGIN")
+        with self._reading:
+            self._reader.execute("BEGIN")
             try:
-                yield self._connection
+                yield self._reader
             finally:
-                self._connection.execute("COMMIT")
+                self._reader.execute("COMMIT")
 
     def close(self) -> None:
-        with self._lock:
-            self._connection.close()
+        with self._writing:
+            self._writer.close()
+            self._reader.close()
 
     def _prepare(self, rows: sqlite3.Connection) -> None:
         version = rows.execute("PRAGMA user_version").fetchone()[0]
@@ -140,3 +146,10 @@ class Database:
                 f"the ledger {self.path} has version {version}, and this Rorqual reads version {VERSION}. "
                 "Use the Rorqual that wrote it, or name another file with --ledger."
             )
+
+
+def _connect(path: Path | None) -> sqlite3.Connection:
+    where = ":memory:" if path is None else path
+    connection = sqlite3.connect(where, timeout=30, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    return connection

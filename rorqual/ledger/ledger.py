@@ -13,7 +13,7 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ class Ledger:
 
     def _reserve(self, asked: Asked, limits: Limits) -> Reservation:
         started = self.clock()
-        with self.database.transaction() as rows:
+        with self.database.transaction(outlives_power=False) as rows:  # no reservation outlives its server anyway
             _check_limits(rows, asked, limits, started)
             row = rows.execute("SELECT granted, topped_up FROM keys WHERE name = ?", (asked.account,)).fetchone()
             if row is not None and row["granted"] is not None:
@@ -255,28 +255,30 @@ def _check_limits(rows: sqlite3.Connection, asked: Asked, limits: Limits, now: f
     recent = "FROM usage WHERE account = ? AND started > ?"
     of_account = [asked.account, now - WINDOW_S]
     if limits.requests_per_minute is not None:
-        times = [row[0] for row in rows.execute(f"SELECT started {recent}", of_account)]
-        times += [row[0] for row in rows.execute("SELECT started FROM reservations WHERE account = ?", [asked.account])]
-        over = len(times) - limits.requests_per_minute
+        count = rows.execute(f"SELECT COUNT(*) {recent}", of_account).fetchone()[0]
+        count += rows.execute(f"{running} AND started > ?", of_account).fetchone()[0]
+        over = count - limits.requests_per_minute
         if over >= 0:
-            wait_s = sorted(times)[over] + WINDOW_S - now
-            what = f"{len(times)} requests were made in the last minute"
+            nth = f"SELECT started {recent} ORDER BY started LIMIT 1 OFFSET ?"
+            row = rows.execute(nth, [*of_account, over]).fetchone()
+            wait_s = 1.0 if row is None else row[0] + WINDOW_S - now
+            what = f"{count} requests were made in the last minute"
             raise _too_many(what, f"all that {who} may make in one", wait_s)
     if limits.tokens_per_minute is not None:
-        spent = rows.execute(f"SELECT started, prompt_tokens + completion_tokens {recent} ORDER BY started", of_account)
-        entries = [(row[0], row[1]) for row in spent]
+        spent = f"SELECT COALESCE(SUM(prompt_tokens + completion_tokens), 0) {recent}"
         held = "SELECT COALESCE(SUM(prompt_tokens), 0) FROM reservations WHERE account = ?"
-        tokens = sum(entry[1] for entry in entries) + rows.execute(held, [asked.account]).fetchone()[0]
+        tokens = rows.execute(spent, of_account).fetchone()[0] + rows.execute(held, [asked.account]).fetchone()[0]
         over = tokens + asked.prompt_tokens - limits.tokens_per_minute
         if over > 0:
+            entries = f"SELECT started, prompt_tokens + completion_tokens {recent} ORDER BY started"
             raise _too_many(
                 f"{tokens} tokens were read and written in the last minute and this prompt has {asked.prompt_tokens}",
                 f"more than the {limits.tokens_per_minute} that {who} may use in one",
-                _until_less(entries, over) - now,
+                _until_less(rows.execute(entries, of_account), over) - now,
             )
 
 
-def _until_less(entries: Sequence[tuple[float, int]], tokens: int) -> float:
+def _until_less(entries: Iterable[Any], tokens: int) -> float:
     """When that many tokens will be a minute old; the last entry's time where there are not so many."""
     last = 0.0
     for started, count in entries:

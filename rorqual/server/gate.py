@@ -5,8 +5,6 @@ Open to all stay the page with its files, the description of the API and `/healt
 
 from __future__ import annotations
 
-import asyncio
-
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -29,7 +27,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            refusal = self._going_away(scope) or await self._stranger(scope)
+            refusal = self._going_away(scope) or self._stranger(scope)
             if refusal is not None:
                 await refusal(scope, receive, send)
                 return
@@ -47,7 +45,7 @@ class Gate:
         scope.setdefault("state", {})["refusal"] = error
         return JSONResponse(error_body(error, scope["path"]), 503, {"retry-after": "5", "connection": "close"})
 
-    async def _stranger(self, scope: Scope) -> Response | None:
+    def _stranger(self, scope: Scope) -> Response | None:
         gatekeeper, headers = self._accounts.gatekeeper, Headers(scope=scope)
         path: str = scope["path"]
         state = scope.setdefault("state", {})
@@ -56,8 +54,7 @@ class Gate:
             return None
         sent = headers.get("authorization"), headers.get("x-api-key")
         try:
-            # The ledger may be writing, and then this waits; other requests stream on.
-            state["identity"] = await asyncio.to_thread(gatekeeper.identify, *sent)
+            state["identity"] = gatekeeper.identify(*sent)
             return None
         except NoKey:
             text = "Authentication Fails: no API key was sent. Send the header `Authorization: Bearer KEY`."

@@ -22,6 +22,7 @@ from rorqual.server import logs
 from rorqual.server.app import create_app
 from rorqual.server.auth import check_exposure, is_loopback
 from rorqual.server.operations import Operations
+from rorqual.server.service import Behaviour
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -56,6 +57,7 @@ def run(
     revision: str = "2026-04",
     settings: EngineSettings | None = None,
     operations: Operations | None = None,
+    behaviour: Behaviour | None = None,
     certificate: Certificate | None = None,
     drain_s: float = 30.0,
     log_style: logs.Style = "off",
@@ -67,6 +69,7 @@ def run(
     stands, as the API ends what the service cuts off. A second signal, or Ctrl-C, ends everything at once.
 
     port: 0 takes a free one. settings: of the engine and its cache. operations: accounts and limits, closed at the end.
+    behaviour: where the server differs from the hosted one.
     on_ready: called with the URL once the server listens.
     Raises: ConfigError when the address cannot be used, or others reach it and no key is asked for.
     """
@@ -77,7 +80,9 @@ def run(
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     hosts = (*LOOPBACK, host) if is_loopback(host) else None
     with contextlib.closing(operations), (settings or EngineSettings()).open(model, tokenizer) as engine:
-        app = create_app(engine, model_name, revision=revision, allowed_hosts=hosts, operations=operations)
+        app = create_app(
+            engine, model_name, revision=revision, behaviour=behaviour, allowed_hosts=hosts, operations=operations
+        )
         logs.configure(log_style)
         tls: dict[str, Any] = {}
         if certificate is not None:

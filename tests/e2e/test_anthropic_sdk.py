@@ -14,6 +14,7 @@ from scripted_api import CALL
 
 from rorqual.engine import Engine
 from rorqual.server import create_app
+from rorqual.server.anthropic import schema
 
 anthropic = pytest.importorskip("anthropic", reason="needs the anthropic SDK (clients extra)")
 
@@ -82,6 +83,37 @@ def test_a_streamed_reply_is_the_whole_one(client: Any) -> None:
         assert "".join(stream.text_stream) == "Lima 🐋."
     raw = [event.type for event in client.messages.create(**fields, stream=True)]
     assert raw[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+
+HEADERS_OF_THE_SDK = {"user_profile_id", "workspace_id"}
+
+
+@pytest.mark.parametrize(
+    ("model", "params"),
+    [
+        (schema.MessagesRequest, ["message_create_params.MessageCreateParamsBase"]),
+        (schema.MessagesRequest, ["message_count_tokens_params.MessageCountTokensParams"]),
+        (schema.ThinkingConfig, ["ThinkingConfigEnabledParam", "ThinkingConfigAdaptiveParam"]),
+        (schema.OutputConfig, ["OutputConfigParam"]),
+        (schema.Metadata, ["MetadataParam"]),
+        (
+            schema.ToolChoice,
+            ["ToolChoiceAnyParam", "ToolChoiceToolParam", "ToolChoiceAutoParam", "ToolChoiceNoneParam"],
+        ),
+        (schema.Tool, ["ToolParam"]),
+        (schema.TextBlock, ["TextBlockParam"]),
+        (schema.ThinkingBlock, ["ThinkingBlockParam"]),
+        (schema.ToolUseBlock, ["ToolUseBlockParam"]),
+        (schema.ToolResultBlock, ["ToolResultBlockParam"]),
+        (schema.ToolReferenceBlock, ["ToolReferenceBlockParam"]),
+    ],
+)
+def test_every_field_that_the_sdk_can_send_is_declared(model: Any, params: list[str]) -> None:
+    for path in params:
+        for types, prefix in ((anthropic.types, ""), (anthropic.types.beta, "Beta")):
+            module, _, name = path.rpartition(".")
+            found = getattr(getattr(types, module), name) if module else getattr(types, prefix + name)
+            assert set(found.__annotations__) - HEADERS_OF_THE_SDK <= set(model.model_fields), found
 
 
 def test_the_async_client(url: str) -> None:
@@ -177,19 +209,37 @@ def test_a_full_server_is_asked_again() -> None:
         assert seen == [0, 1]
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_stops_the_work(url: str, engine: Engine, stream: bool) -> None:
+@pytest.mark.parametrize("how", ["close the stream", "time out", "cancel the task"])
+def test_a_client_that_leaves_stops_the_work(url: str, engine: Engine, how: str) -> None:
     fields: Any = {"messages": [{"role": "user", "content": "forever"}], "max_tokens": 12000}
+
+    async def read_and_be_cancelled() -> None:
+        started = asyncio.Event()
+
+        async def read() -> None:
+            async with anthropic.AsyncAnthropic(base_url=f"{url}/anthropic", api_key="unused") as client:
+                async for _event in await ask(client, **fields, stream=True):
+                    started.set()
+
+        task = asyncio.create_task(read())
+        await asyncio.wait_for(started.wait(), 20)
+        assert engine.occupancy()[0] == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
     with anthropic.Anthropic(base_url=f"{url}/anthropic", api_key="unused", max_retries=0) as client:
-        if stream:
+        if how == "close the stream":
             answer = ask(client, **fields, stream=True)
             for _, _event in zip(range(5), answer, strict=False):
                 pass
             assert engine.occupancy()[0] == 1
             answer.close()
-        else:
+        elif how == "time out":
             with pytest.raises(anthropic.APITimeoutError):
                 ask(client, **fields, timeout=0.3)
+        else:
+            asyncio.run(read_and_be_cancelled())
     deadline = time.monotonic() + 5
     while engine.occupancy() != (0, 0) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -3,7 +3,7 @@
 Shows: for what both take, the same prompt and switches, and a stream of the same events with the same blocks.
 Left out, because the two differ on purpose: results that come after text in their message and tools of type `custom`
 are taken here; images and documents are refused here rather than replaced by a remark; an account line is also left out
-of a system text that is no list of blocks; `any` forces a call without thinking; a call that is cut off is no block of
+of a system text that is no list of blocks; `any` forces a call; a call that is cut off is no block of
 the whole answer, and complete calls before the cut are made (`tool_use`). The recipe leaves a newline behind text that
 ends in `<` before calls, drops newlines at the end of thinking, splits arguments into other pieces, and has `xhigh` as
 a level of its own.

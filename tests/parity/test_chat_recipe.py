@@ -9,6 +9,7 @@ differences. The recipe knows neither developer messages nor tasks nor the April
 """
 
 import json
+import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from rorqual.chat import render_messages
 
 recipe = pytest.importorskip("deepseek_recipe", reason="deepseek-recipe is not installed (a test-only oracle)")
+
+NUM_CONVERSATIONS = int(os.environ.get("RORQUAL_TEST_EXAMPLES", "2000"))
 
 PIECES = [
     "<think>",
@@ -107,7 +110,7 @@ def theirs(message, is_thinking):
     return kinds[role](content)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=NUM_CONVERSATIONS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     messages=conversations(),
     functions=tools,

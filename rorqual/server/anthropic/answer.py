@@ -31,12 +31,19 @@ from rorqual.server.streams import KEEP_ALIVE, EventStream, whole_answer
 from rorqual.server.turn import Turn
 
 _REASONING = "content[].thinking"
-_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_STOP_REASONS = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "insufficient_system_resource": "max_tokens",  # cut short; no reason of Anthropic's says by whom
+}
 
 
 async def answer(body: MessagesRequest, http: HttpRequest, service: Service) -> Response:
     """Raises: RequestError for anything that cannot be served, before a byte is sent."""
     served = service.find(body.model, claude=True)
+    # The hosted API takes `any` while it thinks, but no tool by name.
+    forces_thinking = True if body.tool_choice is not None and body.tool_choice.type == "any" else None
     with _long_prompts_named():
         turn = await turns.start(
             to_chat(body, service),
@@ -44,6 +51,7 @@ async def answer(body: MessagesRequest, http: HttpRequest, service: Service) -> 
             http,
             served,
             reasoning_name=_REASONING,
+            forces_thinking=forces_thinking,
             sent_as=SENT_AS,
             lower_max_tokens=True,
         )

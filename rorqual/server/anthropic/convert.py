@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from rorqual.errors import RequestError
-from rorqual.server import aliases
 from rorqual.server.anthropic.schema import (
     TOOL_NAME,
     InputMessage,
@@ -73,11 +72,8 @@ def to_chat(body: MessagesRequest, service: Service) -> ChatRequest:
             code="thread_unsupported_request",  # the SDK's tool runner then goes on without
         )
     effort = body.output_config.effort if body.output_config is not None else None
-    if body.thinking is not None:
-        thinks = body.thinking.type != "disabled"
-        effort = None if thinks and effort == "none" else effort  # the switch itself goes first
-    else:
-        thinks = effort != "none" if effort is not None else aliases.thinks(body.model) is not False
+    if effort == "none" and body.thinking is not None and body.thinking.type != "disabled":
+        effort = None  # the switch itself goes first
     user = body.metadata.user_id if body.metadata is not None else None
     return ManyTools.model_validate(
         {
@@ -95,7 +91,7 @@ def to_chat(body: MessagesRequest, service: Service) -> ChatRequest:
             "reasoning_effort": effort,
             "response_format": _response_format(body),
             "tools": _tools(body.tools or []) or None,
-            "tool_choice": _tool_choice(body, thinks and not service.behaviour.forced_calls_while_thinking),
+            "tool_choice": _tool_choice(body),
             "user_id" if user is not None and USER_ID.fullmatch(user) else "user": user,
             "rorqual": None if body.rorqual is None else body.rorqual.model_dump(),
         }
@@ -225,13 +221,12 @@ def _tool(tool: Any, i: int) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _tool_choice(body: MessagesRequest, is_free: bool) -> Any:
-    """is_free: the model thinks and cannot be forced, so `any` is `auto`, as on the hosted API."""
+def _tool_choice(body: MessagesRequest) -> Any:
     choice = body.tool_choice
     if choice is None or choice.type in ("auto", "none"):
         return None if choice is None else choice.type
     if choice.type == "any":
-        return "auto" if is_free else "required"
+        return "required"
     if choice.name is None:
         raise RequestError(
             "missing field `tool_choice.name`: it says which tool. Add it, or use the type `any`.",

@@ -79,6 +79,25 @@ def test_a_call(client: TestClient) -> None:
     assert {**call, "id": None} == {"type": "tool_use", "id": None, "name": "clock", "input": {"zone": "UTC"}}
 
 
+def test_a_call_can_be_forced(client: TestClient) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance (server extra)")
+    tools, named = [{"name": "stop", "input_schema": {"type": "object"}}], {"type": "tool", "name": "stop"}
+    for choice, fields in (({"type": "any"}, {}), ({"type": "any"}, OFF), (named, OFF)):
+        response = ask(client, tools=tools, tool_choice=choice, temperature=0, max_tokens=150, stream=True, **fields)
+        blocks = check_stream(events_of(response))["content"]  # a script that wants to greet fills the call for ever
+        assert [block["type"] for block in blocks] == (["tool_use"] if fields else ["thinking", "tool_use"])
+        assert blocks[-1]["name"] == "stop"
+    error = refused_here(ask(client, tools=tools, tool_choice=named))
+    assert error["message"].startswith("Thinking mode does not support this tool_choice")
+
+
+def test_a_schema_can_be_asked_for(client: TestClient) -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance (server extra)")
+    schema = {"type": "object", "properties": {"a": {"const": 7}}, "required": ["a"], "additionalProperties": False}
+    body = ask(client, output_config={"format": {"type": "json_schema", "schema": schema}}, **OFF).json()
+    assert json.loads(body["content"][0]["text"]) == {"a": 7}
+
+
 def test_why_an_answer_ended(client: TestClient) -> None:
     body = ask(client, max_tokens=5).json()
     assert body["stop_reason"] == "max_tokens"

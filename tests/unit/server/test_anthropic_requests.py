@@ -180,11 +180,6 @@ def test_what_the_chat_request_is() -> None:
     assert converted(metadata={"user_id": "user_1-a"}).user_id == "user_1-a"
     assert converted(metadata={"user_id": "with spaces"}).user == "with spaces"
     choice: Any = {"tools": [CLOCK], "tool_choice": {"type": "any"}}
-    assert converted(**choice).tool_choice == "auto", "thinking cannot be made to call"
-    assert converted(**choice, **OFF).tool_choice == "required"
-    assert converted(**choice, model="deepseek-chat").tool_choice == "required"
-    assert converted(**choice, output_config={"effort": "none"}).tool_choice == "required"
-    service = make_service([], Behaviour(forced_calls_while_thinking=True))
     assert converted(**choice).tool_choice == "required"
     choice["tool_choice"] = {"type": "tool", "name": "clock"}
     assert converted(**choice).tool_choice == {"type": "function", "function": {"name": "clock"}}

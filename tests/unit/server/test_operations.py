@@ -27,7 +27,7 @@ from rorqual.server.auth import Gatekeeper, check_exposure, read_key_file, sent_
 from rorqual.server.operations import Operations
 
 PRO = "deepseek-v4-pro"
-PATHS = ["/v1/chat/completions", "/v1/responses", "/beta/completions"]
+PATHS = ["/v1/chat/completions", "/v1/responses", "/beta/completions", "/anthropic/v1/messages"]
 
 
 def body_for(path: str, **more: Any) -> dict[str, Any]:
@@ -210,12 +210,9 @@ def test_a_budget_refuses_before_it_is_overspent(serve: Serve, ledger: Ledger, e
         steps = engine.stats().rounds
         answer = client.post(path, json=body_for(path), headers=bearer(short))
         assert answer.status_code == 402 and engine.stats().rounds == steps
-        assert answer.json()["error"] == {
-            "message": "Insufficient Balance",
-            "type": "unknown_error",
-            "param": None,
-            "code": "invalid_request_error",
-        }
+        error = answer.json()["error"]
+        assert (error["message"], error["type"]) == ("Insufficient Balance", "unknown_error")
+        assert error["code"] == "invalid_request_error" and error["param"] is None
         assert client.post(path, json=body_for(path), headers=bearer(enough)).status_code == 200
         assert client.get("/user/balance", headers=bearer(enough)).json()["is_available"] is (
             stored.named(ledger.database, "ada").balance != 0
@@ -250,6 +247,24 @@ def test_prices_of_ones_own_and_of_nobody(serve: Serve) -> None:
         Tariff(like="minke")
 
 
+def test_keys_and_their_users_are_owners_of_their_own(serve: Serve, ledger: Ledger, engine: Engine) -> None:
+    secrets = [stored.add(ledger.database, name) for name in ("ada", "bob")]
+    seen: list[str] = []
+    submit = engine.submit
+
+    def watched(*words: Any, **fields: Any) -> Any:
+        seen.append(fields["cache_scope"])
+        return submit(*words, **fields)
+
+    with serve(accounts=Accounts(ledger)) as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "submit", watched)
+        for secret in secrets:
+            for user in ({}, {"user_id": "u"}):
+                body = body_for(PATHS[0], **user)
+                assert client.post(PATHS[0], json=body, headers=bearer(secret)).status_code == 200
+    assert len(set(seen)) == 4
+
+
 # Limits
 
 
@@ -258,7 +273,7 @@ def test_limits_answer_429_and_say_when(serve: Serve, ledger: Ledger) -> None:
     other = stored.add(ledger.database, "bob")
     with serve(accounts=Accounts(ledger)) as client:
         statuses = [client.post(p, json=body_for(p), headers=bearer(mine)).status_code for p in PATHS]
-        assert statuses == [200, 200, 429]
+        assert statuses == [200, 200, 429, 429]
         refused = client.post(PATHS[0], json=body_for(PATHS[0]), headers=bearer(mine))
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert refused.json()["error"]["type"] == "rate_limit_error"
