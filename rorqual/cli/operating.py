@@ -119,13 +119,23 @@ ForcedWhileThinking = Annotated[
         rich_help_panel=NETWORK,
     ),
 ]
+EngineView = Annotated[
+    bool,
+    typer.Option(
+        "--engine-view/--no-engine-view",
+        help="Show at /engine/view what runs, and to who has an answer's id what the indexer picked for it.",
+        rich_help_panel=NETWORK,
+    ),
+]
 LogStyle = Annotated[
     Literal["text", "json", "off"],
     typer.Option("--log", help="A line on stderr for each request; not what is said in it.", rich_help_panel=NETWORK),
 ]
 
 
-def build_behaviour(aliases: list[str] | None, keep_reasoning: bool, force_while_thinking: bool) -> "Behaviour":
+def build_behaviour(
+    aliases: list[str] | None, keep_reasoning: bool, force_while_thinking: bool, engine_view: bool
+) -> "Behaviour":
     """Where the server differs from the hosted one. Raises: ConfigError for an alias that is none."""
     from rorqual.errors import ConfigError
     from rorqual.server import Behaviour
@@ -136,7 +146,12 @@ def build_behaviour(aliases: list[str] | None, keep_reasoning: bool, force_while
         if not alias or not name:
             raise ConfigError(f"--alias is {one!r}; write NAME=MODEL, such as gpt-4o=minke.")
         named[alias] = name
-    return Behaviour(aliases=named, keep_reasoning=keep_reasoning, forced_calls_while_thinking=force_while_thinking)
+    return Behaviour(
+        aliases=named,
+        keep_reasoning=keep_reasoning,
+        forced_calls_while_thinking=force_while_thinking,
+        engine_view=engine_view,
+    )
 
 
 def build_operations(

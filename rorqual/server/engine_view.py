@@ -76,7 +76,7 @@ def _check_on(service: Service) -> None:
     if service.recent is None:
         raise RequestError(
             "The engine view is switched off on this server, so nothing is kept that it could show. Start the server "
-            "with it (Behaviour.engine_view).",
+            "without --no-engine-view to see it.",
             status=404,
         )
 
