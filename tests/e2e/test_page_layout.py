@@ -26,9 +26,8 @@ def outside(page: Browser) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "width", [360, pytest.param(768, marks=pytest.mark.slow), pytest.param(320, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [320, 360, 768])
 def test_nothing_sticks_out(page: Browser, width: int) -> None:
     """Welcome, code, a table, a call of a tool, long words, and both panels."""
     set_field(page, "#tools", json.dumps(TOOL))
