@@ -27,10 +27,13 @@ class CallBuilder:
         self.name = name
         self.is_broken = index is None
         self.has_text = False
+        self.sampled: list[tuple[str, str, bool]] = []
+        """Its parameters as they were written, (key, text, is_string), repeated ones too."""
         self._members: list[tuple[str, str]] = []
         self._key = ""
         self._is_string = True
         self._value: list[str] = []
+        self._raw: list[str] = []
 
     @property
     def has_parameters(self) -> bool:
@@ -44,18 +47,20 @@ class CallBuilder:
         """Begin a parameter; return the arguments text to send now (none yet for a JSON value)."""
         self._key = key
         self._is_string = is_string
-        self._value = []
+        self._value, self._raw = [], []
         return self._lead() + '"' if is_string else ""
 
     def add_value(self, text: str) -> str:
         """Add a piece of the value; return what can be sent now."""
         piece = json.dumps(text, ensure_ascii=False)[1:-1] if self._is_string else text
         self._value.append(piece)
+        self._raw.append(text)
         return piece if self._is_string else ""
 
     def close_value(self) -> tuple[str, bool]:
         """End the parameter; return what can be sent now, and whether a JSON value was indeed JSON."""
         value = "".join(self._value)
+        self.sampled.append((self._key, "".join(self._raw), self._is_string))
         if self._is_string:
             self._members.append((self._key, f'"{value}"'))
             return '"', True

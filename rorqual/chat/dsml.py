@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rorqual.chat import markers
+from rorqual.chat.events import Parameters
 from rorqual.chat.prompt import PromptWriter
 from rorqual.errors import RequestError
 
@@ -26,7 +27,7 @@ class Call:
 
     id: str
     name: str
-    parameters: tuple[tuple[str, str, bool], ...]
+    parameters: Parameters
 
 
 def dump_json(value: Any, where: str) -> str:
@@ -44,7 +45,7 @@ def dump_json(value: Any, where: str) -> str:
         ) from None
 
 
-def call_parameters(arguments: Any, where: str) -> tuple[tuple[str, str, bool], ...]:
+def call_parameters(arguments: Any, where: str) -> Parameters:
     """Split a call's arguments into (key, text, is_string), as the released encoder does.
 
     A JSON object becomes its members: strings raw, everything else dumped again, so `1.50` turns into `1.5`.

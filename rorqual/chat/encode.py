@@ -32,7 +32,8 @@ def encode_messages(
     """Return the prompt for `messages`, ready to be tokenised with added tokens recognised.
 
     messages: OpenAI-style mappings; roles system, user, assistant, tool, latest_reminder, developer. An
-        assistant message with `wo_eos` leaves its turn open, so that the model continues it.
+        assistant message with `wo_eos` leaves its turn open, so that the model continues it. A tool call with
+        `sampled_parameters` (one of `Finished.sampled`) is written as it was sampled, whatever its `arguments`.
     tools: the request's tools; shown on the first message, or on an empty system message put before it.
     thinking_mode: "thinking" or "chat" (no reasoning).
     reasoning_effort: None, "high" or "max"; also "low" with revision 2026-07.

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+Parameters = tuple[tuple[str, str, bool], ...]
+"""A call's parameters as they stand in the markup: (key, text, is_string) in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
@@ -50,11 +53,15 @@ class Finished:
     message: role, content, reasoning_content, tool_calls (id, type, function) with complete calls only.
     finish_reason: "tool_calls", "stop" or "length".
     notes: what was repaired or left out, in words; empty for a well-formed reply.
+    sampled: of each call of the message, its parameters as they were written: (key, text, is_string). With them as a
+        call's `sampled_parameters` the encoder writes the very text again, which the JSON of `arguments` cannot
+        promise: a client may order and spell it otherwise.
     """
 
     message: dict[str, Any]
     finish_reason: str
     notes: tuple[str, ...] = ()
+    sampled: tuple[Parameters, ...] = ()
 
 
 Event = ReasoningDelta | ContentDelta | ToolCallStart | ToolCallArguments | ToolCallEnd | Finished

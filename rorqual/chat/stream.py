@@ -160,7 +160,8 @@ class StreamParser:
             reason = "length"
         else:
             reason = finish_reason or ("stop" if self._saw_eos or self._ends_with_block else "length")
-        self._result = Finished(message, reason, tuple(sorted(self._notes)))
+        sampled = tuple(tuple(call.sampled) for call in self._complete)
+        self._result = Finished(message, reason, tuple(sorted(self._notes)), sampled)
         return [*self._take_events(), self._result]
 
     # The machine: each step consumes some of the buffer and returns whether another step may do more.

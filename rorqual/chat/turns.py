@@ -275,7 +275,9 @@ def _read_call(call: Any, where: str) -> Call:
     call_id = call.get("id")
     if call_id is not None and not isinstance(call_id, str):
         _refuse(f"{where}.id", f"is {_kind(call_id)}, so no tool result can name it", "Send the id as a string.")
-    return Call(call_id or "", function["name"], call_parameters(function["arguments"], f"{where}.function.arguments"))
+    sampled = call.get("sampled_parameters")  # its text as the model wrote it (`Finished.sampled`)
+    given = call_parameters(function["arguments"], f"{where}.function.arguments") if sampled is None else tuple(sampled)
+    return Call(call_id or "", function["name"], given)
 
 
 def _kind(value: Any) -> str:

@@ -51,7 +51,7 @@ class ChatPrompt:
     opens_reasoning: bool  # the reply begins inside the reasoning
     tools: list[dict[str, Any]]  # those the model was shown
     messages: list[dict[str, Any]]  # as rendered
-    restored: Restored | None  # what was done about dropped reasoning; None where nothing is
+    restored: Restored | None  # what a client had changed; None where nothing is put back
 
 
 def build_prompt(
@@ -71,13 +71,12 @@ def build_prompt(
     _check_order(body.messages)
     _check_prefix(body)
     restored = None
-    if thinking:
-        if service.continuity is not None:
-            restored = service.continuity.restore(owner, messages)
-            messages = [dict(message) for message in restored.messages]
-        else:
-            of_all = bool(tools) and service.behaviour.documented_reasoning_check
-            _check_reasoning(messages, of_all, reasoning_name)
+    if service.continuity is not None:
+        restored = service.continuity.restore(owner, messages, thinking)
+        messages = [dict(message) for message in restored.messages]
+    elif thinking:
+        of_all = bool(tools) and service.behaviour.documented_reasoning_check
+        _check_reasoning(messages, of_all, reasoning_name)
     rendered = chat.render_messages(
         messages, tools or None, thinking_mode=mode, reasoning_effort=effort, revision=served.revision
     )

@@ -40,7 +40,7 @@ class Service:
 
     models: by the names they are served under; the first one is what the page offers first.
     keep_alive_s: a waiting stream gets a comment line this often.
-    continuity: the reasoning of answers given, None where it is not kept.
+    continuity: the reasoning of answers given and their calls as sampled, None where they are not kept.
     accounts: who may ask for how much, and what it costs.
     recent: the last answers, for the engine view; None where it is switched off.
     """

@@ -58,7 +58,7 @@ class Turn:
         async for batch in self.stream.batches(patience_s):
             ready = [piece for event in batch for piece in self.reader.read(event)]
             if ready and isinstance(ready[-1].event, chat.Finished):
-                self._keep_reasoning()
+                self._remember()
                 await self.ticket.settle(self.reader.finished.finish_reason)
             if ready or not batch:
                 yield ready
@@ -72,7 +72,7 @@ class Turn:
             for piece in self.reader.read(event):
                 if each is not None:
                     each(piece)
-        self._keep_reasoning()
+        self._remember()
         await self.ticket.settle(self.reader.finished.finish_reason)
         return self.reader.finished
 
@@ -88,9 +88,10 @@ class Turn:
             about["continuity"] = restored.to_dict()
         return {"exactness": exactness_body(request), "rorqual": about}
 
-    def _keep_reasoning(self) -> None:
-        if self.service.continuity is not None and self.prompt.thinking:
-            self.service.continuity.remember(self.owner, self.prompt.messages, self.reader.finished.message)
+    def _remember(self) -> None:
+        if self.service.continuity is not None:
+            answer = self.reader.finished
+            self.service.continuity.remember(self.owner, self.prompt.messages, answer.message, answer.sampled)
 
 
 async def start(

@@ -1,5 +1,6 @@
 """A conversation of five turns with tools, the same for every client: four calls, each after some reasoning, and an
-answer. The model is a script; what it is shown is checked against `chat.encode_messages`, so nothing may be lost.
+answer. The model is a script; what it is shown is checked against `chat.encode_messages`, so nothing may be lost. Every
+other call is written as no client would spell it from its JSON, and must be shown again to the letter.
 """
 
 import json
@@ -37,6 +38,14 @@ def arguments(turn: int) -> dict[str, Any]:
     return {"city": CITIES[turn], "days": turn + 1}
 
 
+def sampled(turn: int) -> list[tuple[str, str, bool]]:
+    """The parameters of a call as the model writes them."""
+    own = arguments(turn)
+    if turn % 2:
+        return [("days", f" {own['days']}", False), ("city", json.dumps(own["city"]), False)]
+    return [("city", own["city"], True), ("days", str(own["days"]), False)]
+
+
 def reply(prompt: str) -> str:
     """The model: the next call, or the answer once all cities are known."""
     if PROMPTS[-1:] != [prompt]:  # it is asked for every token
@@ -45,11 +54,12 @@ def reply(prompt: str) -> str:
     reasoning = f"{thought(turn)}</think>" if prompt.endswith("<think>") else ""
     if turn == len(CITIES):
         return reasoning + ANSWER
-    own = arguments(turn)
+    parameters = "".join(
+        f'<｜DSML｜parameter name="{key}" string="{str(is_string).lower()}">{text}</｜DSML｜parameter>\n'
+        for key, text, is_string in sampled(turn)
+    )
     return (
-        f'{reasoning}Looking.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'
-        f'<｜DSML｜parameter name="city" string="true">{own["city"]}</｜DSML｜parameter>\n'
-        f'<｜DSML｜parameter name="days" string="false">{own["days"]}</｜DSML｜parameter>\n'
+        f'{reasoning}Looking.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n{parameters}'
         "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
     )
 
@@ -65,7 +75,9 @@ def shown(turn: int, *, system: str | None = None, tool: Any = TOOL, keeps_reaso
                 "role": "assistant",
                 "content": "Looking.",
                 "reasoning_content": thought(done) if keeps_reasoning else "",
-                "tool_calls": [{"id": f"c{done}", "type": "function", "function": function}],
+                "tool_calls": [
+                    {"id": f"c{done}", "type": "function", "function": function, "sampled_parameters": sampled(done)}
+                ],
             }
         )
         messages.append({"role": "tool", "tool_call_id": f"c{done}", "content": weather(**arguments(done))})

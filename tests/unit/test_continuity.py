@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rorqual.chat import StreamParser, encode_messages
 from rorqual.referee import Continuity
 
 
@@ -102,6 +103,36 @@ def test_arguments_may_be_spelt_otherwise(value: Any) -> None:
     kept.remember("me", [user("a")], answer("R.", "", call("x", json.dumps(arguments))))
     respelt = json.dumps(dict(reversed(arguments.items())), ensure_ascii=False, indent=1)
     assert given_back(kept, [user("z"), answer(None, "", call("x", respelt))]) == "R."
+
+
+def test_calls_come_back_as_they_were_sampled() -> None:
+    """To the letter, whatever the client made of their JSON, in chat mode too."""
+    text = (
+        'Wait.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="clock">\n'
+        '<｜DSML｜parameter name="n" string="false"> 2.0</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="zone" string="false">"U\\u0054C"</｜DSML｜parameter>\n'
+        '</｜DSML｜invoke>\n<｜DSML｜invoke name="clock">\n'
+        '<｜DSML｜parameter name="zone" string="true">a "b"\\</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜tool_calls><｜end▁of▁sentence｜>"
+    )
+    parser = StreamParser("chat")
+    parser.feed(text)
+    parser.finish()
+    kept, asked = Continuity(), user("what time is it?")
+    kept.remember("me", [asked], parser.result.message, parser.result.sampled)
+
+    back = json.loads(json.dumps(parser.result.message))
+    spelt = ['{"zone":"UTC","n":2}', '{"zone":"a \\"b\\"\\\\"}']
+    for made, arguments in zip(back["tool_calls"], spelt, strict=True):
+        made["function"]["arguments"] = arguments
+    del back["reasoning_content"]
+    found = kept.restore("me", [asked, back], thinking=False)
+    assert (found.restored, found.missing, found.as_sampled) == ((), (), (1,))
+    assert encode_messages(found.messages, thinking_mode="chat").endswith(text)
+    assert not encode_messages([asked, back], thinking_mode="chat").endswith(text)
+    assert kept.restore("me", [asked, back]).missing == (1,), "there was no reasoning to remember"
+    back["tool_calls"][1]["function"]["arguments"] = '{"zone": "else"}'
+    assert kept.restore("me", [asked, back], thinking=False).as_sampled == ()
 
 
 def test_many_threads() -> None:

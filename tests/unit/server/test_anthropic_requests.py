@@ -213,7 +213,7 @@ def test_dropped_thinking_is_put_back_or_asked_for(engine: Engine) -> None:
         answer = send(
             client, [user("call the clock"), assistant(*shown), user(result)], tools=[CLOCK], thinking=thinking
         )
-        assert answer.json()["rorqual"]["continuity"] == {"restored": [1], "missing": []}
+        assert answer.json()["rorqual"]["continuity"] == {"restored": [1], "missing": [], "as_sampled": [1]}
         assert "<｜Assistant｜><think>Let me think.</think>\n\n<｜DSML｜tool_calls>" in PROMPTS[-1]
 
 
