@@ -39,7 +39,8 @@ def kill_at(arguments: list[str], folder: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_kill_and_resume_gives_the_same_bits(tmp_path: Path, processes: int) -> None:
     recipe = write_recipe(tmp_path, processes)

@@ -9,7 +9,6 @@ differences. The recipe knows neither developer messages nor tasks nor the April
 """
 
 import json
-import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +18,7 @@ from rorqual.chat import render_messages
 
 recipe = pytest.importorskip("deepseek_recipe", reason="deepseek-recipe is not installed (a test-only oracle)")
 
-NUM_CONVERSATIONS = int(os.environ.get("RORQUAL_TEST_EXAMPLES", "2000"))
+NUM_QUICK, NUM_CONVERSATIONS = 300, 2000
 
 PIECES = [
     "<think>",
@@ -110,15 +109,23 @@ def theirs(message, is_thinking):
     return kinds[role](content)
 
 
-@settings(max_examples=NUM_CONVERSATIONS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    messages=conversations(),
-    functions=tools,
-    is_thinking=st.booleans(),
-    effort=st.sampled_from(["low", "high", "max"]),
-    schema=st.none() | st.just({"type": "object", "title": "ü"}),
-)
-def test_prompts_and_markers_are_equal(messages, functions, is_thinking, effort, schema):
+@pytest.mark.parametrize("count", [NUM_QUICK, pytest.param(NUM_CONVERSATIONS, marks=pytest.mark.slow)])
+def test_prompts_and_markers_are_equal(count):
+    @settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(
+        messages=conversations(),
+        functions=tools,
+        is_thinking=st.booleans(),
+        effort=st.sampled_from(["low", "high", "max"]),
+        schema=st.none() | st.just({"type": "object", "title": "ü"}),
+    )
+    def compare(**drawn):
+        check_equal(**drawn)
+
+    compare()
+
+
+def check_equal(messages, functions, is_thinking, effort, schema):
     definitions = [recipe.ToolDefinition(f["name"], f["description"], f["parameters"]) for f in functions]
     conversation = recipe.Conversation(
         [theirs(message, is_thinking) for message in messages],

@@ -82,7 +82,7 @@ def check_zero(zero: Path, redundant: Path, processes: int) -> None:
     assert len(sizes) == processes and max(sizes) < 1.25 * sum(sizes) / processes
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_layouts_train_as_one_process_does(tmp_path: Path, alone: Callable[[int], Path], processes: int) -> None:
     layouts = of_size(processes, quick=True)
     launch(run_all, (tmp_path, layouts, STEPS), processes)
