@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from rorqual.errors import RequestError, RorqualError
-from rorqual.server.logs import TRACE_HEADER
+from rorqual.server.logs import TRACE_HEADERS
 from rorqual.server.refusals import unknown_field
 
 _ANTHROPIC = ("/anthropic/", "/v1/messages")
@@ -138,6 +138,7 @@ def install(app: FastAPI) -> None:
     async def failed(request: Request, error: Exception) -> JSONResponse:
         known = isinstance(error, RorqualError)  # anything else is logged with its trace by the server
         message = str(error) if known else f"The server failed: {type(error).__name__}. Its log has the trace."
-        headers = {TRACE_HEADER: getattr(request.state, "trace", "")}  # it is answered outside of what adds it
+        # It is answered outside of what adds the trace.
+        headers = dict.fromkeys(TRACE_HEADERS, getattr(request.state, "trace", ""))
         refusal = RequestError(message, status=500, type="server_error")
         return JSONResponse(error_body(refusal, request.url.path), 500, headers)

@@ -1,8 +1,8 @@
 """One line for every request, and the trace id that ties lines to answers. No text of a prompt or an answer is logged.
 
 Lines go to the logger `rorqual.requests` at level INFO, so nothing is written until somebody asks for it: `configure`
-does for the command line. The id stands in the answer's `x-ds-trace-id` header, in its line, and in the line of every
-error that happened on the way.
+does for the command line. The id stands in the answer's headers, in its line, and in the line of every error that
+happened on the way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from rorqual import log
 
 Style = Literal["text", "json", "off"]
 
-TRACE_HEADER = "x-ds-trace-id"
+TRACE_HEADERS = ("x-ds-trace-id", "x-request-id", "request-id")
+"""DeepSeek's, and those in which the SDKs of OpenAI and Anthropic look for it."""
 trace: ContextVar[str] = ContextVar("trace", default="")
 requests = log.get("rorqual.requests")
 _OURS = "rorqual_request_log"  # by which `configure` knows its own handlers again

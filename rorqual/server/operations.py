@@ -48,7 +48,7 @@ class Operations:
                 allow_origins=list(self.allowed_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=[logs.TRACE_HEADER, "retry-after"],
+                expose_headers=[*logs.TRACE_HEADERS, "retry-after"],
             )
         app.add_middleware(Watch, meters=self.meters, drain=self.drain)
 

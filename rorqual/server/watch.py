@@ -69,7 +69,8 @@ class _Exchange:
         """Pass a part of the answer on; what it cost is in the ledger before the last one leaves."""
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
-            headers[logs.TRACE_HEADER] = self.trace
+            for name in logs.TRACE_HEADERS:
+                headers[name] = self.trace
             if self._drain.is_draining:
                 headers["connection"] = "close"
             self._status = message["status"]

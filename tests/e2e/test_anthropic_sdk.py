@@ -61,6 +61,7 @@ def test_a_whole_reply_with_and_without_thinking(client: Any) -> None:
     assert (message.stop_reason, message.role, message.model) == ("end_turn", "assistant", "minke")
     assert message.usage.output_tokens_details.thinking_tokens == len("Peru, so Lima.") + 1
     assert message.model_extra["exactness"]["level"] == "unknown"
+    assert len(message._request_id) == 32, "the id under which the server logs it"
     [text] = ask(
         client, thinking=OFF, stop_sequences=["a", "z"], extra_body={"seed": 3, "top_k": 5, "temperature": 1}
     ).content

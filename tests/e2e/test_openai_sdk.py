@@ -74,7 +74,7 @@ def test_a_whole_reply_with_and_without_thinking(client: Any) -> None:
 def test_a_tool_is_called_and_its_result_answered(client: Any) -> None:
     messages: Any = [{"role": "user", "content": "What time is it?"}]
     first = client.chat.completions.create(model="minke", messages=messages, tools=TOOLS)
-    assert first.choices[0].finish_reason == "tool_calls"
+    assert first.choices[0].finish_reason == "tool_calls" and len(first._request_id) == 32
     message = first.choices[0].message
     assert message.tool_calls[0].function.arguments == '{"zone": "UTC"}'
     # The SDK's own message goes back as it is, with all its empty fields.
