@@ -5,8 +5,9 @@
 A case is a reply of the model as bytes (noise, pieces of markup in any order, or a well-formed reply with bytes
 changed, dropped, doubled or moved), decoded as a server decodes them, cut at random and given to `chat.StreamParser` in
 both modes, and whole to `chat.parse_completion` (which may refuse it, with a RequestError only). The same text as the
-arguments of an earlier call goes through the encoder. Case number N of seed S is always the same, so a failure is found
-again with `--only N`. Prints the cases done, the slowest and, with exit code 1, those that failed.
+arguments of an earlier call goes through the encoder, and so do calls as they were read. Case number N of seed S is
+always the same, so a failure is found again with `--only N`. Prints the cases done, the slowest and, with exit code 1,
+those that failed.
 """
 
 import argparse
@@ -98,6 +99,14 @@ def run(seed: int, number: int) -> str | None:
         for call in message["tool_calls"]:
             if not isinstance(json.loads(call["function"]["arguments"]), dict):
                 return "arguments that are no object"
+        if message["tool_calls"]:
+            pairs = zip(message["tool_calls"], parser.result.sampled, strict=True)
+            calls = [{**call, "sampled_parameters": sampled} for call, sampled in pairs]
+            again = chat.encode_messages([{"role": "user", "content": "x"}, {**message, "tool_calls": calls}], TOOLS)
+            if not all(
+                value in again and value in text for sampled in parser.result.sampled for _, value, _ in sampled
+            ):
+                return "a parameter is not shown again as it was sampled"
         for strict in (True, False):
             try:
                 chat.parse_completion(text, thinking_mode=mode, strict=strict)
