@@ -283,7 +283,7 @@ async def soak(url: str, pid: int, count: int, seconds: float) -> dict[str, Any]
 
 def serve(port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "rorqual", "serve", "minke", "--port", str(port), "--max-running", "32"]
-    command += ["--max-queue", "1000", "--cache-bytes", str(CACHE_BYTES)]
+    command += ["--log", "off", "--max-queue", "1000", "--cache-bytes", str(CACHE_BYTES)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
