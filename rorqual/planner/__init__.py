@@ -2,15 +2,20 @@
 
 from rorqual.planner.bandwidth import Bandwidth, expert_bandwidth
 from rorqual.planner.flops import ForwardFlops, forward_flops
+from rorqual.planner.inventory import Inventory, TensorEntry, inventory, official_inventory
 from rorqual.planner.parameters import ParameterCount, build_on_meta, count_model, count_parameters
 
 __all__ = [
     "Bandwidth",
     "ForwardFlops",
+    "Inventory",
     "ParameterCount",
+    "TensorEntry",
     "build_on_meta",
     "count_model",
     "count_parameters",
     "expert_bandwidth",
     "forward_flops",
+    "inventory",
+    "official_inventory",
 ]

@@ -39,6 +39,7 @@ _COMPONENTS = (
     (r"\.wo_b\.", "wo_b"),
     (r"\.(q_norm|kv_norm|attn_sink)", "attention_norms_sinks"),
     (r"\.gate\.(weight|bias)", "router"),
+    (r"\.gate\.tid2eid$", "hash_tables"),
     (r"\.experts\.", "routed_experts"),
     (r"\.shared_experts\.", "shared_expert"),
     (r"\.hc_(attn|ffn)_", "hyper_connections"),
