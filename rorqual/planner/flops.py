@@ -82,8 +82,9 @@ def _mean_min(seq_len: int, limit: int) -> float:
 
 
 def _mean_entries(seq_len: int, ratio: int, limit: int) -> float:
-    """Mean of min(floor((t + 1) / ratio), limit): entries are visible from the last token of their block on."""
-    return sum(min((t + 1) // ratio, limit) for t in range(seq_len)) / seq_len
+    """Mean of min(floor((t + 1) / ratio), limit) over t: entries are visible from the last token of their block on."""
+    full = min(seq_len // ratio, limit)  # `full` entries are visible from the token numbered ratio * full on
+    return (ratio * full * (full - 1) / 2 + (seq_len - ratio * full + 1) * full) / seq_len
 
 
 def _mix(config: ModelConfig) -> float:

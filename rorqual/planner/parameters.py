@@ -14,6 +14,7 @@ A weight counts one whatever its stored width.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -90,6 +91,7 @@ def count_model(model: Transformer, config: ModelConfig) -> ParameterCount:
     )
 
 
+@cache
 def component(name: str) -> str:
     """Which row of the table a tensor (our name) belongs to."""
     for pattern, part in _COMPONENTS:
