@@ -121,7 +121,7 @@ class V32:
 
 
 class GQA8:
-    """A V4 network with grouped-query attention in every layer; its matrices are in FP8 like those they replace."""
+    """A V4 network with grouped-query attention in every layer; its matrices are stored like those they replace."""
 
     def __init__(self, config: ModelConfig, stored: Inventory | None = None) -> None:
         c = baseline_settings()["gqa_8"]
@@ -130,10 +130,11 @@ class GQA8:
         self._layers, self._heads, self._width = config.num_hidden_layers, config.num_attention_heads, c["head_dim"]
         self._row = 2 * c["num_key_value_heads"] * c["head_dim"] * c["bytes_per_number"]
         matrices = self._layers * config.hidden_size * self._width * 2 * (self._heads + c["num_key_value_heads"])
+        size = {"bf16": 2.0, "fp32": 4.0}.get(stored.weights, 1 + FP8_SCALE_BYTES)
         rest = weight_bytes(stored, left_out=ATTENTION)
-        self.weights = dataclasses.replace(rest, always=rest.always + round(matrices * (1 + FP8_SCALE_BYTES)))
+        self.weights = dataclasses.replace(rest, always=rest.always + round(matrices * size))
         products = count_products(stored, config, left_out=ATTENTION)
-        self._products = (*products, Operations("linear", "fp8", 2.0 * matrices))
+        self._products = (*products, Operations("linear", "fp8" if size < 2 else "bf16", 2.0 * matrices))
 
     def decode(self, context: int) -> Work:
         """See `Network`."""
