@@ -38,7 +38,7 @@ def inspect(
     """
     from rorqual.planner import count_parameters, official_inventory
 
-    source, config, summary = _find(model)
+    source, config, summary = find_model(model)
     count = count_parameters(config)
     released = None if summary is not None else official_inventory(config)
     if as_json:
@@ -49,12 +49,12 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _find(name: str) -> "tuple[str, ModelConfig, CheckpointSummary | None]":
+def find_model(name: str) -> "tuple[str, ModelConfig, CheckpointSummary | None]":
     """What `name` stands for: the kind of source, its config, and its files where it has weights."""
     from rorqual.checkpoint import ASSETS, bundled_names, summarise
 
     if not name:
-        raise ConfigError("the name is empty, so it is not clear what to inspect. Name a preset, a folder or a file.")
+        raise ConfigError("the name is empty, so it is not clear what is meant. Name a preset, a folder or a file.")
     is_bundled = name in bundled_names()
     folder = ASSETS / name if is_bundled else Path(name).expanduser()
     if is_bundled or folder.is_dir():
@@ -65,7 +65,7 @@ def _find(name: str) -> "tuple[str, ModelConfig, CheckpointSummary | None]":
     if folder.is_file():
         return "file", ModelConfig.from_file(folder), None
     raise ConfigError(
-        f"there is nothing called {name!r} to inspect: no preset, bundled model, folder or file has that "
+        f"there is nothing called {name!r}: no preset, bundled model, folder or file has that "
         f"name. Presets: {', '.join(preset_names())}. Bundled models: {', '.join(bundled_names()) or 'none'}."
     )
 

@@ -21,7 +21,7 @@ from rorqual.planner.bounds import (
 )
 from rorqual.planner.cache import CacheRows
 from rorqual.planner.hardware import Machine
-from rorqual.planner.inventory import WeightFormat, inventory
+from rorqual.planner.inventory import Inventory, WeightFormat, inventory
 from rorqual.planner.report import fp8_equivalent
 from rorqual.planner.work import V4, Network, WeightBytes, Work
 
@@ -113,7 +113,8 @@ class Plan:
 
     workload: Workload
     machine: Machine | None
-    weights: WeightFormat
+    stored: Inventory
+    """The tensors of the network asked about, as they are stored."""
     reserve: float
     usd_per_hour: float | None
     """Of one chip."""
@@ -133,7 +134,8 @@ def make_plan(
     reserve: float = RESERVE,
     usd_per_hour: float | None = None,
 ) -> Plan:
-    """Plan for `config`. `rows`: how the cache is kept (as released); `usd_per_hour`: of a chip, else the table's price.
+    """Plan for `config`. `rows`: how the cache is kept, as released unless given; `usd_per_hour`: of a chip, else the
+    table's price.
 
     Raises: ConfigError for more tokens than the network has positions, or figures that cannot be.
     """
@@ -152,7 +154,7 @@ def make_plan(
     return Plan(
         workload,
         machine,
-        weights,
+        stored,
         reserve,
         price,
         None if needs is None or needs.gb_per_s is None else needs.gb_per_s * 1e9,
