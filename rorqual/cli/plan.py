@@ -27,7 +27,7 @@ def plan(
         str | None,
         typer.Option(
             "--context",
-            help="Tokens of each sequence: 8192, 128K (thousands), 1M (a million), 1Mi (2^20). Else 1M, or all there are.",
+            help="Tokens of each sequence: 8192, 128K (thousands), 1M (a million), 1Mi (2^20). 1M unless given.",
             rich_help_panel=WORK,
         ),
     ] = None,
@@ -58,7 +58,7 @@ def plan(
         Literal["official", "base", "bf16", "fp32"] | None,
         typer.Option(
             "--weights",
-            help="official (FP4 experts, FP8 projections), base (FP8 experts), bf16 or fp32; else as the model is meant.",
+            help="official (FP4 experts, FP8 projections), base (FP8 experts), bf16 or fp32.",
             rich_help_panel=MACHINE,
         ),
     ] = None,
@@ -117,7 +117,7 @@ def plan(
         return
     if table == "claims":
         speeds = speed_claims(("v4-flash", "v4-pro"))
-        show(plan_json.speeds(speeds) if as_json else (plan_tables.speeds(speeds),))
+        show(plan_json.speeds(speeds) if as_json else plan_tables.speeds(speeds))
         return
     source, config, _ = find_model(model)
     length = min(10**6, config.max_position_embeddings) if context is None else parse_tokens(context, "--context")

@@ -8,12 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rorqual.planner.bounds import Bound
+    from rorqual.planner.bounds import Bound, Resource
     from rorqual.planner.compare import PriceClaim, SpeedClaim
     from rorqual.planner.hardware import Chip, Machine
     from rorqual.planner.hardware import Table as Chips
     from rorqual.planner.plan import Fit, NetworkPlan, Plan
     from rorqual.planner.report import Figure
+    from rorqual.planner.work import NumberFormat
 
 NONE = "-"
 
@@ -55,9 +56,9 @@ def plan(found: "Plan", claims: "Sequence[SpeedClaim]", prices: "Sequence[PriceC
         yield on_machine(found)
         yield Text("\n".join(notes(found, found.machine)), style="dim")
     if claims:
-        yield speeds(claims)
+        yield from speeds(claims)
     if prices:
-        yield price_table(prices)
+        yield from price_rows(prices)
 
 
 def needs(found: "Plan") -> Table:
@@ -77,8 +78,9 @@ def needs(found: "Plan") -> Table:
     add("cache of a sequence", lambda n: size(n.cache_bytes))
     add("  read for the next token", lambda n: size(n.cache_read))
     add("GFLOP for the next token", lambda n: figure(n.work.flops / 1e9))
-    for number in ("fp4", "fp8", "bf16"):
-        add(f"  in {number}", lambda n, number=number: figure(n.work.in_format(number) / 1e9))  # type: ignore[misc]
+    formats: tuple[NumberFormat, ...] = ("fp4", "fp8", "bf16")
+    for number in formats:
+        table.add_row(f"  in {number}", *(figure(network.work.in_format(number) / 1e9) for network in networks))
     add("  as the V4 report weighs them", lambda n: figure(n.fp8_equivalent / 1e9))
     add("GFLOP a token of a prompt", lambda n: figure(n.prefill_work.flops / 1e9))
     return table
@@ -91,8 +93,7 @@ def stored(found: "Plan") -> Table:
     for tensor in inventory.tensors:
         formats[tensor.component].add(tensor.dtype)
     table = new_table(
-        f"Weights of {found.networks[0].name}, {inventory.weights}: {len(inventory.tensors):,} tensors, "
-        f"{inventory.nbytes:,} bytes",
+        f"Weights, {inventory.weights}: {len(inventory.tensors):,} tensors, {inventory.nbytes:,} bytes",
         "component", "bytes", "stored in",
     )  # fmt: skip
     for name, (_, nbytes) in inventory.by_component.items():
@@ -105,45 +106,54 @@ def stored(found: "Plan") -> Table:
 def on_machine(found: "Plan") -> Table:
     """What fits, how fast, why, and the cost."""
     assert found.machine is not None
-    title = f"On {found.machine.label}, {found.reserve:.0%} of its memory kept free: upper bounds"
+    title = f"At most, on {found.machine.label}"
     table = new_table(title, "", *(network.name for network in found.networks))
     fits = [network.fit for network in found.networks]
 
     def add(label: str, value: "Callable[[Fit], str]") -> None:
         table.add_row(label, *(NONE if fit is None else value(fit) for fit in fits))
 
-    def of(part: str, value: "Callable[[Bound], str]") -> "Callable[[Fit], str]":
-        return lambda fit: NONE if getattr(fit, part) is None else value(getattr(fit, part))
-
     add("chips needed at least", lambda fit: f"{fit.chips_needed:,}")
     add("sequences that fit", lambda fit: f"{fit.max_batch:,}")
     add("sequences at once", lambda fit: f"{fit.batch:,}")
     add("more are held up by", lambda fit: fit.limited_by or NONE)
-    for label, part in (("decode", "decode"), ("decode, one sequence alone", "alone"), ("prefill", "prefill")):
-        add(f"{label}: tokens/s", of(part, lambda bound: figure(bound.tokens_per_s)))
-        add("  bound by", of(part, lambda bound: bound.binding))
+    for label, part in (("decode", "decode"), ("decode, alone", "alone"), ("prefill", "prefill")):
+        bounds = [None if fit is None else getattr(fit, part) for fit in fits]
         unit, scale = ("s a prompt", 1.0) if part == "prefill" else ("ms a step", 1e3)
-        add(f"  {unit}", of(part, lambda bound, scale=scale: figure(bound.seconds * scale)))
-        for resource in ("memory bandwidth", "arithmetic", "interconnect"):
-            add(
-                f"    {resource}",
-                of(part, lambda b, r=resource, s=scale: figure(b.seconds_by_resource[r] * s)  # type: ignore[misc]
-                   if r in b.seconds_by_resource else NONE),
-            )  # fmt: skip
+        for words, values in bound_rows(bounds, label, unit, scale):
+            table.add_row(words, *values)
     if found.usd_per_hour is not None:
         add("$ a million prompt tokens", lambda fit: NONE if fit.costs is None else usd(fit.costs.miss))
         add("$ a million output tokens", lambda fit: NONE if fit.costs is None else usd(fit.costs.output))
         share, hit = found.workload.output_share, found.workload.cache_hit
         add(
-            f"$ a million, {share:.0%} output, {hit:.0%} hits",
+            f"$ a million, {share:.0%} out, {hit:.0%} hits",
             lambda fit: NONE if fit.costs is None else usd(fit.costs.mean),
         )
     return table
 
 
+def bound_rows(
+    bounds: "Sequence[Bound | None]", label: str, unit: str, scale: float
+) -> Iterator[tuple[str, list[str]]]:
+    """Rows of one kind of step: the rate, what binds it, and the least time by resource."""
+
+    def row(value: "Callable[[Bound], str]") -> list[str]:
+        return [NONE if bound is None else value(bound) for bound in bounds]
+
+    yield f"{label}: tokens/s", row(lambda bound: figure(bound.tokens_per_s))
+    yield "  bound by", row(lambda bound: bound.binding)
+    yield f"  {unit}", row(lambda bound: figure(bound.seconds * scale))
+    resources: tuple[Resource, ...] = ("memory bandwidth", "arithmetic", "interconnect")
+    for resource in resources:
+        seconds = [None if bound is None else bound.seconds_by_resource.get(resource) for bound in bounds]
+        yield f"    {resource}", [NONE if each is None else figure(each * scale) for each in seconds]
+
+
 def notes(found: "Plan", machine: "Machine") -> Iterator[str]:
     """Where figures come from, and which of them are estimates."""
     chip = machine.chip
+    yield f"Upper bounds; {found.reserve:.0%} of the memory is kept free."
     yield f"{chip.name}: {chip.source}."
     if chip.estimated:
         yield f"Estimated: {', '.join(chip.estimated)}."
@@ -160,31 +170,48 @@ def notes(found: "Plan", machine: "Machine") -> Iterator[str]:
 # ---------------------------------------------------------------- what others say
 
 
-def speeds(claims: "Sequence[SpeedClaim]") -> Table:
+def speeds(claims: "Sequence[SpeedClaim]") -> Iterator[Any]:
     """Published speeds beside the bounds for the same machine and context."""
     table = new_table(
         "Published speeds beside these bounds, tokens/s",
-        "claim", "context", "claimed", "bound", "share", "bound by",
-    )  # fmt: skip
-    for claim in claims:
-        at = "" if claim.tpot_ms is None else f" at {claim.tpot_ms:g} ms"
-        words = f"{claim.model}, {claim.hardware}, a {claim.per}{at}"
-        assumed = f" Assumed: {claim.assumed}." if claim.assumed else ""
+        "machine",
+        "context",
+        "of",
+        "claimed",
+        "bound",
+        "share",
+        "bound by",
+    )
+    for number, claim in enumerate(claims, 1):
+        at = f"a {claim.per}" if claim.tpot_ms is None else f"a {claim.per} at {claim.tpot_ms:g} ms"
         table.add_row(
-            words, f"{claim.context:,}", figure(claim.claimed), figure(claim.bound), f"{claim.share:.0%}", claim.binding
+            f"[{number}] {claim.model} on {claim.hardware}", f"{claim.context:,}", at,
+            figure(claim.claimed), figure(claim.bound), f"{claim.share:.0%}", claim.binding,
         )  # fmt: skip
-        table.add_row(Text(f"  {claim.source}.{assumed}", style="dim"))
-    return table
+    yield table
+    yield sources([f"{one.source}{f' (assumed: {one.assumed})' if one.assumed else ''}" for one in claims])
 
 
-def price_table(prices: "Sequence[PriceClaim]") -> Table:
+def price_rows(prices: "Sequence[PriceClaim]") -> Iterator[Any]:
     """Published ratios of prices beside those of list prices and of the plan's least cost."""
     table = new_table("Published prices", "claim", "by list price", "by this plan's least cost")
-    for price in prices:
+    for number, price in enumerate(prices, 1):
         by_plan = NONE if price.by_plan is None else f"1/{figure(price.by_plan)}"
-        table.add_row(f"{price.claim} of {price.against} ({price.basis})", f"1/{figure(price.by_list)}", by_plan)
-        table.add_row(Text(f"  {price.source}", style="dim"))
-    return table
+        claim = f"[{number}] {price.claim} of {price.against} ({price.basis})"
+        table.add_row(claim, f"1/{figure(price.by_list)}", by_plan)
+    yield table
+    yield sources([price.source for price in prices])
+
+
+def sources(words: Sequence[str]) -> Text:
+    """Numbered sources, those of neighbours that are the same together."""
+    lines: list[str] = []
+    for number, source in enumerate(words, 1):
+        if lines and lines[-1].endswith(f"] {source}"):
+            lines[-1] = lines[-1].replace("] ", f"] [{number}] ", 1)
+        else:
+            lines.append(f"[{number}] {source}")
+    return Text("\n".join(lines), style="dim")
 
 
 def report(figures: "Sequence[Figure]") -> Iterator[Any]:
@@ -202,30 +229,20 @@ def report(figures: "Sequence[Figure]") -> Iterator[Any]:
 def hardware(chips: "Chips") -> Iterator[Any]:
     """Every chip of a table; `~` marks what is estimated."""
     table = new_table(
-        "Hardware, figures for one chip",
-        "name", "chip", "memory", "bandwidth", "bf16", "fp8", "fp4", "links each way", "$/h",
+        "Hardware: memory in GB, bandwidth and links (each way) in GB/s, dense TFLOP/s",
+        "name", "memory", "bandwidth", "bf16", "fp8", "fp4", "links", "$/h",
     )  # fmt: skip
-    table.columns[1].justify = "left"
     for key, chip in chips.items():
-        table.add_row(key, chip.name, *_row(chip))
-        table.add_row("", Text(chip.source, style="dim"))
+        table.add_row(key, *_row(chip))
     yield table
-    yield Text(
-        "Rates are dense FLOP/s; ~ marks an estimate; a format that is missing runs at the next wider one's rate."
-    )
+    yield Text("~ marks an estimate; a format that a chip has not runs at the next wider one's rate.")
+    yield Text("\n".join(f"{key}: {chip.name}. {chip.source}." for key, chip in chips.items()), style="dim")
 
 
 def _row(chip: "Chip") -> list[str]:
-    def cell(name: str, value: float | None, words: Callable[[float], str]) -> str:
-        return NONE if value is None else ("~" if name in chip.estimated else "") + words(value)
+    def cell(name: str, scale: float) -> str:
+        value = getattr(chip, name)
+        return NONE if value is None else ("~" if name in chip.estimated else "") + f"{value / scale:,.4g}"
 
-    def rate(flops: float) -> str:
-        return f"{figure(flops / 1e12)} T"
-
-    return [
-        cell("memory", chip.memory, size),
-        cell("bandwidth", chip.bandwidth, lambda value: f"{size(value)}/s"),
-        *(cell(name, getattr(chip, name), rate) for name in ("bf16", "fp8", "fp4")),
-        cell("link", chip.link, lambda value: f"{size(value)}/s"),
-        cell("usd_per_hour", chip.usd_per_hour, usd),
-    ]
+    units = {"memory": 1e9, "bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "fp4": 1e12, "link": 1e9}
+    return [*(cell(name, scale) for name, scale in units.items()), cell("usd_per_hour", 1.0)]

@@ -75,7 +75,7 @@ def _speed(row: dict[str, Any], network: V4) -> SpeedClaim:
     assert step is not None, f"the claim for {row['hardware']} is about a machine that cannot hold the model"
     chips = machine.count if row["per"] == "card" else 1
     return SpeedClaim(
-        row["model"], machine.label, row["context"], tpot_ms, row["per"], row["tokens_per_s"],
+        row["model"], row["hardware"], row["context"], tpot_ms, row["per"], row["tokens_per_s"],
         step.tokens_per_s / chips, step.binding, row["source"], row.get("assumed", ""),
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ Operations are kept by part and by the number format that their products run in,
               meet FP8 inputs), else bf16
     head      the same for the head, bf16
     core      4 H c for every key that a query reads, bf16
-    index     2 J c' for every index key that an indexer scores, fp4 (V4)
+    index     2 J c' for every index key that an indexer scores, fp4 (bf16 where index keys are not packed)
     mixing    the residual streams (mHC) with their projections, bf16
 
 H heads, c head width, J index heads, c' their width. Source: V4 report, efficiency; architecture of V4 as in `model/`.
@@ -161,7 +161,7 @@ class V4:
             (
                 *self._products,
                 Operations("core", "bf16", per_key_flops(cfg) * keys),
-                Operations("index", "fp4", index),
+                Operations("index", "fp4" if self.rows.index_key < cfg.index_head_dim else "bf16", index),
             )
         )
 
