@@ -242,7 +242,11 @@ def hardware(chips: "Chips") -> Iterator[Any]:
 def _row(chip: "Chip") -> list[str]:
     def cell(name: str, scale: float) -> str:
         value = getattr(chip, name)
-        return NONE if value is None else ("~" if name in chip.estimated else "") + f"{value / scale:,.4g}"
+        return NONE if value is None else ("~" if name in chip.estimated else "") + _short(value / scale)
 
     units = {"memory": 1e9, "bandwidth": 1e9, "bf16": 1e12, "fp8": 1e12, "fp4": 1e12, "link": 1e9}
     return [*(cell(name, scale) for name, scale in units.items()), cell("usd_per_hour", 1.0)]
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
