@@ -68,7 +68,7 @@ class V32:
 
     def prefill(self, num_tokens: int) -> Work:
         """See `Network`."""
-        return self._work(mean_min(num_tokens, self._settings["index_topk"]), (num_tokens + 1) / 2)
+        return self._work(mean_min(num_tokens, self._settings["index_topk"]), (num_tokens + 1) / 2).without("head")
 
     def cache_bytes(self, context: int) -> int:
         """See `Network`."""
@@ -142,7 +142,7 @@ class GQA8:
 
     def prefill(self, num_tokens: int) -> Work:
         """See `Network`."""
-        return self._work((num_tokens + 1) / 2)
+        return self._work((num_tokens + 1) / 2).without("head")
 
     def cache_bytes(self, context: int) -> int:
         """See `Network`."""

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -104,8 +104,12 @@ def official_inventory(config: ModelConfig) -> Inventory:
     return inventory(config, "official")
 
 
+@lru_cache(maxsize=2)
 def inventory(config: ModelConfig, weights: WeightFormat) -> Inventory:
-    """The tensors of `config` when stored as `weights`. Raises: ConfigError for another format."""
+    """The tensors of `config` when stored as `weights`; the last two are remembered.
+
+    Raises: ConfigError for another format.
+    """
     if weights not in get_args(WeightFormat):
         raise ConfigError(f"weights is {weights!r}; use one of {', '.join(get_args(WeightFormat))}.")
     state = build_on_meta(config).state_dict()

@@ -52,6 +52,10 @@ class Work:
         """All operations, each counted once."""
         return sum(part.flops for part in self.parts)
 
+    def without(self, part: str) -> "Work":
+        """The rest, without one part."""
+        return Work(tuple(each for each in self.parts if each.part != part))
+
     def in_format(self, number: NumberFormat) -> float:
         """Operations whose products run in this format."""
         return sum(part.flops for part in self.parts if part.number == number)
@@ -102,7 +106,7 @@ class Network(Protocol):
         """The newest of `context` tokens."""
 
     def prefill(self, num_tokens: int) -> Work:
-        """Mean over the tokens of a prompt of so many."""
+        """Mean over the tokens of a prompt of so many, without the head, which only the last of them needs."""
 
     def cache_bytes(self, context: int) -> int:
         """What a sequence keeps."""
@@ -140,7 +144,8 @@ class V4:
         """See `Network`."""
         keys = sum(attention_keys(self.config, spec, num_tokens) for spec in self.config.layers)
         ratios = [spec.compress_ratio for spec in self.config.layers if spec.has_indexer]
-        return self._work(keys, sum(mean_entries(num_tokens, ratio, num_tokens) for ratio in ratios))
+        scored = sum(mean_entries(num_tokens, ratio, num_tokens) for ratio in ratios)
+        return self._work(keys, scored).without("head")
 
     def cache_bytes(self, context: int) -> int:
         """See `Network`."""

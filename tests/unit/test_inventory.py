@@ -1,7 +1,6 @@
 """The list of stored tensors: the published inventories to the byte, and what `save_official` really writes."""
 
 import json
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from rorqual.cli import main
 from rorqual.config import ModelConfig
 from rorqual.errors import ConfigError
 from rorqual.model import Transformer
-from rorqual.planner import Inventory, count_parameters, inventory, official_inventory
+from rorqual.planner import count_parameters, inventory, official_inventory
 
 PUBLISHED = {  # tensors, bytes, stored elements, shards of the released checkpoints
     "v4-flash": (69_187, 159_609_485_896, 158_069_433_298, 46),
@@ -21,14 +20,9 @@ PUBLISHED = {  # tensors, bytes, stored elements, shards of the released checkpo
 }
 
 
-@cache
-def released(preset: str) -> Inventory:
-    return official_inventory(ModelConfig.preset(preset))
-
-
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_the_published_inventories(preset: str):
-    found = released(preset)
+    found = official_inventory(ModelConfig.preset(preset))
     assert (len(found.tensors), found.nbytes, found.elements, len(found.shards)) == PUBLISHED[preset]
     assert len({tensor.name for tensor in found.tensors}) == len(found.tensors)
     for shares in (found.by_component, found.by_dtype):
@@ -37,7 +31,7 @@ def test_the_published_inventories(preset: str):
 
 
 def test_shapes_dtypes_and_counts_per_layer():
-    found = released("v4-flash")
+    found = official_inventory(ModelConfig.preset("v4-flash"))
     by_name = {tensor.name: (tensor.shape, tensor.dtype) for tensor in found.tensors}
     for name, shape, dtype in (
         ("layers.2.attn.wo_a.scale", (64, 32), "F8_E8M0"),

@@ -98,6 +98,8 @@ def test_prompts_cost_the_mean_of_their_tokens() -> None:
             mean = sum(p.flops for work in each for p in work if p.part == part) / length
             found = sum(p.flops for p in network.prefill(length) if p.part == part)
             assert found == pytest.approx(mean), (network.name, part)
+        rest = {(p.part, p.number): p.flops for p in each[0] if p.part in ("linear", "mixing")}
+        assert {(p.part, p.number): p.flops for p in network.prefill(length) if p.part not in ("core", "index")} == rest
 
 
 def test_share_of_experts_that_a_step_reads() -> None:
