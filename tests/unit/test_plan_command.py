@@ -1,6 +1,8 @@
 """`rorqual plan`: tables for people, JSON for machines, words for wrong requests."""
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,6 +114,24 @@ def test_lengths(text: str, tokens: int) -> None:
 def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="--context"):
         parse_tokens(text, "--context")
+
+
+def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line of `docs/plan.md`'s outputs is a line of the commands' output."""
+    monkeypatch.setenv("COLUMNS", "100")
+    printed: set[str] = set()
+    for arguments in (["v4-flash", "--context", "1M", "--hardware", "8xH200", "--cache-hit", "0.8"],
+                      ["--table", "report"], ["--table", "claims"]):  # fmt: skip
+        printed |= {line.rstrip() for line in plan(capsys, *arguments)[1].splitlines()}
+    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    shown = [
+        block
+        for block in re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+        if "tokens/s" in block or "agrees" in block
+    ]
+    assert len(shown) == 3
+    for line in "\n".join(shown).splitlines():
+        assert line in printed, line
 
 
 def test_figures_for_people() -> None:
