@@ -130,7 +130,7 @@ def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str], monk
         if "tokens/s" in block or "agrees" in block
     ]
     assert len(shown) == 3
-    for line in "\n".join(shown).splitlines():
+    for line in "".join(shown).splitlines():
         assert line in printed, line
 
 
