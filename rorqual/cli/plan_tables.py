@@ -120,9 +120,11 @@ def on_machine(found: "Plan") -> Table:
     for label, part in (("decode", "decode"), ("decode, alone", "alone"), ("prefill", "prefill")):
         bounds = [None if fit is None else getattr(fit, part) for fit in fits]
         unit, scale = ("s a prompt", 1.0) if part == "prefill" else ("ms a step", 1e3)
-        for words, values in bound_rows(bounds, label, unit, scale):
-            table.add_row(words, *values)
-    if found.usd_per_hour is not None:
+        held_up = [NONE if fit is None else fit.limited_by or NONE for fit in fits]
+        for words, values in bound_rows(bounds, held_up, label, unit, scale):
+            if set(values) != {NONE} or words.endswith("tokens/s"):
+                table.add_row(words, *values)
+    if any(fit is not None and fit.costs is not None for fit in fits):
         add("$ a million prompt tokens", lambda fit: NONE if fit.costs is None else usd(fit.costs.miss))
         add("$ a million output tokens", lambda fit: NONE if fit.costs is None else usd(fit.costs.output))
         share, hit = found.workload.output_share, found.workload.cache_hit
@@ -134,15 +136,18 @@ def on_machine(found: "Plan") -> Table:
 
 
 def bound_rows(
-    bounds: "Sequence[Bound | None]", label: str, unit: str, scale: float
+    bounds: "Sequence[Bound | None]", held_up: Sequence[str], label: str, unit: str, scale: float
 ) -> Iterator[tuple[str, list[str]]]:
-    """Rows of one kind of step: the rate, what binds it, and the least time by resource."""
+    """Rows of one kind of step: the rate, what binds it, and the least time by resource.
+
+    `held_up`: what keeps a network from running at all, where it has no bound.
+    """
 
     def row(value: "Callable[[Bound], str]") -> list[str]:
         return [NONE if bound is None else value(bound) for bound in bounds]
 
     yield f"{label}: tokens/s", row(lambda bound: figure(bound.tokens_per_s))
-    yield "  bound by", row(lambda bound: bound.binding)
+    yield "  bound by", [held if bound is None else bound.binding for bound, held in zip(bounds, held_up, strict=True)]
     yield f"  {unit}", row(lambda bound: figure(bound.seconds * scale))
     resources: tuple[Resource, ...] = ("memory bandwidth", "arithmetic", "interconnect")
     for resource in resources:

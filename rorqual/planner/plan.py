@@ -183,9 +183,11 @@ def fit(network: Network, workload: Workload, machine: Machine, reserve: float, 
     context = workload.context
     needed, most = chips_needed(network, machine, context, reserve), max_batch(network, machine, context, reserve)
     batch = most if workload.batch is None else workload.batch
-    if not 0 < batch <= most:
+    if not most:
         return Fit(needed, most, 0, "capacity", None, None, None, None)
     alone, prefill = decode_bound(network, machine, context, 1), prefill_bound(network, machine, context)
+    if batch > most:
+        return Fit(needed, most, 0, "capacity", None, alone, prefill, None)
     is_slow = False
     if workload.tpot_s is not None:
         quick = batch_within(network, machine, context, workload.tpot_s, batch)

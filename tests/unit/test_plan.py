@@ -101,6 +101,7 @@ def test_capacity() -> None:
     assert (found.max_batch, found.batch, found.limited_by, found.decode) == (0, 0, "capacity", None)
     asked = fit(Round(), Workload(100, batch=100), machine, 0.0, None)
     assert asked.max_batch == 99 and asked.batch == 0 and asked.limited_by == "capacity"
+    assert asked.decode is None and asked.alone == decode_bound(Round(), machine, 100, 1) and asked.prefill is not None
     # a cache that is hardly read: twice the sequences would give more
     roomy = fit(
         Round(), Workload(100), Machine(CHIP.model_copy(update={"memory": 3e4, "bandwidth": 1.0}), 1), 0.0, None

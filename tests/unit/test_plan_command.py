@@ -57,6 +57,8 @@ def test_tables_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         assert words in out, words
     code, out, _ = plan(capsys, "minke", "--hardware", "laptop")
     assert code == 0 and "Estimated: bf16" in out
+    code, out, _ = plan(capsys, "blue", "--hardware", "rtx-5090", "--weights", "fp32")
+    assert code == 0 and re.search(r"bound by +capacity +capacity", out) and "ms a step" not in out
 
 
 def test_the_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
