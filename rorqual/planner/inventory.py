@@ -104,9 +104,9 @@ def official_inventory(config: ModelConfig) -> Inventory:
     return inventory(config, "official")
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def inventory(config: ModelConfig, weights: WeightFormat) -> Inventory:
-    """The tensors of `config` when stored as `weights`; the last two are remembered.
+    """The tensors of `config` when stored as `weights`; the last four are remembered.
 
     Raises: ConfigError for another format.
     """

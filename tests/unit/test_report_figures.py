@@ -68,6 +68,17 @@ def test_v3_2_by_hand() -> None:
     assert V32().weights.total == pytest.approx(685.4e9, rel=0.001)  # its files hold 685 billion parameters, mostly FP8
 
 
+@pytest.mark.parametrize(
+    ("context", "pro", "flash"), [(4096, 81.1, 21.8), (1 << 17, 52.7, 15.7), (1 << 20, 26.71, 10.09)]
+)
+def test_other_lengths(context: int, pro: float, flash: float) -> None:
+    """The same rule at the lengths of the architecture document, whose figures were computed apart."""
+    base = efficiency(V32(), context).flops
+    for preset, share in (("v4-pro", pro), ("v4-flash", flash)):
+        digits = len(str(share).split(".")[1])
+        assert round(100 * efficiency(report_networks()[preset], context).flops / base, digits) == share
+
+
 def test_caches_a_token() -> None:
     found = {name: efficiency(network) for name, network in report_networks().items()}
     assert found["v4-flash"].cache_bytes_per_token == 3514.25
