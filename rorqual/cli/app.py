@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "usage": Command("Show requests, tokens and cost by day, key and model.", RUN),
     "train": Command("Train a model from a recipe.", LEARN),
     "inspect": Command("Explain a preset, a config or a checkpoint: layers, parameters, names.", LOOK),
+    "plan": Command("Plan for a model: bytes, what fits, fastest speed and why, least cost.", LOOK),
     "selftest": Command("Prove that answers here do not depend on batch, cache or restarts.", LOOK),
     "doctor": Command("Check this machine: versions, threads, compiler, optional extras.", LOOK),
 }

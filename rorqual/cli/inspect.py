@@ -13,7 +13,7 @@ from rorqual.errors import ConfigError
 
 if TYPE_CHECKING:
     from rorqual.checkpoint import CheckpointSummary
-    from rorqual.planner import ParameterCount
+    from rorqual.planner import Inventory, ParameterCount
 
 KINDS = {
     "sliding": "sliding window only",
@@ -36,24 +36,25 @@ def inspect(
     rorqual inspect v4-flash
     rorqual inspect path/to/checkpoint --json
     """
-    from rorqual.planner import count_parameters
+    from rorqual.planner import count_parameters, official_inventory
 
-    source, config, summary = _find(model)
+    source, config, summary = find_model(model)
     count = count_parameters(config)
+    released = None if summary is not None else official_inventory(config)
     if as_json:
-        typer.echo(json.dumps(_as_json(model, source, config, count, summary), indent=2))
+        typer.echo(json.dumps(_as_json(model, source, config, count, summary, released), indent=2))
     else:
-        _print_tables(model, source, config, count, summary)
+        _print_tables(model, source, config, count, summary, released)
     if summary is not None and not summary.fits:
         raise typer.Exit(1)
 
 
-def _find(name: str) -> "tuple[str, ModelConfig, CheckpointSummary | None]":
+def find_model(name: str) -> "tuple[str, ModelConfig, CheckpointSummary | None]":
     """What `name` stands for: the kind of source, its config, and its files where it has weights."""
     from rorqual.checkpoint import ASSETS, bundled_names, summarise
 
     if not name:
-        raise ConfigError("the name is empty, so it is not clear what to inspect. Name a preset, a folder or a file.")
+        raise ConfigError("the name is empty, so it is not clear what is meant. Name a preset, a folder or a file.")
     is_bundled = name in bundled_names()
     folder = ASSETS / name if is_bundled else Path(name).expanduser()
     if is_bundled or folder.is_dir():
@@ -64,7 +65,7 @@ def _find(name: str) -> "tuple[str, ModelConfig, CheckpointSummary | None]":
     if folder.is_file():
         return "file", ModelConfig.from_file(folder), None
     raise ConfigError(
-        f"there is nothing called {name!r} to inspect: no preset, bundled model, folder or file has that "
+        f"there is nothing called {name!r}: no preset, bundled model, folder or file has that "
         f"name. Presets: {', '.join(preset_names())}. Bundled models: {', '.join(bundled_names()) or 'none'}."
     )
 
@@ -73,7 +74,12 @@ def _find(name: str) -> "tuple[str, ModelConfig, CheckpointSummary | None]":
 
 
 def _as_json(
-    name: str, source: str, config: ModelConfig, count: "ParameterCount", summary: "CheckpointSummary | None"
+    name: str,
+    source: str,
+    config: ModelConfig,
+    count: "ParameterCount",
+    summary: "CheckpointSummary | None",
+    released: "Inventory | None",
 ) -> dict[str, Any]:
     from rorqual.planner import expert_bandwidth
 
@@ -101,7 +107,20 @@ def _as_json(
             "unexpected": summary.unexpected,
             "misshapen": [str(misfit) for misfit in summary.misshapen],
         }
+    if released is not None:
+        out["official_files"] = {
+            "shards": len(released.shards),
+            "tensors": len(released.tensors),
+            "nbytes": released.nbytes,
+            "elements": released.elements,
+            "by_component": _shares(released.by_component),
+            "by_dtype": _shares(released.by_dtype),
+        }
     return out
+
+
+def _shares(found: dict[str, tuple[int, int]]) -> dict[str, dict[str, int]]:
+    return {name: {"tensors": tensors, "nbytes": nbytes} for name, (tensors, nbytes) in found.items()}
 
 
 def _layer(spec: LayerSpec) -> dict[str, Any]:
@@ -114,7 +133,12 @@ def _layer(spec: LayerSpec) -> dict[str, Any]:
 
 
 def _print_tables(
-    name: str, source: str, config: ModelConfig, count: "ParameterCount", summary: "CheckpointSummary | None"
+    name: str,
+    source: str,
+    config: ModelConfig,
+    count: "ParameterCount",
+    summary: "CheckpointSummary | None",
+    released: "Inventory | None",
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -179,6 +203,8 @@ def _print_tables(
         console.print(block, markup=False)
     if summary is not None:
         console.print(_files_table(summary, table("Checkpoint")), markup=False)
+    if released is not None:
+        console.print(_released_table(released, table("As official files: FP4 experts, FP8 projections")), markup=False)
 
 
 def _files_table(summary: "CheckpointSummary", table: Any) -> Any:
@@ -194,6 +220,17 @@ def _files_table(summary: "CheckpointSummary", table: Any) -> Any:
     for label, names in problems.items():
         more = f"\n... and {len(names) - 10} more" if len(names) > 10 else ""
         table.add_row(label, "\n".join([f"{len(names)}" if names else "none", *names[:10]]) + more)
+    return table
+
+
+def _released_table(released: "Inventory", table: Any) -> Any:
+    table.add_row("tensors", f"{len(released.tensors):,}", f"in {len(released.shards)} shards")
+    table.add_row("bytes", f"{released.nbytes:,}", f"{released.nbytes / 2**30:,.2f} GiB")
+    for shares in (released.by_dtype, released.by_component):
+        for name, (tensors, nbytes) in shares.items():
+            words = name if name.isupper() else name.replace("_", " ")
+            table.add_row(f"  {words}", f"{nbytes:,}", f"{tensors:,} tensors")
+    table.columns[1].justify = "right"
     return table
 
 

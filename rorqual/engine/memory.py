@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rorqual.config import ModelConfig
 from rorqual.engine.job import Job
 from rorqual.errors import ConfigError
-from rorqual.model.cache_format import row_of
+from rorqual.planner.cache import own_rows
 
 if TYPE_CHECKING:
     from rorqual.engine.prefix_cache import PrefixCache
@@ -50,13 +47,7 @@ class StateCost(Cost):
         try:
             empty = model.new_state(1)
             self._fixed = int(empty.nbytes()["total"])
-            cfg, dtype = model.cfg, model.reference.dtype
-            self._rows = [
-                (spec.compress_ratio, _row_bytes(cfg, "entries", dtype)
-                 + (_row_bytes(cfg, "index_keys", dtype) if spec.has_indexer else 0))
-                for spec in cfg.layers
-                if spec.compress_ratio
-            ]  # fmt: skip
+            self._rows = own_rows(model.cfg, model.reference.dtype).growing(model.cfg)
         except AttributeError as error:
             raise ConfigError(
                 f"max_state_bytes was given, but the states of {type(model).__name__} do not tell their size "
@@ -69,11 +60,6 @@ class StateCost(Cost):
             if entries := num_tokens // ratio:
                 total += row_bytes * max(16, 2 * entries)
         return total
-
-
-def _row_bytes(cfg: ModelConfig, part: str, dtype: torch.dtype) -> int:
-    width, kind = row_of(cfg, part, dtype)
-    return width * kind.itemsize
 
 
 class PagedCost(StateCost):

@@ -50,40 +50,46 @@ def forward_flops(config: ModelConfig, seq_len: int, model: Transformer | None =
     model = build_on_meta(config) if model is None else model
     count = count_model(model, config)
     keys = [attention_keys(config, spec, seq_len) for spec in config.layers]
-    indexed = sum(_mean_entries(seq_len, spec.compress_ratio, seq_len) for spec in config.layers if spec.has_indexer)
+    indexed = sum(mean_entries(seq_len, spec.compress_ratio, seq_len) for spec in config.layers if spec.has_indexer)
     return ForwardFlops(
         seq_len,
         weights=2.0 * count.activated,
-        attention=_per_key(config) * sum(keys),
+        attention=per_key_flops(config) * sum(keys),
         index=2.0 * config.index_n_heads * config.index_head_dim * indexed,
-        mixing=config.num_hidden_layers * 2 * _mix(config) + _collapse(config),
+        mixing=mixing_flops(config),
         mtp=_mtp(config, count, model, seq_len),
     )
 
 
 def attention_keys(config: ModelConfig, spec: LayerSpec, seq_len: int) -> float:
     """Keys that a query of this layer reads, mean over the positions of a document of `seq_len` tokens."""
-    window = _mean_min(seq_len, config.sliding_window)
+    window = mean_min(seq_len, config.sliding_window)
     if not spec.compress_ratio:
         return window
     limit = config.index_topk if spec.has_indexer else seq_len
-    return window + _mean_entries(seq_len, spec.compress_ratio, limit)
+    return window + mean_entries(seq_len, spec.compress_ratio, limit)
 
 
-def _per_key(config: ModelConfig) -> float:
+def per_key_flops(config: ModelConfig) -> float:
     """Scores and weighted sum over one key."""
     return 4.0 * config.num_attention_heads * config.head_dim
 
 
-def _mean_min(seq_len: int, limit: int) -> float:
+def mixing_flops(config: ModelConfig) -> float:
+    """What the residual path of the whole trunk does to a token's streams."""
+    return config.num_hidden_layers * 2 * _mix(config) + _collapse(config)
+
+
+def mean_min(seq_len: int, limit: int) -> float:
     """Mean of min(t + 1, limit) over t < seq_len."""
     short = min(seq_len, limit)
     return (short * (short + 1) / 2 + (seq_len - short) * limit) / seq_len
 
 
-def _mean_entries(seq_len: int, ratio: int, limit: int) -> float:
-    """Mean of min(floor((t + 1) / ratio), limit): entries are visible from the last token of their block on."""
-    return sum(min((t + 1) // ratio, limit) for t in range(seq_len)) / seq_len
+def mean_entries(seq_len: int, ratio: int, limit: int) -> float:
+    """Mean of min(floor((t + 1) / ratio), limit) over t: entries are visible from the last token of their block on."""
+    full = min(seq_len // ratio, limit)  # `full` entries are visible from the token numbered ratio * full on
+    return (ratio * full * (full - 1) / 2 + (seq_len - ratio * full + 1) * full) / seq_len
 
 
 def _mix(config: ModelConfig) -> float:
@@ -111,6 +117,6 @@ def _mtp(config: ModelConfig, count: ParameterCount, model: Transformer, seq_len
         chosen = routed * config.num_experts_per_tok // config.n_routed_experts
         weights = sum(sizes.values()) - routed + chosen + count.by_component["head"]
         weights += (config.hc_mult - 1) * config.hidden_size**2  # h_proj runs on every stream
-        total += 2.0 * weights + _per_key(config) * attention_keys(config, spec, seq_len)
+        total += 2.0 * weights + per_key_flops(config) * attention_keys(config, spec, seq_len)
         total += 2 * _mix(config) + _collapse(config)
     return total

@@ -14,6 +14,7 @@ A weight counts one whatever its stored width.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -39,6 +40,7 @@ _COMPONENTS = (
     (r"\.wo_b\.", "wo_b"),
     (r"\.(q_norm|kv_norm|attn_sink)", "attention_norms_sinks"),
     (r"\.gate\.(weight|bias)", "router"),
+    (r"\.gate\.tid2eid$", "hash_tables"),
     (r"\.experts\.", "routed_experts"),
     (r"\.shared_experts\.", "shared_expert"),
     (r"\.hc_(attn|ffn)_", "hyper_connections"),
@@ -89,6 +91,7 @@ def count_model(model: Transformer, config: ModelConfig) -> ParameterCount:
     )
 
 
+@cache
 def component(name: str) -> str:
     """Which row of the table a tensor (our name) belongs to."""
     for pattern, part in _COMPONENTS:

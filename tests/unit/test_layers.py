@@ -33,6 +33,7 @@ SAME_LINE = {
     ("data", "tokenizer"),
     ("chat", "tokenizer"),
     ("checkpoint", "tokenizer"),  # `rorqual.load` hands out a model and its tokenizer
+    ("planner", "checkpoint"),  # a plan counts bytes as the files hold them
 }
 FOUNDATION = {
     ("config", "errors"),
