@@ -1,5 +1,6 @@
 """Checkpoints in and out: official and transformers layouts, strict loads with a report, `rorqual.load`."""
 
+from rorqual.checkpoint.convert import Conversion, convert
 from rorqual.checkpoint.load import ASSETS, bundled_names, load, load_model, locate
 from rorqual.checkpoint.names import to_official, to_transformers
 from rorqual.checkpoint.official import load_official, save_official
@@ -12,9 +13,11 @@ __all__ = [
     "ASSETS",
     "CheckpointFiles",
     "CheckpointSummary",
+    "Conversion",
     "LoadReport",
     "Match",
     "bundled_names",
+    "convert",
     "load",
     "load_model",
     "load_official",

@@ -25,6 +25,7 @@ from rorqual.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TEMPORARY = ".*.tmp"
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own bound
 _BITS_OF = {
@@ -79,16 +80,23 @@ class CheckpointFiles:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype."""
+        return self._open(name, lambda handle: handle.get_tensor(name))
+
+    def _open(self, name: str, take: Callable[[Any], Tensor]) -> Tensor:
         path = self.tensors[name].path
         try:
             if path not in self._handles:
                 self._handles[path] = self._stack.enter_context(safetensors.safe_open(path, framework="pt"))
-            return self._handles[path].get_tensor(name)
+            return take(self._handles[path])
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(
                 f"{path} could not be read at tensor {name} ({error}), so loading cannot go on. Check the "
                 "disk, or copy or download this file again."
             ) from error
+
+    def read_one(self, name: str, index: int) -> Tensor:
+        """`read(name)[index]`, without reading the rest."""
+        return self._open(name, lambda handle: handle.get_slice(name)[index])
 
     def close(self) -> None:
         """Release the mapped files."""
@@ -166,37 +174,47 @@ def write_checkpoint(folder: str | Path, shards: Sequence[Sequence[str]], make: 
     """
     folder = Path(folder)
     count = len(shards)
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = shard_names(count)
     weight_map: dict[str, str] = {}
     total = 0
-    temporary: list[Path] = []
+    unnamed: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file_name, group in zip(names, shards, strict=True):
             tensors = {name: make(name).detach().cpu().contiguous() for name in group}
-            path = _temporary(folder / file_name)
-            temporary.append(path)
+            path = temporary(folder / file_name)
+            unnamed.append(path)
             save_tensors(tensors, path, metadata={"format": "pt"})
-            _sync(path)
+            sync(path)
             total += sum(t.nbytes for t in tensors.values())
             weight_map |= dict.fromkeys(group, file_name)
-        for path, file_name in zip(temporary, names, strict=True):
+        for path, file_name in zip(unnamed, names, strict=True):
             os.replace(path, folder / file_name)
         if count > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-        for stale in _model_files(folder):
+            write_index(folder, weight_map, total)
+        for stale in model_files(folder):
             if stale.name not in names and not (count > 1 and stale.name == INDEX):
                 stale.unlink()
-        _sync(folder)
+        sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"cannot write the checkpoint to {folder}: {error}. Check free space and permissions, then save again."
         ) from error
     finally:
-        for path in temporary:
+        for path in unnamed:
             path.unlink(missing_ok=True)
     return [folder / name for name in names]
+
+
+def shard_names(count: int) -> list[str]:
+    """File names of a checkpoint in so many files."""
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """The index of a checkpoint in several files: tensor name -> file, and the bytes of all tensors."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -209,13 +227,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees either the old content or the new, even after a crash."""
-    temporary = _temporary(path)
+    beside = temporary(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, path)
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
+        os.replace(beside, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path}: {error}. Check free space and permissions, then save again."
         ) from error
@@ -241,7 +259,7 @@ def _find_files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
         return weight_map, [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return None, [folder / SINGLE]
-    shards = [path for path in _model_files(folder) if _SHARD.fullmatch(path.name)]
+    shards = [path for path in model_files(folder) if _SHARD.fullmatch(path.name)]
     if not shards:
         raise CheckpointError(
             f"{folder} holds neither {SINGLE} nor {INDEX}, so it has no weights to load. Point at the folder "
@@ -320,15 +338,17 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _model_files(folder: Path) -> list[Path]:
+def model_files(folder: Path) -> list[Path]:
+    """Files of a folder that belong to a checkpoint's weights by their names."""
     return [path for path in sorted(folder.iterdir()) if path.name in (SINGLE, INDEX) or _SHARD.fullmatch(path.name)]
 
 
-def _temporary(path: Path) -> Path:
+def temporary(path: Path) -> Path:
+    """Where a file is written before it gets its name; `TEMPORARY` finds what a killed process left."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Push a file (or a folder's entries) to the disk; systems that cannot sync folders are left alone."""
     try:
         handle = os.open(path, os.O_RDONLY)
