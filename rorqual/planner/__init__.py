@@ -2,13 +2,14 @@
 
 from rorqual.planner.bandwidth import Bandwidth, expert_bandwidth
 from rorqual.planner.flops import ForwardFlops, forward_flops
-from rorqual.planner.parameters import ParameterCount, build_on_meta, count_model, count_parameters
+from rorqual.planner.parameters import ParameterCount, build_on_meta, bytes_by_component, count_model, count_parameters
 
 __all__ = [
     "Bandwidth",
     "ForwardFlops",
     "ParameterCount",
     "build_on_meta",
+    "bytes_by_component",
     "count_model",
     "count_parameters",
     "expert_bandwidth",

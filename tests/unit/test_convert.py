@@ -278,7 +278,9 @@ def test_refusals(packed: Path, plain: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_two_at_once_are_kept_apart(plain: Path, tmp_path: Path):
-    def second(_what: str, _done: int, _total: int) -> None:
+    def second(_what: str, done: int, total: int) -> None:
+        if done < total:
+            return
         with pytest.raises(CheckpointError, match="another process is converting into"):
             checkpoint.convert(plain, tmp_path / "out", "official", verify=False)
 
