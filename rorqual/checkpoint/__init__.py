@@ -1,6 +1,7 @@
 """Checkpoints in and out: official and transformers layouts, strict loads with a report, `rorqual.load`."""
 
 from rorqual.checkpoint.convert import Conversion, convert
+from rorqual.checkpoint.hub import Pulled, pull
 from rorqual.checkpoint.load import ASSETS, bundled_names, load, load_model, locate
 from rorqual.checkpoint.names import to_official, to_transformers
 from rorqual.checkpoint.official import load_official, save_official
@@ -16,6 +17,7 @@ __all__ = [
     "Conversion",
     "LoadReport",
     "Match",
+    "Pulled",
     "bundled_names",
     "convert",
     "load",
@@ -24,6 +26,7 @@ __all__ = [
     "load_transformers",
     "locate",
     "match",
+    "pull",
     "save_official",
     "save_transformers",
     "summarise",

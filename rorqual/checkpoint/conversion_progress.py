@@ -1,10 +1,8 @@
 """How a conversion goes on after it was interrupted or killed: which files are finished, and whose folder it is."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 from rorqual.checkpoint.conversion_plan import PlannedFile
 from rorqual.checkpoint.pieces import Source
 from rorqual.checkpoint.safetensors_io import TEMPORARY, model_files, write_text
-from rorqual.checkpoint.streaming import sha256_of
+from rorqual.checkpoint.streaming import held, sha256_of
 from rorqual.errors import CheckpointError
 
 PROGRESS = "convert-progress.json"
@@ -80,18 +78,7 @@ def opened(target: Path, about: dict[str, Any]) -> Iterator[Progress]:
 
     Raises: CheckpointError when it holds another checkpoint, or another process is writing to it.
     """
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        folder = os.open(target, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"cannot make {target}: {error.strerror or error}. Name another folder.") from error
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                f"another process is converting into {target}. Wait for it, or name another folder."
-            ) from None
+    with held(target, "converting"):
         if not (target / PROGRESS).exists():
             there = [path.name for path in model_files(target)] + ["config.json"] * (target / "config.json").exists()
             if there:
@@ -102,8 +89,6 @@ def opened(target: Path, about: dict[str, Any]) -> Iterator[Progress]:
         for left in target.glob(TEMPORARY):
             left.unlink(missing_ok=True)
         yield Progress(target, about)
-    finally:
-        os.close(folder)
 
 
 def fingerprint(weights: Source) -> dict[str, Any]:

@@ -4,17 +4,17 @@ A name is looked up in this order: bundled with the package, a local folder, a H
 (downloaded through the optional `hub` extra).
 """
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from rorqual.checkpoint.hub import HUB_FILES, HUB_ID, import_hub
 from rorqual.checkpoint.official import load_official
 from rorqual.checkpoint.report import layout_of
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
 from rorqual.checkpoint.transformers_layout import load_transformers
-from rorqual.errors import CheckpointError, MissingExtraError
+from rorqual.errors import CheckpointError
 from rorqual.model import Transformer
 from rorqual.model.quantised import keep_cache_as
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).parent.parent / "assets"
 """Bundled models, one folder each."""
-
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
-_HUB_FILES = ["*.json", "*.safetensors"]
 
 
 def bundled_names() -> list[str]:
@@ -44,7 +41,7 @@ def locate(name_or_path: str | Path) -> Path:
     folder = Path(text).expanduser()
     if folder.is_dir():
         return folder
-    hub_id = _HUB_ID.fullmatch(text)
+    hub_id = HUB_ID.fullmatch(text)
     bundled = ", ".join(bundled_names()) or "none in this installation"
     if hub_id is None or isinstance(name_or_path, Path) or text.startswith("."):
         raise CheckpointError(
@@ -102,17 +99,12 @@ def load(
 
 
 def _download(repository: str, revision: str | None, bundled: str) -> Path:
+    hub = import_hub(
+        f"{repository!r} is no bundled model (they are: {bundled}) and no folder, so it would come from the Hugging "
+        "Face Hub"
+    )
     try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{repository!r} is no bundled model (they are: {bundled}) and no folder, so it would come from "
-            "the Hugging Face "
-            'Hub, but huggingface_hub is not installed. Install it with: pip install "rorqual[hub]", or '
-            "correct the name."
-        ) from error
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # the Hub client raises many kinds: network, HTTP, file system, its own
         raise CheckpointError(
             f"{repository} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {error}), "

@@ -5,7 +5,9 @@ shapes are known before any value is) and the values follow in pieces. Tensors o
 of the library, so that every one begins at a multiple of its element size.
 """
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -108,6 +110,29 @@ def disk_error(error: OSError, path: Path, written: int, expected: int) -> Check
         f"cannot write {path}: {error.strerror or error}. Nothing of it is left. Check the disk and its permissions, "
         "then run the same command again."
     )
+
+
+@contextlib.contextmanager
+def held(folder: Path, doing: str) -> Iterator[None]:
+    """Make `folder` if need be, and keep other processes that would write to it out.
+
+    Raises: CheckpointError when it cannot be made, or another process is `doing` the same.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot make {folder}: {error.strerror or error}. Name another folder.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(
+                f"another process is {doing} into {folder}. Wait for it, or name another folder."
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def sha256_of(path: Path) -> str:
