@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rorqual.checkpoint.build import read_config
 from rorqual.checkpoint.hub import HUB_FILES, HUB_ID, import_hub
 from rorqual.checkpoint.official import load_official
 from rorqual.checkpoint.report import layout_of
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
+from rorqual.checkpoint.summary import check_tokenizer
 from rorqual.checkpoint.transformers_layout import load_transformers
 from rorqual.errors import CheckpointError
 from rorqual.model import Transformer
@@ -91,6 +93,9 @@ def load(
             f"{folder} has no tokenizer.json, so text cannot be turned into tokens. Put the model's "
             "tokenizer.json there, or load the weights alone with rorqual.checkpoint.load_model."
         )
+    found = check_tokenizer(folder, read_config(folder))
+    if found.is_right is False:  # known before gigabytes are read
+        raise CheckpointError(f"the tokenizer in {folder} is not this model's: {found.words}")
     model = load_model(folder, dtype=dtype, device=device, weights=weights)
     if cache is not None:
         keep_cache_as(model, cache)

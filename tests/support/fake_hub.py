@@ -40,6 +40,13 @@ class FakeHub:
         return {"id": self.repository, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that go away are part of the tests."""
+
+
 @contextlib.contextmanager
 def serving(hub: FakeHub) -> Iterator[FakeHub]:
     """Serve `hub` until the end of the block; its `url` is then the endpoint."""
@@ -93,7 +100,7 @@ def serving(hub: FakeHub) -> Iterator[FakeHub]:
                 return
             self.wfile.write(body)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
