@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # it brings torch, which takes seconds to import
     from rorqual.server.run import Certificate
     from rorqual.server.service import Behaviour
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "httpx2")
 
 
 def start(

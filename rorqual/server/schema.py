@@ -197,7 +197,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /beta/completions: text before a gap, perhaps text after it."""
 
-    prompt: str
+    prompt: str | list[int] = Field(description="Text, or token ids.")
     suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, description="How many of the likeliest tokens to report, 0 to 20.")
