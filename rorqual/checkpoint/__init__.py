@@ -2,7 +2,7 @@
 
 from rorqual.checkpoint.convert import Conversion, convert
 from rorqual.checkpoint.hub import Pulled, pull
-from rorqual.checkpoint.load import ASSETS, bundled_names, load, load_model, locate
+from rorqual.checkpoint.load import ASSETS, bundled_names, describe, load, load_model, locate
 from rorqual.checkpoint.names import to_official, to_transformers
 from rorqual.checkpoint.official import load_official, save_official
 from rorqual.checkpoint.report import LoadReport, Match, match
@@ -20,6 +20,7 @@ __all__ = [
     "Pulled",
     "bundled_names",
     "convert",
+    "describe",
     "load",
     "load_model",
     "load_official",

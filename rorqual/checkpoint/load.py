@@ -4,8 +4,9 @@ A name is looked up in this order: bundled with the package, a local folder, a H
 (downloaded through the optional `hub` extra).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,6 +17,7 @@ from rorqual.checkpoint.report import layout_of
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
 from rorqual.checkpoint.summary import check_tokenizer
 from rorqual.checkpoint.transformers_layout import load_transformers
+from rorqual.config import ModelConfig
 from rorqual.errors import CheckpointError
 from rorqual.model import Transformer
 from rorqual.model.quantised import keep_cache_as
@@ -32,8 +34,8 @@ def bundled_names() -> list[str]:
     return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
 
 
-def locate(name_or_path: str | Path) -> Path:
-    """The local folder of a bundled name, a path or a Hub id (downloading the latter if needed).
+def locate(name_or_path: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
+    """The local folder of a bundled name, a path or a Hub id (downloading those `files` of the latter if needed).
 
     Raises: CheckpointError when nothing has that name; MissingExtraError for a Hub id without the extra.
     """
@@ -51,7 +53,7 @@ def locate(name_or_path: str | Path) -> Path:
             f"nothing can be loaded. Bundled models: {bundled}. Give one of them, a folder with config.json "
             "and weights, or a Hub id such as owner/name."
         )
-    return _download(hub_id.group(1), hub_id.group(2), bundled)
+    return _download(hub_id.group(1), hub_id.group(2), bundled, files)
 
 
 def load_model(
@@ -85,31 +87,55 @@ def load(
 
         model, tokenizer = rorqual.load("minke")
     """
+    folder = locate(name_or_path)
+    tokenizer = _tokenizer(
+        folder, read_config(folder)
+    )  # whether it is the right one is known before gigabytes are read
+    model = load_model(folder, dtype=dtype, device=device, weights=weights)
+    if cache is not None:
+        keep_cache_as(model, cache)
+    model.eval()
+    return model, tokenizer
+
+
+class Described(NamedTuple):
+    """A model without its weights."""
+
+    cfg: ModelConfig
+    tokenizer: "Tokenizer"
+
+
+def describe(name_or_path: str | Path) -> Described:
+    """Config and tokenizer of a model whose weights are not needed here, and of a Hub id not fetched.
+
+    Raises: as `load`.
+    """
+    folder = locate(name_or_path, ["*.json"])
+    config = read_config(folder)
+    return Described(config, _tokenizer(folder, config))
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> "Tokenizer":
     from rorqual.tokenizer import Tokenizer
 
-    folder = locate(name_or_path)
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{folder} has no tokenizer.json, so text cannot be turned into tokens. Put the model's "
             "tokenizer.json there, or load the weights alone with rorqual.checkpoint.load_model."
         )
-    found = check_tokenizer(folder, read_config(folder))
-    if found.is_right is False:  # known before gigabytes are read
+    found = check_tokenizer(folder, config)
+    if found.is_right is False:
         raise CheckpointError(f"the tokenizer in {folder} is not this model's: {found.words}")
-    model = load_model(folder, dtype=dtype, device=device, weights=weights)
-    if cache is not None:
-        keep_cache_as(model, cache)
-    model.eval()
-    return model, Tokenizer.from_folder(folder)
+    return Tokenizer.from_folder(folder)
 
 
-def _download(repository: str, revision: str | None, bundled: str) -> Path:
+def _download(repository: str, revision: str | None, bundled: str, files: Sequence[str]) -> Path:
     hub = import_hub(
         f"{repository!r} is no bundled model (they are: {bundled}) and no folder, so it would come from the Hugging "
         "Face Hub"
     )
     try:
-        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES))
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the Hub client raises many kinds: network, HTTP, file system, its own
         raise CheckpointError(
             f"{repository} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {error}), "
