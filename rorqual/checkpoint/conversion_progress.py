@@ -102,7 +102,13 @@ def fingerprint(weights: Source) -> dict[str, Any]:
 
 
 def check_space(target: Path, files: list[PlannedFile]) -> None:
-    needed, free = sum(file.nbytes for file in files), shutil.disk_usage(target).free
+    """Raises: CheckpointError when those files do not fit on the target's disk."""
+    check_free(target, sum(file.nbytes for file in files))
+
+
+def check_free(target: Path, needed: int) -> None:
+    """Raises: CheckpointError when so many bytes do not fit on the target's disk."""
+    free = shutil.disk_usage(target).free
     if needed > free:
         raise CheckpointError(
             f"{target} needs {needed:,} bytes more, but its disk has {free:,} free, {needed - free:,} too few. Nothing "
