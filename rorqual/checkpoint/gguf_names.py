@@ -76,6 +76,11 @@ def key_values(config: ModelConfig, name: str) -> list[tuple[str, Any]]:
             f"the model's compress_ratios are {sorted(set(ratios))}, and llama.cpp's deepseek4 knows 0, 4 and 128 "
             "only. Use --to official or --to transformers."
         )
+    if config.index_head_dim % 64:
+        raise ConfigError(
+            f"the indexer's heads are {config.index_head_dim} wide, and llama.cpp rotates them 64 channels at a time, "
+            "so it would abort. V4's are 128. Use --to official or --to transformers."
+        )
     arch: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,

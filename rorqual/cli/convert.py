@@ -21,10 +21,14 @@ _LABELS = {"check": "checking finished files", "write": "writing", "verify": "ve
 
 def convert(
     source: Annotated[str, typer.Argument(help="Bundled name, checkpoint folder, or Hub id.", metavar="SOURCE")],
-    target: Annotated[Path, typer.Argument(help="Folder to write; a new or empty one.", metavar="TARGET")],
+    target: Annotated[
+        Path, typer.Argument(help="Folder to write, new or empty; for gguf a new file.", metavar="TARGET")
+    ],
     to: Annotated[
-        Literal["official", "transformers"],
-        typer.Option("--to", help="DeepSeek's own layout, or that of transformers.", rich_help_panel=FORMAT),
+        Literal["official", "transformers", "gguf"],
+        typer.Option(
+            "--to", help="DeepSeek's own layout, that of transformers, or llama.cpp's.", rich_help_panel=FORMAT
+        ),
     ],
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
@@ -53,18 +57,28 @@ def convert(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint between DeepSeek's layout and that of transformers, a matrix at a time.
+    """Convert a checkpoint between DeepSeek's layout and that of transformers, or to GGUF, a matrix at a time.
 
-    An interrupted conversion goes on with the same command: finished files are kept.
+    An interrupted conversion goes on with the same command: finished files are kept (a GGUF is one file).
 
     \b
     rorqual convert DeepSeek-V4-Flash flash-transformers --to transformers
     rorqual convert flash-transformers flash-official --to official --experts fp4
+    rorqual convert DeepSeek-V4-Flash flash.gguf --to gguf
     """
     import torch
 
     from rorqual.checkpoint import convert as run
     from rorqual.checkpoint import locate
+
+    if to == "gguf":
+        if dtype is not None or experts is not None or drop_mtp:
+            raise ConfigError(
+                "--dtype, --experts and --drop-mtp are for the other layouts: a GGUF file keeps what is stored (FP4 as "
+                "MXFP4, FP8 as BF16) and never has MTP. Leave them out."
+            )
+        _to_gguf(locate(source), target.expanduser(), verify, as_json)
+        return
 
     limit = parse_bytes(shard_bytes, "--shard-bytes")
     if limit < 1:
@@ -85,6 +99,21 @@ def convert(
         typer.echo(json.dumps(_as_json(done), indent=2))
     else:
         typer.echo("\n".join(_lines(done)))
+
+
+def _to_gguf(source: Path, target: Path, verify: bool, as_json: bool) -> None:
+    from rorqual.checkpoint.gguf_export import export_gguf
+
+    with byte_progress(not as_json, _LABELS) as on_bytes:
+        done = export_gguf(source, target, verify=verify, on_bytes=on_bytes)
+    if as_json:
+        typer.echo(json.dumps({**done._asdict(), "path": str(done.path)}, indent=2))
+        return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(done.tensors.items()))
+    typer.echo(f"{done.path}: {done.nbytes / 1e6:,.1f} MB, tensors: {kinds}")
+    typer.echo("not verified (--no-verify)" if done.verified is None else f"read back: all {done.verified} exact")
+    if done.left_out:
+        typer.echo(f"left out, which llama.cpp has no use for: {', '.join(done.left_out)}")
 
 
 def _as_json(done: "Conversion") -> dict[str, Any]:
