@@ -1,9 +1,9 @@
 """llama.cpp itself reads our GGUF files: the same tokens for text, and nearly the same next-token probabilities.
 
 It needs `pip install xllamacpp`, which has llama.cpp built for the CPU; skipped without. It runs in a process of its
-own, because a failed assertion of llama.cpp ends the process. Its products of F32 matrices are exact up to summation order,
-but some of its state is kept in F16, and with random weights a near tie in a router or indexer then falls the other way
-now and then: hence a median, and a share.
+own, because a failed assertion of llama.cpp ends the process. Its products of F32 matrices are exact up to summation
+order, but some of its state is kept in F16, and with random weights a near tie in a router or indexer then falls the
+other way now and then: hence a median, and a share.
 """
 
 import importlib.util
