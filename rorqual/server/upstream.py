@@ -105,7 +105,7 @@ class RemoteEngine:
         self._lock = threading.Lock()
         self._active: dict[RemoteRequest, asyncio.Task[None] | None] = {}
         self._finished: Counter[FinishReason] = Counter()
-        self._prompt_tokens = self._sampled_tokens = self._order = 0
+        self._prompt_tokens = self._sampled_tokens = 0
         self._closing, self._reachable, self._heard = False, True, time.monotonic()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="rorqual-upstream", daemon=True)
@@ -155,8 +155,7 @@ class RemoteEngine:
                     retry_after_s=1.0,
                 )
             self._active[request] = None
-            self._order += 1
-        self._loop.call_soon_threadsafe(self._start, request)
+            self._loop.call_soon_threadsafe(self._start, request)  # under the lock: before `close` stops the loop
         return request
 
     @property
@@ -201,9 +200,9 @@ class RemoteEngine:
     def close(self) -> None:
         """End what runs (status 503) and stop the thread. May be called twice."""
         with self._lock:
-            first, self._closing = not self._closing, True
-        if first:
-            self._loop.call_soon_threadsafe(self._stop)
+            if not self._closing:
+                self._closing = True
+                self._loop.call_soon_threadsafe(self._loop.stop)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -219,14 +218,12 @@ class RemoteEngine:
         asyncio.set_event_loop(self._loop)
         poll = self._loop.create_task(self._poll())
         self._loop.run_forever()
-        poll.cancel()
-        left = [task for task in self._active.values() if task is not None]
-        self._loop.run_until_complete(asyncio.gather(poll, *left, return_exceptions=True))
+        left = [poll, *(task for task in self._active.values() if task is not None)]
+        for task in left:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         self._loop.run_until_complete(self.link.close())
         self._loop.close()
-
-    def _stop(self) -> None:
-        self._loop.stop()
 
     def _start(self, request: RemoteRequest) -> None:
         self._active[request] = self._loop.create_task(self._serve(request))

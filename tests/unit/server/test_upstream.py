@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.testclient import TestClient
 
 from rorqual.engine import Engine
-from rorqual.errors import ConfigError
+from rorqual.errors import ConfigError, RequestError
 from rorqual.server import create_app
 from rorqual.server.upstream import RemoteEngine
 from rorqual.server.upstream_wire import Dialect, Link, connect
@@ -266,6 +266,27 @@ def test_a_client_that_leaves_ends_it_upstream():
             request.cancel()
             assert [event.finish_reason for event in events][-1] == "cancelled"
             assert upstream.gone.wait(5) and engine.occupancy() == (0, 0)
+
+
+def test_closing_ends_what_runs_at_once():
+    upstream = Scripted()
+    upstream.acts = [[text("Ha"), 60.0]]
+    with live(upstream.app) as url:
+        engine = RemoteEngine(
+            Link(url, "back", "openai", "secret", 120.0), byte_tokenizer(), ScriptModel(reply).cfg, context_limit=4096
+        )
+        request = engine.submit([1, 2, 3])
+        events = iter(request)
+        assert next(events).text == "Ha"
+        began = time.monotonic()
+        engine.close()
+        engine.close()
+        assert time.monotonic() - began < 5 and not engine.is_alive
+        with pytest.raises(RequestError) as ended:
+            next(events)
+        assert ended.value.status == 503
+        with pytest.raises(RequestError):
+            engine.submit([1])
 
 
 def test_an_upstream_that_is_not_there():
