@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +25,14 @@ from starlette.testclient import TestClient
 
 from rorqual.engine import Engine
 from rorqual.errors import ConfigError, RequestError
+from rorqual.ledger import Ledger
+from rorqual.ledger import keys as stored
+from rorqual.money import PICOS, parse_amount
+from rorqual.planner.prices import cost
 from rorqual.server import create_app
+from rorqual.server.accounts import Accounts, Tariff
+from rorqual.server.operations import Operations
+from rorqual.server.service import Behaviour
 from rorqual.server.upstream import RemoteEngine
 from rorqual.server.upstream_wire import Dialect, Link, connect
 from rorqual.tokenizer.special import EOS
@@ -126,6 +135,36 @@ def test_what_an_upstream_cannot_do_is_refused_by_name(front: TestClient):
     view = front.get("/engine/view").json()["models"]["minke"]
     assert view["running"] == 0 and view["finished"]["stop"] >= 1 and view["steps"] == []
     assert "rorqual_sampled_tokens_total" in front.get("/metrics").text
+
+
+def test_keys_aliases_and_costs_are_this_servers(tmp_path: Path):
+    """What a request costs comes from the upstream's count, is in the answer and is taken from the key's budget."""
+    upstream = Scripted()
+    upstream.acts = [[text("Think</think>Hi"), text("!", "stop"), USAGE, DONE], JSONResponse({"error": "busy"}, 429)]
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    mine = stored.add(ledger.database, "ada", budget=PICOS)
+    operations = Operations(accounts=Accounts(ledger, tariff=Tariff(like="deepseek-v4-pro")))
+    with live(upstream.app) as url:
+        link = Link(url, "back", "openai", "secret", 20.0)
+        with (
+            RemoteEngine(link, byte_tokenizer(), ScriptModel(reply).cfg, context_limit=4096) as engine,
+            TestClient(
+                create_app(engine, "minke", operations=operations, behaviour=Behaviour(aliases={"gpt-5": "minke"}))
+            ) as client,
+        ):
+            assert ask(client).status_code == 401 and not upstream.bodies
+            client.headers["authorization"] = f"Bearer {mine}"
+            answer = ask(client, model="gpt-5").json()
+            assert answer["model"] == "gpt-5" and upstream.bodies[0]["model"] == "back"
+            (row,) = ledger.summary(["key", "model"])
+            assert (row["key"], row["model"], row["completion_tokens"], row["hit_tokens"]) == ("ada", "minke", 5, 4)
+            paid = cost(answer["usage"], "deepseek-v4-pro", datetime.now(UTC)).total
+            assert row["cost"] == paid == parse_amount(answer["rorqual"]["cost"]["total"]) > 0
+            assert refused(ask(client), 429)["type"] == "rate_limit_error"
+            assert ledger.held("ada") == 0
+            left = client.get("/user/balance").json()["balance_infos"][0]["total_balance"]
+            assert parse_amount(left) == PICOS - paid
+    operations.close()
 
 
 # ---------------------------------------------------------------- upstreams that fail
