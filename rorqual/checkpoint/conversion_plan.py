@@ -11,9 +11,9 @@ from rorqual.checkpoint.layout import FileTensor, Part, file_tensors
 from rorqual.checkpoint.names import stays_fp32
 from rorqual.checkpoint.packed import Stored, describe, scale_name, scale_shape, stored_tensors
 from rorqual.checkpoint.pieces import SCALES, Piece, Source, pieces_of
+from rorqual.checkpoint.piecewise import Entry, header_of
 from rorqual.checkpoint.safetensors_io import shard_names
 from rorqual.checkpoint.store import stored_config
-from rorqual.checkpoint.streaming import Entry, header_of
 from rorqual.model.quantised import ExpertFormat, StoredFormat
 
 LAYOUTS = {"official": official.LAYOUT, "transformers": transformers_layout.LAYOUT}

@@ -10,8 +10,8 @@ from typing import Any
 
 from rorqual.checkpoint.conversion_plan import PlannedFile
 from rorqual.checkpoint.pieces import Source
+from rorqual.checkpoint.piecewise import held, sha256_of
 from rorqual.checkpoint.safetensors_io import TEMPORARY, model_files, write_text
-from rorqual.checkpoint.streaming import held, sha256_of
 from rorqual.errors import CheckpointError
 
 PROGRESS = "convert-progress.json"

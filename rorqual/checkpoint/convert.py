@@ -23,9 +23,9 @@ from rorqual.checkpoint.conversion_plan import PlannedFile, Target, plan_files, 
 from rorqual.checkpoint.conversion_progress import OnBytes, Progress, check_space, fingerprint, opened
 from rorqual.checkpoint.packed import Stored, exponents, pack, scale_name
 from rorqual.checkpoint.pieces import SCALES, Piece, Source, pieces_of
+from rorqual.checkpoint.piecewise import in_file_order, write_streamed
 from rorqual.checkpoint.safetensors_io import write_index, write_text
 from rorqual.checkpoint.store import COMPANIONS, SHARD_BYTES
-from rorqual.checkpoint.streaming import in_file_order, write_streamed
 from rorqual.checkpoint.verify import Verified, compare
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.model.quantised import ExpertFormat, StoredFormat

@@ -23,8 +23,8 @@ from rorqual.checkpoint.gguf_names import gguf_name, key_values, tokenizer_value
 from rorqual.checkpoint.layout import FileTensor, Part, Shape
 from rorqual.checkpoint.names import split_stacked
 from rorqual.checkpoint.pieces import Piece, Source, pieces_of
+from rorqual.checkpoint.piecewise import disk_error, held
 from rorqual.checkpoint.safetensors_io import sync, temporary
-from rorqual.checkpoint.streaming import disk_error, held
 from rorqual.errors import CheckpointError, MissingExtraError
 from rorqual.ops.quant import FP4_GROUP
 

@@ -19,8 +19,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from rorqual.checkpoint.piecewise import held
 from rorqual.checkpoint.safetensors_io import sync
-from rorqual.checkpoint.streaming import held
 from rorqual.errors import CheckpointError, MissingExtraError
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)

@@ -16,8 +16,8 @@ from rorqual.checkpoint.build import read_config
 from rorqual.checkpoint.layout import FileTensor
 from rorqual.checkpoint.names import expert_name, split_stacked
 from rorqual.checkpoint.packed import unpack
-from rorqual.checkpoint.report import STORED_DTYPE, check_kinds, layout_of, match, packed_format, refuse_misfits
-from rorqual.checkpoint.safetensors_io import CheckpointFiles, TensorInfo, read_header
+from rorqual.checkpoint.report import check_kinds, layout_of, match, packed_format, refuse_misfits
+from rorqual.checkpoint.safetensors_io import DTYPES, CheckpointFiles, TensorInfo, read_header
 from rorqual.checkpoint.transformers_layout import without_absent_mtp
 from rorqual.errors import CheckpointError
 from rorqual.model import Transformer
@@ -89,7 +89,7 @@ class Source:
 
     def dtype(self, piece: Piece) -> torch.dtype:
         """As stored, for a piece that is no codes."""
-        return STORED_DTYPE[self._places[piece].info.dtype]
+        return DTYPES[self._places[piece].info.dtype]
 
     def scale_info(self, piece: Piece) -> TensorInfo | None:
         """The scales stored for a piece's codes."""

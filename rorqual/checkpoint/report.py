@@ -30,8 +30,8 @@ from rorqual.errors import CheckpointError
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _INTS = {"I64", "I32"}
-STORED_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-STORED_DTYPE |= {"I64": torch.int64, "I32": torch.int32}
+_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH |= {"I64": torch.int64, "I32": torch.int32}
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ def fill(
                 wanted = collector.formats[tensor.parts[0].ours] if is_packed and collector else _word(target.dtype)
                 if packed_format(info.dtype) != wanted:
                     report.cast[tensor.name] = f"{packed_format(info.dtype)} -> {wanted}"
-            elif target.dtype != STORED_DTYPE[info.dtype]:
-                report.cast[tensor.name] = f"{_word(STORED_DTYPE[info.dtype])} -> {_word(target.dtype)}"
+            elif target.dtype != _TORCH[info.dtype]:
+                report.cast[tensor.name] = f"{_word(_TORCH[info.dtype])} -> {_word(target.dtype)}"
             if is_packed and collector is not None:
                 for part in tensor.parts:
                     collector.take(part, value, codes, scale)

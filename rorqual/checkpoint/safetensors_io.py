@@ -19,6 +19,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from rorqual.errors import CheckpointError
@@ -35,6 +36,12 @@ _BITS_OF = {
     32: "I32 U32 F32",
     64: "I64 U64 F64",
 }
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""Those of tensors that a model reads."""
 _BITS = {dtype: bits for bits, dtypes in _BITS_OF.items() for dtype in dtypes.split()}
 
 
@@ -80,28 +87,25 @@ class CheckpointFiles:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype."""
-        return self._open(name, lambda handle: handle.get_tensor(name))
-
-    def _open(self, name: str, take: Callable[[Any], Tensor]) -> Tensor:
         path = self.tensors[name].path
         try:
             if path not in self._handles:
                 self._handles[path] = self._stack.enter_context(safetensors.safe_open(path, framework="pt"))
-            return take(self._handles[path])
+            return self._handles[path].get_tensor(name)
         except (OSError, safetensors.SafetensorError) as error:
             raise CheckpointError(
                 f"{path} could not be read at tensor {name} ({error}), so loading cannot go on. Check the "
                 "disk, or copy or download this file again."
             ) from error
 
-    def read_one(self, name: str, index: int) -> Tensor:
-        """`read(name)[index]`, without reading the rest."""
-        return self._open(name, lambda handle: handle.get_slice(name)[index])
-
     def close(self) -> None:
         """Release the mapped files."""
         self._handles.clear()
         self._stack.close()
+
+    def read_one(self, name: str, index: int) -> Tensor:
+        """`read(name)[index]`: the file is mapped, so only that part of it is read, and when it is used."""
+        return self.read(name)[index]
 
     def __enter__(self) -> "CheckpointFiles":
         return self

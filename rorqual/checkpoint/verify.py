@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rorqual.checkpoint.pieces import Piece, Source
-from rorqual.checkpoint.streaming import sha256_of
+from rorqual.checkpoint.piecewise import sha256_of
 from rorqual.errors import CheckpointError
 
 

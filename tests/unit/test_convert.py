@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,9 @@ from small_models import build, packable_config
 from torch import Tensor
 
 from rorqual import checkpoint
-from rorqual.checkpoint import conversion_progress
-from rorqual.checkpoint.pieces import SCALES
-from rorqual.checkpoint.safetensors_io import CheckpointFiles
-from rorqual.checkpoint.streaming import Entry, write_streamed
+from rorqual.checkpoint import conversion_progress, piecewise
+from rorqual.checkpoint.pieces import SCALES, Piece, Source
+from rorqual.checkpoint.piecewise import Entry, write_streamed
 from rorqual.cli import main
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.ops import quant
@@ -158,15 +158,20 @@ def test_a_matrix_at_a_time(packed: Path, tmp_path: Path, monkeypatch: pytest.Mo
     """Fused stacks are never read or made whole, in either direction."""
     checkpoint.convert(packed, tmp_path / "b", "transformers", verify=False)
     seen: list[int] = []
-    for method in ("read", "read_one"):
-        original = getattr(CheckpointFiles, method)
+    original_read, original_write = Source.read, piecewise._chunks
 
-        def counted(self: CheckpointFiles, *args: object, original: Callable[..., Tensor] = original) -> Tensor:
-            tensor = original(self, *args)
-            seen.append(tensor.nbytes)
-            return tensor
+    def read(self: Source, piece: Piece) -> Tensor:
+        value = original_read(self, piece)
+        seen.append(value.nbytes)
+        return value
 
-        monkeypatch.setattr(CheckpointFiles, method, counted)
+    def chunks(header: bytes, pieces: Iterable[Tensor]) -> Iterator[Any]:
+        for chunk in original_write(header, pieces):
+            seen.append(len(chunk))
+            yield chunk
+
+    monkeypatch.setattr(Source, "read", read)
+    monkeypatch.setattr(piecewise, "_chunks", chunks)
     checkpoint.convert(tmp_path / "b", tmp_path / "c", "official", experts="fp4")
     largest = max(t.nbytes for name, t in tensors_of(tmp_path / "b").items() if ".experts." not in name)
     stacks = [t for name, t in tensors_of(tmp_path / "b").items() if name.endswith("gate_up_proj")]
