@@ -1,6 +1,8 @@
 """Checkpoints in and out: official and transformers layouts, strict loads with a report, `rorqual.load`."""
 
-from rorqual.checkpoint.load import ASSETS, bundled_names, load, load_model, locate
+from rorqual.checkpoint.convert import Conversion, convert
+from rorqual.checkpoint.hub import Pulled, pull
+from rorqual.checkpoint.load import ASSETS, bundled_names, describe, load, load_model, locate
 from rorqual.checkpoint.names import to_official, to_transformers
 from rorqual.checkpoint.official import load_official, save_official
 from rorqual.checkpoint.report import LoadReport, Match, match
@@ -12,15 +14,20 @@ __all__ = [
     "ASSETS",
     "CheckpointFiles",
     "CheckpointSummary",
+    "Conversion",
     "LoadReport",
     "Match",
+    "Pulled",
     "bundled_names",
+    "convert",
+    "describe",
     "load",
     "load_model",
     "load_official",
     "load_transformers",
     "locate",
     "match",
+    "pull",
     "save_official",
     "save_transformers",
     "summarise",

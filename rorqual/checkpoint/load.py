@@ -4,17 +4,21 @@ A name is looked up in this order: bundled with the package, a local folder, a H
 (downloaded through the optional `hub` extra).
 """
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from rorqual.checkpoint.build import read_config
+from rorqual.checkpoint.hub import HUB_FILES, HUB_ID, import_hub
 from rorqual.checkpoint.official import load_official
 from rorqual.checkpoint.report import layout_of
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
+from rorqual.checkpoint.summary import check_tokenizer
 from rorqual.checkpoint.transformers_layout import load_transformers
-from rorqual.errors import CheckpointError, MissingExtraError
+from rorqual.config import ModelConfig
+from rorqual.errors import CheckpointError
 from rorqual.model import Transformer
 from rorqual.model.quantised import keep_cache_as
 
@@ -24,17 +28,14 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent.parent / "assets"
 """Bundled models, one folder each."""
 
-_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
-_HUB_FILES = ["*.json", "*.safetensors"]
-
 
 def bundled_names() -> list[str]:
     """Models that travel with the package."""
     return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
 
 
-def locate(name_or_path: str | Path) -> Path:
-    """The local folder of a bundled name, a path or a Hub id (downloading the latter if needed).
+def locate(name_or_path: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
+    """The local folder of a bundled name, a path or a Hub id (downloading those `files` of the latter if needed).
 
     Raises: CheckpointError when nothing has that name; MissingExtraError for a Hub id without the extra.
     """
@@ -44,7 +45,7 @@ def locate(name_or_path: str | Path) -> Path:
     folder = Path(text).expanduser()
     if folder.is_dir():
         return folder
-    hub_id = _HUB_ID.fullmatch(text)
+    hub_id = HUB_ID.fullmatch(text)
     bundled = ", ".join(bundled_names()) or "none in this installation"
     if hub_id is None or isinstance(name_or_path, Path) or text.startswith("."):
         raise CheckpointError(
@@ -52,7 +53,7 @@ def locate(name_or_path: str | Path) -> Path:
             f"nothing can be loaded. Bundled models: {bundled}. Give one of them, a folder with config.json "
             "and weights, or a Hub id such as owner/name."
         )
-    return _download(hub_id.group(1), hub_id.group(2), bundled)
+    return _download(hub_id.group(1), hub_id.group(2), bundled, files)
 
 
 def load_model(
@@ -86,33 +87,55 @@ def load(
 
         model, tokenizer = rorqual.load("minke")
     """
+    folder = locate(name_or_path)
+    tokenizer = _tokenizer(
+        folder, read_config(folder)
+    )  # whether it is the right one is known before gigabytes are read
+    model = load_model(folder, dtype=dtype, device=device, weights=weights)
+    if cache is not None:
+        keep_cache_as(model, cache)
+    model.eval()
+    return model, tokenizer
+
+
+class Described(NamedTuple):
+    """A model without its weights."""
+
+    cfg: ModelConfig
+    tokenizer: "Tokenizer"
+
+
+def describe(name_or_path: str | Path) -> Described:
+    """Config and tokenizer of a model whose weights are not needed here, and of a Hub id not fetched.
+
+    Raises: as `load`.
+    """
+    folder = locate(name_or_path, ["*.json"])
+    config = read_config(folder)
+    return Described(config, _tokenizer(folder, config))
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> "Tokenizer":
     from rorqual.tokenizer import Tokenizer
 
-    folder = locate(name_or_path)
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{folder} has no tokenizer.json, so text cannot be turned into tokens. Put the model's "
             "tokenizer.json there, or load the weights alone with rorqual.checkpoint.load_model."
         )
-    model = load_model(folder, dtype=dtype, device=device, weights=weights)
-    if cache is not None:
-        keep_cache_as(model, cache)
-    model.eval()
-    return model, Tokenizer.from_folder(folder)
+    found = check_tokenizer(folder, config)
+    if found.is_right is False:
+        raise CheckpointError(f"the tokenizer in {folder} is not this model's: {found.words}")
+    return Tokenizer.from_folder(folder)
 
 
-def _download(repository: str, revision: str | None, bundled: str) -> Path:
+def _download(repository: str, revision: str | None, bundled: str, files: Sequence[str]) -> Path:
+    hub = import_hub(
+        f"{repository!r} is no bundled model (they are: {bundled}) and no folder, so it would come from the Hugging "
+        "Face Hub"
+    )
     try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{repository!r} is no bundled model (they are: {bundled}) and no folder, so it would come from "
-            "the Hugging Face "
-            'Hub, but huggingface_hub is not installed. Install it with: pip install "rorqual[hub]", or '
-            "correct the name."
-        ) from error
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the Hub client raises many kinds: network, HTTP, file system, its own
         raise CheckpointError(
             f"{repository} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {error}), "

@@ -160,7 +160,7 @@ def fill(
         misshapen=found.misshapen,
     )
     if strict:
-        _refuse(files.folder, found)
+        refuse_misfits(files.folder, found)
     with torch.no_grad():
         for tensor, info in sorted(found.fitting, key=lambda pair: str(pair[1].path)):
             target, value = state[tensor.parts[0].ours], files.read(info.name)
@@ -176,8 +176,8 @@ def fill(
                 if kept is not None and not is_packed:
                     report.scales[tensor.name] = kept
                 wanted = collector.formats[tensor.parts[0].ours] if is_packed and collector else _word(target.dtype)
-                if _packed_format(info.dtype) != wanted:
-                    report.cast[tensor.name] = f"{_packed_format(info.dtype)} -> {wanted}"
+                if packed_format(info.dtype) != wanted:
+                    report.cast[tensor.name] = f"{packed_format(info.dtype)} -> {wanted}"
             elif target.dtype != _TORCH[info.dtype]:
                 report.cast[tensor.name] = f"{_word(_TORCH[info.dtype])} -> {_word(target.dtype)}"
             if is_packed and collector is not None:
@@ -222,14 +222,14 @@ def check_kinds(state: Mapping[str, Tensor], found: Match) -> None:
     found.fitting = fitting
 
 
-def _packed_format(dtype: str) -> StoredFormat | None:
+def packed_format(dtype: str) -> StoredFormat | None:
     """fp4 or fp8 for the dtypes those are stored in."""
     return "fp4" if dtype in FP4_DTYPES else "fp8" if dtype in FP8_DTYPES else None
 
 
 def _fault_of_codes(tensor: FileTensor, info: TensorInfo, scale: TensorInfo | None) -> str:
     """Why a weight stored as FP8 or FP4 codes cannot be read; empty when it can."""
-    kind = _packed_format(info.dtype)
+    kind = packed_format(info.dtype)
     if kind is None or len(tensor.shape) < 2:
         return f"is stored as {info.dtype}, but packed weights are matrices in F8_E4M3 or I8 (two FP4 values a byte)"
     if scale is None:
@@ -240,7 +240,8 @@ def _fault_of_codes(tensor: FileTensor, info: TensorInfo, scale: TensorInfo | No
     return ""
 
 
-def _refuse(folder: Path, found: Match) -> None:
+def refuse_misfits(folder: Path, found: Match) -> None:
+    """Raises: CheckpointError unless every tensor of the config is there, and no other."""
     problems: list[str] = []
     if found.missing:
         names = [f"{tensor.name} {tensor.shape}" for tensor in found.missing]

@@ -19,12 +19,14 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from rorqual.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TEMPORARY = ".*.tmp"
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library's own bound
 _BITS_OF = {
@@ -34,6 +36,12 @@ _BITS_OF = {
     32: "I32 U32 F32",
     64: "I64 U64 F64",
 }
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""Those of tensors that a model reads."""
 _BITS = {dtype: bits for bits, dtypes in _BITS_OF.items() for dtype in dtypes.split()}
 
 
@@ -94,6 +102,10 @@ class CheckpointFiles:
         """Release the mapped files."""
         self._handles.clear()
         self._stack.close()
+
+    def read_one(self, name: str, index: int) -> Tensor:
+        """`read(name)[index]`: the file is mapped, so only that part of it is read, and when it is used."""
+        return self.read(name)[index]
 
     def __enter__(self) -> "CheckpointFiles":
         return self
@@ -166,37 +178,47 @@ def write_checkpoint(folder: str | Path, shards: Sequence[Sequence[str]], make: 
     """
     folder = Path(folder)
     count = len(shards)
-    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = shard_names(count)
     weight_map: dict[str, str] = {}
     total = 0
-    temporary: list[Path] = []
+    unnamed: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file_name, group in zip(names, shards, strict=True):
             tensors = {name: make(name).detach().cpu().contiguous() for name in group}
-            path = _temporary(folder / file_name)
-            temporary.append(path)
+            path = temporary(folder / file_name)
+            unnamed.append(path)
             save_tensors(tensors, path, metadata={"format": "pt"})
-            _sync(path)
+            sync(path)
             total += sum(t.nbytes for t in tensors.values())
             weight_map |= dict.fromkeys(group, file_name)
-        for path, file_name in zip(temporary, names, strict=True):
+        for path, file_name in zip(unnamed, names, strict=True):
             os.replace(path, folder / file_name)
         if count > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-        for stale in _model_files(folder):
+            write_index(folder, weight_map, total)
+        for stale in model_files(folder):
             if stale.name not in names and not (count > 1 and stale.name == INDEX):
                 stale.unlink()
-        _sync(folder)
+        sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"cannot write the checkpoint to {folder}: {error}. Check free space and permissions, then save again."
         ) from error
     finally:
-        for path in temporary:
+        for path in unnamed:
             path.unlink(missing_ok=True)
     return [folder / name for name in names]
+
+
+def shard_names(count: int) -> list[str]:
+    """File names of a checkpoint in so many files."""
+    return [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """The index of a checkpoint in several files: tensor name -> file, and the bytes of all tensors."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -209,13 +231,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees either the old content or the new, even after a crash."""
-    temporary = _temporary(path)
+    beside = temporary(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, path)
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
+        os.replace(beside, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise CheckpointError(
             f"cannot write {path}: {error}. Check free space and permissions, then save again."
         ) from error
@@ -241,7 +263,7 @@ def _find_files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
         return weight_map, [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return None, [folder / SINGLE]
-    shards = [path for path in _model_files(folder) if _SHARD.fullmatch(path.name)]
+    shards = [path for path in model_files(folder) if _SHARD.fullmatch(path.name)]
     if not shards:
         raise CheckpointError(
             f"{folder} holds neither {SINGLE} nor {INDEX}, so it has no weights to load. Point at the folder "
@@ -320,15 +342,17 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _model_files(folder: Path) -> list[Path]:
+def model_files(folder: Path) -> list[Path]:
+    """Files of a folder that belong to a checkpoint's weights by their names."""
     return [path for path in sorted(folder.iterdir()) if path.name in (SINGLE, INDEX) or _SHARD.fullmatch(path.name)]
 
 
-def _temporary(path: Path) -> Path:
+def temporary(path: Path) -> Path:
+    """Where a file is written before it gets its name; `TEMPORARY` finds what a killed process left."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Push a file (or a folder's entries) to the disk; systems that cannot sync folders are left alone."""
     try:
         handle = os.open(path, os.O_RDONLY)

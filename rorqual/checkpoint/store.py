@@ -80,7 +80,7 @@ def write_model(
     state: dict[str, Tensor] = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     plain = file_tensors(shapes, layout.is_fused)
-    config = _stored_config(model.cfg, torch.bfloat16 if experts else dtype or state["embed.weight"].dtype)
+    config = stored_config(model.cfg, torch.bfloat16 if experts else dtype or state["embed.weight"].dtype)
     description = layout.describe(config)  # first: it may refuse
     if experts:
         stored, description = stored_tensors(plain, state, experts), describe(description, experts)
@@ -138,7 +138,7 @@ class _Packer:
         return (decode_e8m0(scale) if item.dtype == torch.float32 else scale).cpu()
 
 
-def _stored_config(config: ModelConfig, dtype: torch.dtype) -> ModelConfig:
+def stored_config(config: ModelConfig, dtype: torch.dtype) -> ModelConfig:
     """The config as it is true of the files: their dtype, and no word of FP8 or FP4."""
     extra = {k: v for k, v in config.extra.items() if k not in ("quantization_config", "expert_dtype", "dtype")}
     return config.replace(torch_dtype=str(dtype).removeprefix("torch."), extra=extra)

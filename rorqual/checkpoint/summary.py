@@ -7,11 +7,14 @@ from typing import Literal
 import torch
 
 from rorqual.checkpoint.build import read_config
+from rorqual.checkpoint.names import to_official
 from rorqual.checkpoint.report import Misfit, check_kinds, layout_of, match, packed_tensors
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
 from rorqual.checkpoint.transformers_layout import without_absent_mtp
 from rorqual.config import ModelConfig
+from rorqual.errors import CheckpointError
 from rorqual.model import Transformer
+from rorqual.tokenizer import V4_VOCABULARY, Tokenizer, identify
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,14 @@ class DtypeShare:
 
     tensors: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class TokenizerSummary:
+    """The tokenizer beside the weights. `is_right` is None when there is none."""
+
+    is_right: bool | None
+    words: str
 
 
 @dataclass(frozen=True)
@@ -35,12 +46,15 @@ class CheckpointSummary:
     nbytes: int
     by_dtype: dict[str, DtypeShare]
     """In safetensors' words: F32, BF16, I64, F8_E4M3, ..."""
+    stored: list[tuple[str, str, int]]
+    """Every tensor: official name, dtype, bytes."""
     is_packed: bool
     """Weights are FP8 or FP4 codes; a load turns them into numbers of the dtype asked for."""
     matching: int
     missing: list[str]
     unexpected: list[str]
     misshapen: list[Misfit]
+    tokenizer: TokenizerSummary
 
     @property
     def fits(self) -> bool:
@@ -76,9 +90,41 @@ def summarise(folder: str | Path) -> CheckpointSummary:
             tensors=len(stored),
             nbytes=files.nbytes,
             by_dtype=dict(sorted(shares.items())),
+            stored=[(to_official(info.name), info.dtype, info.nbytes) for info in stored],
             is_packed=bool(packed_tensors(files)),
             matching=len(found.fitting),
             missing=[tensor.name for tensor in found.missing],
             unexpected=[info.name for info in found.unexpected],
             misshapen=found.misshapen,
+            tokenizer=check_tokenizer(folder, config),
         )
+
+
+def check_tokenizer(folder: Path, config: ModelConfig) -> TokenizerSummary:
+    """Whether the folder's tokenizer is the one its model was trained with, as far as ids can tell.
+
+    A V3 tokenizer beside V4 weights is recognised, and one of another vocabulary beside V4's 129,280 embeddings.
+    """
+    try:
+        if not (folder / "tokenizer.json").is_file():
+            return TokenizerSummary(None, "put the model's tokenizer.json beside its weights")
+        tokenizer = Tokenizer.from_folder(folder)
+        identity = identify(tokenizer)
+        tokenizer.check_fits(config.vocab_size)
+    except CheckpointError as error:
+        return TokenizerSummary(False, str(error))
+    if identity.family == "v3" or identity.family == "other":
+        return TokenizerSummary(False, f"{identity.words}. Use the tokenizer.json of the V4 checkpoint.")
+    if config.vocab_size == V4_VOCABULARY and identity.family != "v4":
+        return TokenizerSummary(
+            False,
+            f"{identity.words}, but the model has V4's {V4_VOCABULARY}. Use the tokenizer.json of that checkpoint.",
+        )
+    markers = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if markers != (config.bos_token_id, config.eos_token_id):
+        return TokenizerSummary(
+            False,
+            f"it begins texts with {markers[0]} and ends them with {markers[1]}, the config "
+            f"with {config.bos_token_id} and {config.eos_token_id}. Use the tokenizer.json saved with the model.",
+        )
+    return TokenizerSummary(True, identity.words)

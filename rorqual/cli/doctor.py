@@ -12,9 +12,10 @@ from typing import Annotated, Literal
 import typer
 
 EXTRAS = {
-    "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "httpx2"),
     "plots": ("matplotlib",),
     "hub": ("huggingface_hub",),
+    "gguf": ("gguf",),
     "gpu": ("triton",),
     "test": ("pytest", "hypothesis", "httpx2", "openai", "transformers", "deepseek_recipe"),
 }

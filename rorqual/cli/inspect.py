@@ -29,8 +29,9 @@ def inspect(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Explain a preset, a config or a checkpoint: layers, parameters, stored tensors. Fails when the weights
-    do not fit.
+    """Explain a preset, a config or a checkpoint: layers, parameters, stored tensors, tokenizer.
+
+    Fails when the weights do not fit the config, or the tokenizer is another model's.
 
     \b
     rorqual inspect v4-flash
@@ -45,7 +46,7 @@ def inspect(
         typer.echo(json.dumps(_as_json(model, source, config, count, summary, released), indent=2))
     else:
         _print_tables(model, source, config, count, summary, released)
-    if summary is not None and not summary.fits:
+    if summary is not None and not (summary.fits and summary.tokenizer.is_right is not False):
         raise typer.Exit(1)
 
 
@@ -81,7 +82,7 @@ def _as_json(
     summary: "CheckpointSummary | None",
     released: "Inventory | None",
 ) -> dict[str, Any]:
-    from rorqual.planner import expert_bandwidth
+    from rorqual.planner import bytes_by_component, expert_bandwidth
 
     out: dict[str, Any] = {
         "name": name,
@@ -102,6 +103,8 @@ def _as_json(
             "tensors": summary.tensors,
             "nbytes": summary.nbytes,
             "by_dtype": {dtype: asdict(share) for dtype, share in summary.by_dtype.items()},
+            "by_component": bytes_by_component(summary.stored),
+            "tokenizer": asdict(summary.tokenizer),
             "matching": summary.matching,
             "missing": summary.missing,
             "unexpected": summary.unexpected,
@@ -203,6 +206,7 @@ def _print_tables(
         console.print(block, markup=False)
     if summary is not None:
         console.print(_files_table(summary, table("Checkpoint")), markup=False)
+        console.print(_component_table(summary, table("Bytes by component")), markup=False)
     if released is not None:
         console.print(_released_table(released, table("As official files: FP4 experts, FP8 projections")), markup=False)
 
@@ -214,6 +218,8 @@ def _files_table(summary: "CheckpointSummary", table: Any) -> Any:
     table.add_row("stored", f"{summary.tensors} tensors in {summary.files} file(s), {summary.nbytes / 1e6:,.1f} MB")
     for dtype, share in summary.by_dtype.items():
         table.add_row(f"  {dtype}", f"{share.tensors} tensors, {share.nbytes / 1e6:,.1f} MB")
+    verdict = {True: "fits", False: "does NOT fit", None: "absent"}[summary.tokenizer.is_right]
+    table.add_row("tokenizer", f"{verdict}: {summary.tokenizer.words}")
     table.add_row("match the config", f"{summary.matching}")
     problems = {"missing": summary.missing, "unexpected": summary.unexpected}
     problems["misshapen"] = [str(misfit) for misfit in summary.misshapen]
@@ -230,6 +236,16 @@ def _released_table(released: "Inventory", table: Any) -> Any:
         for name, (tensors, nbytes) in shares.items():
             words = name if name.isupper() else name.replace("_", " ")
             table.add_row(f"  {words}", f"{nbytes:,}", f"{tensors:,} tensors")
+    table.columns[1].justify = "right"
+    return table
+
+
+def _component_table(summary: "CheckpointSummary", table: Any) -> Any:
+    from rorqual.planner import bytes_by_component
+
+    for part, shares in bytes_by_component(summary.stored).items():
+        dtypes = ", ".join(f"{dtype} {nbytes / 1e6:,.2f}" for dtype, nbytes in sorted(shares.items()))
+        table.add_row(part.replace("_", " "), f"{sum(shares.values()) / 1e6:,.2f} MB", dtypes)
     table.columns[1].justify = "right"
     return table
 

@@ -6,6 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rorqual.chat import REVISIONS
+from rorqual.cli.elsewhere import (
+    DryRun,
+    Elsewhere,
+    EngineArg,
+    EnginePort,
+    ExternalEngine,
+    Gpus,
+    Spread,
+    Upstream,
+    UpstreamModel,
+    UpstreamTimeout,
+)
 from rorqual.cli.operating import (
     Aliases,
     AllowOrigin,
@@ -124,6 +136,15 @@ def serve(
             rich_help_panel=MODEL,
         ),
     ] = REVISIONS[0],
+    upstream: Upstream = None,
+    upstream_model: UpstreamModel = None,
+    upstream_timeout: UpstreamTimeout = 600.0,
+    engine: ExternalEngine = None,
+    gpus: Gpus = 8,
+    parallel: Spread = "tensor",
+    engine_port: EnginePort = 8100,
+    engine_arg: EngineArg = None,
+    dry_run: DryRun = False,
     speculate: Speculate = False,
     threads: Threads = None,
     weights: Weights = None,
@@ -159,6 +180,8 @@ def serve(
     rorqual serve minke --weights fp4 --cache-format fp8
     rorqual serve minke --max-running 32 --cache-dir cache --cache-bytes 4GiB
     rorqual serve minke --host 0.0.0.0 --key-file keys.txt --ssl-certfile cert.pem --ssl-keyfile key.pem --log json
+    rorqual serve DeepSeek-V4-Flash --upstream http://gpu-host:8100
+    rorqual serve DeepSeek-V4-Flash --engine vllm --gpus 4 --dry-run
     """
     if revision not in REVISIONS:
         raise ConfigError(
@@ -169,6 +192,13 @@ def serve(
         cache_policy, cache_period, speculate,
     )  # fmt: skip
     require_server()
+    elsewhere = Elsewhere(
+        model, name, upstream, upstream_model, upstream_timeout, engine, gpus, parallel, engine_port, engine_arg or [],
+        context, max_running,
+    )  # fmt: skip
+    if dry_run:
+        typer.echo(elsewhere.launch().shown())
+        return
     operations = build_operations(
         api_keys=api_key,
         key_file=key_file,
@@ -186,6 +216,7 @@ def serve(
     )
     start(
         model,
+        elsewhere=elsewhere if elsewhere.is_wanted else None,
         host=host,
         port=port,
         name=name,

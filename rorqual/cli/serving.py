@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -10,13 +10,15 @@ from rorqual.cli.options import use_threads
 from rorqual.errors import MissingExtraError
 
 if TYPE_CHECKING:  # it brings torch, which takes seconds to import
+    from rorqual.cli.elsewhere import Elsewhere
     from rorqual.engine import EngineSettings
     from rorqual.server.logs import Style
     from rorqual.server.operations import Operations
     from rorqual.server.run import Certificate
     from rorqual.server.service import Behaviour
+    from rorqual.server.upstream import UpstreamSettings
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "httpx2")
 
 
 def start(
@@ -36,8 +38,11 @@ def start(
     drain_s: float = 30.0,
     log_style: "Style" = "off",
     as_json: bool = False,
+    elsewhere: "Elsewhere | None" = None,
 ) -> None:
     """Load `model` (bundled name, folder or Hub id) and serve it until Ctrl-C; prints where once it listens.
+
+    elsewhere: where the model runs, if not here; of `model` only config.json and tokenizer.json are read then.
 
     settings: of the engine; without any, its own limits and a cache in memory. operations: accounts and limits.
 
@@ -45,7 +50,7 @@ def start(
     MissingExtraError without the `serve` extra.
     """
     require_server()
-    from rorqual.checkpoint import load
+    from rorqual.checkpoint import describe, load
     from rorqual.engine import CacheSettings, EngineSettings
     from rorqual.ops import native
     from rorqual.server import run
@@ -55,12 +60,6 @@ def start(
     if operations is not None:
         check_exposure(host, operations.accounts.gatekeeper)
     bind(host, port).close()  # a taken port is better known before the model is loaded than after
-    if not as_json:
-        typer.echo(f"Loading {model} ...")
-        if native.compiler() is None:
-            typer.echo("No C compiler here: the plain torch code runs, which is slower. (apt install gcc)")
-    use_threads(threads)
-    network, tokenizer = load(model, weights=weights, cache=cache_format)
     served_as = name or model.rstrip("/").rsplit("/", 1)[-1]
 
     def say_where(url: str) -> None:
@@ -69,21 +68,35 @@ def start(
         else:
             typer.echo(f"{served_as} is at {url}   (API: {url}/v1; Ctrl-C stops it)")
 
-    run(
-        network,
-        tokenizer,
-        host=host,
-        port=port,
-        model_name=served_as,
-        revision=revision,
-        settings=settings or EngineSettings(cache=CacheSettings()),
-        operations=operations,
-        behaviour=behaviour,
-        certificate=certificate,
-        drain_s=drain_s,
-        log_style=log_style,
-        on_ready=say_where,
-    )
+    def serve(network: Any, tokenizer: Any, settings: "EngineSettings | UpstreamSettings") -> None:
+        run(
+            network,
+            tokenizer,
+            host=host,
+            port=port,
+            model_name=served_as,
+            revision=revision,
+            settings=settings,
+            operations=operations,
+            behaviour=behaviour,
+            certificate=certificate,
+            drain_s=drain_s,
+            log_style=log_style,
+            on_ready=say_where,
+        )
+
+    if elsewhere is not None:
+        described = describe(model)
+        with elsewhere.open(described.cfg.max_position_embeddings) as upstream:
+            serve(described, described.tokenizer, upstream)
+        return
+    if not as_json:
+        typer.echo(f"Loading {model} ...")
+        if native.compiler() is None:
+            typer.echo("No C compiler here: the plain torch code runs, which is slower. (apt install gcc)")
+    use_threads(threads)
+    network, tokenizer = load(model, weights=weights, cache=cache_format)
+    serve(network, tokenizer, settings or EngineSettings(cache=CacheSettings()))
 
 
 def require_server() -> None:

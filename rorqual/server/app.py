@@ -21,10 +21,11 @@ from rorqual.server.responses import ResponsesRequest
 from rorqual.server.schema import ChatRequest, CompletionRequest
 from rorqual.server.served import ServedModel
 from rorqual.server.service import Behaviour, make_service
+from rorqual.server.upstream import RemoteEngine
 
 
 def create_app(
-    engine: Engine,
+    engine: Engine | RemoteEngine,
     model_name: str = "minke",
     *,
     revision: str = "2026-04",

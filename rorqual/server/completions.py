@@ -2,7 +2,7 @@
 
 With a suffix both texts are taken literally. Without one the prompt is the model's raw input, markers
 included, so a prompt in the chat format can be sent as it is. Either way a begin-of-sentence token comes
-first.
+first. A list of token ids is taken as it is, with nothing before it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -
     tokens = await run_in_threadpool(_encode, body, served.tokenizer)
     if body.logprobs is not None and not 0 <= body.logprobs <= 20:
         raise RequestError("Invalid logprobs value, the valid range of logprobs is [0, 20].", param="logprobs")
-    limit = min(MAX_TOKENS, served.max_output)
+    # the API's own bound is that of filling gaps; whoever sends token ids stands in for a client with another
+    limit = min(MAX_TOKENS, served.max_output) if isinstance(body.prompt, str) else served.max_output
     params = served.params(
         body,
         len(tokens),
@@ -60,6 +61,7 @@ async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -
     with named_as_sent(messages="prompt"):
         stream = TokenStream(served.engine, tokens, params, body.rorqual, owner_of(http, body.owner))
     ticket.follow(stream.request, lambda: usage_body(stream.request.usage, None))
+    await stream.accepted(service.keep_alive_s)
     writer = _Writer(served.tokenizer, body)
     if body.stream:
         return EventStream(_lines(stream, ticket, writer, body, service.keep_alive_s), stream.request)
@@ -118,6 +120,14 @@ async def _lines(
 
 
 def _encode(body: CompletionRequest, tokenizer: Tokenizer) -> list[int]:
+    if not isinstance(body.prompt, str):
+        if body.suffix is not None or body.echo:
+            raise RequestError(
+                "prompt is a list of token ids, which is the model's whole input. Leave suffix and echo out, or send "
+                "text.",
+                param="prompt",
+            )
+        return body.prompt
     if body.suffix is not None:
         for param, text in (("prompt", body.prompt), ("suffix", body.suffix)):
             if clean_text(text) != text:
@@ -137,7 +147,7 @@ class _Writer:
 
     def __init__(self, tokenizer: Tokenizer, body: CompletionRequest) -> None:
         self._tokenizer = tokenizer
-        self._echo = clean_text(body.prompt) if body.echo else ""
+        self._echo = clean_text(body.prompt) if body.echo and isinstance(body.prompt, str) else ""
         self._top = body.logprobs
         self._offset = 0
 

@@ -61,6 +61,8 @@ class ReplyReader:
             self._in_reasoning = False
         if event.id is not None:
             self._count(event, was_reasoning)
+        else:
+            self._count_text(events, was_reasoning)
         if event.finish_reason is not None:
             events += self._parser.finish(api_reason(event.finish_reason))
         for parsed in events:
@@ -82,6 +84,13 @@ class ReplyReader:
             entry = self._logprob_entry(event)
             self._pending[kind].append(entry)
             self._all_logprobs[kind].append(entry)
+
+    def _count_text(self, events: Sequence[chat.Event], was_reasoning: bool) -> None:
+        """Reasoning from another server, which tells text only: its tokens as they are written here, and its end."""
+        for event in events:
+            if isinstance(event, chat.ReasoningDelta):
+                self.reasoning_tokens += len(self._tokenizer.encode(event.text, allow_special=False))
+        self.reasoning_tokens += was_reasoning and not self._in_reasoning
 
     def _no_logprobs(self) -> dict[str, list[dict[str, Any]]]:
         return {"content": [], "reasoning_content": []} if self.thinking else {"content": []}

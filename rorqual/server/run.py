@@ -23,6 +23,7 @@ from rorqual.server.app import create_app
 from rorqual.server.auth import check_exposure, is_loopback
 from rorqual.server.operations import Operations
 from rorqual.server.service import Behaviour
+from rorqual.server.upstream import RemoteEngine, UpstreamSettings
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -55,7 +56,7 @@ def run(
     port: int = 8000,
     model_name: str = "minke",
     revision: str = "2026-04",
-    settings: EngineSettings | None = None,
+    settings: EngineSettings | UpstreamSettings | None = None,
     operations: Operations | None = None,
     behaviour: Behaviour | None = None,
     certificate: Certificate | None = None,
@@ -68,7 +69,8 @@ def run(
     SIGTERM: new requests are refused (503), running ones have `drain_s` to finish, and what is left then ends where it
     stands, as the API ends what the service cuts off. A second signal, or Ctrl-C, ends everything at once.
 
-    port: 0 takes a free one. settings: of the engine and its cache. operations: accounts and limits, closed at the end.
+    port: 0 takes a free one. settings: of the engine and its cache, or where the model runs (`upstream.py`); of
+    `model` only the `cfg` is used then. operations: accounts and limits, closed at the end.
     behaviour: where the server differs from the hosted one.
     on_ready: called with the URL once the server listens.
     Raises: ConfigError when the address cannot be used, or others reach it and no key is asked for.
@@ -100,7 +102,9 @@ def run(
 class _Server(uvicorn.Server):
     """Drains at SIGTERM, and ends the engine's requests before it shuts down, so that no open stream holds it up."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, operations: Operations, drain_s: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: Engine | RemoteEngine, operations: Operations, drain_s: float
+    ) -> None:
         super().__init__(config)
         self._engine, self._drain, self._drain_s = engine, operations.drain, drain_s
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -197,7 +197,14 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /beta/completions: text before a gap, perhaps text after it."""
 
-    prompt: str
+    prompt: str | list[int] = Field(description="Text, or token ids.")
     suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, description="How many of the likeliest tokens to report, 0 to 20.")
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompt(cls, value: Any) -> Any:  # Any: whatever JSON holds
+        if not isinstance(value, str) and not (isinstance(value, list) and all(type(one) is int for one in value)):
+            raise RequestError("prompt is neither a string nor a list of token ids. Send one of them.", param="prompt")
+        return value

@@ -12,6 +12,7 @@ from typing import Any
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import RequestError
 from rorqual.server.schema import MAX_OUTPUT, Sampling
+from rorqual.server.upstream import RemoteEngine
 from rorqual.tokenizer import Tokenizer
 
 
@@ -20,7 +21,7 @@ class ServedModel:
     """A name, the engine behind it, and the prompt revision its checkpoint was trained with."""
 
     name: str
-    engine: Engine
+    engine: Engine | RemoteEngine
     revision: str = "2026-04"
 
     @property

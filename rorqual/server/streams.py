@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from rorqual.engine import Engine, Request, SamplingParams, TokenEvent
 from rorqual.errors import RequestError
 from rorqual.server.errors import ClientGone, error_body, named_as_sent
 from rorqual.server.schema import Extension
+from rorqual.server.upstream import RemoteEngine, RemoteRequest
 
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
@@ -29,7 +31,7 @@ class TokenStream:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | RemoteEngine,
         tokens: Sequence[int],
         params: SamplingParams,
         more: Extension | None = None,
@@ -52,6 +54,17 @@ class TokenStream:
                 rendered=True,
                 cache_scope=cache_scope,
             )
+
+    async def accepted(self, patience_s: float) -> None:
+        """Return once a request that runs on another server was taken there; others are taken when they are made.
+
+        After `patience_s` without a word it returns as well, and a refusal comes as the stream's failure.
+        Raises: the upstream's RequestError.
+        """
+        if isinstance(self.request, RemoteRequest):
+            waiting = asyncio.shield(asyncio.wrap_future(self.request.taken))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(waiting, patience_s)
 
     async def batches(self, patience_s: float) -> AsyncIterator[list[TokenEvent]]:
         """Events in order, those that are ready together; an empty list after `patience_s` without any.

@@ -156,4 +156,5 @@ async def start(
     reader = ReplyReader(served.tokenizer, prompt.thinking, prompt.tools, logprobs=logprobs, opens_reasoning=opens)
     turn = Turn(service, served, body.model, owner, prompt, stream, reader, ticket)
     ticket.follow(stream.request, turn.usage)
+    await stream.accepted(service.keep_alive_s)
     return turn

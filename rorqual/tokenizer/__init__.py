@@ -1,6 +1,7 @@
 """Text to token ids and back: loading and training byte-level BPE vocabularies with V4's markers."""
 
 from rorqual.tokenizer.compression import compress_vocabulary
+from rorqual.tokenizer.identify import V4_VOCABULARY, Identity, identify
 from rorqual.tokenizer.special import (
     ASSISTANT,
     BOS,
@@ -34,9 +35,12 @@ __all__ = [
     "SPECIAL_TOKENS",
     "THINK",
     "USER",
+    "V4_VOCABULARY",
+    "Identity",
     "StreamDecoder",
     "Tokenizer",
     "build_pre_tokenizer",
     "compress_vocabulary",
+    "identify",
     "train_tokenizer",
 ]

@@ -111,3 +111,25 @@ def test_real_ratios_travel_in_the_config(tmp_path: Path):
     kinds = json.loads((tmp_path / "config.json").read_text())["layer_types"]
     assert peer.config.layer_types == kinds
     assert difference(built, peer) < TOLERANCE
+
+
+@pytest.mark.parametrize("experts", [None, "fp4", "fp8"])
+def test_transformers_loads_what_convert_writes(model: Transformer, tmp_path: Path, experts: Any):
+    """From plain and from packed official files, in several shards; it must not take the scales beside for weights."""
+    checkpoint.save_official(model, tmp_path / "official", experts=experts)
+    done = checkpoint.convert(tmp_path / "official", tmp_path / "out", "transformers", shard_bytes=20_000)
+    assert done.verified is not None and done.verified.is_lossless and len(done.files) > 2
+    peer, info = peer_of(tmp_path / "out")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert difference(checkpoint.load_official(tmp_path / "official").eval(), peer) < TOLERANCE
+
+
+def test_convert_reads_what_transformers_saves(model: Transformer, tmp_path: Path):
+    checkpoint.save_transformers(model, tmp_path / "ours")
+    peer, _ = peer_of(tmp_path / "ours")
+    peer.save_pretrained(tmp_path / "theirs")
+    checkpoint.convert(tmp_path / "theirs", tmp_path / "official", "official")
+    loaded = checkpoint.load_official(tmp_path / "official").eval()
+    kept = model.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in loaded.state_dict().items())
+    assert difference(loaded, peer) < TOLERANCE

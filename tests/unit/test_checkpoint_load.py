@@ -337,9 +337,11 @@ def test_hub_ids_are_fetched_with_their_revision(folder: Path, monkeypatch: pyte
         checkpoint.locate("somebody/absent")
 
 
-def test_load_gives_model_and_tokenizer(model: Transformer, folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_load_gives_model_and_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from rorqual.tokenizer import train_tokenizer
 
+    model, folder = Transformer(CONFIG.replace(vocab_size=600), seed=3), tmp_path / "folder"
+    checkpoint.save_official(model, folder)
     train_tokenizer(["a small text, twice the same: a small text"], 600).save(folder)
     loaded, tokenizer = checkpoint.load(folder)
     assert same(loaded, model) and not loaded.training

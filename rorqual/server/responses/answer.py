@@ -110,6 +110,11 @@ def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _with_strict(tool: Any) -> Any:  # Any: tools of no known kind are ignored, whatever they are
+    is_function = isinstance(tool, dict) and tool.get("type") == "function"
+    return {"strict": None, **tool} if is_function else tool
+
+
 def _echo(body: ResponsesRequest, model: str) -> dict[str, Any]:
     """The object as it is before any output: what was asked, and fixed values for what is not supported."""
     form = body.text.format.model_dump(by_alias=True, exclude_none=True) if body.text and body.text.format else None
@@ -134,7 +139,7 @@ def _echo(body: ResponsesRequest, model: str) -> dict[str, Any]:
         "top_logprobs": body.top_logprobs or 0,
         "text": {"format": form or {"type": "text"}},
         "tool_choice": body.tool_choice or ("auto" if body.tools else "none"),
-        "tools": [{"strict": None, **tool} if tool.get("type") == "function" else tool for tool in body.tools or []],
+        "tools": [_with_strict(tool) for tool in body.tools or []],
         "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
         "background": False,
         "store": False,

@@ -229,3 +229,9 @@ def test_what_the_chat_request_is() -> None:
     assert (converted.user, converted.user_id) == ("has spaces", None)
     assert converted.response_format is not None and converted.response_format.json_schema is not None
     assert converted.response_format.json_schema.schema_ == {"type": "object"}
+
+
+def test_tools_that_are_none_are_ignored(client: TestClient) -> None:
+    body = {"model": "minke", "input": "Hi", "tools": [[], True, {"type": "web_search"}]}
+    response = client.post("/v1/responses", json=body)
+    assert response.status_code == 200 and response.json()["tools"] == body["tools"]
