@@ -14,6 +14,7 @@ from rorqual.checkpoint.official import load_official
 from rorqual.checkpoint.report import layout_of
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
 from rorqual.checkpoint.transformers_layout import load_transformers
+from rorqual.checkpoint.streaming import MemoryBudget
 from rorqual.errors import CheckpointError, MissingExtraError
 from rorqual.model import Transformer
 from rorqual.model.quantised import keep_cache_as
@@ -62,11 +63,12 @@ def load_model(
     device: str | torch.device = "cpu",
     strict: bool = True,
     weights: str | None = None,
+    memory: int | str | MemoryBudget | None = None,
 ) -> Transformer:
     """Load a local folder in either layout (recognised by its tensor names); arguments as `load_official`."""
     with CheckpointFiles(folder) as files:
         loader = load_official if layout_of(files) == "official" else load_transformers
-    return loader(folder, dtype=dtype, device=device, strict=strict, weights=weights)
+    return loader(folder, dtype=dtype, device=device, strict=strict, weights=weights, memory=memory)
 
 
 def load(
@@ -75,12 +77,15 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     weights: str | None = None,
+    memory: int | str | MemoryBudget | None = None,
     cache: str | None = None,
 ) -> "tuple[Transformer, Tokenizer]":
     """A model ready to use (in eval mode) and its tokenizer.
 
     weights: keep matrices packed for inference: "fp4" (experts FP4, projections FP8), "fp4-int8" or "fp4-bf16" (other
         projections), "fp8", "int8" or "bf16".
+    memory: what the process may hold, bytes or a size such as "6GiB": routed experts then stay on disk and are read as
+        they are used, for models larger than memory (see `load_official`).
     cache: how sequences' memories are kept, `ModelConfig.cache_format`: "exact", "fp4-keys", "fp8" or "auto".
     Raises: CheckpointError (no such model, damaged files, no tokenizer.json), ConfigError, MissingExtraError.
 
@@ -94,7 +99,7 @@ def load(
             f"{folder} has no tokenizer.json, so text cannot be turned into tokens. Put the model's "
             "tokenizer.json there, or load the weights alone with rorqual.checkpoint.load_model."
         )
-    model = load_model(folder, dtype=dtype, device=device, weights=weights)
+    model = load_model(folder, dtype=dtype, device=device, weights=weights, memory=memory)
     if cache is not None:
         keep_cache_as(model, cache)
     model.eval()

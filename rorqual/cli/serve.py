@@ -34,7 +34,7 @@ from rorqual.cli.operating import (
 )  # fmt: skip
 from rorqual.cli.options import MODEL, NETWORK, CacheFormat, Json, ModelArgument, Port, Speculate, Threads, Weights
 from rorqual.cli.serving import require_server, start
-from rorqual.cli.sizes import parse_bytes
+from rorqual.sizes import parse_bytes
 from rorqual.errors import ConfigError
 
 if TYPE_CHECKING:  # it brings torch, which takes seconds to import

@@ -20,6 +20,7 @@ from rorqual.model import decode
 from rorqual.model.block import Block, RunBlock, Runner
 from rorqual.model.context import Context, LayoutPart, part_bounds
 from rorqual.model.engram import Engram
+from rorqual.model.expert_fetch import expect_experts
 from rorqual.model.hyper_connections import hc_head, hc_head_parameters
 from rorqual.model.init import init_weights
 from rorqual.model.layout import Layout
@@ -202,6 +203,7 @@ class Transformer(nn.Module):
             return layer(streams, tokens, layout, tables[compressed], state, trace)
 
         layers = [layer for layer in self.layers if isinstance(layer, Block)]
+        expect_experts([layer.ffn for layer in layers], tokens)
         return self._run(layers, streams, run, None if memory is not None else self.runner, trace)
 
     def _memories(self) -> list[tuple[int, Engram]]:

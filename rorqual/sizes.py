@@ -1,4 +1,4 @@
-"""Sizes on the command line: `512MiB`, `4GiB`, `1.5G`, or plain bytes."""
+"""Sizes as people write them: `512MiB`, `4GiB`, `1.5G`, or plain bytes."""
 
 import re
 
