@@ -1,19 +1,24 @@
 """Checkpoints in and out: official and transformers layouts, strict loads with a report, `rorqual.load`."""
 
+from rorqual.checkpoint.expert_cache import CacheStats, ExpertCache
 from rorqual.checkpoint.load import ASSETS, bundled_names, load, load_model, locate
 from rorqual.checkpoint.names import to_official, to_transformers
 from rorqual.checkpoint.official import load_official, save_official
 from rorqual.checkpoint.report import LoadReport, Match, match
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
+from rorqual.checkpoint.streaming import MemoryBudget
 from rorqual.checkpoint.summary import CheckpointSummary, summarise
 from rorqual.checkpoint.transformers_layout import load_transformers, save_transformers
 
 __all__ = [
     "ASSETS",
+    "CacheStats",
     "CheckpointFiles",
     "CheckpointSummary",
+    "ExpertCache",
     "LoadReport",
     "Match",
+    "MemoryBudget",
     "bundled_names",
     "load",
     "load_model",

@@ -75,13 +75,15 @@ def _build_streamed(
     """As `build_and_fill`, with routed experts on disk."""
     if device.type != "cpu" or not strict:
         raise ConfigError(
-            f"memory was given with device {device} and strict={strict}, but experts are streamed for inference on a CPU "
-            "from files that hold all of them. Leave memory out, or load strictly on the CPU."
+            f"memory was given with device {device} and strict={strict}, but experts are streamed for inference on a "
+            "CPU from files that hold all of them. Leave memory out, or load strictly on the CPU."
         )
     with CheckpointFiles(folder, is_direct=True) as files:
         if weights is None:
             names = {info.name: info.dtype for info in files.tensors.values()}
-            weights = stored_choice({kind for name, kind in names.items() if name.endswith(".weight") and split_expert(to_official(name))})
+            weights = stored_choice(
+                {kind for name, kind in names.items() if name.endswith(".weight") and split_expert(to_official(name))}
+            )
         model, streaming = build_without_memory(config), Streaming(budget, weights)
         collector = Collector(model, weights)
         cast_model(model, dtype)

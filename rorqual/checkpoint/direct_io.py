@@ -47,7 +47,7 @@ class DirectFiles:
         Some of `into` behind them may be overwritten, up to a whole block. Raises: CheckpointError when the disk
         refuses or the file is shorter.
         """
-        view = memoryview(into.numpy())
+        view = into.numpy().data
         done, whole = 0, aligned(begin, end)[1] - begin
         try:
             handle, is_direct = self._open(path)

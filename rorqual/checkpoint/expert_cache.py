@@ -1,7 +1,7 @@
 """A bounded cache of routed experts whose weights stay on disk: the least recently used one makes room.
 
-Experts are known by layer and number and lie in equal slots of one reservation of memory. Threads of the cache read them;
-those that a call waits for come first, those that were only expected after them. Three rules beyond plain LRU:
+Experts are known by layer and number and lie in equal slots of one reservation of memory. Threads of the cache read
+them; those that a call waits for come first, those that were only expected after them. Three rules beyond plain LRU:
 
     a call takes what is there first and computes it while the rest is read
     what a call uses stays until its group is computed, so a call may want more experts than there are slots
@@ -32,7 +32,7 @@ Key = tuple[str, int]
 """Layer (name of its stack) and number of an expert."""
 
 AHEAD = 12
-"""Experts that a call passing through reads before they are computed."""
+"""Experts that a call passing through holds at a time, at most; a quarter of the slots if that is less."""
 
 WANTED, EXPECTED = 0, 1
 """Order of reading."""
@@ -80,6 +80,10 @@ class _Slot:
         self.has_begun = False
 
 
+Tasks = queue.PriorityQueue[tuple[int, int, Key | None, _Slot | None]]
+"""What is to be read: order, number, and what; nothing for a thread that is to end."""
+
+
 class ExpertCache:
     """Holds up to `slots` experts of a reader, read by `threads` threads. Any number of threads may use it at once."""
 
@@ -94,7 +98,7 @@ class ExpertCache:
         self._hits = self._prefetch_hits = self._misses = self._prefetches = self._bytes_read = 0
         self._waited_s = 0.0
         self._expected = 0
-        self._queue: queue.PriorityQueue[tuple[int, int, Key | None, _Slot | None]] = queue.PriorityQueue()
+        self._queue: Tasks = queue.PriorityQueue()
         self._order = itertools.count()
         for number in range(threads):
             name = f"expert reader {number}"
@@ -172,7 +176,8 @@ class ExpertCache:
         key = (layer, expert)
         slot = self._held.get(key)
         if slot is None:
-            if passing is not None and not self._free and len(passing & held.keys()) >= AHEAD:
+            most = max(1, min(AHEAD, self._num_slots // 4))
+            if passing is not None and not self._free and len(passing & held.keys()) >= most:
                 return None
             slot = self._begin(key, WANTED)
             if slot is None:
@@ -182,6 +187,8 @@ class ExpertCache:
                 passing.add(expert)
         elif slot.is_expected:
             self._prefetch_hits += 1
+            if passing is not None:
+                passing.add(expert)
             slot.is_expected = False
             self._expected -= 1
             if not slot.has_begun:  # it waits behind others that are only expected
@@ -199,7 +206,9 @@ class ExpertCache:
             slot = self._free.pop()
             self._num_filled += 1
         else:
-            coldest = next((one for one, slot in self._held.items() if not slot.users and slot.places is not None), None)
+            coldest = next(
+                (one for one, slot in self._held.items() if not slot.users and slot.places is not None), None
+            )
             if coldest is None:
                 return None
             slot = self._held.pop(coldest)
@@ -282,7 +291,7 @@ class CachedExperts:
         self.cache.expect(self.name, wanted)
 
 
-def _read(tasks: "queue.PriorityQueue[tuple[int, int, Key | None, _Slot | None]]", cache: weakref.ref[ExpertCache]):
+def _read(tasks: Tasks, cache: weakref.ref[ExpertCache]) -> None:
     """What a thread of a cache does until the cache is gone."""
     while True:
         _, _, key, slot = tasks.get()
@@ -293,6 +302,6 @@ def _read(tasks: "queue.PriorityQueue[tuple[int, int, Key | None, _Slot | None]]
         del alive, slot
 
 
-def _stop(tasks: "queue.PriorityQueue[tuple[int, int, Key | None, _Slot | None]]", threads: int) -> None:
+def _stop(tasks: Tasks, threads: int) -> None:
     for number in range(threads):
         tasks.put((WANTED, -1 - number, None, None))

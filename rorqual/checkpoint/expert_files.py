@@ -24,6 +24,7 @@ MATRICES = ("w1", "w3", "w2")
 GAP_BYTES = 1 << 16
 """Tensors that lie this near to each other are read together."""
 
+
 @dataclass(frozen=True)
 class Extent:
     """A part of a file: bytes `begin` (aligned) to `end`, read to place `at` (aligned) of a buffer."""

@@ -13,8 +13,8 @@ import torch
 from rorqual.checkpoint.official import load_official
 from rorqual.checkpoint.report import layout_of
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
-from rorqual.checkpoint.transformers_layout import load_transformers
 from rorqual.checkpoint.streaming import MemoryBudget
+from rorqual.checkpoint.transformers_layout import load_transformers
 from rorqual.errors import CheckpointError, MissingExtraError
 from rorqual.model import Transformer
 from rorqual.model.quantised import keep_cache_as

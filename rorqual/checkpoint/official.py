@@ -43,8 +43,8 @@ def load_official(
     `model.expert_cache.stats()`. `weights` is then what the files hold unless given, and `dtype` that of the config.
 
     The model carries a `LoadReport` as `model.load_report`. Raises: ConfigError for an impossible config.json, or a
-    budget of memory that is too small; CheckpointError for damaged files and, when `strict`, for any tensor that is missing, misshapen or unexpected (otherwise those are
-    reported, and what the files lack keeps its initial values).
+    budget of memory that is too small; CheckpointError for damaged files and, when `strict`, for any tensor that is
+    missing, misshapen or unexpected (otherwise those are reported, and what the files lack keeps its initial values).
     """
     config = read_config(folder)
     return build_and_fill(

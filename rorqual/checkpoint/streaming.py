@@ -1,4 +1,4 @@
-"""Loading under a memory budget: dense weights in memory, routed experts on disk, the rest of the budget a cache of them.
+"""Loading under a memory budget: dense weights in memory, routed experts on disk, what is left a cache of them.
 
 The model is built on the meta device, so that what stays on disk never has memory; then the dense weights are read past
 the page cache. The budget is what the process may hold in all: what it holds already, the dense weights, the cache, and
@@ -88,8 +88,8 @@ def stored_choice(experts: set[str]) -> str:
         if experts and experts <= dtypes:
             return choice
     raise ConfigError(
-        f"the experts' dtypes in these files are {', '.join(sorted(experts)) or 'none'}, which no packed format keeps as "
-        f"they are. Say which to use with weights: one of {', '.join(WEIGHTS)}."
+        f"the experts' dtypes in these files are {', '.join(sorted(experts)) or 'none'}, which no packed format keeps "
+        f"as they are. Say which to use with weights: one of {', '.join(WEIGHTS)}."
     )
 
 
@@ -115,9 +115,9 @@ class Streaming:
         """A stored tensor that stays where it is. Raises: ConfigError for fused experts."""
         if part.expert is None:
             raise ConfigError(
-                f"{weight.name} holds the experts of a layer fused, as transformers saves them, and streaming reads one "
-                "expert at a time. Save the model in the official layout (rorqual.checkpoint.save_official), or load "
-                "it without memory."
+                f"{weight.name} holds the experts of a layer fused, as transformers saves them, and streaming reads "
+                "one expert at a time. Save the model in the official layout (rorqual.checkpoint.save_official), or "
+                "load it without memory."
             )
         stack, _, matrix = part.ours.rpartition(".")
         file = self._files.setdefault((stack, part.expert), ExpertFile())
@@ -140,7 +140,7 @@ class Streaming:
                     del module._parameters[matrix]
                 module.streamed = cache.layer(name)
         decode.forget(model)
-        object.__setattr__(model, "expert_cache", cache)
+        model.expert_cache = cache
         logger.info(
             "%d of %d experts fit in memory (%.2f GB each of %.1f MB); the others are read when they are used.",
             slots, count, slots * reader.slot_bytes / 1e9, reader.slot_bytes / 1e6,
@@ -161,7 +161,7 @@ def build_without_memory(config: ModelConfig) -> Transformer:
 def give_memory(model: nn.Module) -> None:
     """Memory, holding anything, for whatever of a model on the meta device does not stay on disk."""
     for name, module in model.named_modules():
-        tensors: Mapping[str, dict[str, torch.Tensor | None]] = {"p": module._parameters, "b": module._buffers}  # type: ignore[dict-item]
+        tensors: Mapping[str, dict[str, torch.Tensor | None]] = {"p": module._parameters, "b": module._buffers}
         for kind, own in tensors.items():
             for leaf, tensor in own.items():
                 if tensor is None or not tensor.is_meta or Streaming.takes(f"{name}.{leaf}"):

@@ -76,7 +76,8 @@ class Plan(Addresses):
             "attn_norm": block.attn_norm.weight, "ffn_norm": block.ffn_norm.weight, "wq_a": attn.wq_a.weight,
             "q_norm": attn.q_norm.weight, "wq_b": attn.wq_b.weight, "wkv": attn.wkv.weight,
             "kv_norm": attn.kv_norm.weight, "wo_a": attn.wo_a.weight, "wo_b": attn.wo_b.weight,
-            "gate": ffn.gate.weight, "shared_w1": ffn.shared_experts.w1.weight, "shared_w2": ffn.shared_experts.w2.weight,
+            "gate": ffn.gate.weight,
+            "shared_w1": ffn.shared_experts.w1.weight, "shared_w2": ffn.shared_experts.w2.weight,
             "shared_w3": ffn.shared_experts.w3.weight,
         }  # fmt: skip
         if ffn.experts.streamed is None:

@@ -10,9 +10,7 @@ from torch import Tensor
 from rorqual.model.moe import MoE
 from rorqual.ops.streamed_experts import StreamedExperts
 
-_Fetch = ctypes.CFUNCTYPE(
-    ctypes.c_long, ctypes.c_long, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_void_p)
-)
+_Fetch = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_void_p))
 
 
 class Fetcher:
@@ -36,7 +34,9 @@ class Fetcher:
         if error is not None:
             raise error
 
-    def _fetch(self, layer: int, bounds: "ctypes._Pointer[ctypes.c_int64]", out: "ctypes._Pointer[ctypes.c_void_p]") -> int:
+    def _fetch(
+        self, layer: int, bounds: "ctypes._Pointer[ctypes.c_int64]", out: "ctypes._Pointer[ctypes.c_void_p]"
+    ) -> int:
         local = self._local
         if local.error is not None:
             return -1

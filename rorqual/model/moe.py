@@ -136,7 +136,9 @@ class MoE(nn.Module):
         """Health figures of the router and of the routed experts' clamp."""
         probe, e = trace.probe(layout), self.experts
         watch_router(trace, self.name, scores, probe)
-        if e.streamed is None and isinstance(e.w1, Tensor) and e.w1.shape[0] == self.gate.weight.shape[0]:  # all experts are here
+        if (
+            e.streamed is None and isinstance(e.w1, Tensor) and e.w1.shape[0] == self.gate.weight.shape[0]
+        ):  # all experts are here
             watch_clamp(trace, self.name, x, experts, e.w1, e.w3, self.limit, probe)
 
     def _record(self, experts: Tensor, scores: Tensor, layout: Layout, with_ids: bool) -> RouterRecord:

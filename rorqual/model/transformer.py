@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,9 @@ class Transformer(nn.Module):
     """Whether this holds the last layers, HC head, norm, output head and MTP: False on earlier pipeline stages."""
     elsewhere: frozenset[str] = frozenset()
     """Parameters and buffers of the network that other pipeline stages hold."""
+
+    expert_cache: Any = None
+    """What streamed experts are read through (`checkpoint.ExpertCache`): its `stats()` say how that goes."""
 
     compute_dtype: torch.dtype | None = None
     """Precision of activations and matrix products where it differs from the weights': bf16 over fp32 weights in
