@@ -30,10 +30,12 @@ def print_line(line: Mapping[str, Any], *, as_json: bool) -> None:
         return
     peer = "did not run" if line["peer"] is None else _figure(line["peer"])
     ratio = "" if line["ratio"] is None else f"  ratio {line['ratio']:.2f}"
+    known = line["bound_share"] is not None
+    share = f"  ({100 * line['bound_share']:.0f}% of the machine's limit)" if known else ""
     print(
         f"{line['name']} {line['case']}: ours {_figure(line['ours'])} {line['unit']}, "
         f"{line['peer_name']} {peer}{ratio}"
-        f"{'' if line['bound_share'] is None else f"  ({100 * line['bound_share']:.0f}% of the machine's limit)"}",
+        f"{share}",
         flush=True,
     )
     if line.get("peer_failure"):

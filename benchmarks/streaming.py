@@ -110,7 +110,7 @@ def run_child(args: argparse.Namespace, kind: str, limit: Limit | None) -> tuple
     command = [sys.executable, __file__, "--child", kind, "--folder", str(args.folder), "--limit", args.limit]
     command += ["--prompt", str(args.prompt), "--decode", str(args.decode), "--seed", str(args.seed)]
     join = None if limit is None else limit.join
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=join, check=False)  # noqa: PLW1509
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=join, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     fault = "" if not done.returncode else f"ended with {done.returncode}"
     if done.returncode == -signal.SIGKILL:

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -53,7 +53,8 @@ def write(folder: Path, config: ModelConfig, seed: int = 0) -> int:
     tensors = file_tensors({name: tuple(tensor.shape) for name, tensor in state.items()}, lambda _stack: False)
     stored = {item.tensor.name: item for item in stored_tensors(tensors, state, "fp4")}
     shards = official_shards([item.tensor for item in stored.values()])
-    draw, weight_map, total = Draw(config, seed), {}, 0
+    draw, total = Draw(config, seed), 0
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         path = folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with path.open("wb") as file:
@@ -69,7 +70,8 @@ def write_shard(file: BinaryIO, items: list[Stored], draw: "Draw") -> int:
     data.
     """
     items = sorted(items, key=lambda item: (-item.dtype.itemsize, SAFETENSORS[item.dtype], item.tensor.name))
-    header, end = {}, 0
+    header: dict[str, Any] = {}
+    end = 0
     for item in items:
         size = math.prod(item.tensor.shape) * item.dtype.itemsize
         header[item.tensor.name] = {
