@@ -6,6 +6,7 @@ import torch
 
 from rorqual import log
 from rorqual.checkpoint.collector import Collector
+from rorqual.checkpoint.drafter import without_drafter
 from rorqual.checkpoint.names import split_expert, to_official
 from rorqual.checkpoint.report import LoadReport, cast_model, fill
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
@@ -57,6 +58,7 @@ def build_and_fill(
     if memory is not None:
         return _build_streamed(folder, config, MemoryBudget.of(memory), dtype, device, strict, weights)
     with CheckpointFiles(folder) as files:
+        config, note = without_drafter(config, files)
         model = Transformer(config, seed=None if strict else 0)  # strict: every tensor comes from the files
         collector = Collector(model, weights) if weights is not None and strict else None
         cast_model(model, dtype)
@@ -65,7 +67,7 @@ def build_and_fill(
             collector.install(model)
         elif weights is not None:
             pack_weights(model, weights)
-    return _checked(model, config, folder, report).to(device), report
+    return _checked(model, folder, report, note).to(device), report
 
 
 def _build_streamed(
@@ -79,6 +81,7 @@ def _build_streamed(
             "CPU from files that hold all of them. Leave memory out, or load strictly on the CPU."
         )
     with CheckpointFiles(folder, is_direct=True) as files:
+        config, note = without_drafter(config, files)
         if weights is None:
             names = {info.name: info.dtype for info in files.tensors.values()}
             weights = stored_choice(
@@ -91,11 +94,12 @@ def _build_streamed(
         report = fill(model.state_dict(), files, strict=True, collector=collector, streaming=streaming)
         collector.install(model)
         streaming.install(model, config)
-    return _checked(model, config, folder, report), report
+    return _checked(model, folder, report, note), report
 
 
-def _checked(model: Transformer, config: ModelConfig, folder: Path, report: LoadReport) -> Transformer:
-    _check_tables(model, config, folder)
+def _checked(model: Transformer, folder: Path, report: LoadReport, note: str | None) -> Transformer:
+    _check_tables(model, model.cfg, folder)
+    report.notes += [] if note is None else [note]
     logger.info("%s", report.summary())
     object.__setattr__(model, "load_report", report)  # a plain attribute: neither parameter nor buffer
     return model

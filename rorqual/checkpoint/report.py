@@ -275,8 +275,6 @@ def _advice(found: Match) -> str:
     loose = "or pass strict=False to load what fits."
     unexpected = [to_official(info.name) for info in found.unexpected]
     missing = [tensor.name for tensor in found.missing]
-    if any(".markov_head" in name or ".confidence_head" in name for name in unexpected):
-        return f"The mtp.* tensors are a DSpark drafter, not MTP: set num_nextn_predict_layers to 0 {loose}"
     if not found.misshapen and all(name.startswith("mtp.") for name in missing + unexpected):
         word = "lacks" if missing else "has more of"
         return f"The file only {word} MTP tensors: correct num_nextn_predict_layers in config.json {loose}"

@@ -100,6 +100,7 @@ def _as_json(
             "missing": summary.missing,
             "unexpected": summary.unexpected,
             "misshapen": [str(misfit) for misfit in summary.misshapen],
+            "note": summary.note,
         }
     return out
 
@@ -189,6 +190,8 @@ def _files_table(summary: "CheckpointSummary", table: Any) -> Any:
     for dtype, share in summary.by_dtype.items():
         table.add_row(f"  {dtype}", f"{share.tensors} tensors, {share.nbytes / 1e6:,.1f} MB")
     table.add_row("match the config", f"{summary.matching}")
+    if summary.note is not None:
+        table.add_row("left out", summary.note)
     problems = {"missing": summary.missing, "unexpected": summary.unexpected}
     problems["misshapen"] = [str(misfit) for misfit in summary.misshapen]
     for label, names in problems.items():

@@ -1,7 +1,6 @@
 """Experts streamed from disk: the logits of the model that is loaded whole, bit by bit, however small the cache."""
 
 import gc
-import random
 import re
 import threading
 from pathlib import Path
@@ -54,18 +53,22 @@ def decode(model: Transformer, prompt: int) -> Tensor:
     return torch.cat([*out, *(model(TOKENS[:, i : i + 1], state=state) for i in range(prompt, 40))], 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("stored", "weights"), [("fp4", None), ("fp4", "int8"), ("fp8", None), ("bf16", "fp4"), ("bf16", None)]
-)
+    ("stored", "weights", "dtype"),
+    [
+        ("fp4", None, torch.bfloat16), ("fp4", None, torch.float32), ("fp4", "int8", torch.bfloat16),
+        ("fp8", None, torch.bfloat16), ("bf16", "fp4", torch.float32), ("bf16", None, torch.bfloat16),
+    ],
+)  # fmt: skip
 @torch.inference_mode()
 def test_logits_are_those_of_the_whole_model(folders, stored, weights, dtype):
+    """Prompt and steps, fused and by layers; caches of one expert, of a few, and of all."""
     theirs = whole(folders[stored], weights or stored, dtype)
-    everything, steps = theirs(TOKENS), decode(theirs, 30)
+    everything, steps = theirs(TOKENS), decode(theirs, 34)
     for experts in (1, TOP + 1, 1000):
         model = streamed(folders[stored], experts, weights, dtype)
         assert torch.equal(model(TOKENS), everything), experts
-        assert torch.equal(decode(model, 30), steps), experts
+        assert torch.equal(decode(model, 34), steps), experts
         stats = model.expert_cache.stats()
         assert stats.misses and stats.bytes_read and stats.resident_bytes <= stats.capacity_bytes
         assert stats.slots == min(experts, ALL) and stats.experts == ALL
@@ -75,8 +78,6 @@ def test_logits_are_those_of_the_whole_model(folders, stored, weights, dtype):
 @torch.inference_mode()
 def test_every_way_to_run_a_model_is_the_same(folders):
     mine, theirs = streamed(folders["fp4"], 3), whole(folders["fp4"], "fp4")
-    for model in (mine, theirs):  # what decides is random, but the same for both
-        model.generator = random.Random(5)
     streams = [model.forward_streams(TOKENS) for model in (mine, theirs)]
     assert torch.equal(streams[0], streams[1])
     drafts = [model.mtp_streams(streams[0][:, :-1], TOKENS[:, 1:]) for model in (mine, theirs)]
