@@ -1,4 +1,4 @@
-"""FP8 e4m3 and FP4 e2m1 against two other implementations, torch's float8 and ml_dtypes: every code, every halfway case."""
+"""FP8 e4m3 and FP4 e2m1 against torch's float8 and ml_dtypes: every code, every halfway case, what is not finite."""
 
 import ml_dtypes
 import numpy as np
@@ -29,7 +29,7 @@ def unpacked(packed: Tensor) -> Tensor:
 
 
 def around(values: Tensor) -> Tensor:
-    """Neighbours in a list of numbers: themselves, halfway between them, and one step of fp32 to either side of each."""
+    """The numbers of a list, those halfway between neighbours, and one step of fp32 to either side of each."""
     ordered = values.unique()
     points = torch.cat([ordered, (ordered[1:] + ordered[:-1]) / 2])
     big = torch.tensor(torch.inf)
