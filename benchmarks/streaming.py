@@ -13,10 +13,10 @@ one the figures are without a limit, and `config.limit_bytes` is null.
     decode-zipf     the same with token ids as frequent as words in text (1 / rank), which hash layers profit from
 
 Token ids are drawn evenly but for the last case, and the router's weights are random, so nothing favours an expert: the
-worst case for a cache. `ours` is tokens/s. `bound` is what the disk allows: the most that it gave in any second of
-the same run to as many threads reading pieces as large as experts past the page cache, from random places and in order,
-over the bytes that were read for a token. One processor is left to the readers unless --threads says otherwise. `peer` is the same model
-loaded whole under the same limit; it does not get there where the limit works.
+worst case for a cache. `ours` is tokens/s. `bound` is what the disk allows: the most that it gave in any second of the
+same run to as many threads reading pieces as large as experts past the page cache, from random places and in order,
+over the bytes that were read for a token. One processor is left to the readers unless --threads says otherwise. `peer`
+is the same model loaded whole under the same limit; it does not get there where the limit works.
 """
 
 import argparse

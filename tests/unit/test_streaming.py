@@ -13,6 +13,7 @@ from torch import Tensor
 from rorqual import checkpoint
 from rorqual.checkpoint import CacheStats, ExpertCache, MemoryBudget, direct_io
 from rorqual.checkpoint.streaming import dense_bytes
+from rorqual.engine import exactness
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.model import Segment, Transformer
 from rorqual.ops import registry
@@ -80,6 +81,9 @@ def test_every_way_to_run_a_model_is_the_same(folders):
     mine, theirs = streamed(folders["fp4"], 3), whole(folders["fp4"], "fp4")
     streams = [model.forward_streams(TOKENS) for model in (mine, theirs)]
     assert torch.equal(streams[0], streams[1])
+    for weights in (exactness.weights_of(model) for model in (mine, theirs)):
+        assert ("streamed from disk" in weights) == ("experts fp4" in weights)
+    assert exactness.chosen_operations(mine)["streamed_experts"] in ("native", "reference")
     drafts = [model.mtp_streams(streams[0][:, :-1], TOKENS[:, 1:]) for model in (mine, theirs)]
     assert torch.equal(drafts[0], drafts[1])
     states = [[model.new_state() for _ in range(3)] for model in (mine, theirs)]
