@@ -13,10 +13,12 @@ from torch import Tensor
 from rorqual import checkpoint
 from rorqual.checkpoint import CacheStats, ExpertCache, MemoryBudget, direct_io
 from rorqual.checkpoint.streaming import dense_bytes
-from rorqual.engine import exactness
+from rorqual.engine import Engine, SamplingParams, exactness
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.model import Segment, Transformer
 from rorqual.ops import registry
+from rorqual.server.metadata import metrics
+from rorqual.server.served import ServedModel
 
 torch.set_num_threads(1)
 
@@ -233,3 +235,16 @@ def test_threads_and_files_of_a_cache_end_with_it(folders):
     for thread in mine:
         thread.join(5)
     assert not any(thread.is_alive() for thread in mine)
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_an_engine_answers_the_same_and_counts_it(speculate: bool):
+    prompts, params = ["def mean(values):\n", "What is 8 + 5?"], SamplingParams(temperature=0.0, max_tokens=12)
+    answers = []
+    for options in ({"memory": MemoryBudget(cache=200_000)}, {"weights": "bf16", "dtype": torch.bfloat16}):
+        model, tokenizer = checkpoint.load("minke", **options)
+        with Engine(model, tokenizer, speculate=speculate) as engine:
+            answers.append([one.ids for one in engine.generate(prompts, params)])
+            text = metrics({"minke": ServedModel("minke", engine)})
+        assert ("rorqual_experts_misses_total" in text) == ("memory" in options)
+    assert answers[0] == answers[1]
