@@ -49,6 +49,8 @@ from rorqual.model import Transformer
 from rorqual.sizes import parse_bytes
 
 PEER = "the same model loaded whole"
+WHOLE_S = 40
+"""Seconds that it gets to load."""
 EXPERT_BYTES = 13_369_344
 """Of one of V4-Flash's experts in FP4 with its scales."""
 
@@ -121,7 +123,11 @@ def run_child(args: argparse.Namespace, kind: str, limit: Limit | None) -> tuple
         str(args.seed),
     ]
     join = None if limit is None else limit.join
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=join, check=False)
+    wait_s = WHOLE_S if kind == "whole" else None
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=join, check=False, timeout=wait_s)
+    except subprocess.TimeoutExpired:  # the kernel reclaims pages of the mapped files for ever
+        return {}, f"not loaded after {wait_s} s: it needs more memory than the limit allows"
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     fault = "" if not done.returncode else f"ended with {done.returncode}"
     if done.returncode == -signal.SIGKILL:
