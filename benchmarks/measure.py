@@ -28,16 +28,23 @@ def print_line(line: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(line), flush=True)
         return
-    peer = "did not run" if line["peer"] is None else f"{line['peer']:,.0f}"
+    peer = "did not run" if line["peer"] is None else _figure(line["peer"])
     ratio = "" if line["ratio"] is None else f"  ratio {line['ratio']:.2f}"
+    known = line["bound_share"] is not None
+    share = f"  ({100 * line['bound_share']:.0f}% of the machine's limit)" if known else ""
     print(
-        f"{line['name']} {line['case']}: ours {line['ours']:,.0f} {line['unit']}, "
+        f"{line['name']} {line['case']}: ours {_figure(line['ours'])} {line['unit']}, "
         f"{line['peer_name']} {peer}{ratio}"
-        f"  ({100 * line['bound_share']:.0f}% of the machine's limit)",
+        f"{share}",
         flush=True,
     )
     if line.get("peer_failure"):
         print(f"  {line['peer_name']}: {line['peer_failure']}", flush=True)
+
+
+def _figure(value: float) -> str:
+    """Whole numbers where they have three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def note(text: str) -> None:

@@ -50,10 +50,13 @@ def read(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     Raises ConfigError for another architecture, contradictions, and values of the wrong kind.
     """
     model_type = values.pop("model_type", "deepseek_v4")
-    if model_type == "deepseek_v41":
+    text_type = _object(values.get("text_config"), "text_config").get("model_type", "")
+    if str(model_type).startswith("deepseek_v41") or str(text_type).startswith("deepseek_v41"):
         raise ConfigError(
-            "This is a DeepSeek-V4.1 config (model_type deepseek_v41): KV shared between layers, no hash routing, "
-            "Engram and a drafter instead of MTP. Rorqual implements V4; use a V4 checkpoint."
+            "This is a DeepSeek-V4.1 config (model_type deepseek_v41), another architecture: an encoder half and a "
+            "decoder half whose layers share KV and index results, one kind of compression instead of CSA and HCA, "
+            "hyper-connections computed a sublayer ahead, no hash routing, Engram memories, image input, and a DSpark "
+            "drafter instead of MTP. Rorqual implements V4; use a V4 checkpoint."
         )
     if model_type not in ("deepseek_v4", OWN_TYPE):
         raise ConfigError(

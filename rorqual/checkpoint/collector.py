@@ -13,6 +13,14 @@ from rorqual.model.packed_weights import formats_of, put
 from rorqual.ops.packed_weight import PackedFormat, PackedWeight, from_codes, pack
 
 
+def pack_stored(value: Tensor, codes: Tensor | None, scale: Tensor | None, kind: PackedFormat) -> PackedWeight:
+    """A stored matrix in format `kind`: its numbers, or codes with their scale, kept as they are where they can be."""
+    if codes is None or scale is None:
+        return pack(value, kind)
+    stored = "fp8" if codes.dtype == torch.float8_e4m3fn else "fp4"
+    return from_codes(codes, scale) if stored == kind else pack(unpack(codes, scale), kind)
+
+
 class Collector:
     """Makes the packed weights of `model` out of stored tensors as they are read; its parameters for them lose their
     memory.
@@ -35,11 +43,8 @@ class Collector:
     def take(self, part: Part, value: Tensor, codes: Tensor | None, scale: Tensor | None) -> None:
         """A stored tensor's piece for parameter `part.ours`: numbers, or stored codes with their scale."""
         kind = self.formats[part.ours]
-        if codes is not None and scale is not None:
-            stored = "fp8" if codes.dtype == torch.float8_e4m3fn else "fp4"
-            one = from_codes(codes, scale) if stored == kind else pack(unpack(codes, scale), kind)
-        else:
-            one = pack(value if part.rows is None else value[:, part.rows[0] : part.rows[1]], kind)
+        rows = value if codes is not None or part.rows is None else value[:, part.rows[0] : part.rows[1]]
+        one = pack_stored(rows, codes, scale, kind)
         if part.expert is None:
             self._found[part.ours] = one
         else:

@@ -15,6 +15,7 @@ from rorqual.checkpoint.hub import HUB_FILES, HUB_ID, import_hub
 from rorqual.checkpoint.official import load_official
 from rorqual.checkpoint.report import layout_of
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
+from rorqual.checkpoint.streaming import MemoryBudget
 from rorqual.checkpoint.summary import check_tokenizer
 from rorqual.checkpoint.transformers_layout import load_transformers
 from rorqual.config import ModelConfig
@@ -63,11 +64,12 @@ def load_model(
     device: str | torch.device = "cpu",
     strict: bool = True,
     weights: str | None = None,
+    memory: int | str | MemoryBudget | None = None,
 ) -> Transformer:
     """Load a local folder in either layout (recognised by its tensor names); arguments as `load_official`."""
     with CheckpointFiles(folder) as files:
         loader = load_official if layout_of(files) == "official" else load_transformers
-    return loader(folder, dtype=dtype, device=device, strict=strict, weights=weights)
+    return loader(folder, dtype=dtype, device=device, strict=strict, weights=weights, memory=memory)
 
 
 def load(
@@ -76,22 +78,23 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     weights: str | None = None,
+    memory: int | str | MemoryBudget | None = None,
     cache: str | None = None,
 ) -> "tuple[Transformer, Tokenizer]":
     """A model ready to use (in eval mode) and its tokenizer.
 
     weights: keep matrices packed for inference: "fp4" (experts FP4, projections FP8), "fp4-int8" or "fp4-bf16" (other
         projections), "fp8", "int8" or "bf16".
+    memory: what the process may hold, bytes or a size such as "6GiB": routed experts then stay on disk and are read as
+        they are used, for models larger than memory (see `load_official`).
     cache: how sequences' memories are kept, `ModelConfig.cache_format`: "exact", "fp4-keys", "fp8" or "auto".
     Raises: CheckpointError (no such model, damaged files, no tokenizer.json), ConfigError, MissingExtraError.
 
         model, tokenizer = rorqual.load("minke")
     """
     folder = locate(name_or_path)
-    tokenizer = _tokenizer(
-        folder, read_config(folder)
-    )  # whether it is the right one is known before gigabytes are read
-    model = load_model(folder, dtype=dtype, device=device, weights=weights)
+    tokenizer = _tokenizer(folder, read_config(folder))  # a wrong one is known before gigabytes are read
+    model = load_model(folder, dtype=dtype, device=device, weights=weights, memory=memory)
     if cache is not None:
         keep_cache_as(model, cache)
     model.eval()

@@ -10,6 +10,7 @@ import torch
 from rorqual.checkpoint.build import build_and_fill, read_config
 from rorqual.checkpoint.layout import official_shards
 from rorqual.checkpoint.store import SHARD_BYTES, Layout, write_model
+from rorqual.checkpoint.streaming import MemoryBudget
 from rorqual.config import ModelConfig
 from rorqual.model import Transformer
 from rorqual.model.quantised import ExpertFormat
@@ -29,19 +30,26 @@ def load_official(
     device: str | torch.device = "cpu",
     strict: bool = True,
     weights: str | None = None,
+    memory: int | str | MemoryBudget | None = None,
 ) -> Transformer:
     """Build the model that `folder` describes and load its weights.
 
     `dtype` is that of the parameters in memory (those that V4 keeps in fp32 stay so); None means fp32 on a
     CPU and the config's `torch_dtype` elsewhere. FP8 and FP4 weights become their exact values in it,
-    or with `weights` (a name of `model.packed_weights.WEIGHTS`) matrices stay packed, for inference on a CPU. The
-    model carries a `LoadReport` as `model.load_report`. Raises: ConfigError for an impossible config.json;
-    CheckpointError for
-    damaged files and, when `strict`, for any tensor that is missing, misshapen or unexpected (otherwise those are
-    reported, and what the files lack keeps its initial values).
+    or with `weights` (a name of `model.packed_weights.WEIGHTS`) matrices stay packed, for inference on a CPU.
+
+    With `memory`, bytes or a size such as "6GiB" that the process may hold in all, routed experts stay on disk and are
+    read as they are used, for inference on a CPU of models that are larger than memory; what they do is seen by
+    `model.expert_cache.stats()`. `weights` is then what the files hold unless given, and `dtype` that of the config.
+
+    The model carries a `LoadReport` as `model.load_report`. Raises: ConfigError for an impossible config.json, or a
+    budget of memory that is too small; CheckpointError for damaged files and, when `strict`, for any tensor that is
+    missing, misshapen or unexpected (otherwise those are reported, and what the files lack keeps its initial values).
     """
     config = read_config(folder)
-    return build_and_fill(Path(folder), config, dtype=dtype, device=device, strict=strict, weights=weights)[0]
+    return build_and_fill(
+        Path(folder), config, dtype=dtype, device=device, strict=strict, weights=weights, memory=memory
+    )[0]
 
 
 def save_official(

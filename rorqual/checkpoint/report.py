@@ -26,6 +26,7 @@ from rorqual.checkpoint.packed import (
     unpack,
 )
 from rorqual.checkpoint.safetensors_io import CheckpointFiles, TensorInfo
+from rorqual.checkpoint.streaming import Streaming
 from rorqual.errors import CheckpointError
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -143,11 +144,13 @@ def match(files: CheckpointFiles, shapes: Mapping[str, Shape]) -> Match:
 
 
 def fill(
-    state: Mapping[str, Tensor], files: CheckpointFiles, *, strict: bool, collector: Collector | None = None
-) -> LoadReport:
+    state: Mapping[str, Tensor], files: CheckpointFiles, *, strict: bool, collector: Collector | None = None,
+    streaming: Streaming | None = None,
+) -> LoadReport:  # fmt: skip
     """Copy a checkpoint into `state` (our tensor name -> tensor of a built model), cast to its dtypes.
 
-    What the model keeps packed goes to `collector` instead, codes as they are stored.
+    What the model keeps packed goes to `collector` instead, codes as they are stored; of what stays on disk `streaming`
+    is told where it is.
     With `strict`, anything missing, misshapen or unexpected raises CheckpointError before a value is touched;
     without, it is listed in the report and those tensors keep the values they have.
     """
@@ -163,11 +166,17 @@ def fill(
         refuse_misfits(files.folder, found)
     with torch.no_grad():
         for tensor, info in sorted(found.fitting, key=lambda pair: str(pair[1].path)):
-            target, value = state[tensor.parts[0].ours], files.read(info.name)
+            target = state[tensor.parts[0].ours]
+            if streaming is not None and streaming.takes(tensor.parts[0].ours):
+                streaming.note(tensor.parts[0], info, found.scales.get(tensor.name))
+                report.loaded.append(tensor.name)
+                continue
             is_packed = collector is not None and tensor.parts[0].ours in collector.formats
             codes = scale = None
             report.loaded.append(tensor.name)
             report.nbytes += info.nbytes
+            is_copied = files.is_direct and not is_packed and tensor.name not in found.scales
+            value = torch.empty(0) if is_copied else files.read(info.name)
             if tensor.name in found.scales:
                 codes, scale = value, files.read(found.scales[tensor.name].name)
                 value = torch.empty(0) if is_packed else unpack(codes, scale)
@@ -180,7 +189,9 @@ def fill(
                     report.cast[tensor.name] = f"{packed_format(info.dtype)} -> {wanted}"
             elif target.dtype != _TORCH[info.dtype]:
                 report.cast[tensor.name] = f"{_word(_TORCH[info.dtype])} -> {_word(target.dtype)}"
-            if is_packed and collector is not None:
+            if is_copied and len(tensor.parts) == 1 and target.is_contiguous():
+                files.copy(info.name, target)
+            elif is_packed and collector is not None:
                 for part in tensor.parts:
                     collector.take(part, value, codes, scale)
             else:
@@ -265,8 +276,6 @@ def _advice(found: Match) -> str:
     loose = "or pass strict=False to load what fits."
     unexpected = [to_official(info.name) for info in found.unexpected]
     missing = [tensor.name for tensor in found.missing]
-    if any(".markov_head" in name or ".confidence_head" in name for name in unexpected):
-        return f"The mtp.* tensors are a DSpark drafter, not MTP: set num_nextn_predict_layers to 0 {loose}"
     if not found.misshapen and all(name.startswith("mtp.") for name in missing + unexpected):
         word = "lacks" if missing else "has more of"
         return f"The file only {word} MTP tensors: correct num_nextn_predict_layers in config.json {loose}"

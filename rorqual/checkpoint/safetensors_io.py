@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from rorqual.checkpoint.direct_io import DirectFiles, copy_numbers
 from rorqual.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -54,16 +55,20 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int
+    """Where its data begin in the file, in bytes."""
 
 
 class CheckpointFiles:
     """The tensors of one checkpoint folder, readable by name. Use as a context manager.
 
+    is_direct: tensors are read past the page cache into memory of their own; otherwise files are mapped.
     Raises: CheckpointError (on creation) when files are missing, damaged or contradict each other.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, is_direct: bool = False) -> None:
+        self.folder, self.is_direct = Path(folder), is_direct
+        self._direct = DirectFiles()
         self.tensors: dict[str, TensorInfo] = {}
         self._handles: dict[Path, Any] = {}
         self._stack = contextlib.ExitStack()
@@ -88,6 +93,10 @@ class CheckpointFiles:
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype."""
         path = self.tensors[name].path
+        if self.is_direct:
+            value = torch.empty(self.tensors[name].shape, dtype=DTYPES[self.tensors[name].dtype])
+            self.copy(name, value)
+            return value
         try:
             if path not in self._handles:
                 self._handles[path] = self._stack.enter_context(safetensors.safe_open(path, framework="pt"))
@@ -97,6 +106,11 @@ class CheckpointFiles:
                 f"{path} could not be read at tensor {name} ({error}), so loading cannot go on. Check the "
                 "disk, or copy or download this file again."
             ) from error
+
+    def copy(self, name: str, target: Tensor) -> None:
+        """One tensor past the page cache into a contiguous one of its shape, cast to its dtype."""
+        info = self.tensors[name]
+        copy_numbers(self._direct, info.path, info.start, DTYPES[info.dtype], target)
 
     def close(self) -> None:
         """Release the mapped files."""
@@ -148,7 +162,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
         if not isinstance(entries, dict):
             raise ValueError("the header is not an object")
-        infos, data_bytes = _read_entries(path, entries)
+        infos, data_bytes = _read_entries(path, entries, 8 + length)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} has a damaged header ({error}), so its tensors cannot be located. {again}"
@@ -311,8 +325,11 @@ def _check_index(path: Path, weight_map: Mapping[str, str], tensors: Mapping[str
         )
 
 
-def _read_entries(path: Path, entries: dict[str, Any]) -> tuple[list[TensorInfo], int]:
-    """Tensors of a decoded header in data order, and the bytes of data they fill without gap or overlap."""
+def _read_entries(path: Path, entries: dict[str, Any], first: int) -> tuple[list[TensorInfo], int]:
+    """Tensors of a decoded header in data order, and the bytes of data they fill without gap or overlap.
+
+    first: where the data begin in the file.
+    """
     infos: list[TensorInfo] = []
     end_of_last = 0
     described = ((name, entry) for name, entry in entries.items() if name != "__metadata__")
@@ -328,7 +345,7 @@ def _read_entries(path: Path, entries: dict[str, Any]) -> tuple[list[TensorInfo]
                 f"tensor {name} lies at bytes {start} to {end} of the data, but {wanted} bytes from "
                 f"{end_of_last} were expected"
             )
-        infos.append(TensorInfo(name, path, dtype, shape, wanted))
+        infos.append(TensorInfo(name, path, dtype, shape, wanted, first + start))
         end_of_last = end
     return infos, end_of_last
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from rorqual.checkpoint.build import read_config
+from rorqual.checkpoint.drafter import without_drafter
 from rorqual.checkpoint.names import to_official
 from rorqual.checkpoint.report import Misfit, check_kinds, layout_of, match, packed_tensors
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
@@ -55,6 +56,8 @@ class CheckpointSummary:
     unexpected: list[str]
     misshapen: list[Misfit]
     tokenizer: TokenizerSummary
+    note: str | None = None
+    """What a load leaves out, in a sentence."""
 
     @property
     def fits(self) -> bool:
@@ -70,14 +73,15 @@ def summarise(folder: str | Path) -> CheckpointSummary:
     folder = Path(folder)
     config = read_config(folder)
     with CheckpointFiles(folder) as files:
-        layout = layout_of(files)
+        layout, stored = layout_of(files), list(files.tensors.values())
+        nbytes, is_packed = files.nbytes, bool(packed_tensors(files))
+        config, note = without_drafter(config, files)
         if layout == "transformers":
             config = without_absent_mtp(config, files)
         with torch.device("meta"):
             state = Transformer(config).state_dict()
         found = match(files, {name: tuple(tensor.shape) for name, tensor in state.items()})
         check_kinds(state, found)
-        stored = list(files.tensors.values())
         shares: dict[str, DtypeShare] = {}
         for info in stored:
             share = shares.get(info.dtype, DtypeShare(0, 0))
@@ -88,15 +92,16 @@ def summarise(folder: str | Path) -> CheckpointSummary:
             config=config,
             files=len({info.path for info in stored}),
             tensors=len(stored),
-            nbytes=files.nbytes,
+            nbytes=nbytes,
             by_dtype=dict(sorted(shares.items())),
             stored=[(to_official(info.name), info.dtype, info.nbytes) for info in stored],
-            is_packed=bool(packed_tensors(files)),
+            is_packed=is_packed,
             matching=len(found.fitting),
             missing=[tensor.name for tensor in found.missing],
             unexpected=[info.name for info in found.unexpected],
             misshapen=found.misshapen,
             tokenizer=check_tokenizer(folder, config),
+            note=note,
         )
 
 

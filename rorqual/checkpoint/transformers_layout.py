@@ -14,6 +14,7 @@ from rorqual.checkpoint.layout import shards_by_size
 from rorqual.checkpoint.names import to_official, to_transformers
 from rorqual.checkpoint.safetensors_io import CheckpointFiles
 from rorqual.checkpoint.store import SHARD_BYTES, Layout, write_model
+from rorqual.checkpoint.streaming import MemoryBudget
 from rorqual.config import ModelConfig
 from rorqual.model import Transformer
 
@@ -32,6 +33,7 @@ def load_transformers(
     device: str | torch.device = "cpu",
     strict: bool = True,
     weights: str | None = None,
+    memory: int | str | MemoryBudget | None = None,
 ) -> Transformer:
     """Load a model that transformers or `save_transformers` saved; arguments and errors as `load_official`.
 
@@ -42,7 +44,9 @@ def load_transformers(
     config = read_config(folder)
     with CheckpointFiles(folder) as files:
         present = without_absent_mtp(config, files)
-    model, report = build_and_fill(folder, present, dtype=dtype, device=device, strict=strict, weights=weights)
+    model, report = build_and_fill(
+        folder, present, dtype=dtype, device=device, strict=strict, weights=weights, memory=memory
+    )
     dropped = config.num_nextn_predict_layers - present.num_nextn_predict_layers
     if dropped:
         report.notes.append(

@@ -18,6 +18,7 @@ from rorqual.cli.options import (
     EffortOption,
     Json,
     MaxTokens,
+    Memory,
     MinP,
     ModelOption,
     Seed,
@@ -69,6 +70,7 @@ def ask(
     speculate: Speculate = False,
     threads: Threads = None,
     weights: Weights = None,
+    memory: Memory = None,
     cache_format: CacheFormat = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.6,
@@ -102,8 +104,9 @@ def ask(
     )
     use_threads(threads)
     network, tokenizer = load(
-        model, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32, weights=weights, cache=cache_format
-    )
+        model, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32, weights=weights, memory=memory,
+        cache=cache_format,
+    )  # fmt: skip
     opening = [{"role": "system", "content": system}] if system else []
     content = DOCUMENT.format(name=name, text=text, question=question)
     prompt = render(tokenizer, [*opening, {"role": "user", "content": content}], effort)

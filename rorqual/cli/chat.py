@@ -16,6 +16,7 @@ from rorqual.cli.options import (
     EffortOption,
     Json,
     MaxTokens,
+    Memory,
     MinP,
     ModelArgument,
     Seed,
@@ -48,6 +49,7 @@ def chat(
     speculate: Speculate = False,
     threads: Threads = None,
     weights: Weights = None,
+    memory: Memory = None,
     cache_format: CacheFormat = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.6,
@@ -69,7 +71,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
     )
-    with open_engine(model, threads, weights, cache_format, speculate) as (engine, tokenizer):
+    with open_engine(model, threads, weights, cache_format, speculate, memory) as (engine, tokenizer):
         conversation = Conversation(engine, tokenizer, params, effort, system)
         if message is not None:
             reply(conversation, message, as_json=as_json)

@@ -12,6 +12,7 @@ from rorqual.cli.options import (
     SAMPLING,
     CacheFormat,
     Json,
+    Memory,
     MinP,
     ModelOption,
     Seed,
@@ -46,6 +47,7 @@ def complete(
     speculate: Speculate = False,
     threads: Threads = None,
     weights: Weights = None,
+    memory: Memory = None,
     cache_format: CacheFormat = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Longest completion.", rich_help_panel=SAMPLING)
@@ -83,7 +85,7 @@ def complete(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
-    with open_engine(model, threads, weights, cache_format, speculate) as (engine, tokenizer):
+    with open_engine(model, threads, weights, cache_format, speculate, memory) as (engine, tokenizer):
         if after is None:
             ids = [tokenizer.bos_token_id, *tokenizer.encode(before, allow_special=False)]
         else:

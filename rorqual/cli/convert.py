@@ -9,8 +9,8 @@ import typer
 
 from rorqual.cli.options import OUTPUT, Json
 from rorqual.cli.progress import byte_progress
-from rorqual.cli.sizes import parse_bytes
 from rorqual.errors import ConfigError
+from rorqual.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from rorqual.checkpoint import Conversion

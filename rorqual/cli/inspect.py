@@ -109,6 +109,7 @@ def _as_json(
             "missing": summary.missing,
             "unexpected": summary.unexpected,
             "misshapen": [str(misfit) for misfit in summary.misshapen],
+            "note": summary.note,
         }
     if released is not None:
         out["official_files"] = {
@@ -221,6 +222,8 @@ def _files_table(summary: "CheckpointSummary", table: Any) -> Any:
     verdict = {True: "fits", False: "does NOT fit", None: "absent"}[summary.tokenizer.is_right]
     table.add_row("tokenizer", f"{verdict}: {summary.tokenizer.words}")
     table.add_row("match the config", f"{summary.matching}")
+    if summary.note is not None:
+        table.add_row("left out", summary.note)
     problems = {"missing": summary.missing, "unexpected": summary.unexpected}
     problems["misshapen"] = [str(misfit) for misfit in summary.misshapen]
     for label, names in problems.items():

@@ -23,6 +23,14 @@ Weights = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="What the process may hold, such as 6GiB: experts stay on disk and are read as they are used.",
+        rich_help_panel=MODEL,
+    ),
+]
 CacheFormat = Annotated[
     Literal["auto", "exact", "fp4-keys", "fp8"] | None,
     typer.Option(

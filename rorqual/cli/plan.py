@@ -8,9 +8,9 @@ import typer
 
 from rorqual.cli.inspect import find_model
 from rorqual.cli.options import OUTPUT, Json
-from rorqual.cli.sizes import parse_tokens
 from rorqual.config import ModelConfig
 from rorqual.errors import ConfigError
+from rorqual.sizes import parse_tokens
 
 if TYPE_CHECKING:
     from rorqual.planner.cache import CacheRows

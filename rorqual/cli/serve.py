@@ -44,10 +44,21 @@ from rorqual.cli.operating import (
     build_operations,
     certificate,
 )  # fmt: skip
-from rorqual.cli.options import MODEL, NETWORK, CacheFormat, Json, ModelArgument, Port, Speculate, Threads, Weights
+from rorqual.cli.options import (
+    MODEL,
+    NETWORK,
+    CacheFormat,
+    Json,
+    Memory,
+    ModelArgument,
+    Port,
+    Speculate,
+    Threads,
+    Weights,
+)
 from rorqual.cli.serving import require_server, start
-from rorqual.cli.sizes import parse_bytes
 from rorqual.errors import ConfigError
+from rorqual.sizes import parse_bytes
 
 if TYPE_CHECKING:  # it brings torch, which takes seconds to import
     from rorqual.engine import EngineSettings
@@ -148,6 +159,7 @@ def serve(
     speculate: Speculate = False,
     threads: Threads = None,
     weights: Weights = None,
+    memory: Memory = None,
     cache_format: CacheFormat = None,
     api_key: ApiKeys = None,
     key_file: KeyFile = None,
@@ -224,6 +236,7 @@ def serve(
         settings=settings,
         threads=threads,
         weights=weights,
+        memory=memory,
         cache_format=cache_format,
         operations=operations,
         behaviour=build_behaviour(alias, keep_reasoning, force_while_thinking, engine_view),

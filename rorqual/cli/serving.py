@@ -31,6 +31,7 @@ def start(
     settings: "EngineSettings | None" = None,
     threads: int | None = None,
     weights: str | None = None,
+    memory: str | None = None,
     cache_format: str | None = None,
     operations: "Operations | None" = None,
     behaviour: "Behaviour | None" = None,
@@ -95,7 +96,7 @@ def start(
         if native.compiler() is None:
             typer.echo("No C compiler here: the plain torch code runs, which is slower. (apt install gcc)")
     use_threads(threads)
-    network, tokenizer = load(model, weights=weights, cache=cache_format)
+    network, tokenizer = load(model, weights=weights, memory=memory, cache=cache_format)
     serve(network, tokenizer, settings or EngineSettings(cache=CacheSettings()))
 
 

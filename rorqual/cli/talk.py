@@ -22,12 +22,13 @@ def open_engine(
     weights: str | None = None,
     cache_format: str | None = None,
     speculate: bool = False,
+    memory: str | None = None,
 ) -> Iterator[tuple[Engine, Tokenizer]]:
     """The named model, loaded and ready; closed on leaving. Raises: CheckpointError as `rorqual.load`."""
     from rorqual.checkpoint import load
 
     use_threads(threads)
-    network, tokenizer = load(model, weights=weights, cache=cache_format)
+    network, tokenizer = load(model, weights=weights, memory=memory, cache=cache_format)
     settings = EngineSettings(max_running=1, cache=CacheSettings(), speculate=speculate)
     with settings.open(network, tokenizer) as engine:
         yield engine, tokenizer

@@ -1,7 +1,7 @@
 """`rorqual up`: the main job. The bundled model, its server and the web page, offline, in one command."""
 
 from rorqual.cli.operating import build_operations
-from rorqual.cli.options import CacheFormat, Json, ModelOption, Port, Speculate, Threads, Weights
+from rorqual.cli.options import CacheFormat, Json, Memory, ModelOption, Port, Speculate, Threads, Weights
 from rorqual.cli.serving import require_server, start
 from rorqual.errors import ConfigError
 
@@ -14,6 +14,7 @@ def up(
     speculate: Speculate = False,
     threads: Threads = None,
     weights: Weights = None,
+    memory: Memory = None,
     cache_format: CacheFormat = None,
     as_json: Json = False,
 ) -> None:
@@ -30,8 +31,8 @@ def up(
     settings = EngineSettings(cache=CacheSettings(), speculate=speculate)
     try:
         start(
-            model, host=HOST, port=port, settings=settings, threads=threads, weights=weights, cache_format=cache_format,
-            operations=build_operations(no_auth=True), as_json=as_json,
+            model, host=HOST, port=port, settings=settings, threads=threads, weights=weights, memory=memory,
+            cache_format=cache_format, operations=build_operations(no_auth=True), as_json=as_json,
         )  # fmt: skip
     except ConfigError as error:
         if f"{HOST}:{port}" in str(error):

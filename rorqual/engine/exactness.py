@@ -109,6 +109,8 @@ def chosen_operations(model: Transformer) -> dict[str, str]:
     probes += [(name, exact) for name in (*EXACT, *(ENGRAM if cfg.engram is not None else ()))]
     if next(packed(model), None) is not None:
         probes += [(name, typed) for name in PACKED]
+    if model.expert_cache is not None:
+        probes.append(("streamed_experts", typed))
     probes += [(name, streams) for name in STREAMS if cfg.residual == "mhc"]
     return {name: registry.chosen(name, probe) for name, probe in probes}
 
@@ -117,6 +119,8 @@ def weights_of(model: Transformer) -> str:
     """How the weights are kept: their dtype, and what of them is packed, or rounded by `quantise`."""
     formats = sorted({weight.format for _, weight in packed(model)})
     more = f", packed {' and '.join(formats)}" if formats else ""
+    if model.expert_cache is not None:
+        more += f", experts {model.expert_cache.reader.kind} streamed from disk"
     return _short(model.reference.dtype) + more + (" rounded to the stored formats" if is_quantised(model) else "")
 
 

@@ -84,11 +84,14 @@ class Attention(nn.Module):
         self.wo_b = Linear(cfg.o_groups * cfg.o_lora_rank, cfg.hidden_size)
         self.compressor = Compressor(cfg, spec, width) if spec.compress_ratio else None
         self.indexer = Indexer(cfg, spec) if spec.has_indexer else None
-        if spec.compress_ratio:  # a compressed layer uses the YaRN table for everything
-            frequencies = rope_frequencies(cfg.qk_rope_head_dim, cfg.compress_rope_theta, cfg.rope_scaling)
-        else:
-            frequencies = rope_frequencies(cfg.qk_rope_head_dim, cfg.rope_theta)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.register_buffer("frequencies", self.make_frequencies(), persistent=False)
+
+    def make_frequencies(self) -> Tensor:
+        """The layer's rope frequencies: no part of a checkpoint."""
+        cfg = self.cfg
+        if self.spec.compress_ratio:  # a compressed layer uses the YaRN table for everything
+            return rope_frequencies(cfg.qk_rope_head_dim, cfg.compress_rope_theta, cfg.rope_scaling)
+        return rope_frequencies(cfg.qk_rope_head_dim, cfg.rope_theta)
 
     def forward(
         self,

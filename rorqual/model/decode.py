@@ -17,6 +17,7 @@ from rorqual.model.block import Block
 from rorqual.model.cache_format import packs_keys, row_of
 from rorqual.model.compressor import Compressor
 from rorqual.model.decode_memory import Addresses, Memory
+from rorqual.model.expert_fetch import Fetcher, expect_experts
 from rorqual.model.moe import MoE
 from rorqual.model.mtp import MTPModule
 from rorqual.model.scores import Scores
@@ -47,8 +48,12 @@ class Plan(Addresses):
         self.kept: list[Tensor] = []
         """What the addresses point at, kept alive."""
         if self.is_usable:
-            shape, numbers, embedding = _shape(model), _numbers(model), model.embed.weight.detach()
-            rows = [self._layer(layer, model.reference.dtype) for layer in model.layers if isinstance(layer, Block)]
+            self.fetcher = _fetcher(model)
+            shape = _shape(model, 0 if self.fetcher is None else self.fetcher.address)
+            numbers, embedding = _numbers(model), model.embed.weight.detach()
+            blocks = [layer for layer in model.layers if isinstance(layer, Block)]
+            rows = [self._layer(layer, model.reference.dtype) for layer in blocks]
+            self.routed = [block.ffn for block in blocks]
             self._address(embedding, model.reference.dtype)
             if self.is_usable:
                 head = self._head(model, model)
@@ -71,10 +76,12 @@ class Plan(Addresses):
             "attn_norm": block.attn_norm.weight, "ffn_norm": block.ffn_norm.weight, "wq_a": attn.wq_a.weight,
             "q_norm": attn.q_norm.weight, "wq_b": attn.wq_b.weight, "wkv": attn.wkv.weight,
             "kv_norm": attn.kv_norm.weight, "wo_a": attn.wo_a.weight, "wo_b": attn.wo_b.weight,
-            "gate": ffn.gate.weight, "w1": ffn.experts.w1, "w2": ffn.experts.w2, "w3": ffn.experts.w3,
+            "gate": ffn.gate.weight,
             "shared_w1": ffn.shared_experts.w1.weight, "shared_w2": ffn.shared_experts.w2.weight,
             "shared_w3": ffn.shared_experts.w3.weight,
         }  # fmt: skip
+        if ffn.experts.streamed is None:
+            typed |= {"w1": ffn.experts.w1, "w2": ffn.experts.w2, "w3": ffn.experts.w3}
         if attn.compressor is not None:
             _add_compressor("entry", attn.compressor, exact, typed)
         if attn.indexer is not None:
@@ -125,8 +132,9 @@ class Plan(Addresses):
         return found[1]
 
     def _new_drafter(self, model: "Transformer", module: MTPModule, dtype: torch.dtype) -> "Drafter | None":
-        if any(_format(weight) for weight in (module.e_proj.weight, module.attn.wq_a.weight, module.ffn.experts.w1)):
-            return None  # packed weights: the layer code drafts
+        is_packed = any(_format(weight) for weight in (module.e_proj.weight, module.attn.wq_a.weight))
+        if is_packed or _expert_format(module.ffn):
+            return None  # the layer code drafts
         others, self.kept = self.kept, []
         head = self._head(model, module, dtype)
         typed = {
@@ -165,7 +173,7 @@ def _add_compressor(
     typed[f"{name}_wkv"], typed[f"{name}_wgate"] = compressor.wkv.weight, compressor.wgate.weight
 
 
-def _shape(model: "Transformer") -> Tensor:
+def _shape(model: "Transformer", fetch: int) -> Tensor:
     cfg, dtype = model.cfg, model.reference.dtype
     first = next(layer for layer in model.layers if isinstance(layer, Block))
     packed = {part: row_of(cfg, part, dtype) for part in ("entries", "index_keys")}
@@ -179,8 +187,8 @@ def _shape(model: "Transformer") -> Tensor:
         "index_width": cfg.index_head_dim, "top_k": cfg.index_topk, "iters": cfg.hc_sinkhorn_iters,
         "entry_bytes": row_bytes["entries"], "key_bytes": row_bytes["index_keys"],
         "rounds_kv": int(cfg.activation_rounding != "none"),
-        "projections": _format(first.attn.wq_a.weight), "expert_format": _format(first.ffn.experts.w1),
-        "rounds_keys": int(cfg.activation_rounding != "none" or packs_keys(cfg)),
+        "projections": _format(first.attn.wq_a.weight), "expert_format": _expert_format(first.ffn),
+        "rounds_keys": int(cfg.activation_rounding != "none" or packs_keys(cfg)), "fetch": fetch,
     }  # fmt: skip
     return torch.tensor([values[name] for name in columns("Shape")], dtype=torch.int64)
 
@@ -188,6 +196,17 @@ def _shape(model: "Transformer") -> Tensor:
 def _format(weight: Tensor | PackedWeight) -> int:
     """0 of a parameter, 1 + the format of a packed weight; all of a model's projections, and all experts, are alike."""
     return 1 + FORMATS.index(weight.format) if isinstance(weight, PackedWeight) else 0
+
+
+def _expert_format(ffn: MoE) -> int:
+    streamed = ffn.experts.streamed
+    return _format(ffn.experts.w1) if streamed is None else 1 + FORMATS.index(streamed.format)
+
+
+def _fetcher(model: "Transformer") -> Fetcher | None:
+    """What brings in streamed experts; None where all are in memory."""
+    sources = [layer.ffn.experts.streamed for layer in model.layers if isinstance(layer, Block)]
+    return Fetcher([source for source in sources if source is not None]) if sources[0] is not None else None
 
 
 def _numbers(model: "Transformer") -> Tensor:
@@ -342,7 +361,12 @@ def _decode(
             tables += [table] * count
             memories += [address] * count
     places = [*ids, *positions, *first, *tables, *memories]
+    if plan.fetcher is not None:
+        expect_experts(plan.routed, ids)
+        plan.fetcher.begin()
     scores = Scores(*plan.network.step(places, len(ids), wanted, choices, is_batch=is_batch))
+    if plan.fetcher is not None:
+        plan.fetcher.end()
     at = 0
     for state, count in zip(states, counts, strict=True):
         for part in state.decoding.paged:

@@ -20,6 +20,7 @@ from rorqual.ops.experts import grouped_experts, route
 from rorqual.ops.packed_experts import packed_experts
 from rorqual.ops.packed_weight import PackedWeight
 from rorqual.ops.rounded_experts import rounded_experts
+from rorqual.ops.streamed_experts import StreamedExperts, streamed_experts
 from rorqual.ops.swiglu import swiglu
 
 
@@ -51,6 +52,9 @@ class Gate(nn.Module):
 
 class Experts(nn.Module):
     """Routed experts, stacked: w1 (gate) and w3 (up) [E, I, D], w2 (down) [E, D, I]."""
+
+    streamed: StreamedExperts | None = None
+    """Where they come from when they are not all in memory; then there are no stacks."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -107,6 +111,9 @@ class MoE(nn.Module):
                 flat, experts, weights, e.w1, e.w3, e.w2, self.limit, lambda: self.shared_experts(flat).float()
             )
             return y.to(x.dtype).view_as(x)
+        if e.streamed is not None:
+            routed = streamed_experts(flat, experts, weights, e.streamed, self.limit)
+            return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
         run: Callable[..., Tensor] = rounded_experts if self.round_inputs else grouped_experts
         first: object = e.w1
         if isinstance(first, PackedWeight):  # see `packed_weights.py`
@@ -129,7 +136,9 @@ class MoE(nn.Module):
         """Health figures of the router and of the routed experts' clamp."""
         probe, e = trace.probe(layout), self.experts
         watch_router(trace, self.name, scores, probe)
-        if isinstance(e.w1, Tensor) and e.w1.shape[0] == self.gate.weight.shape[0]:  # all experts are here
+        if (
+            e.streamed is None and isinstance(e.w1, Tensor) and e.w1.shape[0] == self.gate.weight.shape[0]
+        ):  # all experts are here
             watch_clamp(trace, self.name, x, experts, e.w1, e.w3, self.limit, probe)
 
     def _record(self, experts: Tensor, scores: Tensor, layout: Layout, with_ids: bool) -> RouterRecord:

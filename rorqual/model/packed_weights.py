@@ -20,6 +20,7 @@ from torch import nn
 
 from rorqual.errors import ConfigError
 from rorqual.model import decode
+from rorqual.model.moe import Experts
 from rorqual.model.quantised import StoredFormat, stored_format
 from rorqual.ops.packed_weight import PackedFormat, PackedWeight, pack
 
@@ -72,7 +73,8 @@ def packed(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
 
 def refuse_packed(model: nn.Module, what: str) -> None:
     """Raises: ConfigError where a model's weights are packed, which `what` says cannot be done with them."""
-    if next(packed(model), None) is not None:
+    is_streamed = any(isinstance(module, Experts) and module.streamed is not None for module in model.modules())
+    if is_streamed or next(packed(model), None) is not None:
         raise ConfigError(
             f"This model's weights are packed for inference, so it cannot be {what}: what they were rounded from is "
             "gone. Load it without `weights` for that."

@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from rorqual.model import decode
 from rorqual.model.block import Block, RunBlock, Runner
 from rorqual.model.context import Context, LayoutPart, part_bounds
 from rorqual.model.engram import Engram
+from rorqual.model.expert_fetch import expect_experts
 from rorqual.model.hyper_connections import hc_head, hc_head_parameters
 from rorqual.model.init import init_weights
 from rorqual.model.layout import Layout
@@ -64,6 +66,9 @@ class Transformer(nn.Module):
     """Whether this holds the last layers, HC head, norm, output head and MTP: False on earlier pipeline stages."""
     elsewhere: frozenset[str] = frozenset()
     """Parameters and buffers of the network that other pipeline stages hold."""
+
+    expert_cache: Any = None
+    """What streamed experts are read through (`checkpoint.ExpertCache`): its `stats()` say how that goes."""
 
     compute_dtype: torch.dtype | None = None
     """Precision of activations and matrix products where it differs from the weights': bf16 over fp32 weights in
@@ -202,6 +207,7 @@ class Transformer(nn.Module):
             return layer(streams, tokens, layout, tables[compressed], state, trace)
 
         layers = [layer for layer in self.layers if isinstance(layer, Block)]
+        expect_experts([layer.ffn for layer in layers], tokens)
         return self._run(layers, streams, run, None if memory is not None else self.runner, trace)
 
     def _memories(self) -> list[tuple[int, Engram]]:

@@ -54,7 +54,7 @@ def _packed_experts_native(
     call(
         "packed_experts", x, to.token, to.bounds, to.gate,
         *code_arguments(w1), *code_arguments(w3), *code_arguments(w2), FORMATS.index(w1.format), len(experts),
-        num_experts, d, inner, limit, out,
+        num_experts, d, inner, limit, None, out,
     )  # fmt: skip
     return to.combine(out)
 

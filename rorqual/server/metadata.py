@@ -28,7 +28,7 @@ def metadata(request: Request) -> dict[str, Any]:
 
 
 def statistics(model: ServedModel) -> dict[str, Any]:
-    """The counters of one model's engine and of its prefix cache, as JSON."""
+    """The counters of one model's engine, of its prefix cache and of its streamed experts, as JSON."""
     engine = model.engine
     stats = engine.stats()
     out: dict[str, Any] = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
@@ -47,11 +47,15 @@ def statistics(model: ServedModel) -> dict[str, Any]:
             "disk_bytes_written": None if cache.disk is None else cache.disk.stats.bytes_written,
             "turns": None if cache.turns is None else len(cache.turns),
         }
+    experts = getattr(engine.model, "expert_cache", None)
+    if experts is not None:
+        out["experts"] = dataclasses.asdict(experts.stats())
     return out
 
 
 _COUNTERS = {
-    "rounds", "prompt_tokens", "sampled_tokens", "busy_s", "preemptions", "failed_steps", "requests", "hits",
+    "rounds", "prefetch_hits", "misses", "bytes_read", "prefetches", "waited_s",
+    "prompt_tokens", "sampled_tokens", "busy_s", "preemptions", "failed_steps", "requests", "hits",
     "cached_tokens", "disk_tokens", "replayed_tokens", "evicted_pages", "disk_bytes_read", "disk_bytes_written",
     "finished", "reasons",
 }  # fmt: skip
@@ -63,7 +67,8 @@ def metrics(models: Mapping[str, ServedModel]) -> str:
     lines: dict[str, list[str]] = {}
     for name, model in models.items():
         numbers = statistics(model)
-        for prefix, group in (("rorqual", numbers), ("rorqual_cache", numbers.pop("cache", {}))):
+        cache, experts = numbers.pop("cache", {}), numbers.pop("experts", {})
+        for prefix, group in (("rorqual", numbers), ("rorqual_cache", cache), ("rorqual_experts", experts)):
             for key, value in group.items():
                 metric = f"{prefix}_{key}" + ("_total" if key in _COUNTERS else "")
                 lines.setdefault(metric, []).extend(_samples(metric, key, value, name))

@@ -25,7 +25,7 @@ LINES = [  # from top to bottom; rooms on one line do not know each other
     {"chat", "data", "tokenizer", "checkpoint", "planner", "journal", "ledger"},
     {"model"},
     {"ops"},
-    {"config", "config_dialects", "config_engram", "errors", "log", "money", "seeds"},
+    {"config", "config_dialects", "config_engram", "errors", "log", "money", "seeds", "sizes"},
 ]
 SAME_LINE = {
     ("posttrain", "agents"),
@@ -45,6 +45,7 @@ FOUNDATION = {
     ("log", "errors"),
     ("seeds", "errors"),
     ("money", "errors"),
+    ("sizes", "errors"),
 }
 FORBIDDEN = {("server", "train"), ("server", "evals")}
 ORACLES_AND_CLIENTS = {"transformers", "deepseek_recipe", "openai", "anthropic", "pytest", "hypothesis"}

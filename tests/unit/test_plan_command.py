@@ -9,10 +9,10 @@ import pytest
 
 from rorqual.cli import main
 from rorqual.cli.plan_tables import figure, size, usd
-from rorqual.cli.sizes import parse_tokens
 from rorqual.config import ModelConfig
 from rorqual.errors import ConfigError
 from rorqual.planner import own_rows
+from rorqual.sizes import parse_tokens
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

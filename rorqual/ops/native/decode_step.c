@@ -22,10 +22,11 @@ static int omp_get_thread_num(void) { return 0; }
 /* Names of what model/decode.py fills in; it reads them here. */
 enum Shape { LAYERS, HIDDEN, STREAMS, HEADS, WIDTH, ROPE, QUERY_RANK, GROUPS, OUTPUT_RANK, WINDOW, EXPERTS, ACTIVE,
              EXPERT_WIDTH, INDEX_HEADS, INDEX_WIDTH, TOP_K, ITERS, ENTRY_BYTES, KEY_BYTES, ROUNDS_KV, ROUNDS_KEYS,
-             PROJECTIONS, EXPERT_FORMAT, SHAPE_END };
+             PROJECTIONS, EXPERT_FORMAT, FETCH, SHAPE_END };
 /* ENTRY_BYTES, KEY_BYTES: of a packed row in memory, 0 where rows are numbers. ROUNDS_KV, ROUNDS_KEYS: whether window keys
  * and entries, index keys and queries are FP8 and FP4 numbers. PROJECTIONS, EXPERT_FORMAT: 0 for weights
- * of the activations' type, or 1 + the format of packed ones (packed_products.h), whose scales are the columns _SCALE. */
+ * of the activations' type, or 1 + the format of packed ones (packed_products.h), whose scales are the columns _SCALE.
+ * FETCH: 0, or the function that brings in the experts of a layer (`Fetch`), which then has no stacks. */
 enum Number { NORM_EPS, HC_EPS, SCALE, INDEX_SCALE, ROUTE_SCALE, LIMIT, NUMBER_END };
 enum Layer { RATIO, OVERLAP, FREQUENCIES,
              HC_ATTN_FN, HC_ATTN_BASE, HC_ATTN_SCALE, ATTN_NORM, WQ_A, WQ_A_SCALE, Q_NORM, WQ_B, WQ_B_SCALE, WKV, WKV_SCALE,
@@ -43,6 +44,10 @@ enum Draft { EMBED, E_PROJ, H_PROJ, E_NORM, H_NORM, DRAFT_END };
 #define PART_ROWS 32 /* at least, for a thread of its own */
 
 #define PLACE(table, field) ((void *)(uintptr_t)(table)[field])
+
+/* Brings in some of the experts of `layer` that have rows by `bounds` [E + 1] and says where in `places` (matvec_body.h):
+ * 1; every one comes once, then 0. Negative: it failed, and what the step computes will not be used. */
+typedef long (*Fetch)(long layer, const int64_t *bounds, int64_t **places);
 
 static long most(long a, long b) { return a > b ? a : b; }
 

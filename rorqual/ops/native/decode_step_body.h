@@ -404,10 +404,17 @@ static void NAME(feed)(NAME(Step) * s, const int64_t *layer) {
                             PLACE(layer, W2), n[EXPERTS], hidden, inner, limit, s->expert_inner, s->expert_out);
     else {
         void *s1 = PLACE(layer, W1_SCALE), *s3 = PLACE(layer, W3_SCALE), *s2 = PLACE(layer, W2_SCALE);
-        NAME(packed_experts)(s->normed, s->token, s->bounds, s->sorted, PLACE(layer, W1), is_fp4 ? s1 : NULL,
-                             is_fp4 ? NULL : s1, PLACE(layer, W3), is_fp4 ? s3 : NULL, is_fp4 ? NULL : s3,
-                             PLACE(layer, W2), is_fp4 ? s2 : NULL, is_fp4 ? NULL : s2, format, rows, n[EXPERTS], hidden,
-                             inner, limit, s->expert_out);
+        Fetch fetch = (Fetch)(uintptr_t)n[FETCH];
+        int64_t *places = NULL;
+        long more = fetch ? fetch(s->layer, s->bounds, &places) : 1;
+        if (more < 0) memset(s->expert_out, 0, sizeof(T) * rows * active * hidden);
+        while (more > 0) {
+            NAME(packed_experts)(s->normed, s->token, s->bounds, s->sorted, PLACE(layer, W1), is_fp4 ? s1 : NULL,
+                                 is_fp4 ? NULL : s1, PLACE(layer, W3), is_fp4 ? s3 : NULL, is_fp4 ? NULL : s3,
+                                 PLACE(layer, W2), is_fp4 ? s2 : NULL, is_fp4 ? NULL : s2, format, rows, n[EXPERTS],
+                                 hidden, inner, limit, places, s->expert_out);
+            more = fetch ? fetch(s->layer, s->bounds, &places) : 0;
+        }
     }
     NAME(experts_join)(s->expert_out, s->slots, s->shared, rows, active, hidden, s->y);
 }

@@ -31,5 +31,5 @@ void NAME(packed_experts)(const T *x, const int64_t *token, const int64_t *bound
                           const uint8_t *codes1, const uint8_t *exponents1, const float *scales1, const uint8_t *codes3,
                           const uint8_t *exponents3, const float *scales3, const uint8_t *codes2,
                           const uint8_t *exponents2, const float *scales2, long format, long tokens, long experts, long d,
-                          long inner, float limit, T *out);
+                          long inner, float limit, const int64_t *places, T *out);
 void NAME(experts_join)(const T *rows, const int64_t *slots, const T *shared, long tokens, long active, long d, T *y);

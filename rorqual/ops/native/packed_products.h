@@ -14,6 +14,7 @@
 
 #define FEW_ROWS 8
 #define STEP (8 * LANE_COUNT) /* channels */
+#define EXPERT_PLACES 6 /* addresses of an expert that lies on its own: codes and scales of w1, w3 and w2 */
 
 enum Format { FORMAT_FP32, FORMAT_BF16, FORMAT_INT8, FORMAT_FP8, FORMAT_FP4 };
 

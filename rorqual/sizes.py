@@ -1,4 +1,4 @@
-"""Sizes on the command line: bytes (`512MiB`, `4GiB`, `1.5G`) and tokens (`8192`, `128K`, `1M`, `1Mi`)."""
+"""Sizes as people write them: bytes (`512MiB`, `4GiB`, `1.5G`) and tokens (`8192`, `128K`, `1M`, `1Mi`)."""
 
 import re
 from decimal import Decimal
