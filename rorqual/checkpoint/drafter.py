@@ -13,9 +13,14 @@ from rorqual.config import ModelConfig
 _DSPARK = re.compile(r"mtp\.\d+\.(?:main_proj|main_norm|markov_head|confidence_head)\b.*")
 
 
+def has_drafter(files: CheckpointFiles) -> bool:
+    """Whether the files hold a DSpark drafter where others have an MTP module."""
+    return any(_DSPARK.fullmatch(name) for name in files.tensors)
+
+
 def without_drafter(config: ModelConfig, files: CheckpointFiles) -> tuple[ModelConfig, str | None]:
     """The config to build, and what to tell people where `files` hold a DSpark drafter, which they then forget."""
-    if not any(_DSPARK.fullmatch(name) for name in files.tensors):
+    if not has_drafter(files):
         return config, None
     dropped = {name: info for name, info in files.tensors.items() if name.startswith("mtp.")}
     stages = len({name.split(".")[1] for name in dropped})

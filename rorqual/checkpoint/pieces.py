@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rorqual.checkpoint.build import read_config
+from rorqual.checkpoint.drafter import has_drafter
 from rorqual.checkpoint.layout import FileTensor
 from rorqual.checkpoint.names import expert_name, split_stacked
 from rorqual.checkpoint.packed import unpack
@@ -63,6 +64,11 @@ class Source:
         self.layout = layout_of(self.files)
         if self.layout == "transformers":
             config = without_absent_mtp(config, self.files)
+        if has_drafter(self.files) and not drop_mtp:
+            raise CheckpointError(
+                f"the mtp.* tensors in {folder} are a DSpark drafter and not MTP, and no layout here has a place for one. "
+                "Convert what is left with drop_mtp=True (--drop-mtp)."
+            )
         if drop_mtp:
             ratios = config.compress_ratios[: config.num_hidden_layers]
             config = config.replace(num_nextn_predict_layers=0, compress_ratios=ratios)
