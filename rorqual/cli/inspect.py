@@ -45,7 +45,9 @@ def inspect(
         typer.echo(json.dumps(_as_json(model, source, config, count, summary), indent=2))
     else:
         _print_tables(model, source, config, count, summary)
-    if summary is not None and not (summary.fits and summary.tokenizer.is_right is not False):
+    if summary is not None and not summary.fits:
+        raise typer.Exit(1)
+    if summary is not None and summary.tokenizer.is_right is False:
         raise typer.Exit(1)
 
 
@@ -182,7 +184,6 @@ def _print_tables(
         console.print(block, markup=False)
     if summary is not None:
         console.print(_files_table(summary, table("Checkpoint")), markup=False)
-        console.print(_component_table(summary, table("Bytes by component")), markup=False)
 
 
 def _files_table(summary: "CheckpointSummary", table: Any) -> Any:
@@ -200,16 +201,7 @@ def _files_table(summary: "CheckpointSummary", table: Any) -> Any:
     for label, names in problems.items():
         more = f"\n... and {len(names) - 10} more" if len(names) > 10 else ""
         table.add_row(label, "\n".join([f"{len(names)}" if names else "none", *names[:10]]) + more)
-    return table
-
-
-def _component_table(summary: "CheckpointSummary", table: Any) -> Any:
-    from rorqual.planner import bytes_by_component
-
-    for part, shares in bytes_by_component(summary.stored).items():
-        dtypes = ", ".join(f"{dtype} {nbytes / 1e6:,.2f}" for dtype, nbytes in sorted(shares.items()))
-        table.add_row(part.replace("_", " "), f"{sum(shares.values()) / 1e6:,.2f} MB", dtypes)
-    table.columns[1].justify = "right"
+    _add_components(summary, table)
     return table
 
 
@@ -237,3 +229,13 @@ def spans(indices: Sequence[int]) -> str:
             out.append(f"{rest[0]} to {rest[length - 1]}" + (f" by {step}" if step > 1 else ""))
         rest = rest[length:]
     return ", ".join(out)
+
+
+def _add_components(summary: "CheckpointSummary", table: Any) -> None:
+    """Bytes by component and dtype, scales with their weights."""
+    from rorqual.planner import bytes_by_component
+
+    table.add_row("bytes of", "")
+    for part, shares in bytes_by_component(summary.stored).items():
+        dtypes = ", ".join(f"{dtype} {nbytes / 1e6:,.2f}" for dtype, nbytes in sorted(shares.items()))
+        table.add_row(f"  {part.replace('_', ' ')}", f"{sum(shares.values()) / 1e6:,.2f} MB: {dtypes}")
