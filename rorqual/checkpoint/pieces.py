@@ -66,8 +66,8 @@ class Source:
             config = without_absent_mtp(config, self.files)
         if has_drafter(self.files) and not drop_mtp:
             raise CheckpointError(
-                f"the mtp.* tensors in {folder} are a DSpark drafter and not MTP, and no layout here has a place for one. "
-                "Convert what is left with drop_mtp=True (--drop-mtp)."
+                f"the mtp.* tensors in {folder} are a DSpark drafter and not MTP, and no layout here has a place for "
+                "one. Convert what is left with drop_mtp=True (--drop-mtp)."
             )
         if drop_mtp:
             ratios = config.compress_ratios[: config.num_hidden_layers]

@@ -35,10 +35,10 @@ COMMANDS: dict[str, Command] = {
     "keys": Command("Make, list, top up and revoke API keys with budgets and limits.", RUN),
     "usage": Command("Show requests, tokens and cost by day, key and model.", RUN),
     "train": Command("Train a model from a recipe.", LEARN),
-    "inspect": Command("Explain a preset, a config or a checkpoint: layers, parameters, names.", LOOK),
     "plan": Command("Plan for a model: bytes, what fits, fastest speed and why, least cost.", LOOK),
-    "convert": Command("Convert a checkpoint: DeepSeek's layout, that of transformers, GGUF.", LOOK),
     "pull": Command("Fetch a checkpoint from the Hugging Face Hub, resumable and checked.", LOOK),
+    "convert": Command("Convert a checkpoint: DeepSeek's layout, that of transformers, GGUF.", LOOK),
+    "inspect": Command("Explain a preset, a config or a checkpoint: layers, parameters, names.", LOOK),
     "selftest": Command("Prove that answers here do not depend on batch, cache or restarts.", LOOK),
     "doctor": Command("Check this machine: versions, threads, compiler, optional extras.", LOOK),
 }

@@ -46,7 +46,9 @@ def inspect(
         typer.echo(json.dumps(_as_json(model, source, config, count, summary, released), indent=2))
     else:
         _print_tables(model, source, config, count, summary, released)
-    if summary is not None and not (summary.fits and summary.tokenizer.is_right is not False):
+    if summary is not None and not summary.fits:
+        raise typer.Exit(1)
+    if summary is not None and summary.tokenizer.is_right is False:
         raise typer.Exit(1)
 
 
@@ -207,7 +209,6 @@ def _print_tables(
         console.print(block, markup=False)
     if summary is not None:
         console.print(_files_table(summary, table("Checkpoint")), markup=False)
-        console.print(_component_table(summary, table("Bytes by component")), markup=False)
     if released is not None:
         console.print(_released_table(released, table("As official files: FP4 experts, FP8 projections")), markup=False)
 
@@ -229,6 +230,7 @@ def _files_table(summary: "CheckpointSummary", table: Any) -> Any:
     for label, names in problems.items():
         more = f"\n... and {len(names) - 10} more" if len(names) > 10 else ""
         table.add_row(label, "\n".join([f"{len(names)}" if names else "none", *names[:10]]) + more)
+    _add_components(summary, table)
     return table
 
 
@@ -239,16 +241,6 @@ def _released_table(released: "Inventory", table: Any) -> Any:
         for name, (tensors, nbytes) in shares.items():
             words = name if name.isupper() else name.replace("_", " ")
             table.add_row(f"  {words}", f"{nbytes:,}", f"{tensors:,} tensors")
-    table.columns[1].justify = "right"
-    return table
-
-
-def _component_table(summary: "CheckpointSummary", table: Any) -> Any:
-    from rorqual.planner import bytes_by_component
-
-    for part, shares in bytes_by_component(summary.stored).items():
-        dtypes = ", ".join(f"{dtype} {nbytes / 1e6:,.2f}" for dtype, nbytes in sorted(shares.items()))
-        table.add_row(part.replace("_", " "), f"{sum(shares.values()) / 1e6:,.2f} MB", dtypes)
     table.columns[1].justify = "right"
     return table
 
@@ -277,3 +269,13 @@ def spans(indices: Sequence[int]) -> str:
             out.append(f"{rest[0]} to {rest[length - 1]}" + (f" by {step}" if step > 1 else ""))
         rest = rest[length:]
     return ", ".join(out)
+
+
+def _add_components(summary: "CheckpointSummary", table: Any) -> None:
+    """Bytes by component and dtype, scales with their weights."""
+    from rorqual.planner import bytes_by_component
+
+    table.add_row("bytes of", "")
+    for part, shares in bytes_by_component(summary.stored).items():
+        dtypes = ", ".join(f"{dtype} {nbytes / 1e6:,.2f}" for dtype, nbytes in sorted(shares.items()))
+        table.add_row(f"  {part.replace('_', ' ')}", f"{sum(shares.values()) / 1e6:,.2f} MB: {dtypes}")

@@ -13,7 +13,6 @@ A weight counts one whatever its stored width.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -90,20 +89,6 @@ def count_model(model: Transformer, config: ModelConfig) -> ParameterCount:
         by_component=parts,
         activated_routed_experts=chosen,
     )
-
-
-def bytes_by_component(stored: Iterable[tuple[str, str, int]]) -> dict[str, dict[str, int]]:
-    """Bytes of stored tensors (official name, dtype, bytes) by component and dtype, largest component first.
-
-    Scales count with their weights; tables of hash layers and tensors of no known name have rows of their own.
-    """
-    out: dict[str, dict[str, int]] = {}
-    for name, dtype, nbytes in stored:
-        part = next((part for pattern, part in _COMPONENTS if re.search(pattern, name)), "other")
-        part = "hash_tables" if name.endswith(".tid2eid") else part
-        share = out.setdefault(part, {})
-        share[dtype] = share.get(dtype, 0) + nbytes
-    return dict(sorted(out.items(), key=lambda item: -sum(item[1].values())))
 
 
 @cache
