@@ -136,8 +136,8 @@ def run_child(args: argparse.Namespace, kind: str, limit: Limit | None) -> tuple
 
 
 def disk_rates(folder: Path, windows: int = 3) -> list[float]:
-    """Bytes/s in windows of half a second, with pauses between them as the model makes them: pieces as large as an expert
-    from random places, and one behind the other; read by one thread, and by as many as the cache has.
+    """Bytes/s in windows of half a second, with pauses between them as the model makes them: pieces as large as an
+    expert from random places, and one behind the other; read by one thread, and by as many as the cache has.
     """
     paths = [path for path in sorted(folder.glob("*.safetensors")) if path.stat().st_size > 2 * EXPERT_BYTES]
     rates = []
