@@ -13,10 +13,10 @@ one the figures are without a limit, and `config.limit_bytes` is null.
     decode-zipf     the same with token ids as frequent as words in text (1 / rank), which hash layers profit from
 
 Token ids are drawn evenly but for the last case, and the router's weights are random, so nothing favours an expert: the
-worst case for a cache. `ours` is tokens/s. `bound` is what the disk allows: the most that it gave in any second of the
-same run to as many threads reading pieces as large as experts past the page cache, from random places and in order,
-over the bytes that were read for a token. One processor is left to the readers unless --threads says otherwise. `peer`
-is the same model loaded whole under the same limit; it does not get there where the limit works.
+worst case for a cache. `ours` is tokens/s. `bound` is what the disk allows: the most that it gave in any half second
+of probes before, between and after the cases (`disk_rates`), over the bytes that were read for a token. One processor
+is left to the readers unless --threads says otherwise. `peer` is the same model loaded whole under the same limit; it
+does not get there where the limit works.
 """
 
 import argparse
@@ -135,35 +135,41 @@ def run_child(args: argparse.Namespace, kind: str, limit: Limit | None) -> tuple
     return {line["case"]: line for line in lines}, fault
 
 
-def disk_rates(folder: Path, windows: int = 3, threads: int = THREADS) -> list[float]:
-    """Bytes/s in windows of a second, of `threads` readers that take pieces as large as an expert: from random places,
-    and then one behind the other.
+def disk_rates(folder: Path, windows: int = 3) -> list[float]:
+    """Bytes/s in windows of half a second, with pauses between them as the model makes them: pieces as large as an
+    expert from random places, and one behind the other; read by one thread, and by as many as the cache has.
     """
     paths = [path for path in sorted(folder.glob("*.safetensors")) if path.stat().st_size > 2 * EXPERT_BYTES]
-    files, choose = DirectFiles(), random.Random(time.time_ns())
-    buffers = [room(EXPERT_BYTES + 8192) for _ in range(threads)]
     rates = []
-    for is_random in (True, False):
-        path = choose.choice(paths)
-        places = itertools.count(choose.randrange(path.stat().st_size), EXPERT_BYTES)
-
-        def read(buffer: torch.Tensor, end: float, counts: list[int]) -> None:
-            while time.perf_counter() < end:
-                mine = choose.choice(paths) if is_random else path  # noqa: B023
-                most = mine.stat().st_size - EXPERT_BYTES - 8192
-                at = aligned(choose.randrange(most) if is_random else next(places) % most, 0)[0]  # noqa: B023
-                files.read(mine, at, at + EXPERT_BYTES, buffer)
-                counts.append(EXPERT_BYTES)
-
+    for threads, is_random in itertools.product((1, THREADS), (True, False)):
         for _ in range(windows):
-            begin, counts = time.perf_counter(), list[int]()
-            readers = [threading.Thread(target=read, args=(buffer, begin + 1, counts)) for buffer in buffers]
-            for reader in readers:
-                reader.start()
-            for reader in readers:
-                reader.join()
-            rates.append(sum(counts) / (time.perf_counter() - begin))
+            time.sleep(0.3)
+            rates.append(disk_rate(paths, threads, 0.5, is_random=is_random))
     return rates
+
+
+def disk_rate(paths: list[Path], threads: int, seconds: float, *, is_random: bool) -> float:
+    """Bytes/s of so many readers at once."""
+    files, choose = DirectFiles(), random.Random(time.time_ns())
+    path, counts = choose.choice(paths), list[int]()
+    places = itertools.count(choose.randrange(path.stat().st_size), EXPERT_BYTES)
+    buffers = [room(EXPERT_BYTES + 8192) for _ in range(threads)]
+    begin = time.perf_counter()
+
+    def read(buffer: torch.Tensor) -> None:
+        while time.perf_counter() < begin + seconds:
+            mine = choose.choice(paths) if is_random else path
+            most = mine.stat().st_size - EXPERT_BYTES - 8192
+            at = aligned(choose.randrange(most) if is_random else next(places) % most, 0)[0]
+            files.read(mine, at, at + EXPERT_BYTES, buffer)
+            counts.append(EXPERT_BYTES)
+
+    readers = [threading.Thread(target=read, args=(buffer,)) for buffer in buffers]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    return sum(counts) / (time.perf_counter() - begin)
 
 
 def drop_caches() -> bool:
