@@ -8,7 +8,6 @@ the page cache. The budget is what the process may hold in all: what it holds al
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,8 +141,8 @@ class Streaming:
         decode.forget(model)
         model.expert_cache = cache
         logger.info(
-            "%d of %d experts fit in memory (%.2f GB each of %.1f MB); the others are read when they are used.",
-            slots, count, slots * reader.slot_bytes / 1e9, reader.slot_bytes / 1e6,
+            "%d of %d experts of %.1f MB fit in memory (%.2f GB); the others are read when they are used.",
+            slots, count, reader.slot_bytes / 1e6, slots * reader.slot_bytes / 1e9,
         )  # fmt: skip
         return cache
 
@@ -161,13 +160,12 @@ def build_without_memory(config: ModelConfig) -> Transformer:
 def give_memory(model: nn.Module) -> None:
     """Memory, holding anything, for whatever of a model on the meta device does not stay on disk."""
     for name, module in model.named_modules():
-        tensors: Mapping[str, dict[str, torch.Tensor | None]] = {"p": module._parameters, "b": module._buffers}
-        for kind, own in tensors.items():
-            for leaf, tensor in own.items():
-                if tensor is None or not tensor.is_meta or Streaming.takes(f"{name}.{leaf}"):
-                    continue
-                empty = torch.empty_like(tensor, device="cpu")
-                own[leaf] = nn.Parameter(empty) if kind == "p" else empty
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and not Streaming.takes(f"{name}.{leaf}"):
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
 
 
 def dense_bytes(model: nn.Module) -> int:
