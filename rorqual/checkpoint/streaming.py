@@ -8,6 +8,7 @@ the page cache. The budget is what the process may hold in all: what it holds al
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from rorqual.model import Transformer, decode
 from rorqual.model.attention import Attention
 from rorqual.model.moe import Experts
 from rorqual.model.packed_weights import WEIGHTS, packed
-from rorqual.ops.packed_weight import PackedFormat
+from rorqual.ops.packed_weight import PackedFormat, packed_nbytes
 from rorqual.sizes import parse_bytes
 
 WORK_SHARE = 1 / 8
@@ -72,7 +73,7 @@ class MemoryBudget:
             raise ConfigError(
                 f"memory is {self.total:,} bytes, but this model needs at least {needed:,}: {dense_bytes:,} of dense "
                 f"weights, {active * slot_bytes:,} for the {active} experts of one layer that a token uses, "
-                f"{held_bytes:,} that the process holds already, and {WORK_SHARE:.0%} of the whole to work in. Raise "
+                f"{held_bytes:,} that the process holds already, and {WORK_SHARE:.1%} of the whole to work in. Raise "
                 "memory, or choose weights that take less."
             )
         return min(left // slot_bytes, experts)
@@ -123,6 +124,20 @@ class Streaming:
         file.weights[matrix] = weight
         if scale is not None:
             file.scales[matrix] = scale
+
+    def check(self, model: Transformer, config: ModelConfig, formats: Mapping[str, PackedFormat]) -> None:
+        """Look, before a weight is read, whether the budget will do for `model` on the meta device, of which `formats`
+        will be packed. Raises: ConfigError for a budget that is too small.
+        """
+        dense = 0
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not self.takes(name):
+                shape = tuple(tensor.shape)
+                dense += packed_nbytes(shape, formats[name]) if name in formats else tensor.nbytes
+        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        expert = sum(packed_nbytes(shape, self.kind) for shape in ((inner, hidden), (inner, hidden), (hidden, inner)))
+        experts, active = config.n_routed_experts, config.num_experts_per_tok
+        self.budget.slots(dense, expert, active, experts, self.held_bytes)
 
     def install(self, model: Transformer, config: ModelConfig) -> ExpertCache:
         """Let `model`, whose dense weights are there, read its experts through a cache. Raises: ConfigError for a
