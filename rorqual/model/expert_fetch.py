@@ -21,7 +21,7 @@ class Fetcher:
         self._local = threading.local()
         # not a method of self: a circle of references would keep gigabytes until the collector comes by
         self._function = _Fetch(partial(_fetch, layers, self._local))
-        address = ctypes.cast(self._function, ctypes.c_void_p).value
+        address = ctypes.c_void_p.from_buffer_copy(self._function).value  # `ctypes.cast` makes a circle too
         assert address is not None
         self.address = address
 

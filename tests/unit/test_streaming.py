@@ -3,6 +3,7 @@
 import gc
 import re
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -233,6 +234,9 @@ def test_threads_and_files_of_a_cache_end_with_it(folders):
     gc.disable()  # gigabytes must not wait for it
     try:
         del model
+        end = time.monotonic() + 5
+        while kept() is not None and time.monotonic() < end:  # a thread may be reading yet
+            time.sleep(0.01)
         assert kept() is None
     finally:
         gc.enable()
