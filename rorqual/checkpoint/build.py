@@ -90,6 +90,7 @@ def _build_streamed(
         model, streaming = build_without_memory(config), Streaming(budget, weights)
         collector = Collector(model, weights)
         cast_model(model, dtype)
+        streaming.check(model, config, collector.formats)
         give_memory(model)
         report = fill(model.state_dict(), files, strict=True, collector=collector, streaming=streaming)
         collector.install(model)

@@ -26,7 +26,7 @@ from rorqual.model import Transformer, decode
 from rorqual.model.attention import Attention
 from rorqual.model.moe import Experts
 from rorqual.model.packed_weights import WEIGHTS, packed
-from rorqual.ops.packed_weight import PackedFormat
+from rorqual.ops.packed_weight import PackedFormat, packed_nbytes
 from rorqual.sizes import parse_bytes
 
 WORK_SHARE = 1 / 8
@@ -73,7 +73,7 @@ class MemoryBudget:
             raise ConfigError(
                 f"memory is {self.total:,} bytes, but this model needs at least {needed:,}: {dense_bytes:,} of dense "
                 f"weights, {active * slot_bytes:,} for the {active} experts of one layer that a token uses, "
-                f"{held_bytes:,} that the process holds already, and {WORK_SHARE:.0%} of the whole to work in. Raise "
+                f"{held_bytes:,} that the process holds already, and {WORK_SHARE:.1%} of the whole to work in. Raise "
                 "memory, or choose weights that take less."
             )
         return min(left // slot_bytes, experts)
@@ -125,6 +125,20 @@ class Streaming:
         if scale is not None:
             file.scales[matrix] = scale
 
+    def check(self, model: Transformer, config: ModelConfig, formats: Mapping[str, PackedFormat]) -> None:
+        """Look, before a weight is read, whether the budget will do for `model` on the meta device, of which `formats`
+        will be packed. Raises: ConfigError for a budget that is too small.
+        """
+        dense = 0
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not self.takes(name):
+                shape = tuple(tensor.shape)
+                dense += packed_nbytes(shape, formats[name]) if name in formats else tensor.nbytes
+        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        expert = sum(packed_nbytes(shape, self.kind) for shape in ((inner, hidden), (inner, hidden), (hidden, inner)))
+        experts, active = config.n_routed_experts, config.num_experts_per_tok
+        self.budget.slots(dense, expert, active, experts, self.held_bytes)
+
     def install(self, model: Transformer, config: ModelConfig) -> ExpertCache:
         """Let `model`, whose dense weights are there, read its experts through a cache. Raises: ConfigError for a
         budget that is too small.
@@ -142,8 +156,8 @@ class Streaming:
         decode.forget(model)
         model.expert_cache = cache
         logger.info(
-            "%d of %d experts fit in memory (%.2f GB each of %.1f MB); the others are read when they are used.",
-            slots, count, slots * reader.slot_bytes / 1e9, reader.slot_bytes / 1e6,
+            "%d of %d experts of %.1f MB fit in memory (%.2f GB); the others are read when they are used.",
+            slots, count, reader.slot_bytes / 1e6, slots * reader.slot_bytes / 1e9,
         )  # fmt: skip
         return cache
 
@@ -161,13 +175,12 @@ def build_without_memory(config: ModelConfig) -> Transformer:
 def give_memory(model: nn.Module) -> None:
     """Memory, holding anything, for whatever of a model on the meta device does not stay on disk."""
     for name, module in model.named_modules():
-        tensors: Mapping[str, dict[str, torch.Tensor | None]] = {"p": module._parameters, "b": module._buffers}
-        for kind, own in tensors.items():
-            for leaf, tensor in own.items():
-                if tensor is None or not tensor.is_meta or Streaming.takes(f"{name}.{leaf}"):
-                    continue
-                empty = torch.empty_like(tensor, device="cpu")
-                own[leaf] = nn.Parameter(empty) if kind == "p" else empty
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and not Streaming.takes(f"{name}.{leaf}"):
+                module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
 
 
 def dense_bytes(model: nn.Module) -> int:

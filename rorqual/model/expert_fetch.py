@@ -3,6 +3,7 @@
 import ctypes
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,10 +18,10 @@ class Fetcher:
     """The function `Fetch` of `ops/native/decode_step.c`, for the layers of one model. Any thread may run a step."""
 
     def __init__(self, layers: Sequence[StreamedExperts]) -> None:
-        self._layers = layers
         self._local = threading.local()
-        self._function = _Fetch(self._fetch)
-        address = ctypes.cast(self._function, ctypes.c_void_p).value
+        # not a method of self: a circle of references would keep gigabytes until the collector comes by
+        self._function = _Fetch(partial(_fetch, layers, self._local))
+        address = ctypes.c_void_p.from_buffer_copy(self._function).value  # `ctypes.cast` makes a circle too
         assert address is not None
         self.address = address
 
@@ -34,26 +35,28 @@ class Fetcher:
         if error is not None:
             raise error
 
-    def _fetch(
-        self, layer: int, bounds: "ctypes._Pointer[ctypes.c_int64]", out: "ctypes._Pointer[ctypes.c_void_p]"
-    ) -> int:
-        local = self._local
-        if local.error is not None:
-            return -1
-        try:
-            if local.groups is None:
-                source = self._layers[layer]
-                ends = bounds[: source.shape[0] + 1]
-                local.groups = source.groups([e for e in range(source.shape[0]) if ends[e] < ends[e + 1]])
-            places = next(local.groups, None)
-            if places is None:
-                local.groups = None
-                return 0
-            out[0] = places.data_ptr()
-            return 1
-        except BaseException as error:  # C cannot pass it on: `end` raises it
-            local.groups, local.error = None, error
-            return -1
+
+def _fetch(
+    layers: Sequence[StreamedExperts], local: threading.local, layer: int, bounds: "ctypes._Pointer[ctypes.c_int64]",
+    out: "ctypes._Pointer[ctypes.c_void_p]",
+) -> int:  # fmt: skip
+    """One call of the step, from C."""
+    if local.error is not None:
+        return -1
+    try:
+        if local.groups is None:
+            source = layers[layer]
+            ends = bounds[: source.shape[0] + 1]
+            local.groups = source.groups([e for e in range(source.shape[0]) if ends[e] < ends[e + 1]])
+        places = next(local.groups, None)
+        if places is None:
+            local.groups = None
+            return 0
+        out[0] = places.data_ptr()
+        return 1
+    except BaseException as error:  # C cannot pass it on: `end` raises it
+        local.groups, local.error = None, error
+        return -1
 
 
 def expect_experts(modules: Sequence[MoE], tokens: Tensor | Sequence[int]) -> None:

@@ -8,6 +8,7 @@ Source: DeepSeek-V4's published formats (numerics in `ops/quant.py`); INT8 is ou
     bf16   codes uint8 [..., out, 2 in], fp32 [..., out, 4 in]: the numbers' own bytes; no scale
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +58,17 @@ class PackedWeight:
             assert self.scale is not None
             return self.codes.view(torch.int8).float() * self.scale.unsqueeze(-1)
         return self.codes.view(torch.bfloat16 if self.format == "bf16" else torch.float32).float()
+
+
+def packed_nbytes(shape: tuple[int, ...], kind: PackedFormat) -> int:
+    """Bytes of codes and scales of weights [..., out, in] in format `kind`."""
+    *stack, out, width = shape
+    rows, columns = (-(-size // block) for size, block in zip((out, width), quant.FP8_BLOCK, strict=True))
+    each = {
+        "fp32": 4 * out * width, "bf16": 2 * out * width, "int8": out * width + 4 * out,
+        "fp8": out * width + 4 * rows * columns, "fp4": out * (width // 2) + out * -(-width // quant.FP4_GROUP),
+    }  # fmt: skip
+    return math.prod(stack) * each[kind]
 
 
 def quantize_weight_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
