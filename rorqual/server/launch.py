@@ -107,7 +107,7 @@ def check_installed(engine: EngineName) -> None:
     if not there:
         raise MissingExtraError(
             f"{engine} is not installed here, so it cannot be launched. Install it by its own instructions (it brings "
-            "its own CUDA build of torch), print the command with --dry-run and run it elsewhere, or attach to a "
+            "its own build of torch for GPUs), print the command with --dry-run and run it elsewhere, or attach to a "
             "running server with --upstream URL."
         )
 

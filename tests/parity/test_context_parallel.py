@@ -1,5 +1,7 @@
 """Rows cut into 1, 2 and 4 parts give the logits, losses and gradients of whole rows."""
 
+import functools
+
 import context_cases
 import pytest
 import torch
@@ -8,7 +10,7 @@ from ranks import run_ranks
 from rorqual.errors import RequestError
 from rorqual.model.context import part_bounds
 
-SIZES = [1, 2, 4]
+SIZES = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +23,16 @@ def whole() -> dict[str, list[dict]]:
     return out
 
 
-@pytest.fixture(scope="module")
-def parts() -> list[dict[str, dict[int, list[dict]]]]:
-    return run_ranks(context_cases.steps_in_parts, max(SIZES), SIZES)
+@functools.cache
+def parts(size: int) -> list[dict[str, dict[int, list[dict]]]]:
+    return run_ranks(context_cases.steps_in_parts, size, [size])
 
 
 @pytest.mark.parametrize("model", list(context_cases.MODELS))
 @pytest.mark.parametrize("size", SIZES)
-def test_parts_are_the_whole(whole: dict, parts: list[dict], size: int, model: str) -> None:
+def test_parts_are_the_whole(whole: dict, size: int, model: str) -> None:
     for number, expected in enumerate(whole[model]):
-        shares = [parts[rank][model][size][number] for rank in range(size)]
+        shares = [rank[model][size][number] for rank in parts(size)]
         logits = torch.cat([share["logits"] for share in shares], 1)
         torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-5)
         assert sum(share["loss"] for share in shares) == pytest.approx(expected["loss"], abs=1e-5)

@@ -41,7 +41,7 @@ def drawn(number: int) -> list[Case]:
     return found
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_equals_one_process(world: int) -> None:
     chosen = EDGES + drawn(14)
     assert len(chosen) > 15 and any(sum(case.counts) == 0 for case in chosen)

@@ -50,7 +50,8 @@ def test_routing_ahead_is_the_same_on_every_layout(tmp_path: Path, processes: in
     check(processes, {x.name for x in LAYOUTS if x.processes == processes}, tmp_path / "alone", tmp_path)
 
 
-@pytest.mark.parametrize("in_memory", ["ep2-waves", pytest.param("pp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_memory", ["ep2-waves", "pp2"])
 def test_all_processes_go_back_together(tmp_path: Path, in_memory: str) -> None:
     live = ("stability.active_steps=0", "run.report=false")
     memory = (*live, "stability.snapshot_every=2")

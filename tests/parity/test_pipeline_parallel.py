@@ -34,6 +34,7 @@ def total(parts: list[LossParts], name: str) -> float:
     return sum(getattr(part, name) for part in parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", list(pipeline_cases.LAYOUTS))
 @pytest.mark.parametrize("count", ["few", "many"])
 def test_stages_are_the_whole(whole: dict, stages: list[dict], layout: str, count: str) -> None:
@@ -58,6 +59,7 @@ def test_stages_are_the_whole(whole: dict, stages: list[dict], layout: str, coun
     assert seen == {name for rank in ranks for name in rank[count]["gradients"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", list(pipeline_cases.LAYOUTS))
 def test_forward_only(whole: dict, stages: list[dict], layout: str) -> None:
     every = {rank[layout]["place"]: rank[layout]["logits"] for rank in stages}

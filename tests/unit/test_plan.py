@@ -23,7 +23,7 @@ from rorqual.planner.hardware import Chip, Machine, find_machine, load_hardware
 from rorqual.planner.plan import Costs, Workload, fit, make_plan
 from rorqual.planner.work import Experts, Operations, WeightBytes, Work
 
-CHIP = Chip(name="round", kind="gpu", memory=1e6, bandwidth=1e4, bf16=1e6, fp8=2e6, link=1e3, source="invented here")
+CHIP = Chip(name="round", memory=1e6, bandwidth=1e4, bf16=1e6, fp8=2e6, link=1e3, source="invented here")
 
 
 @dataclass
@@ -176,7 +176,7 @@ def test_machines_by_name(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words):
             find_machine(wrong)
     mine = tmp_path / "mine.toml"
-    mine.write_text('[mine]\nname="m"\nkind="gpu"\nmemory=1e9\nbandwidth=1e9\nbf16=1e12\nsource="me"\n')
+    mine.write_text('[mine]\nname="m"\nmemory=1e9\nbandwidth=1e9\nbf16=1e12\nsource="me"\n')
     assert find_machine("mine", load_hardware(mine)).chip.memory == 1e9
     for text, words in (("[mine]\nname=1", "mine|name"), ("not toml [", "no table of hardware")):
         broken = tmp_path / f"{len(text)}.toml"

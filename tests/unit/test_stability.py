@@ -86,6 +86,7 @@ def test_a_spike_is_undone_and_the_run_ends_as_it_would_have(tmp_path: Path, mod
     assert ages == [0, 1, 2, 2, 2, 2]
 
 
+@pytest.mark.slow
 def test_what_is_done_without_anticipatory_routing_is_the_undamaged_run(
     tmp_path: Path, models: list[Transformer]
 ) -> None:
@@ -95,6 +96,7 @@ def test_what_is_done_without_anticipatory_routing_is_the_undamaged_run(
     assert newest_files(tmp_path / "hurt") == newest_files(tmp_path / "calm")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_goes_back_to_a_checkpoint_on_disk(tmp_path: Path, models: list[Transformer]) -> None:
     settings = [*LONG, "stability.snapshot_every=0", "run.checkpoint_every_s=1e-9", "run.keep_checkpoints=3"]
     feed = hurting(models, 15, break_number)  # within the warm-up: what is no number needs no statistics
@@ -145,6 +147,7 @@ def test_roll_backs_are_counted_and_then_the_run_ends(tmp_path: Path, models: li
     assert lost["reason"] == "all 2 roll-backs (stability.max_rollbacks) are used up"
 
 
+@pytest.mark.slow
 def test_a_finite_spike_without_a_way_back_is_told_and_the_run_goes_on(
     tmp_path: Path, models: list[Transformer]
 ) -> None:

@@ -40,10 +40,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return "I think</think>Hello!" if prompt.endswith("<think>") else "Hello!"
 
     @contextmanager
-    def open_mock(
-        model: str, threads: int | None, weights: None = None, cache_format: None = None, speculate: bool = False
-    ) -> Iterator[tuple[Engine, Tokenizer]]:
-        assert (model, threads, weights, cache_format, speculate) == ("minke", None, None, None, False)
+    def open_mock(model: str, *options: object) -> Iterator[tuple[Engine, Tokenizer]]:
+        assert (model, [option for option in options if option]) == ("minke", [])
         with Engine(ScriptModel(reply), byte_tokenizer()) as engine:
             yield engine, byte_tokenizer()
 
