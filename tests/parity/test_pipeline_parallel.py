@@ -14,6 +14,9 @@ from rorqual.parallel.stages import costs, stage_bounds
 from rorqual.train.losses import LossParts
 
 
+pytestmark = pytest.mark.slow  # tests/parity/test_parallel_training.py trains in two stages in the quick suite
+
+
 @pytest.fixture(scope="module")
 def whole() -> dict[str, dict]:
     torch.set_num_threads(1)
@@ -34,7 +37,6 @@ def total(parts: list[LossParts], name: str) -> float:
     return sum(getattr(part, name) for part in parts)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", list(pipeline_cases.LAYOUTS))
 @pytest.mark.parametrize("count", ["few", "many"])
 def test_stages_are_the_whole(whole: dict, stages: list[dict], layout: str, count: str) -> None:
@@ -59,7 +61,6 @@ def test_stages_are_the_whole(whole: dict, stages: list[dict], layout: str, coun
     assert seen == {name for rank in ranks for name in rank[count]["gradients"]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", list(pipeline_cases.LAYOUTS))
 def test_forward_only(whole: dict, stages: list[dict], layout: str) -> None:
     every = {rank[layout]["place"]: rank[layout]["logits"] for rank in stages}
