@@ -13,7 +13,6 @@ from rorqual.errors import ConfigError
 from rorqual.parallel.stages import costs, stage_bounds
 from rorqual.train.losses import LossParts
 
-
 pytestmark = pytest.mark.slow  # tests/parity/test_parallel_training.py trains in two stages in the quick suite
 
 
