@@ -167,7 +167,7 @@ class ModelConfig:
             raise ConfigError(
                 f"Cannot read the model config {path}: {error.strerror or error}. Check the path."
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is not valid JSON ({error}). Restore the file or write it again with save_official."
             ) from error

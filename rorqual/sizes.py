@@ -5,7 +5,7 @@ from decimal import Decimal
 
 from rorqual.errors import ConfigError
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -17,7 +17,7 @@ def parse_bytes(text: str, option: str) -> int:
     return int(float(found.group(1)) * 1024 ** _POWERS[found.group(2).upper()])
 
 
-_TOKENS = re.compile(r"(\d+(?:\.\d+)?)\s*([KM]?)(I?)", re.IGNORECASE)
+_TOKENS = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KM]?)(I?)", re.IGNORECASE)
 
 
 def parse_tokens(text: str, option: str) -> int:

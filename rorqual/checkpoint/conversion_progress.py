@@ -12,6 +12,7 @@ from rorqual.checkpoint.conversion_plan import PlannedFile
 from rorqual.checkpoint.pieces import Source
 from rorqual.checkpoint.piecewise import held, sha256_of
 from rorqual.checkpoint.safetensors_io import TEMPORARY, model_files, write_text
+from rorqual.checkpoint.store import COMPANIONS
 from rorqual.errors import CheckpointError
 
 PROGRESS = "convert-progress.json"
@@ -80,7 +81,8 @@ def opened(target: Path, about: dict[str, Any]) -> Iterator[Progress]:
     """
     with held(target, "converting"):
         if not (target / PROGRESS).exists():
-            there = [path.name for path in model_files(target)] + ["config.json"] * (target / "config.json").exists()
+            there = [path.name for path in model_files(target)]
+            there += [name for name in ("config.json", *COMPANIONS) if (target / name).exists()]
             if there:
                 raise CheckpointError(
                     f"{target} already holds {', '.join(there[:3])}, which would be overwritten. Name an empty folder, "

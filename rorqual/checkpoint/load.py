@@ -41,6 +41,8 @@ def locate(name_or_path: str | Path, files: Sequence[str] = HUB_FILES) -> Path:
     Raises: CheckpointError when nothing has that name; MissingExtraError for a Hub id without the extra.
     """
     text = str(name_or_path)
+    if not text:
+        raise CheckpointError("the model's name is empty, so it is not clear what is meant. Name a model or a folder.")
     if text in bundled_names():
         return ASSETS / text
     folder = Path(text).expanduser()

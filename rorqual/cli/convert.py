@@ -22,7 +22,7 @@ _LABELS = {"check": "checking finished files", "write": "writing", "verify": "ve
 def convert(
     source: Annotated[str, typer.Argument(help="Bundled name, checkpoint folder, or Hub id.", metavar="SOURCE")],
     target: Annotated[
-        Path, typer.Argument(help="Folder to write, new or empty; for gguf a new file.", metavar="TARGET")
+        str, typer.Argument(help="Folder to write, new or empty; for gguf a new file.", metavar="TARGET")
     ],
     to: Annotated[
         Literal["official", "transformers", "gguf"],
@@ -71,13 +71,16 @@ def convert(
     from rorqual.checkpoint import convert as run
     from rorqual.checkpoint import locate
 
+    if not target:  # an unset variable of a shell, say; a path would make the present folder of it
+        raise ConfigError("the target's name is empty, so it is not clear where to write. Name a folder.")
+    place = Path(target).expanduser()
     if to == "gguf":
         if dtype is not None or experts is not None or drop_mtp:
             raise ConfigError(
                 "--dtype, --experts and --drop-mtp are for the other layouts: a GGUF file keeps what is stored (FP4 as "
                 "MXFP4, FP8 as BF16) and never has MTP. Leave them out."
             )
-        _to_gguf(locate(source), target.expanduser(), verify, as_json)
+        _to_gguf(locate(source), place, verify, as_json)
         return
 
     limit = parse_bytes(shard_bytes, "--shard-bytes")
@@ -86,7 +89,7 @@ def convert(
     with byte_progress(not as_json, _LABELS) as on_bytes:
         done = run(
             locate(source),
-            target.expanduser(),
+            place,
             to,
             dtype=None if dtype is None else getattr(torch, dtype),
             experts=experts,

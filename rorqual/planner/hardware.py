@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rorqual.errors import ConfigError
 from rorqual.planner.work import NumberFormat
 
-Positive = Annotated[float, Field(gt=0)]
-_MACHINE = re.compile(r"(?:(\d+)\s*[xX*]\s*)?([a-zA-Z][\w.-]*)")
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_MACHINE = re.compile(r"(?:([0-9]{1,9})\s*[xX*]\s*)?([a-zA-Z][\w.-]*)")
 
 
 class Chip(BaseModel):

@@ -4,6 +4,7 @@ Every figure is computed for the network and for the two that it is compared wit
 mean and leave out: `bounds.py`.
 """
 
+import math
 from dataclasses import dataclass
 
 from rorqual.config import ModelConfig
@@ -50,10 +51,11 @@ class Workload:
         for name, value in (("cache_hit", self.cache_hit), ("output_share", self.output_share)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name} is {value}, but it is a share; give a number from 0 to 1.")
-        if self.context < 1 or (self.batch is not None and self.batch < 1) or (self.tpot_s or 1) <= 0:
+        is_timed = self.tpot_s is None or 0 < self.tpot_s < math.inf
+        if self.context < 1 or (self.batch is not None and self.batch < 1) or not is_timed:
             raise ConfigError(
                 f"context is {self.context}, batch {self.batch} and tpot_s {self.tpot_s}, but nothing can be planned "
-                "with less than one token, one sequence or no time. Give positive numbers."
+                "with less than one token, one sequence, no time or endless time. Give positive numbers."
             )
 
 
@@ -146,6 +148,8 @@ def make_plan(
         )
     if not 0 <= reserve < 1:
         raise ConfigError(f"reserve is {reserve}, but it is a share of the memory; give a number from 0 to below 1.")
+    if usd_per_hour is not None and not 0 <= usd_per_hour < math.inf:
+        raise ConfigError(f"usd_per_hour is {usd_per_hour}, but it is the price of a chip; give a number from 0 on.")
     stored = inventory(config, weights)
     ours = V4(config, name, stored, rows)
     networks: tuple[Network, ...] = (ours, V32(), GQA8(config, stored))

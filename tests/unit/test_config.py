@@ -143,7 +143,7 @@ def test_configs_can_be_keys_and_extra_never_overrides() -> None:
 def test_files_that_are_no_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Cannot read the model config .*Check the path"):
         ModelConfig.from_file(tmp_path / "none.json")
-    for text, words in (("{", "not valid JSON"), ("[]", "holds a JSON list")):
+    for text, words in (("{", "not valid JSON"), ("[" * 100_000, "not valid JSON"), ("[]", "holds a JSON list")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=words):
             ModelConfig.from_file(tmp_path / "config.json")

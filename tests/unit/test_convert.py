@@ -264,6 +264,14 @@ def test_refusals(packed: Path, plain: Path, tmp_path: Path, monkeypatch: pytest
         checkpoint.convert(packed, packed / ".." / packed.name, "transformers")
     with pytest.raises(CheckpointError, match="already holds model.safetensors, config.json"):
         checkpoint.convert(packed, plain, "transformers")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "tokenizer.json").write_text("another model's")
+    with pytest.raises(CheckpointError, match="already holds tokenizer.json"):
+        checkpoint.convert(packed, tmp_path / "taken", "transformers")
+    for names in (["", str(tmp_path / "x")], [str(packed), ""]):
+        with pytest.raises(SystemExit):
+            main(["convert", *names, "--to", "official"])
+        assert not (tmp_path / "x").exists()
     with pytest.raises(ConfigError, match="fused experts have no packed form"):
         checkpoint.convert(plain, tmp_path / "x", "transformers", experts="fp4")
     with pytest.raises(ConfigError, match="Leave one of them out"):

@@ -1,6 +1,7 @@
 """Bounds by hand on a machine of round figures, the table of hardware, and published claims against the bounds."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,17 @@ def test_costs_follow_from_speeds() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"context": 0}, {"batch": 0}, {"tpot_s": -1.0}, {"cache_hit": 1.5}, {"output_share": -1}]
+    "wrong",
+    [
+        {"context": 0},
+        {"batch": 0},
+        {"tpot_s": -1.0},
+        {"tpot_s": 0.0},
+        {"tpot_s": math.nan},
+        {"tpot_s": math.inf},
+        {"cache_hit": 1.5},
+        {"output_share": -1},
+    ],
 )
 def test_work_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -150,6 +161,9 @@ def test_a_whole_plan() -> None:
         make_plan(cfg, "minke", Workload(cfg.max_position_embeddings + 1))
     with pytest.raises(ConfigError, match="reserve"):
         make_plan(cfg, "minke", Workload(8), reserve=1.0)
+    for price in (-1.0, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="usd_per_hour"):
+            make_plan(cfg, "minke", Workload(8), usd_per_hour=price)
 
 
 # ---------------------------------------------------------------- data
@@ -172,13 +186,18 @@ def test_machines_by_name(tmp_path: Path) -> None:
     assert find_machine("8xH200") == Machine(load_hardware()["h200"], 8)
     assert find_machine("laptop").count == 1 and find_machine(" 64 x ascend-950dt ").count == 64
     for wrong, words in (("8xnone", "no hardware"), ("8x", "no hardware"), ("0xh100", "at least one"),
+                         ("9" * 400 + "xh100", "no hardware"),
                          ("2xlaptop", "no figure for its links")):  # fmt: skip
         with pytest.raises(ConfigError, match=words):
             find_machine(wrong)
     mine = tmp_path / "mine.toml"
     mine.write_text('[mine]\nname="m"\nmemory=1e9\nbandwidth=1e9\nbf16=1e12\nsource="me"\n')
     assert find_machine("mine", load_hardware(mine)).chip.memory == 1e9
-    for text, words in (("[mine]\nname=1", "mine|name"), ("not toml [", "no table of hardware")):
+    for text, words in (
+        ("[mine]\nname=1", "mine|name"),
+        (mine.read_text().replace("memory=1e9", "memory=inf"), "memory: .*finite"),
+        ("not toml [", "no table of hardware"),
+    ):
         broken = tmp_path / f"{len(text)}.toml"
         broken.write_text(text)
         with pytest.raises(ConfigError, match=words):

@@ -12,7 +12,7 @@ from rorqual.cli.plan_tables import figure, size, usd
 from rorqual.config import ModelConfig
 from rorqual.errors import ConfigError
 from rorqual.planner import own_rows
-from rorqual.sizes import parse_tokens
+from rorqual.sizes import parse_bytes, parse_tokens
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -112,10 +112,12 @@ def test_lengths(text: str, tokens: int) -> None:
     assert parse_tokens(text, "--context") == tokens
 
 
-@pytest.mark.parametrize("text", ["", "i", "1.0005K", "0", "many", "-1"])
+@pytest.mark.parametrize("text", ["", "i", "1.0005K", "0", "many", "-1", "9" * 5000])
 def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match="--context"):
         parse_tokens(text, "--context")
+    with pytest.raises(ConfigError, match="--shard-bytes"):
+        parse_bytes("9" * 5000, "--shard-bytes")
 
 
 def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
