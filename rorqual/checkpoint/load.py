@@ -88,7 +88,7 @@ def load(
     weights: keep matrices packed for inference: "fp4" (experts FP4, projections FP8), "fp4-int8" or "fp4-bf16" (other
         projections), "fp8", "int8" or "bf16".
     memory: what the process may hold, bytes or a size such as "6GiB": routed experts then stay on disk and are read as
-        they are used, for models larger than memory (see `load_official`).
+        they are used, for models larger than memory; `dtype` is then the config's unless given (see `load_official`).
     cache: how sequences' memories are kept, `ModelConfig.cache_format`: "exact", "fp4-keys", "fp8" or "auto".
     Raises: CheckpointError (no such model, damaged files, no tokenizer.json), ConfigError, MissingExtraError.
 

@@ -138,8 +138,8 @@ def _wait(launch: Launch, process: subprocess.Popen[bytes], patience_s: float) -
                 f"{launch.engine} ended with status {process.returncode} before it served anything. Its own messages "
                 f"are above. The command was:\n{launch.shown()}"
             )
-        with suppress(ConfigError):  # nothing answers yet
-            return connect(launch.url)
+        with suppress(ConfigError):  # nothing answers yet, or another server that has the port
+            return connect(launch.url, model=launch.name)
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"{launch.engine} does not answer at {launch.url} after {patience_s:g} s. Look at its messages above; "

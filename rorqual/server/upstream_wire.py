@@ -77,11 +77,13 @@ class Link:
             if finish == "abort":
                 raise Broken(self, "it aborted the request").refusal()
             stop = choice.get("stop_reason", choice.get("matched_stop"))
-            details = (usage or {}).get("prompt_tokens_details") or {}
+            text = choice.get("text") or ""
+            if not isinstance(text, str):
+                raise TypeError(f"its text is {text!r}")
             return Delta(
-                text=choice.get("text") or "",
+                text=text,
                 finish=None if finish is None else _FINISH.get(finish, "stop"),
-                usage=None if usage is None else (usage["completion_tokens"], details.get("cached_tokens") or 0),
+                usage=None if usage is None else _counts(usage),
                 stop_string=stop if isinstance(stop, str) else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -205,7 +207,9 @@ def connect(url: str, key: str | None = None, model: str | None = None) -> Offer
     try:
         response = httpx2.get(f"{url}/v1/models", headers=headers, timeout=_CONNECT_S, trust_env=False)
         offers = response.json()["data"] if response.status_code == 200 else []
-        names = [one["id"] for one in offers]
+        names = [str(one["id"]) for one in offers]
+    except httpx2.InvalidURL as error:
+        raise ConfigError(f"{url} is no address ({error}). Write it as http://127.0.0.1:8100.") from error
     except httpx2.HTTPError as error:
         raise ConfigError(
             f"no server answers at {url} ({type(error).__name__}: {error}). Start it first, or correct --upstream."
@@ -221,7 +225,7 @@ def connect(url: str, key: str | None = None, model: str | None = None) -> Offer
             "it asks for a key."
         )
     wanted = model if model is not None else (names[0] if names else None)
-    found = next((one for one in offers if one["id"] == wanted), None)
+    found = next((one for one in offers if str(one["id"]) == wanted), None)
     if found is None:
         raise ConfigError(
             f"{url} has no model {wanted!r}; it serves {', '.join(names) or 'none'}. Name one with --upstream-model."
@@ -229,7 +233,16 @@ def connect(url: str, key: str | None = None, model: str | None = None) -> Offer
     owner = str(found.get("owned_by", ""))
     dialect: Dialect = "vllm" if owner == "vllm" else "sglang" if owner == "sglang" else "openai"
     context = found.get("max_model_len")
-    return Offer(found["id"], dialect, context if isinstance(context, int) else None)
+    return Offer(str(found["id"]), dialect, context if isinstance(context, int) else None)
+
+
+def _counts(usage: Any) -> tuple[int, int]:
+    """Completion tokens, and prompt tokens from a cache. Raises: TypeError for what are no counts."""
+    details = usage.get("prompt_tokens_details") or {}
+    counts = usage["completion_tokens"], details.get("cached_tokens") or 0
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise TypeError(f"its usage counts are {counts}")
+    return counts
 
 
 def _message(body: Any) -> str:

@@ -122,3 +122,12 @@ def test_it_is_waited_for_and_stopped(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="does not answer at"), running(launch, patience_s=0.3):
         pass
     assert time.monotonic() - began < 20
+
+
+def test_another_server_on_the_port_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launching, "_LOOK_S", 0.05)
+    script, pid, port = tmp_path / "engine.py", tmp_path / "pid", free_port()
+    script.write_text(STAND_IN)
+    monkeypatch.setattr(Launch, "command", lambda _self: [sys.executable, str(script), str(port), str(pid), "0"])
+    with pytest.raises(ConfigError, match="does not answer at"), running(Launch("vllm", "m", "other", 1, port), 1.0):
+        pass

@@ -246,6 +246,12 @@ def test_other_ways_to_break_off(scripted: tuple[Scripted, TestClient, str]):
         ([text("a", "abort"), DONE], "it aborted the request"),
         (["data: {nonsense\n\n"], "no completion chunk"),
         ([{"choices": "?"}], "no completion chunk"),
+        (
+            [text("a"), {"choices": [], "usage": {"completion_tokens": "many"}}, DONE],
+            "its usage counts are ('many', 0)",
+        ),
+        ([text("a"), {"choices": [], "usage": {"completion_tokens": -1}}, DONE], "its usage counts are (-1, 0)"),
+        ([{"choices": [{"text": 7}]}, DONE], "its text is 7"),
     ):
         upstream.acts = [act]
         told = refused(ask(client), 502)
@@ -339,6 +345,8 @@ def test_an_upstream_that_is_not_there():
         assert health.status_code == 503 and health.json()["status"] == "failed"
     with pytest.raises(ConfigError, match="no server answers at"):
         connect(url)
+    with pytest.raises(ConfigError, match="is no address"):
+        connect("http://[::1")
 
 
 def test_what_is_said_to_each_kind_of_server(monkeypatch: pytest.MonkeyPatch):
