@@ -129,5 +129,8 @@ def test_another_server_on_the_port_is_not_taken_for_it(tmp_path: Path, monkeypa
     script, pid, port = tmp_path / "engine.py", tmp_path / "pid", free_port()
     script.write_text(STAND_IN)
     monkeypatch.setattr(Launch, "command", lambda _self: [sys.executable, str(script), str(port), str(pid), "0"])
-    with pytest.raises(ConfigError, match="does not answer at"), running(Launch("vllm", "m", "other", 1, port), 1.0):
+    with (
+        pytest.raises(ConfigError, match="does not answer at"),
+        running(Launch("vllm", "m", "other", 1, port), patience_s=1),
+    ):
         pass
