@@ -197,8 +197,8 @@ def _finish(weights: Source, files: list[PlannedFile], target: Path, description
 
 def _copy(source: Path, target: Path) -> None:
     try:
-        write_text(target, source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        write_text(target, source.read_bytes())
+    except OSError as error:
         raise CheckpointError(
             f"cannot copy {source} to {target}: {error}. Check the disk, then run it again."
         ) from error

@@ -243,11 +243,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(mode)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str | bytes) -> None:
     """Write a small file so that a reader sees either the old content or the new, even after a crash."""
     beside = temporary(path)
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
         sync(beside)
         os.replace(beside, path)
     except OSError as error:

@@ -17,8 +17,8 @@ def closed() -> RequestError:
 def failed(error: BaseException) -> RequestError:
     """The model, or the engine, failed while it ran the request (500)."""
     return RequestError(
-        f"The model failed while running this request: {type(error).__name__}: {error}. Nothing more can be "
-        "generated for it. Send it again; if it fails again, the full trace is in the server's log.",
+        f"The model failed while running this request: {type(error).__name__}: {str(error).rstrip('.')}. Nothing more "
+        "can be generated for it. Send it again; if it fails again, the full trace is in the server's log.",
         status=500,
         type="server_error",
     )

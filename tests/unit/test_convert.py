@@ -300,6 +300,13 @@ def test_two_at_once_are_kept_apart(plain: Path, tmp_path: Path):
     checkpoint.convert(plain, tmp_path / "out", "official", verify=False, on_bytes=second)
 
 
+def test_what_lies_beside_the_weights_is_copied_byte_by_byte(plain: Path, tmp_path: Path):
+    shutil.copytree(plain, tmp_path / "a")
+    (tmp_path / "a" / "tokenizer_config.json").write_bytes(b'{"name": "caf\xe9"}\r\n')
+    checkpoint.convert(tmp_path / "a", tmp_path / "b", "official")
+    assert (tmp_path / "b" / "tokenizer_config.json").read_bytes() == b'{"name": "caf\xe9"}\r\n'
+
+
 def test_a_drafter_can_be_dropped(plain: Path, tmp_path: Path):
     shutil.copytree(plain, tmp_path / "a")
     path = tmp_path / "a" / "model.safetensors"

@@ -223,7 +223,8 @@ def test_an_injected_full_disk(good: Path, tmp_path: Path, monkeypatch: pytest.M
             return super().write(data)
 
     def opened(path: Path, mode: str = "r", *args: Any, **more: Any) -> Any:
-        return Full(io.FileIO(path, "w")) if mode == "wb" else original(path, mode, *args, **more)
+        is_weights = mode == "wb" and ".safetensors" in path.name
+        return Full(io.FileIO(path, "w")) if is_weights else original(path, mode, *args, **more)
 
     monkeypatch.setattr(Path, "open", opened)
     with pytest.raises(CheckpointError, match="is full: model"):
