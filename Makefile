@@ -23,7 +23,7 @@ help:
 	@echo "make up         talk to the bundled model in the browser (PORT=8000)"
 	@echo "make test       install what tests need and run the quick suite"
 	@echo "make test-slow  the slow tests: training, parity over many configurations, the page in a browser"
-	@echo "                (RORQUAL_TEST_FULL=1: with as many kills and steps as were once shown)"
+	@echo "                (RORQUAL_TEST_FULL=1: with as many kills as were once shown)"
 	@echo "make install    only make .venv (TORCH=cuda for a GPU)"
 	@echo "make lint       format check, lint, types      make format  apply the format"
 	@echo "make docs       rewrite docs/cli.md            make bench   measure speed and memory"
