@@ -92,9 +92,13 @@ def count_model(model: Transformer, config: ModelConfig) -> ParameterCount:
 
 
 @cache
+def find_component(name: str) -> str | None:
+    """Which row of the table a tensor belongs to; None for one that no network has."""
+    return next((part for pattern, part in _COMPONENTS if re.search(pattern, name)), None)
+
+
 def component(name: str) -> str:
-    """Which row of the table a tensor (our name) belongs to."""
-    for pattern, part in _COMPONENTS:
-        if re.search(pattern, name):
-            return part
-    raise AssertionError(f"tensor {name} belongs to no component; add a pattern for it")
+    """Which row of the table a tensor of a network (our name) belongs to."""
+    part = find_component(name)
+    assert part is not None, f"tensor {name} belongs to no component; add a pattern for it"
+    return part

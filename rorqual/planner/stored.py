@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from rorqual.planner.parameters import component
+from rorqual.planner.parameters import find_component
 
 
 def bytes_by_component(stored: Iterable[tuple[str, str, int]]) -> dict[str, dict[str, int]]:
@@ -12,10 +12,6 @@ def bytes_by_component(stored: Iterable[tuple[str, str, int]]) -> dict[str, dict
     """
     out: dict[str, dict[str, int]] = {}
     for name, dtype, nbytes in stored:
-        try:
-            part = component(name)
-        except AssertionError:
-            part = "other"
-        share = out.setdefault(part, {})
+        share = out.setdefault(find_component(name) or "other", {})
         share[dtype] = share.get(dtype, 0) + nbytes
     return dict(sorted(out.items(), key=lambda item: -sum(item[1].values())))
