@@ -1,0 +1,1 @@
+"""One file a substrate; which of them work here is found out by running a command in each (`probe.py`)."""

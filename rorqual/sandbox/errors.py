@@ -1,0 +1,74 @@
+"""What can go wrong with a sandbox, in two families that are never mixed.
+
+`CommandError` is the program's fault: it ended badly or ran out of time. `SandboxError` (ours, from `rorqual.errors`) and
+its subclasses mean that the platform could not do what it was asked, and nothing is known against the program.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rorqual.errors import RorqualError, SandboxError
+
+if TYPE_CHECKING:
+    from rorqual.sandbox.spec import CommandResult
+
+
+class CommandError(RorqualError):
+    """A command ended with another exit code than 0, by a signal, or at its time limit; `result` has what it printed."""
+
+    def __init__(self, message: str, result: CommandResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class Gone(SandboxError):
+    """The sandbox ended; `reason` says why (closed, idle, lifetime, crashed, never existed)."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class CapacityRejected(SandboxError):
+    """No room now; try again in `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class PolicyRejected(SandboxError):
+    """What was asked is against a rule: a path outside, a device node, an archive that explodes, a host not allowed."""
+
+
+class Unsupported(SandboxError):
+    """The driver cannot do this; `capability` names what it lacks."""
+
+    def __init__(self, message: str, capability: str) -> None:
+        super().__init__(message)
+        self.capability = capability
+
+
+class OutcomeUnknown(SandboxError):
+    """A call began and nobody knows how it ended. It is not run again on the same files: roll back first."""
+
+
+class ReplayDivergence(SandboxError):
+    """A resumed trajectory asked for another call than the one on record at this place."""
+
+
+class StaleEpoch(SandboxError):
+    """Another process drives this sandbox now; this one may only look."""
+
+
+class SnapshotFailed(SandboxError):
+    """A snapshot could not be made durable; the one before it still stands."""
+
+
+class TransportError(SandboxError):
+    """The channel to the sandbox broke; `retryable` says whether the same call may be sent again."""
+
+    def __init__(self, message: str, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.retryable = retryable
