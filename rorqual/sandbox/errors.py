@@ -1,7 +1,7 @@
 """What can go wrong with a sandbox, in two families that are never mixed.
 
-`CommandError` is the program's fault: it ended badly or ran out of time. `SandboxError` (ours, from `rorqual.errors`) and
-its subclasses mean that the platform could not do what it was asked, and nothing is known against the program.
+`CommandError` is the program's fault: it ended badly or ran out of time. `SandboxError` (ours, from `rorqual.errors`)
+and its subclasses mean that the platform could not do what it was asked, and nothing is known against the program.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class CommandError(RorqualError):
-    """A command ended with another exit code than 0, by a signal, or at its time limit; `result` has what it printed."""
+    """A command ended with an exit code other than 0, by a signal or at its time limit; `result` has its output."""
 
     def __init__(self, message: str, result: CommandResult) -> None:
         super().__init__(message)

@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Lifetimes:
-    """Seconds. idle_ttl: without commands, files or terminal input; max_lifetime: since creation; paused_ttl: paused."""
+    """Seconds. idle_ttl: without commands, files or terminal input; max_lifetime: in all; paused_ttl: paused."""
 
     idle_ttl: float = 300.0
     max_lifetime: float = 3600.0

@@ -96,6 +96,7 @@ class Driver(ABC):
         from rorqual.sandbox.errors import Unsupported
 
         return Unsupported(
-            f"the {self.name} driver of {self.kind} sandboxes cannot {what} here; `rorqual sandbox doctor` lists drivers that can.",
+            f"the {self.name} driver of {self.kind} sandboxes cannot {what} here; "
+            "`rorqual sandbox doctor` lists drivers that can.",
             capability,
         )
