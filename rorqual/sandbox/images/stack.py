@@ -7,6 +7,7 @@ difference of two trees is the layer that turns the first into the second.
 from __future__ import annotations
 
 import stat
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -81,10 +82,11 @@ def _changed_links(before: dict[Path, Seen], upper: Image) -> set[Path]:
     for entry in upper.entries():
         if entry.links > 1 and not stat.S_ISDIR(entry.mode):
             new[entry.number].append(entry)
+    number = {entry.path: entry.number for names in new.values() for entry in names}
     kept: set[Path] = set()
-    for names in old.values():
-        paths = {file.entry.path for file in names}
-        now = [entry for entry in new.get(_number(new, names[0]), []) if entry.path in paths]
+    for files in old.values():
+        paths = {file.entry.path for file in files}
+        now = [entry for entry in new.get(number.get(files[0].entry.path, -1), []) if entry.path in paths]
         if len(now) == len(paths) and all(_same(before[entry.path], Seen(upper, entry)) for entry in now):
             kept |= paths
     return {entry.path for names in new.values() for entry in names} - kept
