@@ -82,7 +82,9 @@ def test_a_spinning_process_is_throttled(group: Group) -> None:
     spin = start(group, "import time\nwhile time.process_time() < 0.06: pass\nprint('done')")
     assert spin.communicate()[0] == "done\n"
     texts = [Path(path, "cpu.stat").read_text() for path in group.paths if Path(path, "cpu.stat").exists()]
-    throttled = [int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith("nr_throttled")]
+    throttled = [
+        int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith("nr_throttled")
+    ]
     assert throttled and max(throttled) >= 2
     assert group.cpu_seconds() >= 0.06
 
