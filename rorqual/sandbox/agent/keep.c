@@ -317,6 +317,29 @@ static __attribute__((noreturn)) void watch(pid_t holder) {
     }
 }
 
+/* `keeper`: "PID START PID START" of keeper and holder, so that they are known although nobody waited for the line. */
+static unsigned long long started(pid_t pid) {
+    char path[40], text[1024];
+    unsigned long long ticks = 0;
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    FILE *f = fopen(path, "re");
+    size_t n = f ? fread(text, 1, sizeof text - 1, f) : 0;
+    if (f) fclose(f);
+    text[n] = 0;
+    char *p = strrchr(text, ')');
+    for (int field = 2; p && field < 22; field++) p = strchr(p + 1, ' ');
+    if (p) ticks = strtoull(p, NULL, 10);
+    return ticks;
+}
+
+static void note(pid_t self, pid_t holder) {
+    FILE *f = fopen("keeper.tmp", "we");
+    if (!f) give_up("writing in %s", ask.home);
+    fprintf(f, "%d %llu %d %llu\n", self, started(self), holder, started(holder));
+    fclose(f);
+    if (rename("keeper.tmp", "keeper")) give_up("writing in %s", ask.home);
+}
+
 static int listener(void) {
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     struct sockaddr_un a = {.sun_family = AF_UNIX, .sun_path = "channel"};
@@ -364,6 +387,7 @@ int keep(int argc, char **argv) {
     if (holder < 0) give_up("fork");
     if (holder == 0) hold(socket_fd, self);
     close(socket_fd);
+    note(self, holder);
     printf("keeper %d holder %d\n", self, holder);
     fflush(stdout);
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
