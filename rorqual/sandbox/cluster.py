@@ -177,7 +177,7 @@ class ClusterPool:
 
 
 class ClusterLease:
-    """One sandbox somewhere in the cluster. `run` is exact: killing the edge in the middle neither loses nor repeats."""
+    """One sandbox somewhere in the cluster. `run` is exact: an edge killed in the middle neither loses nor repeats."""
 
     def __init__(self, pool: ClusterPool, node: _Node, id: str) -> None:
         self.id = id

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Lease:
     """One sandbox for one task; `async with lease.working() as sandbox` wakes it and keeps it awake meanwhile.
 
-    priority, owner: its place in the order. name: what the caller calls it. restored: how often it was woken from its files alone, so that what ran in
-    the background was gone. Everything else belongs to the pool.
+    priority, owner: its place in the order. name: what the caller calls it. restored: how often it was woken from its
+    files alone, so that what ran in the background was gone. Everything else belongs to the pool.
     """
 
     def __init__(
