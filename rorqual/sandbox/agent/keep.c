@@ -213,6 +213,7 @@ static __attribute__((noreturn)) void hold(int listener, pid_t keeper) {
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     prctl(PR_SET_NAME, "holder", 0, 0, 0);
     if (getppid() != keeper) _exit(50);
+    syscall(SYS_close_range, 3u, ~0u, 4u /* close on exec: the keeper alone has the locks on layers */);
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);

@@ -38,35 +38,32 @@ _ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 _EPERM, _ENOSYS = 1, 38
 
 
-def config(
-    spec: SandboxSpec, hostname: str, *, first_id: int | None, shown: Sequence[str], cgroup: str | None, pids: int
-) -> dict[str, Any]:
-    """One container. first_id: where its 65,536 host ids begin, or None for a single id, the user's own.
+def config(spec: SandboxSpec, hostname: str, *, first_id: int, shown: Sequence[str], cgroup: str) -> dict[str, Any]:
+    """One container. first_id: where its 65,536 host ids begin; cgroup: the group that runc makes.
 
-    shown: folders of the host to show read-only as (option, from, to) in a row; cgroup: the group that runc makes.
+    shown: folders of the host to show read-only as (option, from, to) in a row.
     """
-    inner = 0 if first_id is not None or spec.user == "root" else 1000
-    capabilities = list(ROOT_CAPABILITIES) if first_id is not None else []
-    sets = ("bounding", "effective", "permitted") if capabilities else ()
+    mapping = [{"containerID": 0, "hostID": first_id, "size": IDS}]
     return {
         "ociVersion": "1.0.2",
         "hostname": hostname,
         "root": {"path": "/mnt/merged", "readonly": False},
         "process": {
             "terminal": False,
-            "user": {"uid": inner, "gid": inner},
+            "user": {"uid": 0, "gid": 0},
             "args": ["/proc/self/fd/4", "serve", "--listen", "3"],
             "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
             "cwd": "/",
             "noNewPrivileges": True,
-            "capabilities": dict.fromkeys(sets, capabilities),
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), list(ROOT_CAPABILITIES)),
         },
-        "mounts": _mounts(first_id is not None, shown),
+        "mounts": _mounts(shown),
         "linux": {
             "namespaces": [{"type": one} for one in ("user", "pid", "mount", "network", "ipc", "uts", "cgroup")],
-            "uidMappings": [_mapping(first_id, inner)],
-            "gidMappings": [_mapping(first_id, inner)],
-            **({"cgroupsPath": cgroup, "resources": {"pids": {"limit": pids}}} if cgroup else {}),
+            "uidMappings": mapping,
+            "gidMappings": mapping,
+            "cgroupsPath": cgroup,
+            "resources": {"pids": {"limit": spec.limits.pids}},
             "seccomp": seccomp(),
             "maskedPaths": [f"/proc/{name}" for name in MASKED],
             "readonlyPaths": [f"/proc/{name}" for name in READ_ONLY],
@@ -74,15 +71,9 @@ def config(
     }
 
 
-def _mapping(first_id: int | None, inner: int) -> dict[str, int]:
-    if first_id is not None:
-        return {"containerID": 0, "hostID": first_id, "size": IDS}
-    return {"containerID": inner, "hostID": 0, "size": 1}  # 0 in the holder's user namespace, which is the user himself
-
-
-def _mounts(has_range: bool, shown: Sequence[str]) -> list[dict[str, Any]]:
+def _mounts(shown: Sequence[str]) -> list[dict[str, Any]]:
     plain = ["nosuid", "noexec", "nodev"]
-    terminals = ["newinstance", "ptmxmode=0666", "mode=0620", *(["gid=5"] if has_range else [])]
+    terminals = ["newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]
     return [
         *(
             {"destination": to, "type": "bind", "source": source, "options": ["rbind", "ro", "nosuid", "nodev"]}

@@ -1,9 +1,9 @@
-"""Container by runc: started by root, each sandbox has 65,536 host ids of its own; for an ordinary user, his one.
+"""Container by runc, for root: each sandbox has 65,536 host ids of its own, so it has users, and a root of its own.
 
 Isolates: user, mount, process, network, host name, IPC and control-group namespaces; no new privileges; a system call
 filter on everything in it and a second one on every command; parts of /proc hidden. `user="root"` is root of the
-private range alone, with what installing packages takes (no mounts, no devices, no tracing). Memory, processes and
-processor time are held by control groups where this process may make them.
+private range alone, with what installing packages takes (no mounts, no devices, no tracing). Memory, processes,
+devices and processor time are held by control groups.
 Does not isolate: the kernel is the host's, so a hole in it is a hole here. Use a microvm or vm where that matters.
 
 keeper -> holder (private mounts, layers stacked) -> runc -> agent as process 1; see agent/keep.c.
@@ -24,7 +24,7 @@ from rorqual.sandbox import cgroups
 from rorqual.sandbox.agent.build import agent_binary
 from rorqual.sandbox.drivers import oci
 from rorqual.sandbox.drivers.base import Running
-from rorqual.sandbox.drivers.bwrap import Bwrap, choose_cpus, inner_uid, launch
+from rorqual.sandbox.drivers.bwrap import Bwrap, launch
 from rorqual.sandbox.errors import Unsupported
 from rorqual.sandbox.host_root import host_root
 from rorqual.sandbox.images.store import Store
@@ -46,8 +46,13 @@ class Runc(Bwrap):
         """What plainly lacks here."""
         if shutil.which("runc") is None:
             return "runc is not installed; an administrator can `apt install runc`"
-        lacking = super().missing()
-        return None if lacking is not None and lacking.startswith("bubblewrap") else lacking
+        if os.geteuid() != 0:
+            return (
+                "only root can give each sandbox a range of user ids and a control group, as runc is used here; "
+                "bubblewrap isolates as well for an ordinary user, with one id inside"
+            )
+        reason = cgroups.why_not()
+        return f"runc is held by control groups here, and {reason}" if reason else None
 
     def _start(self, spec: SandboxSpec, home: Path) -> Running:
         store = Store()
@@ -56,81 +61,55 @@ class Runc(Bwrap):
         if on_host_root(spec):
             root, shown = host_root()
             lowers.append(root)
-        first_id = fresh_range() if os.geteuid() == 0 else None
+        first_id = fresh_range()
         group = cgroups.create(home.name, replace(spec.limits, pids=spec.limits.pids + _OWN_PIDS))
+        if group is None:
+            raise Unsupported(f"{cgroups.why_not()}. Use the bwrap driver.", "cgroups")
         try:
-            if first_id is not None and group is None:
-                raise Unsupported(
-                    f"runc started by root needs control groups, and {cgroups.why_not()}. Use the bwrap driver.",
-                    "cgroups",
-                )
-            self._write_bundle(spec, home, first_id, shown, group)
-            enforced, extra, command = self._command(spec, home, lowers, first_id, group)
-            keeper, holder = launch(command, home, group)
+            self._write_bundle(spec, home, first_id, shown)
+            command = self._command(spec, home, lowers, first_id)
+            keeper, holder = launch(command, home, group, store.local.locks())
             store.release()
         except BaseException:
-            if group is not None:
-                group.kill()
-                group.remove()
+            group.kill()
+            group.remove()
+            cgroups.remove_everywhere(home.name)
             raise
-        extra |= {"layers": names, "first_id": first_id}
-        paths = group.paths if group is not None else []
-        channel = {"unix": "channel"}
-        return Running([keeper, holder], channel, secrets.token_hex(32), cgroups=paths, enforced=enforced, extra=extra)
+        enforced = {"disk": "tmpfs size", "inodes": "tmpfs inodes", "open_files": "rlimit", "file_mb": "rlimit"}
+        return Running(
+            [keeper, holder],
+            {"unix": "channel"},
+            secrets.token_hex(32),
+            cgroups=group.paths,
+            enforced=enforced | group.describe() | {"devices": "cgroup devices by runc"},
+            extra={"layers": names, "first_id": first_id},
+        )
 
-    def _write_bundle(
-        self, spec: SandboxSpec, home: Path, first_id: int | None, shown: list[str], group: cgroups.Group | None
-    ) -> None:
-        inside = f"/{cgroups.PARENT}/{home.name}/runc" if group is not None else None
-        made = oci.config(spec, home.name, first_id=first_id, shown=shown, cgroup=inside, pids=spec.limits.pids)
+    def _write_bundle(self, spec: SandboxSpec, home: Path, first_id: int, shown: list[str]) -> None:
+        inside = f"/{cgroups.PARENT}/{home.name}/runc"
+        made = oci.config(spec, home.name, first_id=first_id, shown=shown, cgroup=inside)
         (home / "bundle").mkdir(exist_ok=True)
         (home / "bundle" / "config.json").write_text(json.dumps(made, indent=1))
 
-    def _command(
-        self, spec: SandboxSpec, home: Path, lowers: list[Path], first_id: int | None, group: cgroups.Group | None
-    ) -> tuple[dict[str, str], dict[str, object], list[str]]:
-        """What holds which limit, what the agent is told, and the keeper's command."""
-        limits, extra = spec.limits, dict[str, object]()
-        enforced = {"disk": "tmpfs size", "inodes": "tmpfs inodes", "open_files": "rlimit", "file_mb": "rlimit"}
+    def _command(self, spec: SandboxSpec, home: Path, lowers: list[Path], first_id: int) -> list[str]:
         command = [str(agent_binary()), "keep", "--home", str(home)]
-        command += ["--disk-mb", str(limits.disk_mb), "--inodes", str(limits.inodes)]
-        if first_id is not None:
-            command += ["--uid", str(first_id), "--inner-uid", "0", "--range", str(oci.IDS)]
+        command += ["--uid", str(first_id), "--inner-uid", "0", "--range", str(oci.IDS)]
+        command += ["--disk-mb", str(spec.limits.disk_mb), "--inodes", str(spec.limits.inodes)]
         for lower in lowers:
             command += ["--lower", str(lower)]
-        if group is not None:
-            enforced |= group.describe()
-        else:
-            cpus = choose_cpus(limits.cpu)
-            command += ["--memory-mb", str(limits.memory_mb), "--cpus", ",".join(map(str, cpus))]
-            enforced |= {
-                "memory": "watched by the keeper every 50 ms, and rlimit",
-                "pids": "rlimit in its user namespace",
-                "cpu": f"{len(cpus)} of {os.cpu_count()} processors",
-            }
-            extra |= {"data_limit_mb": 2 * limits.memory_mb, "nproc": limits.pids, "cpu_locked": True}
         shell, runc = shutil.which("sh") or "/bin/sh", shutil.which("runc") or "runc"
-        command += ["--", shell, "-c", _WRAP, "sh", runc, "--root", str(home / "runc")]
-        command += ["--log", str(home / "runc.log"), *(["--rootless", "true"] if first_id is None else [])]
-        command += ["run", "--no-new-keyring", "--preserve-fds", "2", "--bundle", str(home / "bundle"), home.name]
-        return enforced, extra, command
+        command += ["--", shell, "-c", _WRAP, "sh", runc, "--root", str(home / "runc"), "--log", str(home / "runc.log")]
+        return [*command, "run", "--no-new-keyring", "--preserve-fds", "2", "--bundle", str(home / "bundle"), home.name]
 
     def _stop(self, running: Running) -> list[str]:
         left = super()._stop(running)
-        if running.cgroups:  # runc makes its group in every hierarchy, also where ours is not
-            left += [f"control group {path}" for path in cgroups.remove_everywhere(Path(running.cgroups[0]).name)]
-        return left
+        # runc makes its group in every hierarchy, also where ours is not
+        return left + [f"control group {path}" for path in cgroups.remove_everywhere(Path(running.cgroups[0]).name)]
 
     async def snapshot_disk(self, running: Running, home: Path) -> str:
         """Pack the upper folder, read through the holder's mount namespace, with the owners the sandbox sees."""
         upper = Path(f"/proc/{running.processes[1].pid}/root/mnt/up/upper")
-        first = running.extra.get("first_id")
-        if first is not None:
-            owners = [(int(first), 0, oci.IDS)]
-        else:
-            from rorqual.sandbox.home import Home
-
-            owners = [(os.geteuid(), inner_uid(Home(home).read().spec), 1)]
+        owners = [(int(running.extra["first_id"]), 0, oci.IDS)]
         return await asyncio.to_thread(lambda: Store().pack(upper, owners=owners))
 
 
