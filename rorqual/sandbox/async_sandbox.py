@@ -24,6 +24,7 @@ from rorqual.sandbox.drivers import driver as driver_named
 from rorqual.sandbox.drivers.base import Driver
 from rorqual.sandbox.errors import Gone, StaleEpoch
 from rorqual.sandbox.files import Files
+from rorqual.sandbox.functions import FunctionResult, Functions
 from rorqual.sandbox.history import History
 from rorqual.sandbox.home import Home, Record, all_homes, gone
 from rorqual.sandbox.link import Link
@@ -60,6 +61,7 @@ class AsyncSandbox:
         self.files = Files(self)
         self.pty = PtyFactory(self)
         self.ports = Ports(self)
+        self._functions = Functions(self)
 
     # --- making and finding
 
@@ -127,6 +129,8 @@ class AsyncSandbox:
             sandbox._log = await asyncio.to_thread(History, place.path / "history")
             about = {"sandbox": kind, "driver": chosen.name, "incarnation": 1, "snapshot": spec.snapshot}
             await sandbox._log.write("create", about)
+            if kind == "function":
+                await sandbox._functions.warm()
         except BaseException:
             await asyncio.shield(sandbox._undo())
             raise
@@ -268,6 +272,26 @@ class AsyncSandbox:
         if self._log is not None:
             await asyncio.to_thread(self._log._journal.commit)
         return await asyncio.to_thread(trajectory.read, self._home.path / "history", since)
+
+    async def call(
+        self,
+        source: str,
+        entry: str | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = 60.0,
+        max_output: int = 1 << 20,
+        call: str | None = None,
+    ) -> FunctionResult:
+        """Run Python `source` in a fresh fork of a warm interpreter inside, then its function `entry` with JSON values.
+
+        timeout: seconds, after which it and all it started are killed. call: a key, as in commands.run.
+        Raises: SandboxError when there is no Python inside; what the code itself raises is in the result.
+        """
+        if self._record.state == "paused":
+            await self.resume()
+        return await self._functions.call(source, entry, args, kwargs or {}, timeout, max_output, call)
 
     # --- requests of the parts
 

@@ -11,7 +11,6 @@ A call with a key (`call=`) is answered from here once it has finished. Source: 
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import json
 from collections.abc import Mapping
@@ -123,7 +122,7 @@ class History:
 
     async def write(self, kind: str, fields: dict[str, Any], *, durable: bool = True) -> int:
         """Add an entry; returns its number."""
-        lsn = self._journal.append(Event(kind, fields))
+        lsn = self._journal.append(Event(kind, _storable(fields)))
         if durable:
             await asyncio.to_thread(self._journal.commit)
         return lsn
@@ -139,12 +138,26 @@ class History:
         self._journal.close()
 
 
+def _storable(value: Any) -> Any:
+    """Text that is no Unicode, such as odd file names, as bytes; the rest as it is."""
+    if isinstance(value, dict):
+        return {name: _storable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(item) for item in value]
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-8", "surrogateescape")
+    return value
+
+
 def packed(result: CommandResult, index: int) -> dict[str, Any]:
     """A result as an entry holds it, byte for byte."""
     return {
         "exit_code": result.exit_code,
-        "stdout": base64.b64encode(result.stdout_bytes).decode(),
-        "stderr": base64.b64encode(result.stderr_bytes).decode(),
+        "stdout_bytes": result.stdout_bytes,
+        "stderr_bytes": result.stderr_bytes,
         "signal": result.signal,
         "timed_out": result.timed_out,
         "oom_killed": result.oom_killed,
@@ -156,9 +169,7 @@ def packed(result: CommandResult, index: int) -> dict[str, Any]:
 
 def replayed(fields: dict[str, Any], lsn: int | None) -> CommandResult:
     """The result that `packed` made an entry of."""
-    rest = {name: value for name, value in fields.items() if name not in ("stdout", "stderr")}
-    out, err = base64.b64decode(fields["stdout"]), base64.b64decode(fields["stderr"])
-    return CommandResult(**rest, stdout_bytes=out, stderr_bytes=err, replayed=True, journal_seq=lsn)
+    return CommandResult(**fields, replayed=True, journal_seq=lsn)
 
 
 def read(folder: Path, since: int = 0) -> list[dict[str, Any]]:
