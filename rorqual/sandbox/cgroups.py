@@ -403,3 +403,19 @@ def _remove_tree(top: Path) -> bool:
         with suppress(OSError):
             os.rmdir(folder)
     return not top.exists()
+
+
+def remove_everywhere(name: str) -> list[str]:
+    """Delete the group of a sandbox in hierarchies that `create` does not use, where a runtime made one all the same.
+
+    Returns the folders that could not be removed.
+    """
+    left = []
+    for mount in _mounts():
+        folder = mount.path / PARENT / name
+        if folder.exists() and not _remove_tree(folder):
+            left.append(str(folder))
+        elif folder.parent.exists():
+            with suppress(OSError):
+                folder.parent.rmdir()
+    return left
