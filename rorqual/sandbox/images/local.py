@@ -22,7 +22,7 @@ from typing import IO
 
 from rorqual import log
 from rorqual.errors import SandboxError
-from rorqual.sandbox.images.tree import Entry, Image
+from rorqual.sandbox.images.tree import Entry, Image, image_of
 
 _logger = log.get(__name__)
 _READ_ONLY, _NO_SUID, _NO_DEV = 1, 2, 4
@@ -80,17 +80,18 @@ class Local:
         """What tells a file from a later one of the same name."""
         return _identity(file)
 
-    def sweep(self, in_use: Set[str]) -> list[str]:
+    def sweep(self, in_use: Set[str], cached: Set[str] = frozenset()) -> list[str]:
         """Unmount and delete every layer here that is not in `in_use` and that no process holds; returns their names.
 
         An unpacked layer under a running overlay must be in `in_use`; a mounted one lives on until the overlay goes.
+        cached: unpacked ones to be kept for the next sandbox.
         """
         gone = []
         if not self.folder.is_dir():
             return []
         for lock in sorted(self.folder.glob("*.lock")):
             digest = lock.name.removesuffix(".lock")
-            if digest in in_use:
+            if digest in in_use or (digest in cached and (self._place(digest).parent / "unpacked").exists()):
                 continue
             try:
                 held = self._lock(digest, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,8 +172,7 @@ def unpack(file: IO[bytes], place: Path) -> None:
 
     Devices are not made, but overlayfs's marks are. Raises: SandboxError where the file system cannot take them.
     """
-    descriptor = file.fileno()
-    image = Image(lambda offset, length: os.pread(descriptor, length, offset), os.fstat(descriptor).st_size)
+    descriptor, image = file.fileno(), image_of(file)
     folders: list[tuple[Path, Entry]] = []
     first_names: dict[int, Path] = {}
     as_root = os.geteuid() == 0
