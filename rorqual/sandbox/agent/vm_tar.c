@@ -1,5 +1,5 @@
-/* The writable layer as a tar stream (POSIX pax), for a disk snapshot: deletions are character devices 0:0, a folder that
- * hides what is below it carries user.overlay.opaque. Walks by descriptors and never follows a link.
+/* The writable layer as a tar stream (POSIX pax), for a disk snapshot. overlayfs's marks become OCI's: a character device
+ * 0:0 is an empty file `.wh.NAME`, an opaque folder has `.wh..wh..opq` in it. Walks by descriptors, follows no link.
  */
 #include "agent.h"
 
@@ -7,11 +7,11 @@
 #include "vm_init.h"
 #include <dirent.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/sysmacros.h>
 #include <sys/xattr.h>
 #include <unistd.h>
 
@@ -60,8 +60,6 @@ static void header(const char *name, char type, const struct stat *s, uint64_t s
     text[156] = type;
     if (target) snprintf(text + 157, 100, "%s", target);
     memcpy(text + 257, "ustar\00000", 8);
-    snprintf(text + 329, 8, "%07o", type == '3' ? major(s->st_rdev) : 0);
-    snprintf(text + 337, 8, "%07o", type == '3' ? minor(s->st_rdev) : 0);
     unsigned sum = 0;
     for (int i = 0; i < BLOCK; i++) sum += h[i];
     snprintf(text + 148, 8, "%06o", sum);
@@ -86,7 +84,8 @@ static void attributes(Buffer *b, int fd) {
     snprintf(place, sizeof place, "/proc/self/fd/%d", fd);
     ssize_t n = listxattr(place, names, sizeof names);
     for (ssize_t at = 0; at < n; at += (ssize_t)strlen(names + at) + 1) {
-        if (strncmp(names + at, "user.", 5) || strlen(names + at) > 255) continue;
+        if (strncmp(names + at, "user.", 5) || !strncmp(names + at, "user.overlay.", 13)) continue;
+        if (strlen(names + at) > NAME_MAX) continue;
         ssize_t size = getxattr(place, names + at, value, sizeof value);
         if (size < 0) continue;
         snprintf(key, sizeof key, "SCHILY.xattr.%s", names + at);
@@ -108,7 +107,7 @@ static void entry(const char *name, char type, int fd, const struct stat *s, uin
     record(&b, "gid", text, strlen(text));
     snprintf(text, sizeof text, "%llu", (unsigned long long)size);
     record(&b, "size", text, strlen(text));
-    if (type == '0' || type == '5') attributes(&b, fd);
+    if (fd >= 0 && (type == '0' || type == '5')) attributes(&b, fd);
     header("pax", 'x', &(struct stat){.st_mode = 0644}, b.size, NULL);
     put(b.data, b.size);
     pad(b.size);
@@ -149,6 +148,24 @@ static void content(int fd, uint64_t size) {
 
 static void walk(int folder, char *path, size_t length, int depth);
 
+static void mark(char *path, size_t length, const char *name) { /* an empty file that stands for a deletion */
+    struct stat none = {.st_mode = 0};
+    char kept[NAME_MAX + 8];
+    snprintf(kept, sizeof kept, "%s", path + length);
+    if (length + strlen(name) + 1 > MAX_PATH) failed = true;
+    else {
+        strcpy(path + length, name);
+        entry(path, '0', -1, &none, 0, NULL);
+    }
+    strcpy(path + length, kept);
+}
+
+static bool is_opaque(int fd) {
+    char place[40], value[2];
+    snprintf(place, sizeof place, "/proc/self/fd/%d", fd);
+    return getxattr(place, "user.overlay.opaque", value, sizeof value) == 1 && value[0] == 'y';
+}
+
 static void one(int folder, const char *name, char *path, size_t length, int depth) {
     struct stat s;
     size_t size = strlen(name);
@@ -163,7 +180,6 @@ static void one(int folder, const char *name, char *path, size_t length, int dep
         if (fd >= 0) close(fd);
         return;
     }
-    bool special = S_ISFIFO(s.st_mode) || (S_ISCHR(s.st_mode) && s.st_rdev == 0);
     const char *other = !S_ISDIR(s.st_mode) && s.st_nlink > 1 && !S_ISCHR(s.st_mode) ? earlier_link(&s, path) : NULL;
     if (other) {
         entry(path, '1', fd, &s, 0, other);
@@ -172,6 +188,7 @@ static void one(int folder, const char *name, char *path, size_t length, int dep
         entry(path, '5', fd, &s, 0, NULL);
         path[length + size] = '/';
         path[length + size + 1] = 0;
+        if (is_opaque(fd)) mark(path, length + size + 1, ".wh..wh..opq");
         if (inside >= 0) walk(inside, path, length + size + 1, depth + 1);
         else failed = true;
     } else if (S_ISREG(s.st_mode)) {
@@ -184,8 +201,12 @@ static void one(int folder, const char *name, char *path, size_t length, int dep
         ssize_t n = readlinkat(fd, "", target, sizeof target - 1);
         target[n < 0 ? 0 : n] = 0;
         entry(path, '2', fd, &s, 0, target);
-    } else if (special) {
-        entry(path, S_ISFIFO(s.st_mode) ? '6' : '3', fd, &s, 0, NULL);
+    } else if (S_ISFIFO(s.st_mode)) {
+        entry(path, '6', fd, &s, 0, NULL);
+    } else if (S_ISCHR(s.st_mode) && s.st_rdev == 0) {
+        char mark_name[NAME_MAX + 8];
+        snprintf(mark_name, sizeof mark_name, ".wh.%s", name);
+        mark(path, length, mark_name);
     }
     close(fd);
 }
