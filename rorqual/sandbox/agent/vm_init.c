@@ -8,6 +8,7 @@
  *
  *   threads N     bound on threads of the whole machine      -> "ok" or "error WHY"
  *   tar           the writable layer as a tar stream         -> pieces: u32 length, bytes; an empty one at the end
+ *   clock US      time of day                             -> "ok" or "error WHY"
  *   sync          everything to the disk                     -> "ok"
  *
  * "ready" is said once, unasked. When the agent ends, the machine does, with the agent's code (isa-debug-exit).

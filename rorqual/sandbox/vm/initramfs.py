@@ -13,7 +13,7 @@ from rorqual.sandbox.vm.cpio import Archive
 from rorqual.sandbox.vm.kernel import GuestKernel
 from rorqual.sandbox.vm.modules import in_order
 
-PCI_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "erofs", "overlay", "ext4")
+PCI_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "virtio_rng", "erofs", "overlay", "ext4")
 MMIO_MODULES = ("virtio_mmio", "virtio_blk", "erofs", "overlay", "ext4", "vmw_vsock_virtio_transport")
 FOLDERS = ("dev", "proc", "sys", "layers", "upper", "merged")
 
