@@ -79,7 +79,9 @@ class Channel:
         except BaseException as error:
             writer.close()
             if isinstance(error, OSError):
-                raise TransportError(f"the connection to the sandbox's agent broke during the hello: {error}") from error
+                raise TransportError(
+                    f"the connection to the sandbox's agent broke during the hello: {error}"
+                ) from error
             raise
         key = session_key(secret, nonce, found.fields.bytes(Tag.TOKEN))
         channel._key = key

@@ -90,7 +90,8 @@ class Home:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         home = cls(parent / f"{kind}-{secrets.token_hex(6)}")
         home.path.mkdir(mode=0o700)
-        home.lock()
+        while not home.lock():
+            time.sleep(0.001)  # a sweep is looking at the new folder
         return home
 
     @classmethod

@@ -1,7 +1,7 @@
 """The root that a container has when no image is named: this machine's programs and nothing else of it.
 
-/usr is shown read-only; beside it stand a minimal /etc without secrets, and empty folders. Nothing of /home, /root, /var
-or the rest of /etc is visible. It needs no preparation, so an ordinary user has a sandbox at once.
+/usr is shown read-only; beside it stand a minimal /etc without secrets, and empty folders. Nothing of /home, /root,
+/var or the rest of /etc is visible. It needs no preparation, so an ordinary user has a sandbox at once.
 """
 
 from __future__ import annotations

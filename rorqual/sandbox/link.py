@@ -102,9 +102,8 @@ class Link:
                 listener(BREAK, fields)
             return
         key: str | int = fields.text(Tag.HANDLE) if fields.has(Tag.HANDLE) else fields.number(Tag.ID)
-        listener = self.listeners.get(key)
-        if listener is not None:
-            listener(kind, fields)
+        if key in self.listeners:
+            self.listeners[key](kind, fields)
 
     async def channel(self) -> Channel:
         """The open channel, opened again if need be."""
@@ -123,9 +122,7 @@ class Link:
         assert self._channel is not None
         return self._channel
 
-    async def request(
-        self, kind: Type, fields: list[tuple[Tag, Value]] | None = None, *, again: bool = True
-    ) -> Fields:
+    async def request(self, kind: Type, fields: list[tuple[Tag, Value]] | None = None, *, again: bool = True) -> Fields:
         """Ask the agent; with `again` (for what may be asked twice) a broken connection is mended once.
 
         Raises: AgentRefusal, TransportError, StaleEpoch, Gone.

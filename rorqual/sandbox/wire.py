@@ -269,7 +269,9 @@ class Parser:
                     return None
                 if len(buffer) >= whole:
                     body = bytes(buffer[: HEADER.size + length])
-                    right = hmac.compare_digest(code(self.key, self.number, self.side, body), buffer[whole - 16 : whole])
+                    right = hmac.compare_digest(
+                        code(self.key, self.number, self.side, body), buffer[whole - 16 : whole]
+                    )
                     if right:
                         self.number += 1
                         del buffer[:whole]

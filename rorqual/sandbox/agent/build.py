@@ -1,7 +1,7 @@
 """Builds the guest agent with the system's compiler at first use.
 
-The program lies in the user's cache folder under a hash of its sources, flags and compiler, so it is rebuilt when any of
-them changes; a finished build is put in place by one rename, so two processes may build at the same time.
+The program lies in the user's cache folder under a hash of its sources, flags and compiler, so it is rebuilt when any
+of them changes; a finished build is put in place by one rename, so two processes may build at the same time.
 """
 
 from __future__ import annotations

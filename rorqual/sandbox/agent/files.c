@@ -47,6 +47,7 @@ static int as_user(const char *named) {
     owner_gid = getegid();
     if (!name) return 0;
     int error = look_up_user(name, &owner_uid, &owner_gid, home, sizeof home);
+    if (error && geteuid() != 0 && name == settings.user) return 0;
     if (error || owner_uid == geteuid()) return error;
     if (geteuid() != 0) return EPERM;
     setfsgid(owner_gid);

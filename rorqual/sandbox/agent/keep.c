@@ -7,7 +7,7 @@
  * folder there, and starts bwrap on the result; it stays to hold that namespace, through which the host reads the upper
  * folder. Each dies with the one before it.
  *
- *   agent keep --home DIR [--uid N] --lower DIR... --disk-mb N --inodes N [--memory-mb N] [--cpus LIST] -- bwrap ARGS
+ *   agent keep --home DIR [--uid N --inner-uid N] --lower DIR... --disk-mb N --inodes N [--memory-mb N] [--cpus LIST] -- bwrap ARGS
  *
  *   agent keep --home DIR --plain CHANNEL [--memory-mb N] -- PROGRAM ARGS
  *
@@ -33,7 +33,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/statfs.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -45,9 +45,9 @@ enum { MAX_LOWERS = 64, LISTEN_FD = 5, AGENT_FD = 6, MAX_TREE = 4096, BUSY_MS = 
 static struct {
     const char *home, *cpus, *plain, *lowers[MAX_LOWERS];
     int lower_count;
-    long uid, disk_mb, inodes, memory_mb;
+    long uid, inner_uid, disk_mb, inodes, memory_mb;
     char **bwrap;
-} ask = {.uid = -1};
+} ask = {.uid = -1, .inner_uid = 1000};
 
 static __attribute__((noreturn, format(printf, 1, 2))) void give_up(const char *format, ...) {
     va_list list;
@@ -96,6 +96,54 @@ static void machine_id(const char *path, long uid) {
     close(fd);
 }
 
+/* A user namespace for mounts in which files of the sandbox's own user in a layer belong to this sandbox's uid. */
+static int id_map(void) {
+    int ready[2], done[2];
+    char path[60], map[200], byte = 0;
+    if (pipe2(ready, O_CLOEXEC) || pipe2(done, O_CLOEXEC)) return -1;
+    pid_t child = fork();
+    if (child == 0) {
+        byte = unshare(CLONE_NEWUSER) == 0;
+        close(done[1]);
+        if (write(ready[1], &byte, 1) == 1) (void)!read(done[0], &byte, 1);
+        _exit(0);
+    }
+    int made = -1;
+    if (child > 0 && read(ready[0], &byte, 1) == 1 && byte) {
+        int n = 0;
+        if (ask.inner_uid) n = snprintf(map, sizeof map, "0 0 %ld\n", ask.inner_uid);
+        snprintf(map + n, sizeof map - (size_t)n, "%ld %ld 1\n%ld %ld %ld\n", ask.inner_uid, ask.uid, ask.inner_uid + 1,
+                 ask.inner_uid + 1, 65535 - ask.inner_uid);
+        snprintf(path, sizeof path, "/proc/%d/uid_map", child);
+        put(path, map);
+        snprintf(path, sizeof path, "/proc/%d/gid_map", child);
+        put(path, map);
+        snprintf(path, sizeof path, "/proc/%d/ns/user", child);
+        made = open(path, O_RDONLY | O_CLOEXEC);
+    }
+    close(done[1]);
+    close(done[0]);
+    close(ready[0]);
+    close(ready[1]);
+    if (child > 0) waitpid(child, NULL, 0);
+    return made;
+}
+
+struct attributes { uint64_t set, clear, propagation, userns; };
+enum { TREE_CLONE = 1, EMPTY_PATH = 0x1000, RECURSIVE = 0x8000, MOVE_EMPTY_PATH = 4, ATTRIBUTE_IDMAP = 0x100000 };
+
+/* Puts a layer at `path`, with its user's files translated; false where the kernel or file system cannot do that. */
+static bool bind_translated(const char *layer, const char *path, int map) {
+    if (map < 0) return false;
+    int fd = (int)syscall(SYS_open_tree, AT_FDCWD, layer, TREE_CLONE | O_CLOEXEC);
+    if (fd < 0) return false;
+    struct attributes a = {.set = ATTRIBUTE_IDMAP, .userns = (uint64_t)map};
+    bool done = syscall(442 /* mount_setattr */, fd, "", EMPTY_PATH, &a, sizeof a) == 0 &&
+                syscall(SYS_move_mount, fd, "", AT_FDCWD, path, MOVE_EMPTY_PATH) == 0;
+    close(fd);
+    return done;
+}
+
 /* Lowers and upper on a private tmpfs at STAGE; both are opened before it hides what may lie there. */
 static void stage(void) {
     int fds[MAX_LOWERS];
@@ -103,15 +151,17 @@ static void stage(void) {
     if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) give_up("private mounts");
     for (int i = 0; i < ask.lower_count; i++)
         if ((fds[i] = open(ask.lowers[i], O_PATH | O_DIRECTORY | O_CLOEXEC)) < 0) give_up("layer %s", ask.lowers[i]);
+    int map = ask.uid >= 0 ? id_map() : -1;
     if (mount("tmpfs", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "size=256k,mode=755")) give_up("tmpfs at " STAGE);
     for (int i = 0; i < ask.lower_count; i++) {
         char from[40];
         snprintf(path, sizeof path, STAGE "/l%d", i);
         snprintf(from, sizeof from, "/proc/self/fd/%d", fds[i]);
         folder(path, 0755, -1);
-        if (mount(from, path, NULL, MS_BIND | MS_REC, NULL)) give_up("binding layer %s", ask.lowers[i]);
+        if (!bind_translated(from, path, map) && mount(from, path, NULL, MS_BIND | MS_REC, NULL)) give_up("binding layer %s", ask.lowers[i]);
         close(fds[i]);
     }
+    if (map >= 0) close(map);
     folder(STAGE "/up", 0755, -1);
     folder(STAGE "/merged", 0755, -1);
     snprintf(options, sizeof options, "size=%ldm,nr_inodes=%ld,mode=755", ask.disk_mb, ask.inodes);
@@ -385,6 +435,7 @@ static bool parse(int argc, char **argv) {
         else if (!strcmp(name, "--cpus")) ask.cpus = value;
         else if (!strcmp(name, "--plain")) ask.plain = value;
         else if (!strcmp(name, "--uid")) ask.uid = atol(value);
+        else if (!strcmp(name, "--inner-uid")) ask.inner_uid = atol(value);
         else if (!strcmp(name, "--disk-mb")) ask.disk_mb = atol(value);
         else if (!strcmp(name, "--inodes")) ask.inodes = atol(value);
         else if (!strcmp(name, "--memory-mb")) ask.memory_mb = atol(value);

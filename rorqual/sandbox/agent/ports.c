@@ -7,12 +7,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { MAX_LINKS = 64, LINK_ROOM = 1 << 20, PORT_CHUNK = 32 << 10 };
+enum { MAX_LINKS = 64, LINK_ROOM = 1 << 20, PORT_CHUNK = 32 << 10, WINDOW = 512 << 10 };
 
 typedef struct {
     Watch watch;
     bool used, connecting, half_closed, shut;
     uint64_t id, request; /* the request that waits: to be connected, or for its bytes to be taken */
+    uint64_t ahead; /* bytes sent to the client that it has not passed on yet */
     Buffer output;
 } Link;
 
@@ -27,7 +28,7 @@ static Link *by_id(uint64_t id) {
 static void interest(Link *l) {
     uint32_t events = 0;
     if (l->connecting || l->output.size) events |= EPOLLOUT;
-    if (!l->connecting && !l->half_closed && client_may_stream()) events |= EPOLLIN;
+    if (!l->connecting && !l->half_closed && l->ahead < WINDOW && client_may_stream()) events |= EPOLLIN;
     watch_change(&l->watch, events);
 }
 
@@ -95,6 +96,11 @@ void port_request(Header *h, Slice p) {
             flush_link(l);
         }
         send_ok(h->request);
+    } else if (find_number(p, F_SIZE, 0)) {
+        uint64_t taken = find_number(p, F_SIZE, 0);
+        l->ahead -= taken < l->ahead ? taken : l->ahead;
+        interest(l);
+        send_ok(h->request);
     } else if (l->request || !find_bytes(p, F_DATA, &data) || data.size > LINK_ROOM) {
         send_error(h->request, EAGAIN, "wait for the answer to the bytes sent before");
     } else {
@@ -126,13 +132,14 @@ void port_event(Watch *w, uint32_t events) {
         flush_link(l);
         if (!l->used) return;
     }
-    if (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)) || !client_may_stream()) return;
+    if (!(events & (EPOLLIN | EPOLLHUP | EPOLLERR)) || l->ahead >= WINDOW || !client_may_stream()) return;
     static uint8_t chunk[PORT_CHUNK];
     ssize_t n = recv(w->fd, chunk, sizeof chunk, 0);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
     Buffer b = {0};
     field_number(&b, F_ID, l->id);
     if (n > 0) {
+        l->ahead += (uint64_t)n;
         field_bytes(&b, F_DATA, chunk, (size_t)n);
         send_frame(PORT_BYTES, 0, &b);
     } else if (n < 0) {

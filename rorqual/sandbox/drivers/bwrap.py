@@ -1,8 +1,8 @@
 """Container by bubblewrap: namespaces without any privilege, for root and for ordinary users alike.
 
-Isolates: user, mount, process, network, host name, IPC and control-group namespaces; no capability; no new privileges; a
-system call filter and limits on every command (agent/confine.c). When root starts it, the sandbox runs under a host uid
-that no other sandbox has; started by root as root, bwrap would keep its powers, and the keeper refuses that form.
+Isolates: user, mount, process, network, host name, IPC and control-group namespaces; no capability; no new privileges;
+a system call filter and limits on every command (agent/confine.c). When root starts it, the sandbox runs under a
+host uid that no other sandbox has; with root's own uid bwrap would keep its powers, and the keeper refuses that form.
 Does not isolate: the kernel is the host's, so a hole in it is a hole here. Use a microvm or vm where that matters.
 """
 
@@ -18,12 +18,15 @@ import subprocess
 from pathlib import Path
 
 from rorqual.errors import SandboxError
-from rorqual.sandbox import processes
+from rorqual.sandbox import cgroups, processes
 from rorqual.sandbox.agent.build import agent_binary
 from rorqual.sandbox.drivers.base import Driver, Process, Running
 from rorqual.sandbox.drivers.streams import connect_unix
 from rorqual.sandbox.errors import Unsupported
+from rorqual.sandbox.home import Home
 from rorqual.sandbox.host_root import host_root
+from rorqual.sandbox.images.store import Store
+from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Kind, SandboxSpec
 
 FIRST_UID, LAST_UID = 200_000, 1_000_000
@@ -45,7 +48,10 @@ class Bwrap(Driver):
         """What plainly lacks here."""
         if shutil.which("bwrap") is None:
             return "bubblewrap is not installed; an administrator can `apt install bubblewrap` (or dnf, pacman)"
-        for path, wanted in (("/proc/sys/kernel/unprivileged_userns_clone", "1"), ("/proc/sys/user/max_user_namespaces", "")):
+        for path, wanted in (
+            ("/proc/sys/kernel/unprivileged_userns_clone", "1"),
+            ("/proc/sys/user/max_user_namespaces", ""),
+        ):
             try:
                 value = Path(path).read_text().strip()
             except OSError:
@@ -75,17 +81,27 @@ class Bwrap(Driver):
         return await asyncio.to_thread(self._start, spec, home)
 
     def _start(self, spec: SandboxSpec, home: Path) -> Running:
-        limits, enforced = spec.limits, {}
-        lowers, shown = layers_of(spec, home)
+        limits = spec.limits
+        enforced: dict[str, str] = {}
+        store = Store()
+        names = store.resolve(names_of(spec))
+        lowers = store.lowerdirs(names)
+        shown: list[str] = []
+        if on_host_root(spec):
+            root, shown = host_root()
+            lowers.append(root)
         command = [str(agent_binary()), "keep", "--home", str(home)]
         if os.geteuid() == 0:
-            command += ["--uid", str(fresh_uid())]
+            outer = fresh_uid()
+            command += ["--uid", str(outer), "--inner-uid", str(inner_uid(spec))]
+        else:
+            outer = os.geteuid()
         for lower in lowers:
             command += ["--lower", str(lower)]
         command += ["--disk-mb", str(limits.disk_mb), "--inodes", str(limits.inodes)]
         enforced |= {"disk": "tmpfs size", "inodes": "tmpfs inodes", "open_files": "rlimit", "file_mb": "rlimit"}
-        group = None
-        extra: dict[str, object] = {}
+        group = cgroups.create(home.name, limits)
+        extra: dict[str, object] = {"uid": outer, "layers": names}
         if group is None:
             cpus = choose_cpus(limits.cpu)
             command += ["--memory-mb", str(limits.memory_mb), "--cpus", ",".join(map(str, cpus))]
@@ -96,15 +112,36 @@ class Bwrap(Driver):
             }
             extra |= {"data_limit_mb": 2 * limits.memory_mb, "nproc": limits.pids, "cpu_locked": True}
         else:
-            extra |= {"nproc": limits.pids}
+            enforced |= group.describe()
         command += ["--", shutil.which("bwrap") or "bwrap", *self._bwrap(spec, shown, home.name)]
-        process, holder = launch(command, home)
-        return Running([process, holder], {"unix": "channel"}, secrets.token_hex(32), enforced=enforced, extra=extra)
+        try:
+            keeper, holder = launch(command, home, group)
+            store.release()
+        except BaseException:
+            if group is not None:
+                group.kill()
+                group.remove()
+            raise
+        return Running(
+            [keeper, holder],
+            {"unix": "channel"},
+            secrets.token_hex(32),
+            cgroups=group.paths if group is not None else [],
+            enforced=enforced,
+            extra=extra,
+        )
 
     def _bwrap(self, spec: SandboxSpec, shown: list[str], name: str) -> list[str]:
-        uid = "0" if spec.user == "root" else "1000"
+        uid = str(inner_uid(spec))
         options = [
-            *("--unshare-all", "--unshare-user", "--disable-userns", "--new-session", "--die-with-parent", "--as-pid-1"),
+            *(
+                "--unshare-all",
+                "--unshare-user",
+                "--disable-userns",
+                "--new-session",
+                "--die-with-parent",
+                "--as-pid-1",
+            ),
             *("--cap-drop", "ALL", "--clearenv", "--uid", uid, "--gid", uid, "--hostname", name),
             *("--bind", "@merged", "/", *shown, "--proc", "/proc", "--dev", "/dev"),
             *("--size", str(64 << 20), "--tmpfs", "/dev/shm", "--chmod", "1777", "/dev/shm", "--remount-ro", "/dev"),
@@ -130,11 +167,44 @@ class Bwrap(Driver):
         for process in running.processes:
             if processes.alive(process):
                 tree += [below for below in processes.below(process.pid) if below not in tree]
-        left = processes.end_all(tree)
-        return [f"process {process.pid}" for process in left]
+        left = [f"process {process.pid}" for process in processes.end_all(tree)]
+        if running.cgroups:
+            group = cgroups.adopt(running.cgroups)
+            left += [f"process {pid}" for pid in group.kill()]
+            left += [f"control group {path}" for path in group.remove()]
+        return left
+
+    async def pause(self, running: Running, home: Path, keep_memory: bool) -> None:
+        """Freeze its group, where there is one; the agent has stopped every process already."""
+        if running.cgroups:
+            await asyncio.to_thread(cgroups.adopt(running.cgroups).freeze)
+
+    async def resume(self, running: Running, home: Path) -> Running:
+        """Let its group run on."""
+        if running.cgroups:
+            await asyncio.to_thread(cgroups.adopt(running.cgroups).thaw)
+        return running
+
+    async def snapshot_disk(self, running: Running, home: Path) -> str:
+        """Pack the upper folder, read through the holder's mount namespace."""
+        spec = Home(home).read().spec
+        upper = Path(f"/proc/{running.processes[1].pid}/root/mnt/up/upper")
+        owners = ((int(running.extra["uid"]), inner_uid(spec), 1),)
+        return await asyncio.to_thread(lambda: Store().pack(upper, owners=owners))
+
+    async def oom_kills(self, running: Running, home: Path) -> int:
+        """How often the kernel, or the keeper, ended a process for memory."""
+        if running.cgroups:
+            return await asyncio.to_thread(cgroups.adopt(running.cgroups).oom_kills)
+        try:
+            return int((home / "oom").read_text())
+        except (OSError, ValueError):
+            return 0
 
     async def memory_bytes(self, running: Running) -> int:
-        """Its cgroup's memory, or the proportional share of its processes."""
+        """Its group's memory, or the proportional share of its processes."""
+        if running.cgroups:
+            return await asyncio.to_thread(cgroups.adopt(running.cgroups).memory_bytes)
         return await asyncio.to_thread(lambda: sum(pss(process.pid) for process in tree_of(running)))
 
 
@@ -161,12 +231,9 @@ def pss(pid: int) -> int:
         return 0
 
 
-def layers_of(spec: SandboxSpec, home: Path) -> tuple[list[Path], list[str]]:
-    """Lower folders, the topmost first, and bwrap's options for what is shown beside them."""
-    if spec.image is None and not spec.layers and spec.snapshot is None:
-        root, shown = host_root()
-        return [root], shown
-    raise Unsupported("images and layers need the layer store.", "layers")
+def inner_uid(spec: SandboxSpec) -> int:
+    """The one user that exists inside."""
+    return 0 if spec.user == "root" else 1000
 
 
 def choose_cpus(cpu: float) -> list[int]:
@@ -190,8 +257,8 @@ def fresh_uid() -> int:
     return uid
 
 
-def launch(command: list[str], home: Path) -> tuple[Process, Process]:
-    """Start the keeper; it and its holder, the latter let go on. Raises: SandboxError with what they said."""
+def launch(command: list[str], home: Path, group: cgroups.Group | None) -> tuple[Process, Process]:
+    """Start the keeper; the holder enters the group before it goes on. Raises: SandboxError with what they said."""
     log = home / "keeper.log"
     with open(log, "ab") as errors:
         child = subprocess.Popen(
@@ -203,8 +270,12 @@ def launch(command: list[str], home: Path) -> tuple[Process, Process]:
         if len(words) == 4:
             keeper, holder = processes.identify(int(words[1])), processes.identify(int(words[3]))
             if keeper is not None and holder is not None:
+                if group is not None:
+                    group.attach(holder.pid)
                 child.stdin.write(b"g")
                 child.stdin.close()
                 return keeper, holder
     said = log.read_text(errors="replace").strip()[-1000:]
-    raise SandboxError(f"the sandbox's keeper did not start: {said or 'it said nothing'}. See `rorqual sandbox doctor`.")
+    raise SandboxError(
+        f"the sandbox's keeper did not start: {said or 'it said nothing'}. See `rorqual sandbox doctor`."
+    )
