@@ -69,6 +69,15 @@ static void answer(const char *line) {
         long long us = atoll(line + 6);
         struct timespec t = {us / 1000000, us % 1000000 * 1000};
         say(us > 0 && clock_settime(CLOCK_REALTIME, &t) == 0 ? "ok" : "error the clock could not be set");
+    } else if (!strcmp(line, "oom")) {
+        char text[100], key[60];
+        unsigned long long value, kills = 0;
+        FILE *f = fopen("/proc/vmstat", "re");
+        while (f && fgets(text, sizeof text, f))
+            if (sscanf(text, "%59s %llu", key, &value) == 2 && !strcmp(key, "oom_kill")) kills = value;
+        if (f) fclose(f);
+        snprintf(text, sizeof text, "%llu", kills);
+        say(text);
     } else if (!strcmp(line, "sync")) {
         sync();
         say("ok");

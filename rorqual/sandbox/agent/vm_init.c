@@ -9,6 +9,7 @@
  *   threads N     bound on threads of the whole machine      -> "ok" or "error WHY"
  *   tar           the writable layer as a tar stream         -> pieces: u32 length, bytes; an empty one at the end
  *   clock US      time of day                             -> "ok" or "error WHY"
+ *   oom           processes ended for want of memory         -> a number
  *   sync          everything to the disk                     -> "ok"
  *
  * "ready" is said once, unasked. When the agent ends, the machine does, with the agent's code (isa-debug-exit).
@@ -131,7 +132,7 @@ static void build_root(int layers) {
     attach(node, "/upper", "ext4", MS_NODEV | MS_NOATIME, "noinit_itable,errors=remount-ro");
     if ((mkdir(UPPER, 0755) || mkdir("/upper/work", 0755)) && errno != EEXIST) give_up("folders of the writable layer");
     snprintf(options + used, sizeof options - used,
-             ",upperdir=" UPPER ",workdir=/upper/work,userxattr,redirect_dir=off,metacopy=off,index=off,xino=off");
+             ",upperdir=" UPPER ",workdir=/upper/work,userxattr,xino=off");
     attach("overlay", "/merged", "overlay", MS_NODEV, options);
 }
 

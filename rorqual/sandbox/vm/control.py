@@ -46,6 +46,15 @@ class Control:
         if line.strip() != b"ok":
             raise SandboxError(f"the machine answered {request!r} with {line[:200].decode(errors='replace').strip()!r}.")
 
+    async def number(self, request: str, timeout_s: float = 10.0) -> int:
+        """Ask for one number. Raises: TransportError when there is no answer in time or it is none."""
+        self._writer.write(request.encode() + b"\n")
+        await self._writer.drain()
+        try:
+            return int(await asyncio.wait_for(self._reader.readline(), timeout_s))
+        except (TimeoutError, ValueError) as error:
+            raise TransportError(f"the machine gave no number for {request!r}: {error}.") from error
+
     async def receive_tar(self, target: Path, max_bytes: int, timeout_s: float = 30.0) -> None:
         """The writable layer as a tar file. Raises: SnapshotFailed; TransportError."""
         self._writer.write(b"tar\n")

@@ -143,7 +143,7 @@ class _Places:
     def binds(self) -> list[str]:
         """bwrap's options that show these files and the machine's folder, and nothing else of the host."""
         options = [word for path, name in self._names.items() for word in ("--ro-bind", str(path), name)]
-        return [*options, "--bind", str(self._folder), "/vm"]
+        return ["--perms", "0755", "--dir", "/files", *options, "--bind", str(self._folder), "/vm"]
 
 
 def command(machine: Machine, uid: int | None) -> tuple[list[str], str]:
