@@ -66,8 +66,11 @@ def _record(sandbox: AsyncSandbox, name: str, digest: str, kind: str, sequence: 
         "kind": kind,
         "base": "host" if _on_host(sandbox) else "",
     }
+    if kind == "full":  # its files lie with the driver; the name only leads there
+        note["full"] = digest
+    layers = [*below, digest] if kind == "disk" else below
     try:
-        store.name(name, [*below, digest], kind="snapshot", owner=sandbox.id, keep=keep, note=note)
+        store.name(name, layers, kind="snapshot", owner=sandbox.id, keep=keep, note=note)
     except OSError as error:
         raise SnapshotFailed(f"snapshot {name} could not be recorded: {error}. Earlier ones still stand.") from error
 
