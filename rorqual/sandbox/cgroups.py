@@ -164,6 +164,19 @@ def create(name: str, limits: Limits, *, devices: Sequence[str] | None = None) -
     return group
 
 
+def find(name: str) -> Group | None:
+    """The group of this name that an earlier process made and perhaps had no time to write down, or None."""
+    folders, _ = _place_v1()
+    if folders:
+        group = Group({name_: folder / PARENT / name for name_, folder in folders.items()}, version=1)
+    else:
+        top, _ = _place_v2()
+        if top is None:
+            return None
+        group = Group({"": top / PARENT / name}, version=2)
+    return group if any(Path(path).exists() for path in group.paths) else None
+
+
 def adopt(paths: Sequence[str | os.PathLike[str]]) -> Group:
     """The group that an earlier process made, from its `paths`; it may be gone in part or wholly."""
     by_controller: dict[str, Path] = {}

@@ -177,14 +177,10 @@ class Bwrap(Driver):
         return left
 
     async def pause(self, running: Running, home: Path, keep_memory: bool) -> None:
-        """Freeze its group, where there is one; the agent has stopped every process already."""
-        if running.cgroups:
-            await asyncio.to_thread(cgroups.adopt(running.cgroups).freeze)
+        """Nothing more to do: the agent has stopped every process, and a stopped one can still be killed."""
 
     async def resume(self, running: Running, home: Path) -> Running:
-        """Let its group run on."""
-        if running.cgroups:
-            await asyncio.to_thread(cgroups.adopt(running.cgroups).thaw)
+        """The same processes run on."""
         return running
 
     async def snapshot_disk(self, running: Running, home: Path) -> str:
