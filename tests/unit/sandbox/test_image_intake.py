@@ -21,7 +21,7 @@ from rorqual.sandbox.images import base
 from rorqual.sandbox.images.collect import collect
 from rorqual.sandbox.images.erofs import Writer
 from rorqual.sandbox.images.export import export_image
-from rorqual.sandbox.images.intake import import_image
+from rorqual.sandbox.images.intake import add_tar, import_image
 from rorqual.sandbox.images.stack import add_difference, add_merged, seen
 from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.images.tree import Image
@@ -45,7 +45,9 @@ def tar(members: Members) -> bytes:
 def shown(layers: list[Image]) -> dict[str, bytes | None]:
     """Path -> content of what a stack shows, None for folders."""
     return {
-        b"/".join(path).decode(): b"".join(file.image.content(file.entry)) if stat.S_ISREG(file.entry.mode) else None
+        os.fsdecode(b"/".join(path)): b"".join(file.image.content(file.entry))
+        if stat.S_ISREG(file.entry.mode)
+        else None
         for path, file in seen(layers).items()
         if path
     }
@@ -348,6 +350,45 @@ def test_only_what_nothing_needs_is_collected(store: Store, tmp_path: Path) -> N
         journal.commit()
     assert run(grace_s=0) == {"used", "owned", "open", "listed"}
     assert {one.name for one in store.references()} == {"image", "snap-named"}
+
+
+def test_logs_protect_their_snapshots_without_being_named(store: Store, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    digests = [small(store, tmp_path, name) for name in ("agent", "registered")]
+    places = [home / "agents" / "run-1" / "journal", tmp_path / "elsewhere" / "journal"]
+    for number, (digest, place) in enumerate(zip(digests, places, strict=True)):
+        store.name(f"s{number}", [digest], kind="snapshot", owner="gone", keep=False)
+        place.parent.mkdir(parents=True)
+        with Journal(place) as journal:
+            journal.append(Request(trajectory="t", request=1))
+            journal.append(EnvSnapshot("box", f"s{number}", "disk", 1, 1))
+            journal.commit()
+    store.protect(places[1])
+    assert collect(store, home=home, grace_s=0).layers == []
+    for place in places:
+        with Journal(place) as journal:
+            journal.append(Close(request=1, stop_reason="end"))
+            journal.commit()
+    note = next((store.folder / "logs").iterdir())
+    told = json.loads(note.read_text())
+    note.write_text(json.dumps({**told, "path": "/nowhere/at/all", "machine": "another"}))
+    with pytest.raises(SandboxError, match="on machine another is a rollout log"):
+        collect(store, home=home, grace_s=0)
+    note.write_text(json.dumps({**told, "path": "/nowhere/at/all"}))
+    assert sorted(collect(store, home=home, grace_s=0).layers) == sorted(digests)
+
+
+def test_a_long_stack_is_merged_and_shows_the_same(store: Store, tmp_path: Path) -> None:
+    layers = [store.pack(make_tree(tmp_path / "tree"), kind="base")]
+    for number in range(12):
+        members: Members = [(f"f{number}", {}, b"%d" % number), ("etc/counter", {}, b"%d" % number)]
+        members += [(f".wh.f{number - 2}", {}, b"")] if number > 1 else []
+        archive = io.BytesIO(tar(members))
+        layers.append(packed(store, lambda writer, archive=archive: add_tar(writer, archive)))
+    assert store.collapsed(layers) == layers
+    short = store.collapsed(layers, most=10)
+    assert len(short) == 2 and short[0] == layers[0]
+    assert shown([store.tree(digest) for digest in short]) == shown([store.tree(digest) for digest in layers])
 
 
 def test_nothing_is_collected_on_a_guess(store: Store, tmp_path: Path) -> None:
