@@ -181,7 +181,12 @@ def command(machine: Machine, uid: int | None) -> tuple[list[str], str]:
     if setpriv is None:
         raise SandboxError("started by root, QEMU needs setpriv to become another user: `apt install util-linux`.")
     drop = [
-        *(setpriv, f"--reuid={uid}", f"--regid={uid}", "--clear-groups" if machine.accelerator == "tcg" else "--groups"),
+        *(
+            setpriv,
+            f"--reuid={uid}",
+            f"--regid={uid}",
+            "--clear-groups" if machine.accelerator == "tcg" else "--groups",
+        ),
         *([] if machine.accelerator == "tcg" else [str(os.stat("/dev/kvm").st_gid)]),
         *("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"),
     ]
