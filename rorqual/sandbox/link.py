@@ -80,7 +80,9 @@ class Link:
                 reason = self.home.ended()
                 if reason is not None:
                     raise gone(self.home.id, reason) from error
-                if time.monotonic() + pause > end or not self._alive():
+                if not self._alive():  # its keeper was killed before it could write why
+                    raise gone(self.home.id, "crashed") from error
+                if time.monotonic() + pause > end:
                     raise TransportError(
                         f"the agent of sandbox {self.home.id} did not answer within {within_s:g} s: {error}"
                     ) from error
