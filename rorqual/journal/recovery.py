@@ -10,8 +10,8 @@ began. Its whole frames from the beginning are kept. What follows them is either
   durable, and from a later whole frame that proves it (`frames.FIRST_OF_COMMIT`).
 
 A file that is shorter than its mark has been cut: the records wholly before the cut are given, and how many
-acknowledged ones are missing is said. Without a state file the rule is the careful one: only a frame that the file's
-end cuts is torn.
+acknowledged ones are missing is said. Without a state file the rule is the careful one: torn is only a
+frame that the file's end cuts, with no whole frame behind it.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def recover(data: memoryview, segment: Segment, mark: Mark | None, *, has_state:
     if mark is not None and prefix.end < mark.offset <= size:
         raise damaged(segment, prefix, "Its records were committed, so this is no torn tail")
     if used > prefix.end and not header.flags & frames.UNSYNCED:
-        proof = frames.proof_of_commit(data[:used], prefix.end + 1, prefix.next_lsn, header.seed)
+        proof = frames.proof_of_commit(data[:used], prefix.end, prefix.next_lsn, header.seed, any_frame=not has_state)
         if proof is not None:
             raise damaged(segment, prefix, f"The frame at byte {proof} proves that it was committed")
         cut_is_known = mark is not None and prefix.end < mark.offset

@@ -99,12 +99,13 @@ class Journal:
 
     def _recover(self, take_over: bool) -> None:
         listing = list_segments(self.path)
-        state = State.load(self.path, writable=True)
+        state = State.load(self.path, writable=True, disk=self._disk)
         segments = listing.segments
         had = max([state.epoch if state is not None else 0, *(segment.epoch for segment in segments)])
         self.epoch = had + 1
         if state is not None:
             state.set_epoch(self.epoch)  # from here on an older writer acknowledges nothing
+        worker = state.worker if state is not None else self._worker(segments)
         next_lsn = 1
         if segments:
             self.recovered = self._keep(segments[-1], state)
@@ -113,7 +114,7 @@ class Journal:
         for path in [*listing.stale, *self.path.glob("*.tmp")]:
             self._disk.unlink(path)
         if state is None:
-            state = State.create(self.path, self._worker(segments), self.epoch, self._disk)
+            state = State.create(self.path, worker, self.epoch, self._disk)
         self._state, self._durable, self._next_lsn, self._opened_lsn = state, next_lsn - 1, next_lsn, next_lsn
         self._seed = frames.crc_seed(state.worker, self.epoch)
         if take_over:
