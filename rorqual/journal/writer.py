@@ -200,7 +200,7 @@ class Journal:
         Raises: JournalError, like `append`.
         """
         payloads = [
-            (record.TYPE, encode_tokens(record) if type(record) is Tokens else encode(record)) for record in records
+            (encode_tokens(record) if type(record) is Tokens else encode(record), record.TYPE) for record in records
         ]
         pack, magic, crc32, seed = frames.HEAD.pack, frames.MAGIC, zlib.crc32, self._seed
         with self._lock:
@@ -209,7 +209,7 @@ class Journal:
             lsn, queue = self._next_lsn, self._queue
             add = queue.append
             first = 0 if queue or not self._sync else frames.FIRST_OF_COMMIT
-            for kind, payload in payloads:
+            for payload, kind in payloads:
                 body = pack(magic, kind, first, 0, len(payload), lsn) + payload
                 add(body)
                 add(crc32(body, seed).to_bytes(4, "little"))
@@ -282,6 +282,7 @@ class Journal:
             raise self._failed(error) from error
         self._check_owner()  # an older writer that wakes up here acknowledges nothing
         self._offset += len(batch.data)
+        self._room = max(self._room, self._offset)  # a batch may be longer than its room, when there was no more
         self._unwritten = None
         self._state.set_mark(self.epoch, self._first_lsn, self._offset, batch.last_lsn)
         self._durable = batch.last_lsn
