@@ -11,8 +11,7 @@ from full import often
 from journal_disks import QuietDisk, copy_cut, some_records
 
 from rorqual.errors import JournalError
-from rorqual.journal import Event, Journal, Record, Tokens, replay_folder, verify
-from rorqual.journal import frames
+from rorqual.journal import Event, Journal, Record, Tokens, frames, replay_folder, verify
 from rorqual.journal.recovery import recover
 from rorqual.journal.segments import list_segments
 from rorqual.journal.state import NAME as STATE
@@ -238,7 +237,7 @@ def test_a_damaged_sealed_segment_is_never_skipped(tmp_path: Path) -> None:
 
 
 def test_a_thousand_crash_points(tmp_path: Path, copies: Copier) -> None:
-    """A cut gives exactly the records wholly before it; a flipped bit in a committed record is refused with its place."""
+    """A cut gives exactly the records wholly before it; a flipped bit in a committed one is refused with its place."""
     records = some_records(240)
     write(tmp_path / "whole", records, segment_bytes=9000)
     assert opened(tmp_path / "whole") == records, "an untouched journal replays whole"
