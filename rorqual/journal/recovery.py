@@ -35,8 +35,13 @@ class Recovered:
     """Acknowledged records that are gone, because the file was cut."""
 
 
-def recover(data: memoryview, segment: Segment, mark: Mark | None, *, has_state: bool) -> Recovered:
+def recover(
+    data: memoryview, segment: Segment, mark: Mark | None, *, has_state: bool, from_mark: bool = False
+) -> Recovered:
     """Judge the last segment's bytes; `mark` is the furthest in it. Nothing is changed.
+
+    from_mark: look only at what lies behind the mark, when the file reaches it: opening takes no longer than that, and
+    damage before it is found by whoever reads there, as in sealed segments.
 
     Raises: JournalError with segment and offset when committed records are damaged.
     """
@@ -47,7 +52,10 @@ def recover(data: memoryview, segment: Segment, mark: Mark | None, *, has_state:
     header = check_header(data, segment)
     if header.flags & frames.UNSYNCED:
         mark = None
-    prefix = frames.whole_frames(data, frames.FILE_HEADER_BYTES, segment.first_lsn, header.seed)
+    start, lsn = frames.FILE_HEADER_BYTES, segment.first_lsn
+    if from_mark and mark is not None and start <= mark.offset <= size:
+        start, lsn = mark.offset, mark.lsn + 1
+    prefix = frames.whole_frames(data, start, lsn, header.seed)
     used = _used(data, prefix.end)
     missing = max(0, acknowledged - prefix.next_lsn + 1)
     if mark is not None and prefix.end < mark.offset <= size:

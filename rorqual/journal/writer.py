@@ -126,7 +126,7 @@ class Journal:
             return Recovered(segment.path.stat().st_size, segment.first_lsn + num_records(segment), 0, 0)
         mark = None if state is None else state.mark_of(segment.epoch, segment.first_lsn)
         with Bytes(segment.path) as file:
-            kept = recover(file.data, segment, mark, has_state=state is not None)
+            kept = recover(file.data, segment, mark, has_state=state is not None, from_mark=True)
             start = min(mark.offset if mark is not None else 0, kept.end)
             # Records whose sync never returned, or failed, are perhaps only in the system's memory, and it may believe
             # that it wrote them: written again, they are what the next sync is about.
@@ -235,11 +235,15 @@ class Journal:
             raise JournalError(self._broken)
         return self._durable
 
-    def commit_soon(self) -> None:
+    def commit_soon(self, at_least: int = 1) -> None:
         """Have all that was appended committed by a thread, and do not wait; `durable_lsn` says when it is done.
 
+        at_least: do nothing while fewer records than this are not durable. Each sync costs what tens of records cost,
+        so a lone fast stream whose tokens nobody waits for asks with 16 or so, and ends with `commit`.
         Raises: JournalError when the newest such commit failed; what is queued is tried again nevertheless.
         """
+        if self._next_lsn - 1 - self._durable < at_least and self._broken is None:
+            return
         committer = self._own_committer()
         committer.ask()
         if committer.failure is not None:
