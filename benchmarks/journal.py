@@ -6,8 +6,8 @@
 append     records per second and per CPU-second at batches of 1 to 4096 records a commit. Both sides begin with the
            same `Tokens` records of one token and store the same payload bytes. bound: the same bytes written and synced
            by bare system calls.
-overhead   a decoder that spends one core on 1,000 tokens a second, with and without the journal by turns: how much more
-           CPU time it takes, in percent, one token a record, commits in the journal's thread. The peer does the same.
+overhead   a decoder that spends one core on 1,000 tokens a second, one token a record, commits in the journal's thread:
+           CPU time of the journal in percent of the decoder's. The peer does the same with a thread of its own.
 recovery   ten million records of one token, by a process that vanishes: opening, and reading everything, each in a new
            process with its peak memory. bound: the checksum of the same bytes, at the speed of zlib.
 
@@ -177,14 +177,12 @@ class Decoder:
         for _ in range(products):
             np.dot(self._matrix, self._vector)
 
-    def run(self, tokens: int, streams: int, after_step: Callable[[int], None]) -> tuple[float, float]:
-        """Decode; wall and CPU seconds."""
+    def run(self, tokens: int, streams: int, after_step: Callable[[int], None]) -> None:
+        """Decode: each step gives one token to each stream."""
         products = max(1, round(self._products_per_s / TOKENS_PER_S * streams))
-        wall, cpu = time.perf_counter(), time.process_time()
         for step in range(tokens // streams):
             self.work(products)
             after_step(step)
-        return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def measure_overhead(home: Path, repeats: int) -> Iterator[dict[str, Any]]:
@@ -192,38 +190,53 @@ def measure_overhead(home: Path, repeats: int) -> Iterator[dict[str, Any]]:
     decoder = Decoder()
     for streams, at_least in ((64, 1), (8, 1), (8, 16), (1, 16), (1, 1)):
         note(f"overhead: {streams} streams, a commit from {at_least} records on")
-        ours, peer, walls = [], [], []
+        ours, peer = [], []
         for turn in range(repeats):
             name = f"{streams}-{at_least}-{turn}"
-            with_us = overhead(decoder, streams, ours_after(home / f"o{name}", streams, at_least))
-            with_peer = overhead(decoder, streams, peer_after(home / f"p{name}", streams, at_least))
-            ours.append(with_us[1])
-            walls.append(with_us[0])
-            peer.append(with_peer[1])
-        config = {"streams": streams, "at_least": at_least, "tokens_per_s": TOKENS_PER_S, "wall_percent": middle(walls)}
-        yield line(f"overhead/{streams}-streams/at-least-{at_least}", "% of decoding's CPU", ours, peer, None, config)
+            ours.append(overhead(decoder, streams, ours_after(home / f"o{name}", streams, at_least)))
+            peer.append(overhead(decoder, streams, peer_after(home / f"p{name}", streams, at_least)))
+        config = {"streams": streams, "at_least": at_least, "tokens_per_s": TOKENS_PER_S}
+        config["wall_percent"] = {"ours": middle([o.wall for o in ours]), "peer": middle([p.wall for p in peer])}
+        case = f"overhead/{streams}-streams/at-least-{at_least}"
+        a, b = [o.cpu for o in ours], [p.cpu for p in peer]
+        yield line(case, "% of decoding's CPU", a, b, None, config)
 
 
 Sink = tuple[Callable[[int], None], Callable[[], None], Callable[[], None]]
 """What follows a step, what waits until all of it is durable, and the end."""
 
 
-def overhead(decoder: Decoder, streams: int, sink: Sink, blocks: int = 16) -> tuple[float, float]:
-    """Percent by which wall and CPU time grow."""
+def overhead(decoder: Decoder, streams: int, sink: Sink, blocks: int = 8) -> Rate:
+    """What the sink adds to decoding, in percent: of the wall, by blocks with and without it; of the CPU, directly.
+
+    The CPU time is what the sink's calls take in this thread and all that other threads take: the difference of two
+    runs would be more noise than figure on a busy machine.
+    """
     after_step, settle, end = sink
-    plain, logged = np.zeros(2), np.zeros(2)
     tokens = TOKENS_PER_S // 2 // streams * streams
+    plain = logged = decoding = sunk = 0.0
+
+    def measured(step: int) -> None:
+        nonlocal sunk
+        start = time.thread_time()
+        after_step(step)
+        sunk += time.thread_time() - start
+
     for block in range(2 * blocks):
+        wall, everything, mine = time.perf_counter(), time.process_time(), time.thread_time()
         if block % 4 in (0, 3):  # so that drift hits both
-            plain += decoder.run(tokens, streams, lambda _: None)
-        else:
-            wall, cpu = time.perf_counter(), time.process_time()
-            decoder.run(tokens, streams, after_step)
-            settle()
-            logged += (time.perf_counter() - wall, time.process_time() - cpu)
+            decoder.run(tokens, streams, lambda _: None)
+            plain += time.perf_counter() - wall
+            continue
+        before = sunk
+        decoder.run(tokens, streams, measured)
+        mine = time.thread_time() - mine
+        decoding += mine - (sunk - before)
+        settle()
+        sunk += time.process_time() - everything - mine
+        logged += time.perf_counter() - wall
     end()
-    wall_percent, cpu_percent = 100 * (logged / plain - 1)
-    return float(wall_percent), float(cpu_percent)
+    return Rate(wall=100 * (logged / plain - 1), cpu=100 * sunk / decoding)
 
 
 def ours_after(folder: Path, streams: int, at_least: int) -> Sink:
@@ -307,7 +320,7 @@ def measure_recovery(home: Path, number: int, repeats: int) -> Iterator[dict[str
     }
     bounds = {"open": checksum_seconds(segments[-1:]), "replay": checksum_seconds(segments)}
     for part, sides in data.items():
-        for unit, key, bound in (("s", "wall_s", bounds[part]), ("MiB", "peak_mib", None)):
+        for unit, key, bound in (("s", "wall_s", bounds[part]), ("CPU-s", "cpu_s", None), ("MiB", "peak_mib", None)):
             ours, peer = ([found[key] for found in sides[side]] for side in ("ours", "peer"))
             yield line(f"recovery/{number // 10**6}M/{part}/{unit}", unit, ours, peer, bound, config)
 
@@ -338,7 +351,7 @@ def in_child(what: str, side: str, home: Path, number: int) -> None:
         print("{}", flush=True)
         os._exit(0)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found, start = {}, time.perf_counter()
+    found, start, cpu = {}, time.perf_counter(), time.process_time()
     journal, database = (Journal(path), None) if side == "ours" else (None, connect(path))
     if database is not None:
         (last,) = database.execute("SELECT max(lsn) FROM records").fetchone()
@@ -346,8 +359,8 @@ def in_child(what: str, side: str, home: Path, number: int) -> None:
         assert journal is not None
         last = journal.durable_lsn
     assert last == number, f"{last} of {number} records"
-    found["open"] = {"wall_s": time.perf_counter() - start, "peak_mib": (peak_kib() - base) / 1024}
-    start, count, total = time.perf_counter(), 0, 0
+    found["open"] = figures(start, cpu, base)
+    start, cpu, count, total = time.perf_counter(), time.process_time(), 0, 0
     if journal is not None:
         for _, record in journal.replay():
             count += 1
@@ -357,14 +370,15 @@ def in_child(what: str, side: str, home: Path, number: int) -> None:
             count += 1
             total += decode_tokens(payload).ids[0]
     assert count == number and total == sum(n % 129_280 for n in range(number))
-    found["replay"] = {"wall_s": time.perf_counter() - start, "peak_mib": (peak_kib() - base) / 1024}
+    found["replay"] = figures(start, cpu, base)
     print(json.dumps(found), flush=True)
     os._exit(0)  # as it was, for the next turn
 
 
-def peak_kib() -> int:
-    """Largest memory of this process so far."""
-    return process_bytes("VmHWM") // 1024
+def figures(start: float, cpu: float, base_kib: int) -> dict[str, float]:
+    """Seconds since, by clock and processor, and by how much the memory has grown at most."""
+    peak_mib = (process_bytes("VmHWM") // 1024 - base_kib) / 1024
+    return {"wall_s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu, "peak_mib": peak_mib}
 
 
 def write_large(side: str, path: Path, number: int) -> None:

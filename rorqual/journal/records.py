@@ -262,9 +262,8 @@ BY_TYPE: dict[int, type[Record]] = {cls.TYPE: cls for cls in RECORDS}
 _FIELDS: dict[type[Record], tuple[str, ...]] = {cls: tuple(f.name for f in fields(cls)) for cls in RECORDS}
 
 _TOKENS = struct.Struct("<QIHHI")  # request, first position, count, flags, policy version
-_ONE = struct.Struct("<QIHHIIf")  # the same and one token with its log-probability
+ONE_TOKEN = struct.Struct("<QIHHIIf")  # the same and one token with its log-probability
 HAS_LOGPROBS, HAS_MASK, HAS_ROUTING = 1, 2, 4
-ONE_TOKEN_BYTES = _ONE.size
 _MOST_TOKENS = 2**16 - 1
 
 
@@ -277,7 +276,7 @@ def encode_tokens(record: Tokens) -> bytes:
     try:
         if len(ids) == 1 and logprobs is not None and record.mask is None and record.routing is None:
             (logprob,) = logprobs
-            return _ONE.pack(
+            return ONE_TOKEN.pack(
                 record.request, record.first_position, 1, HAS_LOGPROBS, record.policy_version, ids[0], logprob
             )
         return _encode_many(record)
@@ -308,18 +307,12 @@ def _encode_many(record: Tokens) -> bytes:
     return head + struct.pack(layout, *values)
 
 
-def decode_one_token(data: bytes | memoryview, at: int) -> Tokens | None:
-    """The record of one token with its log-probability whose payload begins at `at`; None when it is another one."""
-    request, first, count, flags, version, token, logprob = _ONE.unpack_from(data, at)
-    if count == 1 and flags == HAS_LOGPROBS:
-        return Tokens(request, first, version, (token,), (logprob,))
-    return None
-
-
 def decode_tokens(payload: bytes | memoryview) -> Tokens:
     """Raises: ValueError when the length is not what the header says."""
-    if len(payload) == ONE_TOKEN_BYTES and (one := decode_one_token(payload, 0)) is not None:
-        return one
+    if len(payload) == ONE_TOKEN.size:
+        request, first, count, flags, version, token, logprob = ONE_TOKEN.unpack(payload)
+        if count == 1 and flags == HAS_LOGPROBS:
+            return Tokens(request, first, version, (token,), (logprob,))
     if len(payload) < _TOKENS.size:
         raise ValueError(f"a Tokens record of {len(payload)} bytes")
     request, first, count, flags, version = _TOKENS.unpack_from(payload)
