@@ -266,6 +266,11 @@ class AsyncSandbox:
             values["paused_s"] = fields.number(Tag.PAUSED_US) / 1e6
         return values
 
+    async def ping(self) -> None:
+        """A round trip to the agent inside; neither counts as use nor wakes. Raises: Gone, TransportError."""
+        self._alive()
+        await self._ask(Type.PING, wake=False)
+
     async def history(self, since: int = 0) -> Entries:
         """Entries of its log after number `since`, oldest first."""
         self._alive()
@@ -386,7 +391,7 @@ class AsyncSandbox:
     async def set_ttl(
         self, idle: float | None = None, max_lifetime: float | None = None, paused: float | None = None
     ) -> None:
-        """Change times, in seconds: without use, in all since creation, paused. What is not named stays."""
+        """Change times, in seconds: without use from now on, in all since creation, paused. What is not named stays."""
         self._alive()
         old = self._record.spec.lifetimes
         new = Lifetimes(
