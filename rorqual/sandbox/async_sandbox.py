@@ -126,7 +126,7 @@ class AsyncSandbox:
             place.write(record)
             place.set_deadlines({"lifetime": max_lifetime})
             await sandbox._start(create_timeout)
-            sandbox._log = await asyncio.to_thread(History, place.path / "history")
+            sandbox._log = await asyncio.to_thread(History, place.path / "history", is_stale=sandbox._is_stale)
             about = {"sandbox": kind, "driver": chosen.name, "incarnation": 1, "snapshot": spec.snapshot}
             await sandbox._log.write("create", about)
             if kind == "function":
@@ -179,17 +179,23 @@ class AsyncSandbox:
                 f"process {place.read().owner} drives sandbox {sandbox_id}. Close it there, or connect with "
                 "takeover=True, which fences that process off."
             )
-        with place.editing() as record:
-            if record.running is None:
-                raise gone(sandbox_id, "crashed")
-            record.attach_epoch += 1
-            record.owner = os.getpid()
+        try:
+            with place.editing() as record:
+                if record.running is None:  # its maker died in the middle
+                    raise gone(sandbox_id, "crashed")
+                record.attach_epoch += 1
+                record.owner = os.getpid()
+        except BaseException:
+            place.unlock()
+            raise
         sandbox = cls(place, record, driver_named(record.spec.kind, record.driver))
         try:
             if record.state != "paused":
                 await sandbox._link.open(within_s=RETURN_S)
                 await sandbox._settle()
-            sandbox._log = await asyncio.to_thread(History, place.path / "history", take_over=not held)
+            sandbox._log = await asyncio.to_thread(
+                History, place.path / "history", take_over=not held, is_stale=sandbox._is_stale
+            )
             await sandbox._log.write("attach", {"epoch": record.attach_epoch, "incarnation": record.incarnation})
         except BaseException:
             await sandbox._link.close(for_good=True)
@@ -267,9 +273,10 @@ class AsyncSandbox:
         return values
 
     async def ping(self) -> None:
-        """A round trip to the agent inside; neither counts as use nor wakes. Raises: Gone, TransportError."""
+        """Returns when the agent inside answers. Looking does not count as use. Raises: Gone, TransportError."""
         self._alive()
-        await self._ask(Type.PING, wake=False)
+        if self._record.state != "paused":
+            await self._link.request(Type.PING)
 
     async def history(self, since: int = 0) -> Entries:
         """Entries of its log after number `since`, oldest first."""
@@ -303,6 +310,13 @@ class AsyncSandbox:
     def _history(self) -> History:
         assert self._log is not None
         return self._log
+
+    def _is_stale(self) -> bool:
+        """Whether another process took over."""
+        try:
+            return self._home.read().attach_epoch > self._record.attach_epoch
+        except Gone:
+            return False
 
     def _alive(self) -> None:
         if self._ended is not None:
@@ -420,7 +434,9 @@ class AsyncSandbox:
 
     async def fork(self, n: int = 1) -> Sandboxes:
         """`n` new sandboxes with the files as they are now; processes and memory are not copied."""
-        taken = await self.snapshot()
+        async with self._changing:
+            self._alive()
+            taken = await snapshots.take(self, "disk", None, keep=False)
         return await snapshots.fork(self, taken, n)
 
     async def rollback(self, snapshot: str | Snapshot) -> None:
@@ -443,8 +459,7 @@ class AsyncSandbox:
             await self._link.close(for_good=True)
             if self._log is not None:
                 self._log.close()
-            stale = self._home.path.exists() and self._home.read().attach_epoch > self._record.attach_epoch
-            if stale:
+            if self._is_stale():
                 self._home.unlock()
                 self._ended = "closed"
                 raise StaleEpoch(f"another process drives sandbox {self.id} now; it was left alone.")

@@ -1,10 +1,12 @@
-"""Runs inside a sandbox, handed to a bare `python3 -I` on standard input: a warm interpreter that is forked for each small call.
+"""Runs inside a sandbox, handed to a bare `python3 -I` on standard input: a warm interpreter, forked for each call.
 
-It uses nothing but the standard library, because it is sent in as text and no file of ours lies inside. One line of JSON
-comes in for each call, one goes out. For each call: this process forks a keeper, which becomes the subreaper of all
-below it and forks the worker; the worker runs the code, the keeper bounds its time and output, ends whatever it left
-behind, and hands the outcome up.
+It uses nothing but the standard library (of Python 3.8 or later), because it is sent in as text and no file of ours
+lies inside. One line of JSON comes in for each call, one goes out. For each call: this process forks a keeper, which
+becomes the subreaper of all below it and forks the worker; the worker runs the code, the keeper bounds its time and
+output, ends whatever it left behind, and hands the outcome up.
 """
+
+from __future__ import annotations
 
 import base64
 import collections  # noqa: F401 - what small programs import is loaded once, before the forks
@@ -32,12 +34,13 @@ import textwrap  # noqa: F401
 import time
 import traceback
 import types
+from typing import Any
 
 MAX_VALUE = 4 << 20
 SUBREAPER = 36
 
 
-def children_of(root):
+def children_of(root: int) -> set[int]:
     """All descendants of a process, zombies left out."""
     parents = {}
     for name in os.listdir("/proc"):
@@ -56,7 +59,7 @@ def children_of(root):
     return found - {root}
 
 
-def end_tree(root):
+def end_tree(root: int) -> None:
     """Stop all below `root`, so that nothing forks away, then kill all."""
     for _ in range(200):
         below = children_of(root)
@@ -75,10 +78,10 @@ def end_tree(root):
 class Capped:
     """The first and the last half of a stream."""
 
-    def __init__(self, limit):
+    def __init__(self, limit: int) -> None:
         self.half, self.head, self.tail, self.lost = limit // 2, b"", bytearray(), 0
 
-    def add(self, data):
+    def add(self, data: bytes) -> None:
         room = self.half - len(self.head)
         if room > 0:
             self.head, data = self.head + data[:room], data[room:]
@@ -88,14 +91,14 @@ class Capped:
             del self.tail[:over]
             self.lost += over
 
-    def fields(self, name):
+    def fields(self, name: str) -> dict[str, Any]:
         return {name: base64.b64encode(self.head + bytes(self.tail)).decode(), f"{name}_lost": self.lost}
 
 
-def end_strays(keepers):
+def end_strays(keepers: set[int]) -> None:
     """Ends children that are no keeper's: what a worker that killed its keeper left."""
     for pid in children_of(os.getpid()):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/stat", "rb") as file:
             parent = int(file.read().rpartition(b")")[2].split()[1])
             if parent == os.getpid() and pid not in keepers:
                 os.kill(pid, signal.SIGSTOP)
@@ -104,7 +107,7 @@ def end_strays(keepers):
                 os.waitpid(pid, 0)
 
 
-def work(task, result):
+def work(task: dict[str, Any], result: int) -> None:
     """In the worker: run the code, and write what came of it to `result`."""
     outcome = {}
     try:
@@ -121,7 +124,7 @@ def work(task, result):
             raise ValueError(f"the result takes {len(text):,} characters as JSON; at most {MAX_VALUE:,} are carried")
         outcome = {"value": value}
     except BaseException as error:
-        lines = traceback.format_exception(error)
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
         ours = [line for line in lines if 'File "<string>"' not in line]  # our own frames
         outcome = {"error": type(error).__name__, "message": str(error), "traceback": "".join(ours)[-100_000:]}
     with contextlib.suppress(Exception):
@@ -132,7 +135,7 @@ def work(task, result):
         data = data[os.write(result, data) :]
 
 
-def keep(task, upward):
+def keep(task: dict[str, Any], upward: int) -> None:
     """In the keeper of one call: bounds the worker and reports."""
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     os.setsid()
@@ -146,18 +149,19 @@ def keep(task, upward):
         result = os.dup2(pipes[2][1], 250)
         os.closerange(3, 250)
         os.set_inheritable(250, False)
-        sys.stdin = open(0)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+        sys.stdin = os.fdopen(0)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
         work(task, result)
         os._exit(0)
     start = time.monotonic()
     out, err, value = Capped(task["max_output"]), Capped(task["max_output"]), Capped(2 * MAX_VALUE + (1 << 20))
     watched = selectors.DefaultSelector()
-    for (reader, writer), sink in zip(pipes, (out, err, value)):
+    for (reader, writer), sink in zip(pipes, (out, err, value)):  # noqa: B905 - strict= is newer than 3.8
         os.close(writer)
         os.set_blocking(reader, False)
         watched.register(reader, selectors.EVENT_READ, sink)
-    timed_out, status = False, None
+    timed_out = False
+    status: int | None = None
     while True:
         left = None if task["timeout"] is None else start + task["timeout"] - time.monotonic()
         if left is not None and left <= 0:
@@ -195,7 +199,7 @@ def keep(task, upward):
     os._exit(0)
 
 
-def serve():
+def serve() -> None:
     """Read calls, fork, and pass outcomes on, many at a time."""
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
     gc.collect()
@@ -203,7 +207,8 @@ def serve():
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     watched = selectors.DefaultSelector()
     watched.register(0, selectors.EVENT_READ, None)
-    line, running = bytearray(), {}
+    line = bytearray()
+    running: dict[int, tuple[str, bytearray, int]] = {}
     while True:
         for key, _ in watched.select():
             data = os.read(key.fd, 1 << 18)

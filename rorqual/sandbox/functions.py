@@ -1,7 +1,7 @@
 """Small Python calls in a sandbox: `sandbox.call(source, entry, args)` and what comes back.
 
-A warm interpreter inside (function_runner.py) is forked for each call, so a call costs milliseconds, starts from the same
-clean state, and leaves no process behind. Files stay from one call to the next until the sandbox is closed.
+A warm interpreter inside (function_runner.py) is forked for each call, so a call costs milliseconds, starts from the
+same clean state, and leaves no process behind. Files stay from one call to the next until the sandbox is closed.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ class Functions:
                 return _unpacked(known)
             if isinstance(known, Call):
                 raise OutcomeUnknown(
-                    f"call {call!r} began and its client went away before it ended. Roll back to a snapshot from before."
+                    f"call {call!r} began and its client went away before it ended. "
+                    "Roll back to a snapshot from before."
                 )
             record = await history.accept(
                 call or "", HANDLE, printed, self._sandbox._record.incarnation, {"argv": ["python-call", entry or ""]}

@@ -13,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rorqual.errors import JournalError
 from rorqual.journal import Event, Journal, replay_folder
-from rorqual.sandbox.errors import OutcomeUnknown, ReplayDivergence
+from rorqual.sandbox.errors import OutcomeUnknown, ReplayDivergence, StaleEpoch
 from rorqual.sandbox.spec import CommandResult
 
 ACCEPTED, FINISHED, REFUSED = "call_accepted", "call_finished", "call_refused"
@@ -47,7 +48,8 @@ class Call:
 class History:
     """The log of a sandbox that this process drives."""
 
-    def __init__(self, folder: Path, *, take_over: bool = False) -> None:
+    def __init__(self, folder: Path, *, take_over: bool = False, is_stale: Callable[[], bool] = lambda: False) -> None:
+        self._is_stale = is_stale
         self._journal = Journal(folder, take_over=take_over)
         self.calls: dict[str, Call] = {}
         self.count = 0
@@ -122,9 +124,16 @@ class History:
 
     async def write(self, kind: str, fields: dict[str, Any], *, durable: bool = True) -> int:
         """Add an entry; returns its number."""
-        lsn = self._journal.append(Event(kind, _storable(fields)))
-        if durable:
-            await asyncio.to_thread(self._journal.commit)
+        try:
+            lsn = self._journal.append(Event(kind, _storable(fields)))
+            if durable:
+                await asyncio.to_thread(self._journal.commit)
+        except JournalError as error:
+            if self._is_stale():
+                raise StaleEpoch(
+                    f"another process drives this sandbox now; this one may no longer act: {error}"
+                ) from error
+            raise
         return lsn
 
     async def rolled_back(self, snapshot: str, history_seq: int) -> None:

@@ -500,6 +500,10 @@ class Sandbox:
         """Host memory, running commands, seconds idle and paused."""
         return wait_for(self._sandbox.metrics())
 
+    def ping(self) -> None:
+        """Returns when the agent inside answers."""
+        wait_for(self._sandbox.ping())
+
     def history(self, since: int = 0) -> Entries:
         """Entries of its log after number `since`."""
         return wait_for(self._sandbox.history(since))

@@ -379,7 +379,7 @@ def test_a_small_python_call(sandbox: Sandbox) -> None:
         with pytest.raises(SandboxError, match="needs python3"):
             sandbox.call("1")
         return
-    source = "import os\n\ndef add(a, b):\n    print('adding')\n    open('seen', 'a').write('x')\n    return {'sum': a + b}\n"
+    source = "def add(a, b):\n    print('adding')\n    open('seen', 'a').write('x')\n    return {'sum': a + b}\n"
     result = sandbox.call(source, "add", [2], {"b": 3}, call="first")
     assert (result.value, result.stdout, result.error) == ({"sum": 5}, "adding\n", None)
     again = sandbox.call(source, "add", [2], {"b": 3}, call="first")

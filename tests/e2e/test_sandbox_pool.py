@@ -15,7 +15,7 @@ from host_traces import descriptors, settled, traces_of
 from sandboxes import need
 
 from rorqual.errors import SandboxError
-from rorqual.sandbox import warm
+from rorqual.sandbox import processes, warm
 from rorqual.sandbox.async_sandbox import AsyncSandbox
 from rorqual.sandbox.errors import CapacityRejected, Gone
 from rorqual.sandbox.images.store import Store
@@ -35,15 +35,22 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pool]
 def play(tmp_path: Path, scene: Callable[[], Awaitable[None]]) -> None:
     """Run a scene, and see that it left nothing: no process, mount, group, file or descriptor."""
     before = descriptors()
-    asyncio.run(scene())  # type: ignore[arg-type]
+    try:
+        asyncio.run(scene())  # type: ignore[arg-type]
+        assert Store().references() == []
+    finally:
+        Store().local.sweep(set())  # layers stay mounted for the next sandbox until they are collected
     assert settled(lambda: traces_of(tmp_path)) == []
-    assert Store().references() == []
     assert descriptors() <= before
 
 
-def kill_keeper(sandbox: AsyncSandbox | None) -> None:
+async def kill_keeper(sandbox: AsyncSandbox | None) -> None:
+    """Kill -9 its first process, and wait until the kernel took the rest away."""
     assert sandbox is not None and sandbox._record.running is not None
-    os.kill(sandbox._record.running.processes[0].pid, signal.SIGKILL)
+    keeper = sandbox._record.running.processes[0]
+    tree = [keeper, *processes.below(keeper.pid)]
+    os.kill(keeper.pid, signal.SIGKILL)
+    await until(lambda: not any(map(processes.alive, tree)))
 
 
 async def until(true: Callable[[], bool], within_s: float = 20.0) -> None:
@@ -75,7 +82,7 @@ def test_warm_ones_are_handed_out_and_dead_ones_replaced(make: Callable[..., Poo
             assert (await first.run("echo hello")).stdout == "hello\n"
             await until(lambda: pool.stats().warm == 2)
             killed = pool._warm._ready[CONTAINER][0]
-            kill_keeper(killed)
+            await kill_keeper(killed)
             second = await pool.lease(CONTAINER)
             assert second.sandbox_id not in (killed.id, first.sandbox_id)
             assert (await second.run(["true"])).exit_code == 0
@@ -187,7 +194,7 @@ def test_a_dead_lease_gives_its_place_and_can_be_replaced(make: Callable[..., Po
     async def scene() -> None:
         async with make(capacity=1) as pool:
             dead = await pool.lease(CONTAINER)
-            kill_keeper(dead.sandbox)
+            await kill_keeper(dead.sandbox)
             other = await pool.lease(CONTAINER, priority=1)  # would have put it aside
             with pytest.raises(CapacityRejected):
                 await pool.lease(CONTAINER, timeout=0.1)
@@ -196,7 +203,7 @@ def test_a_dead_lease_gives_its_place_and_can_be_replaced(make: Callable[..., Po
                 await dead.run(["true"])
             await dead.replace()
             assert (await dead.run("echo again")).stdout == "again\n"
-            kill_keeper(dead.sandbox)
+            await kill_keeper(dead.sandbox)
             with pytest.raises(Gone):
                 await dead.run(["true"])
             await pool.look()
