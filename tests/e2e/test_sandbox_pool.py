@@ -95,6 +95,7 @@ def test_warm_ones_are_handed_out_and_dead_ones_replaced(make: Callable[..., Poo
     play(tmp_path, scene)
 
 
+@pytest.mark.slow
 def test_a_warm_one_has_its_own_times_from_the_hand_out(
     make: Callable[..., Pool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
