@@ -159,7 +159,7 @@ class Pool:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
-        ends = await asyncio.gather(self._warm.close(), return_exceptions=True)
+        ends = list(await asyncio.gather(self._warm.close(), return_exceptions=True))
         while self._work:
             await asyncio.gather(*self._work, return_exceptions=True)
         ends += await asyncio.gather(*(lease.close() for lease in list(self._leases)), return_exceptions=True)

@@ -1,4 +1,4 @@
-"""Blocking work in a thread, for callers that may be cancelled: a thread cannot be broken off, so its end is awaited."""
+"""Blocking work in a thread for callers that may be cancelled: a thread cannot be broken off, so its end is awaited."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def traces_of(home: Path) -> list[str]:
-    """Processes, mounts, control groups, loop devices and files (sockets too) of the sandboxes below `home`, as text."""
+    """Processes, mounts, control groups, loop devices and files (with sockets) of the sandboxes below `home`."""
     return [
         *(f"process {one}" for one in _processes(home)),
         *(f"mount {one}" for one in _mounts(home)),
