@@ -160,9 +160,7 @@ class Qemu(Driver):
             extra={"uid": uid, "nproc": spec.limits.pids},
         )
 
-    def _machine(
-        self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None
-    ) -> tuple[Machine, tuple[str, str]]:
+    def _machine(self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None) -> tuple[Machine, tuple[str, str]]:
         """The machine asked for, without its disk; digests of kernel and initramfs."""
         store = Store()
         digests = store.resolve(names_of(spec))
@@ -375,3 +373,5 @@ def _full_snapshot(spec: SandboxSpec) -> snapshot.Manifest | None:
 def _virtual_size(path: Path) -> int:
     with open(path, "rb") as file:
         return int.from_bytes(file.read(32)[24:32], "big")
+
+
