@@ -246,7 +246,11 @@ static int lifetimes(void) {
 static void reap(void) {
     int status;
     bool murdered = false;
-    while (waitpid(-1, &status, WNOHANG) > 0) murdered |= WIFSIGNALED(status);
+    pid_t pid;
+    while ((pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0) {
+        murdered |= WIFSIGNALED(status);
+        if (WIFSTOPPED(status) && !settings.paused) kill(pid, SIGCONT); /* nobody inside may stop a supervisor */
+    }
     if (murdered) kill_strays(); /* a supervisor ends by itself, unless its own command killed it */
 }
 
