@@ -182,7 +182,7 @@ static void status(uint64_t request) {
 
 void dispatch(Header *h, Slice p) {
     switch (h->type) { /* looking is not use: it leaves the idle clock alone */
-    case WAIT: case ATTACH: case FETCH: case LIST: case FORGET: case PING: case PAUSE: case SET_TTL: case SYNC:
+    case WAIT: case ATTACH: case FETCH: case LIST: case FORGET: case PING: case PAUSE: case SYNC:
     case REKEY: case PORT_CLOSE: break;
     default: touch();
     }
