@@ -18,6 +18,9 @@
  * In ARGS, @merged stands for the stacked root and @agent for this program. On standard output: one line
  * "keeper PID holder PID"; the holder goes on when a byte arrives on standard input (meanwhile it can be put into a
  * control group) and ends when there is none.
+ *
+ * With --range N the sandbox has the host ids UID to UID + N - 1: layers and the upper folder are shown to it through that
+ * range, and the program, runc, is started as root and gives up its powers itself, in a user namespace over the range.
  */
 #include "agent.h"
 #include <dirent.h>
@@ -45,7 +48,7 @@ enum { MAX_LOWERS = 64, LISTEN_FD = 5, AGENT_FD = 6, MAX_TREE = 4096, BUSY_MS = 
 static struct {
     const char *home, *cpus, *plain, *lowers[MAX_LOWERS];
     int lower_count;
-    long uid, inner_uid, disk_mb, inodes, memory_mb;
+    long uid, inner_uid, range, disk_mb, inodes, memory_mb;
     char **bwrap;
 } ask = {.uid = -1, .inner_uid = 1000};
 
@@ -111,8 +114,9 @@ static int id_map(void) {
     int made = -1;
     if (child > 0 && read(ready[0], &byte, 1) == 1 && byte) {
         int n = 0;
-        if (ask.inner_uid) n = snprintf(map, sizeof map, "0 0 %ld\n", ask.inner_uid);
-        snprintf(map + n, sizeof map - (size_t)n, "%ld %ld 1\n%ld %ld %ld\n", ask.inner_uid, ask.uid, ask.inner_uid + 1,
+        if (ask.range) snprintf(map, sizeof map, "0 %ld %ld\n", ask.uid, ask.range);
+        else if (ask.inner_uid) n = snprintf(map, sizeof map, "0 0 %ld\n", ask.inner_uid);
+        if (!ask.range) snprintf(map + n, sizeof map - (size_t)n, "%ld %ld 1\n%ld %ld %ld\n", ask.inner_uid, ask.uid, ask.inner_uid + 1,
                  ask.inner_uid + 1, 65535 - ask.inner_uid);
         snprintf(path, sizeof path, "/proc/%d/uid_map", child);
         put(path, map);
@@ -171,7 +175,8 @@ static void stage(void) {
         {"/var", 0755}, {"/var/tmp", 01777}};
     for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
         snprintf(path, sizeof path, STAGE "/up/upper%s", folders[i].path);
-        folder(path, folders[i].mode, ask.uid);
+        bool agents = ask.range && !strcmp(folders[i].path, "/home/agent");
+        folder(path, folders[i].mode, agents ? ask.uid + 1000 : ask.uid);
     }
     machine_id(STAGE "/up/upper/etc/machine-id", ask.uid);
     folder(STAGE "/up/work", 0755, ask.uid);
@@ -230,6 +235,7 @@ static __attribute__((noreturn)) void hold(int listener, pid_t keeper) {
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     prctl(PR_SET_NAME, "holder", 0, 0, 0);
     if (getppid() != keeper) _exit(50);
+    syscall(SYS_close_range, 3u, ~0u, 4u /* close on exec: the keeper alone has the locks on layers */);
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
@@ -246,13 +252,15 @@ static __attribute__((noreturn)) void hold(int listener, pid_t keeper) {
     } else if (ask.uid >= 0) {
         if (unshare(CLONE_NEWNS)) give_up("mount namespace");
         stage();
+    } else {
+        own_user_namespace();
+        stage();
+    }
+    if (ask.uid >= 0 && !ask.range) {
         if (setgroups(0, NULL) || setresgid((gid_t)ask.uid, (gid_t)ask.uid, (gid_t)ask.uid) ||
             setresuid((uid_t)ask.uid, (uid_t)ask.uid, (uid_t)ask.uid))
             give_up("becoming uid %ld", ask.uid);
         own_user_namespace();
-    } else {
-        own_user_namespace();
-        stage();
     }
     if (!ask.plain) stack();
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* a change of user clears it */
@@ -436,6 +444,7 @@ static bool parse(int argc, char **argv) {
         else if (!strcmp(name, "--plain")) ask.plain = value;
         else if (!strcmp(name, "--uid")) ask.uid = atol(value);
         else if (!strcmp(name, "--inner-uid")) ask.inner_uid = atol(value);
+        else if (!strcmp(name, "--range")) ask.range = atol(value);
         else if (!strcmp(name, "--disk-mb")) ask.disk_mb = atol(value);
         else if (!strcmp(name, "--inodes")) ask.inodes = atol(value);
         else if (!strcmp(name, "--memory-mb")) ask.memory_mb = atol(value);

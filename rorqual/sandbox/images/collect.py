@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,13 +130,3 @@ def _is_over(one: Reference, living: dict[str, Any], pinned: set[str], before: f
         and one.name not in pinned
         and not pinned & set(one.layers[-1:])
     )
-
-
-def tidy(store: Store, home: Path | None = None) -> list[str]:
-    """Unmount what no sandbox stands on and nobody holds; unpacked layers stay while something names them."""
-    in_use = used_layers(store, living_sandboxes(home))
-    return store.local.sweep(in_use, cached=_named(store.references()))
-
-
-def _named(references: Sequence[Reference]) -> set[str]:
-    return {digest for one in references for digest in one.layers}

@@ -257,8 +257,8 @@ class Writer:
 
 
 def chunk_bytes(size: int) -> int:
-    """How long the chunks of a sparse file are: a power of two from 64 KiB, for at most 4096 of them."""
-    return max(1 << 16, 1 << max(0, -(-size // 4096) - 1).bit_length())
+    """How long the chunks of a sparse file are: a power of two from 64 KiB, for at most 65,536 of them."""
+    return max(1 << 16, 1 << max(0, -(-size // 65536) - 1).bit_length())
 
 
 def _new(kind: int, attributes: Attributes) -> _Inode:

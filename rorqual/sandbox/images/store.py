@@ -112,7 +112,10 @@ class Store:
                 raise FileNotFoundError
             key = _manifest(digest)
             data: dict[str, Any] = json.loads(self.objects.get_range(key, 0, self.objects.stat(key) or 0))
-            return Layer(**{**data, "chunks": tuple(data["chunks"])})
+            layer = Layer(**{**data, "chunks": tuple(data["chunks"])})
+            if layer.digest != digest:
+                raise ValueError(f"it is that of layer {layer.digest[:12]}")
+            return layer
         except FileNotFoundError:
             raise SandboxError(
                 f"there is no layer {digest[:64]!r} in {self.folder}; `rorqual sandbox image list` shows what is."
