@@ -282,13 +282,13 @@ void command_event(Watch *w, uint32_t events) {
         else commands_pump();
     } else if (w->kind == W_STATUS) {
         int status;
-        if (read(w->fd, &status, sizeof status) == sizeof status) {
+        ssize_t n = read(w->fd, &status, sizeof status);
+        if (n == sizeof status) {
             exited(h, status);
-        } else { /* the supervisor is gone: by an attack from inside if the command had not ended */
+        } else if (n == 0) { /* the supervisor is gone: by an attack from inside if the command had not ended */
             watch_remove(&h->status_watch);
             h->status_open = false;
             h->tree_gone = true;
-            kill_strays();
             if (!h->exited) exited(h, SIGKILL);
             if (!h->done && h->killing) finish(h);
             if (h->forgotten && h->done) drop(h);

@@ -244,8 +244,10 @@ static int lifetimes(void) {
 }
 
 static void reap(void) {
-    pid_t pid;
-    while ((pid = waitpid(-1, NULL, WNOHANG)) > 0) {}
+    int status;
+    bool murdered = false;
+    while (waitpid(-1, &status, WNOHANG) > 0) murdered |= WIFSIGNALED(status);
+    if (murdered) kill_strays(); /* a supervisor ends by itself, unless its own command killed it */
 }
 
 static void handle(Watch *w, uint32_t events, int listen_fd) {

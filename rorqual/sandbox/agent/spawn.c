@@ -23,9 +23,23 @@ enum { MAX_PROCESSES = 32768 };
 
 typedef struct { int error; char what[60]; } Failure;
 
-static void close_from(int first) {
-    if (syscall(SYS_close_range, (unsigned)first, ~0u, 0) == 0) return;
-    for (int fd = first; fd < 4096; fd++) close(fd);
+static void close_range_of(unsigned first, unsigned last) {
+    if (first > last || syscall(SYS_close_range, first, last, 0) == 0) return;
+    for (unsigned fd = first; fd <= last && fd < 65536; fd++) close((int)fd);
+}
+
+/* Closes every descriptor but these (-1 stands for none), whatever their numbers are. */
+static void keep_only(const int *kept, int count) {
+    int from = 0;
+    for (;;) {
+        int next = -1;
+        for (int i = 0; i < count; i++)
+            if (kept[i] >= from && (next < 0 || kept[i] < next)) next = kept[i];
+        if (next < 0) break;
+        if (next > from) close_range_of((unsigned)from, (unsigned)next - 1);
+        from = next + 1;
+    }
+    close_range_of((unsigned)from, ~0u);
 }
 
 static __attribute__((noreturn)) void fail(int report, const char *what) {
@@ -81,31 +95,25 @@ static __attribute__((noreturn)) void supervise(const Launch *l, int fds[4], int
     prctl(PR_SET_NAME, "supervisor", 0, 0, 0);
     forget_keys();
     setsid();
-    /* above the command's own numbers, so that dup2 below overwrites none of them */
-    control = fcntl(control, F_DUPFD_CLOEXEC, 20);
-    report = fcntl(report, F_DUPFD_CLOEXEC, 20);
-    for (int i = 0; i < 4; i++)
-        if (fds[i] >= 0) fds[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, 20);
+    int kept[6] = {fds[0], fds[1], fds[2], fds[3], control, report};
+    keep_only(kept, 6);
+    for (int i = 0; i < 6; i++) /* above the command's own numbers, so that dup2 below overwrites none of them */
+        if (kept[i] >= 0) kept[i] = fcntl(kept[i], F_DUPFD_CLOEXEC, 20);
+    keep_only(kept, 6);
+    control = kept[4];
+    report = kept[5];
     pid_t pid = fork();
     if (pid < 0) fail(report, "forking");
     if (pid == 0) {
         setsid();
-        if (l->pty) ioctl(fds[0], TIOCSCTTY, 0);
+        if (l->pty) ioctl(kept[0], TIOCSCTTY, 0);
+        int own[5] = {-1, -1, -1, -1, report};
         for (int i = 0; i < 4; i++)
-            if (fds[i] >= 0) dup2(fds[i], i);
-        int high = fcntl(report, F_DUPFD_CLOEXEC, 4);
-        for (int fd = 3 + (fds[3] >= 0); fd < 64; fd++)
-            if (fd != high) close(fd);
-        close_from(64);
-        become_command(l, high);
+            if (kept[i] >= 0) own[i] = dup2(kept[i], i);
+        keep_only(own, 5);
+        become_command(l, report);
     }
-    for (int i = 0; i < 4; i++)
-        if (fds[i] >= 0) close(fds[i]);
-    close(report);
-    for (int fd = 0; fd < 20; fd++) close(fd);
-    for (int fd = 20; fd < 64; fd++)
-        if (fd != control) close(fd);
-    close_from(64);
+    keep_only(&control, 1);
     for (int n = 1; n < NSIG; n++) signal(n, SIG_IGN);
     signal(SIGCHLD, SIG_DFL);
     for (;;) {
