@@ -189,7 +189,7 @@ static __attribute__((noreturn)) void become_agent(int port) {
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     syscall(SYS_close_range, 3u, (unsigned)port - 1, 0);
-    syscall(SYS_close_range, (unsigned)port + 1, ~0u, 0);
+    syscall(SYS_close_range, (unsigned)port + 1, 0x7fffffffu, 0);
     for (int fd = 0; fd < 3; fd++) close(fd);
     for (int fd = 0; fd < 3; fd++) open("/dev/null", O_RDWR);
     _exit(serve(-1, port, port));
