@@ -17,6 +17,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from rorqual.errors import SandboxError
 from rorqual.sandbox import cgroups, processes
@@ -43,8 +44,8 @@ _MASKED_FOLDERS = ("acpi", "scsi", "asound", "driver", "fs", "bus", "irq")
 class Bwrap(Driver):
     """Containers through bubblewrap."""
 
-    kind: Kind = "container"  # type: ignore[misc]
-    name = "bwrap"
+    kind: ClassVar[Kind] = "container"
+    name: ClassVar[str] = "bwrap"
 
     def missing(self) -> str | None:
         """What plainly lacks here."""
