@@ -64,6 +64,7 @@ def test_what_goes_wrong_is_told(sandbox: Sandbox, source: str, name: str, trace
     assert sandbox.call("def f(): return 1", "f").value == 1
 
 
+@pytest.mark.slow
 def test_a_timeout_ends_all_that_the_call_started(sandbox: Sandbox) -> None:
     program = """import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -108,6 +109,7 @@ def test_a_keyed_call_runs_once(sandbox: Sandbox) -> None:
         sandbox.call(source, "f", [object()])
 
 
+@pytest.mark.slow
 def test_many_calls_run_side_by_side(sandbox: Sandbox) -> None:
     values: list[int] = []
 
@@ -123,6 +125,7 @@ def test_many_calls_run_side_by_side(sandbox: Sandbox) -> None:
     assert sorted(values) == list(range(8))
 
 
+@pytest.mark.slow
 def test_an_interpreter_that_was_killed_is_started_again(sandbox: Sandbox) -> None:
     sandbox.commands.run("pkill -9 -f base64 || kill -9 $(grep -l base64 /proc/[0-9]*/cmdline | cut -d/ -f3)")
     for _ in range(20):

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,6 +33,7 @@ from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Kind, SandboxSpec
 from rorqual.sandbox.threads import in_thread
 
+OWN_PROCESSES = 32  # so that a sandbox whose own are used up still starts a command that ends them
 FIRST_UID, LAST_UID = 200_000, 1_000_000
 _MASKED_FILES = (
     *("kcore", "kmsg", "keys", "key-users", "sysrq-trigger", "timer_list", "sched_debug", "kallsyms", "config.gz"),
@@ -103,7 +105,7 @@ class Bwrap(Driver):
             command += ["--lower", str(lower)]
         command += ["--disk-mb", str(limits.disk_mb), "--inodes", str(limits.inodes)]
         enforced |= {"disk": "tmpfs size", "inodes": "tmpfs inodes", "open_files": "rlimit", "file_mb": "rlimit"}
-        group = cgroups.create(home.name, limits)
+        group = cgroups.create(home.name, replace(limits, pids=limits.pids + OWN_PROCESSES))
         extra: dict[str, object] = {"uid": outer, "layers": names}
         if group is None:
             cpus = choose_cpus(limits.cpu)
@@ -116,6 +118,9 @@ class Bwrap(Driver):
             extra |= {"data_limit_mb": 2 * limits.memory_mb, "nproc": limits.pids, "cpu_locked": True}
         else:
             enforced |= group.describe()
+            enforced["pids"] = (
+                f"rlimit in its user namespace, and {enforced['pids']} with {OWN_PROCESSES} more for ours"
+            )
         command += ["--", shutil.which("bwrap") or "bwrap", *self._bwrap(spec, shown, home.name)]
         try:
             keeper, holder = launch(command, home, group, store.local.locks())
