@@ -51,7 +51,9 @@ class Control:
         self._writer.write(request.encode() + b"\n")
         await self._writer.drain()
         try:
-            return int(await asyncio.wait_for(self._reader.readline(), timeout_s))
+            while (line := await asyncio.wait_for(self._reader.readline(), timeout_s)).strip() == b"ready":
+                pass
+            return int(line)
         except (TimeoutError, ValueError) as error:
             raise TransportError(f"the machine gave no number for {request!r}: {error}.") from error
 
