@@ -10,7 +10,6 @@ machine has, and no capability. Where bubblewrap is missing only the filter hold
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess

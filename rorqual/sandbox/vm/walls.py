@@ -1,4 +1,4 @@
-"""The walls around a machine monitor: a file system of /usr and what it needs, no network, no capability, a uid of its own.
+"""The walls around a machine monitor: a file system of /usr and its own files, no network, no capability, its own uid.
 
 bubblewrap builds them. Started by root it needs no user namespace, and setpriv then turns the monitor into a host user
 that no other machine has; an ordinary user's monitor stays that user, in a user namespace.
@@ -55,7 +55,15 @@ def walled(
         options += ["--dev-bind", str(_kvm_node(kvm_in, uid)), "/dev/kvm"]
     options += [*binds, "--chdir", "/"]
     if uid is None:
-        return [bwrap, "--unshare-user", "--cap-drop", "ALL", *options, "--", *program], f"bubblewrap and {name}'s filter"
+        return [
+            bwrap,
+            "--unshare-user",
+            "--cap-drop",
+            "ALL",
+            *options,
+            "--",
+            *program,
+        ], f"bubblewrap and {name}'s filter"
     setpriv = shutil.which("setpriv")
     if setpriv is None:
         raise SandboxError(f"started by root, {name} needs setpriv to become another user: `apt install util-linux`.")
