@@ -172,7 +172,7 @@ def test_limits_hold_inside() -> None:
         full = sandbox.commands.run("head -c 100M /dev/zero > /tmp/fill", timeout=60)
         assert "No space left" in full.stderr
         sandbox.commands.run("rm -f /tmp/fill")
-        bomb = sandbox.commands.run("i=0; while [ $i -lt 60 ]; do sleep 20 & i=$((i+1)); done; wait", timeout=60)
+        bomb = sandbox.commands.run("i=0; while [ $i -lt 60 ]; do sleep 3 & i=$((i+1)); done; wait", timeout=60)
         assert "fork" in bomb.stderr.lower() and not bomb.timed_out
         hog = sandbox.commands.run("dd if=/dev/zero of=/dev/null bs=1G count=1", timeout=60)
         assert hog.exit_code != 0

@@ -15,7 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { LINE = 200, PATIENCE_MS = 30000 };
+enum { LINE = 200, PATIENCE_MS = 30000, AGENT_THREADS = 16 };
 
 static int port = -1;
 
@@ -43,7 +43,7 @@ static void say(const char *text) {
     control_write("\n", 1);
 }
 
-/* All threads of the machine count, the kernel's too: the bound is what runs now and N more. */
+/* All threads of the machine count, the kernel's too: the bound is what runs now, N more, and the agent's own few. */
 static bool bound_threads(long n) {
     char text[200], *slash;
     int fd = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
@@ -53,7 +53,7 @@ static bool bound_threads(long n) {
     text[got] = 0;
     slash = strchr(text, '/');
     if (!slash) return false;
-    snprintf(text, sizeof text, "%ld", atol(slash + 1) + n);
+    snprintf(text, sizeof text, "%ld", atol(slash + 1) + n + AGENT_THREADS);
     fd = open("/proc/sys/kernel/threads-max", O_WRONLY | O_CLOEXEC);
     bool done = fd >= 0 && write(fd, text, strlen(text)) > 0;
     if (fd >= 0) close(fd);
