@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import errno
 import hashlib
 import os
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 GRACE_S = 5.0
 INLINE_STDIN = 256 << 10
 STDIN_PIECE = 64 << 10
+RETAINED = 16 << 20
+"""Bytes of one stream that an agent keeps at most; one that promises more is not believed."""
 OnText = Callable[[str], None]
 Entries = list[dict[str, object]]  # `list` is a method of a class below
 StartFields = list[tuple[Tag, Value]]
@@ -75,7 +78,7 @@ class CommandHandle:
         elif kind == Type.EXITED:
             self._end.set()
         elif kind == Type.OUTPUT:
-            index, data = fields.number(Tag.STREAM) - 1, fields.bytes(Tag.DATA)
+            index, data = range(3)[fields.number(Tag.STREAM) - 1], fields.bytes(Tag.DATA)
             self._offsets[index] = fields.number(Tag.OFFSET) + len(data)
             try:
                 self._deliver(index, data)
@@ -170,7 +173,7 @@ class Commands:
         """
         argv = to_argv(cmd)
         raw = stdin.encode() if isinstance(stdin, str) else stdin
-        about = {"argv": argv, "cwd": cwd, "user": user, "env": dict(env or {}), "timeout": timeout}
+        about = {"argv": argv, "cwd": cwd, "user": user, "env": sorted(env or {}), "timeout": timeout}  # no values
         printed = fingerprint(
             argv, {"cwd": cwd, "user": user, "env": dict(env or {}), "stdin": hashlib.sha256(raw or b"").hexdigest()}
         )
@@ -188,6 +191,10 @@ class Commands:
             flags |= self._input_fields(fields, raw)
             try:
                 result = await self._bounded(self._start_and_wait(handle, record, fields, flags, raw, lost), timeout)
+            except asyncio.CancelledError:
+                if call is None:  # with a key somebody may come back for it
+                    await asyncio.shield(self._end_unwanted(handle))
+                raise
             finally:
                 self._sandbox._link.listeners.pop(handle.id, None)
             sequence = await self._sandbox._history().finish(record, result)
@@ -409,7 +416,7 @@ class Commands:
             streams.append(
                 fields.bytes(inline) if fields.has(inline) else await self._fetch(handle, name, total, lost[name])
             )
-        status = fields.number(Tag.STATUS)
+        status = fields.number(Tag.STATUS) & 0xFFFF
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
         code = 128 + number if number is not None else os.WEXITSTATUS(status)
         return CommandResult(
@@ -425,7 +432,7 @@ class Commands:
 
     async def _fetch(self, handle: str, stream: str, total: int, lost: int) -> bytes:
         data, offset = bytearray(), 0
-        while len(data) < total - lost:
+        while len(data) < min(total - lost, RETAINED):
             at, piece = await self.read(handle, stream, offset)
             if not piece:
                 break
@@ -434,7 +441,13 @@ class Commands:
         return bytes(data)
 
     async def _forget(self, handle: str) -> None:
-        await self._sandbox._ask(Type.FORGET, [(Tag.HANDLE, handle)], wake=False)
+        """Let the agent drop a result that is on record here; if it cannot be told, it drops it by itself."""
+        with contextlib.suppress(SandboxError, AgentRefusal):
+            await self._sandbox._ask(Type.FORGET, [(Tag.HANDLE, handle)], wake=False)
+
+    async def _end_unwanted(self, handle: CommandHandle) -> None:
+        with contextlib.suppress(SandboxError, AgentRefusal, TimeoutError):
+            await asyncio.wait_for(handle.kill(), GRACE_S)
 
     def _checked(self, result: CommandResult, check: bool, argv: Sequence[str], timeout: float | None) -> CommandResult:
         if check and (result.exit_code != 0 or result.timed_out):

@@ -45,7 +45,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_LOWERS = 64, LISTEN_FD = 5, AGENT_FD = 6, MAX_TREE = 4096, BUSY_MS = 50, QUIET_MS = 1000 };
+enum { MAX_LOWERS = 64, LISTEN_FD = 5, AGENT_FD = 6, MAX_TREE = 4096, BUSY_MS = 50, QUIET_MS = 200 };
 #define STAGE "/mnt"
 
 static struct {
@@ -317,16 +317,26 @@ static int64_t read_deadline(char *reason, size_t size) {
     return earliest;
 }
 
-static int tree(pid_t root, pid_t *list, int count) {
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%d/task/%d/children", root, root);
-    FILE *f = fopen(path, "re");
-    int pid;
-    while (f && count < MAX_TREE && fscanf(f, "%d", &pid) == 1) {
-        list[count++] = pid;
-        count = tree(pid, list, count);
+/* All below `root`, parents first; a child may have been forked by any thread. */
+static int tree(pid_t root, pid_t *list) {
+    int count = 0;
+    for (int i = -1; i < count; i++) {
+        pid_t parent = i < 0 ? root : list[i];
+        char path[64];
+        snprintf(path, sizeof path, "/proc/%d/task", parent);
+        DIR *threads = opendir(path);
+        struct dirent *thread;
+        while (threads && (thread = readdir(threads))) {
+            char children[400];
+            if (thread->d_name[0] == '.') continue;
+            snprintf(children, sizeof children, "/proc/%d/task/%s/children", parent, thread->d_name);
+            FILE *f = fopen(children, "re");
+            int pid;
+            while (f && count < MAX_TREE && fscanf(f, "%d", &pid) == 1) list[count++] = pid;
+            if (f) fclose(f);
+        }
+        if (threads) closedir(threads);
     }
-    if (f) fclose(f);
     return count;
 }
 
@@ -345,7 +355,7 @@ static long private_kib(pid_t pid) { /* what is its own: anonymous and shared me
 static int guard_memory(pid_t holder) {
     static pid_t list[MAX_TREE];
     static int killed;
-    int count = tree(holder, list, 0);
+    int count = tree(holder, list);
     if (count <= 2) return QUIET_MS; /* bwrap and the agent alone */
     long sum = 0, largest = 0;
     pid_t victim = 0;

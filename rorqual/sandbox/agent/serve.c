@@ -182,7 +182,7 @@ static void status(uint64_t request) {
 
 void dispatch(Header *h, Slice p) {
     switch (h->type) { /* looking is not use: it leaves the idle clock alone */
-    case WAIT: case ATTACH: case FETCH: case LIST: case FORGET: case PING: case PAUSE: case SET_TTL: case SYNC:
+    case WAIT: case ATTACH: case FETCH: case LIST: case FORGET: case PING: case PAUSE: case SYNC:
     case REKEY: case PORT_CLOSE: break;
     default: touch();
     }
@@ -203,7 +203,13 @@ void dispatch(Header *h, Slice p) {
     case PING: status(h->request); break;
     case PAUSE: set_pause(true); send_ok(h->request); break;
     case RESUME: set_pause(false); send_ok(h->request); break;
-    case SYNC: sync(); send_ok(h->request); break;
+    case SYNC: {
+        int root = open("/", O_RDONLY | O_CLOEXEC); /* its own file system: the machine's others are not its affair */
+        if (root >= 0 && syncfs(root) == 0) send_ok(h->request);
+        else send_error(h->request, errno, "the files could not be synced");
+        if (root >= 0) close(root);
+        break;
+    }
     case REKEY: renew(p); send_ok(h->request); break;
     case SET_TTL:
         settings.idle_ms = find_number(p, F_IDLE_MS, settings.idle_ms);
@@ -246,7 +252,11 @@ static int lifetimes(void) {
 static void reap(void) {
     int status;
     bool murdered = false;
-    while (waitpid(-1, &status, WNOHANG) > 0) murdered |= WIFSIGNALED(status);
+    pid_t pid;
+    while ((pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0) {
+        murdered |= WIFSIGNALED(status);
+        if (WIFSTOPPED(status) && !settings.paused) kill(pid, SIGCONT); /* nobody inside may stop a supervisor */
+    }
     if (murdered) kill_strays(); /* a supervisor ends by itself, unless its own command killed it */
 }
 
@@ -267,6 +277,7 @@ static void handle(Watch *w, uint32_t events, int listen_fd) {
 }
 
 int serve(int listen_fd, int in_fd, int out_fd) {
+    prepare_preference();
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0); /* memory and descriptors are out of reach of its own user too */
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
     prctl(PR_SET_NAME, "agent", 0, 0, 0);

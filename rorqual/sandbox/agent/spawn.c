@@ -7,6 +7,7 @@
 #include "agent.h"
 #include <dirent.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,7 +20,7 @@
 #include <termios.h>
 #include <unistd.h>
 
-enum { MAX_PROCESSES = 32768 };
+enum { PREFERRED = 300, MAX_PROCESSES = 32768, BEGIN_STEP_MS = 50, BEGIN_MS = 10000 };
 
 typedef struct { int error; char what[60]; } Failure;
 
@@ -183,6 +184,43 @@ static int pipes(const Launch *l, Launched *r, int theirs[4]) {
     return 0;
 }
 
+/* When memory is used up the kernel ends the largest process, and memory may belong to files that no process has mapped:
+ * then that would be the agent, and the sandbox with it. A value is inherited, and only raising it is free to all. */
+static int preference = -1, usual;
+
+void prepare_preference(void) {
+    char text[16] = "";
+    preference = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
+    if (preference >= 0 && read(preference, text, sizeof text - 1) > 0) usual = atoi(text);
+}
+
+static void prefer(int value) {
+    char text[16];
+    int size = snprintf(text, sizeof text, "%d", value);
+    if (preference >= 0) (void)!pwrite(preference, text, (size_t)size, 0);
+}
+
+/* Waits until the program begins or says why not. What runs inside may stop the process before that, for the same user
+ * may signal it: it is continued again and again, and ended if that does not help. */
+static int begun(int report, pid_t supervisor, Failure *f) {
+    struct pollfd p = {report, POLLIN, 0};
+    int waited = 0, ready;
+    while ((ready = poll(&p, 1, BEGIN_STEP_MS)) <= 0) {
+        if (ready < 0 && errno != EINTR) return errno;
+        if ((waited += BEGIN_STEP_MS) >= BEGIN_MS) {
+            signal_all(supervisor, SIGKILL);
+            kill(supervisor, SIGKILL);
+            snprintf(f->what, sizeof f->what, "beginning (something inside stops it)");
+            return ETIMEDOUT;
+        }
+        kill(supervisor, SIGCONT);
+        signal_all(supervisor, SIGCONT);
+    }
+    ssize_t n;
+    while ((n = read(report, f, sizeof *f)) < 0 && errno == EINTR) {}
+    return n == sizeof *f ? f->error : 0;
+}
+
 int spawn(const Launch *l, Launched *r, char *why, size_t why_size) {
     int theirs[4] = {-1, -1, -1, -1}, control[2] = {-1, -1}, report[2] = {-1, -1};
     *r = (Launched){.in = -1, .out = -1, .err = -1, .status = -1, .control = -1};
@@ -192,7 +230,9 @@ int spawn(const Launch *l, Launched *r, char *why, size_t why_size) {
     if (error) {
         snprintf(f.what, sizeof f.what, "%s", l->pty ? "opening a terminal" : "opening its pipes");
     } else {
+        prefer(usual > PREFERRED ? usual : PREFERRED);
         r->supervisor = fork();
+        if (r->supervisor) prefer(usual);
         if (r->supervisor == 0) supervise(l, theirs, control[1], report[1]);
         if (r->supervisor < 0) {
             error = errno;
@@ -203,11 +243,7 @@ int spawn(const Launch *l, Launched *r, char *why, size_t why_size) {
         if (theirs[i] >= 0) close(theirs[i]);
     if (control[1] >= 0) close(control[1]);
     if (report[1] >= 0) close(report[1]);
-    if (!error) {
-        ssize_t n;
-        while ((n = read(report[0], &f, sizeof f)) < 0 && errno == EINTR) {}
-        if (n == sizeof f) error = f.error;
-    }
+    if (!error) error = begun(report[0], r->supervisor, &f);
     if (report[0] >= 0) close(report[0]);
     if (!error) {
         r->control = control[0];
@@ -249,7 +285,7 @@ static int processes(Process *list, int room) {
 }
 
 static Process table[MAX_PROCESSES];
-static pid_t below[MAX_PROCESSES];
+static pid_t below[MAX_PROCESSES + 1];
 
 int descendants(pid_t root, pid_t *found, int room) {
     int total = processes(table, MAX_PROCESSES), count = 0;
