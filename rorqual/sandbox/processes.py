@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -55,10 +56,10 @@ def below(pid: int) -> list[Process]:
     todo = [pid]
     while todo:
         number = todo.pop(0)
-        try:
-            children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
-        except OSError:
-            continue
+        children: list[str] = []
+        for tasks in Path(f"/proc/{number}/task").glob("*/children"):  # any thread of it may have started one
+            with contextlib.suppress(OSError):
+                children += tasks.read_text().split()
         for child in map(int, children):
             process = identify(child)
             if process is not None:
