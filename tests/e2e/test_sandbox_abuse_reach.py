@@ -23,7 +23,7 @@ from rorqual.sandbox.spec import Kind
 from rorqual.sandbox.wire import CLIENT, MAGIC, Tag, Type, frame, pack
 
 Case = tuple[Kind, str]
-OUTSIDE = ["tcp:169.254.169.254:80", "tcp:100.100.100.200:80", "udp:8.8.8.8:53", "udp:127.0.0.53:53", "tcp:10.0.2.2:22"]
+OUTSIDE = ["tcp:169.254.169.254:80", "tcp:100.100.100.200:80", "udp:8.8.8.8:53", "udp:169.254.169.253:53", "tcp:10.0.2.2:22"]
 
 
 @pytest.fixture(scope="module")
