@@ -41,7 +41,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("Explain a preset, a config or a checkpoint: layers, parameters, names.", LOOK),
     "journal": Command("Show, check or compact a journal, the log that rollouts are resumed from.", LOOK),
     "selftest": Command("Prove that answers here do not depend on batch, cache or restarts.", LOOK),
-    "sandbox": Command("Images for sandboxes: build, import, export, collect.", LOOK),
+    "sandbox": Command("Run commands in sandboxes; list, end, check and build them.", RUN),
     "doctor": Command("Check this machine: versions, threads, compiler, optional extras.", LOOK),
 }
 

@@ -51,15 +51,15 @@ def send(process: Process, number: int) -> bool:
 
 
 def below(pid: int) -> list[Process]:
-    """All descendants of a process, parents first."""
+    """All descendants of a process, parents first; children of every thread count (runc has many)."""
     found: list[Process] = []
     todo = [pid]
     while todo:
         number = todo.pop(0)
         children: list[str] = []
-        for tasks in Path(f"/proc/{number}/task").glob("*/children"):  # any thread of it may have started one
+        for thread in Path(f"/proc/{number}/task").glob("*/children"):
             with contextlib.suppress(OSError):
-                children += tasks.read_text().split()
+                children += thread.read_text().split()
         for child in map(int, children):
             process = identify(child)
             if process is not None:

@@ -16,7 +16,9 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 from rorqual.errors import SandboxError
 from rorqual.sandbox import cgroups, processes
@@ -29,7 +31,9 @@ from rorqual.sandbox.host_root import host_root
 from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Kind, SandboxSpec
+from rorqual.sandbox.threads import in_thread
 
+OWN_PROCESSES = 32  # so that a sandbox whose own are used up still starts a command that ends them
 FIRST_UID, LAST_UID = 200_000, 1_000_000
 _MASKED_FILES = (
     *("kcore", "kmsg", "keys", "key-users", "sysrq-trigger", "timer_list", "sched_debug", "kallsyms", "config.gz"),
@@ -42,8 +46,8 @@ _MASKED_FOLDERS = ("acpi", "scsi", "asound", "driver", "fs", "bus", "irq")
 class Bwrap(Driver):
     """Containers through bubblewrap."""
 
-    kind: Kind = "container"  # type: ignore[misc]
-    name = "bwrap"
+    kind: ClassVar[Kind] = "container"
+    name: ClassVar[str] = "bwrap"
 
     def missing(self) -> str | None:
         """What plainly lacks here."""
@@ -79,7 +83,7 @@ class Bwrap(Driver):
                 f"network={spec.network!r}: the bwrap driver gives no network at all. Use network='none'.",
                 "network_allowlist",
             )
-        return await asyncio.to_thread(self._start, spec, home)
+        return await in_thread(self._start, spec, home, undo=self._stop)
 
     def _start(self, spec: SandboxSpec, home: Path) -> Running:
         limits = spec.limits
@@ -101,7 +105,7 @@ class Bwrap(Driver):
             command += ["--lower", str(lower)]
         command += ["--disk-mb", str(limits.disk_mb), "--inodes", str(limits.inodes)]
         enforced |= {"disk": "tmpfs size", "inodes": "tmpfs inodes", "open_files": "rlimit", "file_mb": "rlimit"}
-        group = cgroups.create(home.name, limits)
+        group = cgroups.create(home.name, replace(limits, pids=limits.pids + OWN_PROCESSES))
         extra: dict[str, object] = {"uid": outer, "layers": names}
         if group is None:
             cpus = choose_cpus(limits.cpu)
@@ -114,6 +118,9 @@ class Bwrap(Driver):
             extra |= {"data_limit_mb": 2 * limits.memory_mb, "nproc": limits.pids, "cpu_locked": True}
         else:
             enforced |= group.describe()
+            enforced["pids"] = (
+                f"rlimit in its user namespace, and {enforced['pids']} with {OWN_PROCESSES} more for ours"
+            )
         command += ["--", shutil.which("bwrap") or "bwrap", *self._bwrap(spec, shown, home.name)]
         try:
             keeper, holder = launch(command, home, group, store.local.locks())
