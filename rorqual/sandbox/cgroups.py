@@ -140,6 +140,11 @@ def why_not() -> str | None:
     first, v1_reason = _place_v1()
     if first:
         return None
+    if "only root" in v1_reason:
+        return (
+            f"{v1_reason}; a machine booted with systemd.unified_cgroup_hierarchy=1 has version 2, which systemd "
+            "hands on to users"
+        )
     second, v2_reason = _place_v2()
     return None if second else f"{v1_reason}; {v2_reason}"
 
