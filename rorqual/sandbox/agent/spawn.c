@@ -40,7 +40,7 @@ static void keep_only(const int *kept, int count) {
         if (next > from) close_range_of((unsigned)from, (unsigned)next - 1);
         from = next + 1;
     }
-    close_range_of((unsigned)from, ~0u);
+    close_range_of((unsigned)from, 0x7fffffffu);
 }
 
 static __attribute__((noreturn)) void fail(int report, const char *what) {

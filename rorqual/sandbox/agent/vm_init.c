@@ -20,7 +20,7 @@
 #include "vm_init.h"
 #include <dirent.h>
 #include <fcntl.h>
-#include <linux/capability.h>
+#include <net/if.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -29,10 +29,12 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/io.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/reboot.h>
 #include <sys/signalfd.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
@@ -187,10 +189,17 @@ static __attribute__((noreturn)) void become_agent(int port) {
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     syscall(SYS_close_range, 3u, (unsigned)port - 1, 0);
-    syscall(SYS_close_range, (unsigned)port + 1, ~0u, 0);
+    syscall(SYS_close_range, (unsigned)port + 1, 0x7fffffffu, 0);
     for (int fd = 0; fd < 3; fd++) close(fd);
     for (int fd = 0; fd < 3; fd++) open("/dev/null", O_RDWR);
     _exit(serve(-1, port, port));
+}
+
+static void loopback(void) {
+    struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING};
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &request)) printf("rorqual: no loopback: %s\n", strerror(errno));
+    if (fd >= 0) close(fd);
 }
 
 static pid_t start_agent(void) {
@@ -222,6 +231,7 @@ int guest_init(int argc, char **argv) {
     sigaddset(&children, SIGCHLD);
     sigprocmask(SIG_BLOCK, &children, NULL);
     load_modules();
+    loopback();
     build_root(layers_asked());
     int control = open_port("rorqual.control");
     pid_t agent = start_agent();

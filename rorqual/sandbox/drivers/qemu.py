@@ -1,4 +1,4 @@
-"""Virtual machines by QEMU: small ones (`microvm` board) and full ones (`q35`), with KVM or emulated.
+"""Virtual machines by QEMU: small ones (`microvm` or `pc` board) and full ones (`q35`), with KVM or emulated.
 
 Isolates: the sandbox has a kernel of its own; what it could attack is QEMU, which runs in its own namespaces, without
 capabilities, under a uid of its own when root starts it, with a system call filter. With KVM this is "vm-hw", emulated
@@ -322,11 +322,11 @@ class QemuMicrovmKvm(Qemu):
 
 
 class QemuMicrovmTcg(Qemu):
-    """Small machines, emulated."""
+    """Small machines, emulated: the `pc` board, see vm/machine.py for why not `microvm`."""
 
     kind: ClassVar[Kind] = "microvm"
     name = "qemu-tcg"
-    board = "microvm"
+    board = "pc"
     accelerator = "tcg"
     probe_timeout_s = 120.0
 

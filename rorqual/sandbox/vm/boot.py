@@ -61,7 +61,7 @@ def start(machine: Machine, home: Path, uid: int | None, name: str, cpu: float) 
         (machine.folder / socket).unlink(missing_ok=True)
     limits = Limits(cpu=cpu, memory_mb=machine.memory_mb + MONITOR_MB, pids=MONITOR_THREADS)
     group = cgroups.create(name, limits)
-    keeper = [str(agent_binary()), "keep", "--home", str(home), "--plain", "none", "--", *words]
+    keeper = [str(agent_binary()), "keep", "--home", str(home), "--plain", "yes", "--", *words]
     try:
         running = list(launch(keeper, home, group))
     except BaseException:

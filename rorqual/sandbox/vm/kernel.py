@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rorqual.errors import SandboxError
-from rorqual.folders import data_folder
+from rorqual.folders import cache_folder
 from rorqual.sandbox.vm.modules import decompress_zstd
 
 PACKAGES = ("linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64", "linux-image-virtual", "linux-image-generic")
@@ -82,7 +82,7 @@ def missing() -> str | None:
 
 def kernels_folder() -> Path:
     """Where unpacked kernels are kept."""
-    return data_folder() / "kernels"
+    return cache_folder() / "kernels"
 
 
 def uncompressed(image: bytes) -> bytes:

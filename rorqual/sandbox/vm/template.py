@@ -3,7 +3,7 @@
 Every sandbox with the same kernel, layers, memory, processors and disk starts from it in a fraction of the boot's time.
 No code of a user ever ran in it, it has no secret, and its agent belongs to nobody yet.
 
-    <data>/templates/<key>/     manifest.json, disk (raw, sparse), state; a template is there once the manifest is
+    <cache>/templates/<key>/     manifest.json, disk (raw, sparse), state; a template is there once the manifest is
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rorqual import log
 from rorqual.errors import SandboxError
-from rorqual.folders import data_folder
+from rorqual.folders import cache_folder
 from rorqual.sandbox.spec import Limits
 from rorqual.sandbox.vm import boot, saved
 from rorqual.sandbox.vm.control import Control
@@ -57,7 +57,7 @@ class Template:
 
 def folder() -> Path:
     """Where templates are kept."""
-    return data_folder() / "templates"
+    return cache_folder() / "templates"
 
 
 def missing() -> str | None:
