@@ -160,7 +160,7 @@ class AsyncSandbox:
     async def _undo(self) -> None:
         await self._link.close(for_good=True)
         if self._log is not None:
-            self._log.close()
+            self._log.discard()
         with contextlib.suppress(SandboxError):
             await end_home(self._home, "closed", self._driver, self._record.running)
 
@@ -465,7 +465,7 @@ class AsyncSandbox:
             await self.ports.close()
             await self._link.close(for_good=True)
             if self._log is not None:
-                self._log.close()
+                self._log.discard()
             if self._is_stale():
                 self._home.unlock()
                 self._ended = "closed"
@@ -480,7 +480,7 @@ class AsyncSandbox:
         await self.ports.close()
         await self._link.close(for_good=True)
         if self._log is not None:
-            self._log.close()
+            await asyncio.to_thread(self._log.close)
         self._home.unlock()
         self._ended = "detached"
 

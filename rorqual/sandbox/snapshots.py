@@ -68,7 +68,7 @@ def _record(sandbox: AsyncSandbox, name: str, digest: str, kind: str, sequence: 
     }
     if kind == "full":  # its files lie with the driver; the name only leads there
         note["full"] = digest
-    layers = [*below, digest] if kind == "disk" else below
+    layers = store.collapsed([*below, digest]) if kind == "disk" else below
     try:
         store.name(name, layers, kind="snapshot", owner=sandbox.id, keep=keep, note=note)
     except OSError as error:

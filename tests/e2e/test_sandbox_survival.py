@@ -231,12 +231,13 @@ def test_when_a_part_dies_all_of_it_is_gone(arguments: dict[str, str], victim: s
         chosen = {"keeper": parts[0], "holder": parts[1], "agent": parts[3]}[victim]
         assert len(parts) >= 5
         processes.send(chosen, signal.SIGKILL)
-        with pytest.raises(SandboxError):
-            sandbox.commands.run("true", timeout=5)
         end = time.monotonic() + 10
         while any(map(processes.alive, parts)) and time.monotonic() < end:
             time.sleep(0.02)
         assert [part for part in parts if processes.alive(part)] == []
+        with pytest.raises(Gone) as caught:
+            sandbox.commands.run("true", timeout=5)
+        assert caught.value.reason == "crashed"
     finally:
         sandbox.close()
     assert traces(sandbox.id) == []

@@ -144,6 +144,7 @@ int spawn(const Launch *launch, Launched *result, char *why, size_t why_size); /
 int descendants(pid_t root, pid_t *found, int room); /* without the root */
 void signal_all(pid_t root, int number);
 void kill_strays(void);
+void prepare_preference(void); /* while the process may still open its own files in /proc */
 
 /* ---- confine.c ---- */
 int confine_limits(void);

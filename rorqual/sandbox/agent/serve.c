@@ -271,6 +271,7 @@ static void handle(Watch *w, uint32_t events, int listen_fd) {
 }
 
 int serve(int listen_fd, int in_fd, int out_fd) {
+    prepare_preference();
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0); /* memory and descriptors are out of reach of its own user too */
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
     prctl(PR_SET_NAME, "agent", 0, 0, 0);

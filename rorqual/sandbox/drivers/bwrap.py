@@ -18,6 +18,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from rorqual.errors import SandboxError
 from rorqual.sandbox import cgroups, processes
@@ -44,8 +45,8 @@ _MASKED_FOLDERS = ("acpi", "scsi", "asound", "driver", "fs", "bus", "irq")
 class Bwrap(Driver):
     """Containers through bubblewrap."""
 
-    kind: Kind = "container"  # type: ignore[misc]
-    name = "bwrap"
+    kind: ClassVar[Kind] = "container"
+    name: ClassVar[str] = "bwrap"
 
     def missing(self) -> str | None:
         """What plainly lacks here."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rorqual.errors import SandboxError
+from rorqual.folders import cache_folder
 from rorqual.sandbox.channel import Channel
 from rorqual.sandbox.drivers.base import Driver, Running
 from rorqual.sandbox.drivers.bwrap import pss, tree_of
@@ -50,7 +51,8 @@ from rorqual.sandbox.vm.machine import (
 from rorqual.sandbox.vm.qmp import QMP
 from rorqual.sandbox.wire import Tag, Type, Value
 
-BOOT_S = {"kvm": 30.0, "tcg": 120.0}
+BOOT_S = {"kvm": 8.0, "tcg": 120.0}
+"""With KVM a boot takes a second where it works, and never ends where /dev/kvm is not what it seems."""
 LOAD_S = 30.0
 MONITOR_S = 15.0
 
@@ -74,6 +76,8 @@ class Qemu(Driver):
                 return "there is no /dev/kvm: this machine (or the machine it runs in) offers no virtualization"
             if not os.access("/dev/kvm", os.R_OK | os.W_OK):
                 return "/dev/kvm may not be opened by this user; an administrator can add it to the group kvm"
+            if _hung().exists():
+                return f"with KVM no guest booted since this host did ({_hung().read_text()}); remove {_hung()} to try again"
         return kernel.missing() or template.missing() or guest_root.missing()
 
     def capabilities(self) -> Capabilities:
@@ -104,7 +108,7 @@ class Qemu(Driver):
             state, parents = full.folder / "state", [full.folder / name for name in full.disks]
             disk_mb, secret = full.disk_mb, full.secret
         else:
-            made = await template.obtain(machine, digests, spec.limits, BOOT_S[self.accelerator])
+            made = await self._template(machine, digests, spec)
             state, parents, disk_mb, secret = made.state, [made.disk], spec.limits.disk_mb, ""
         running = await self._launch(machine, spec, home, state, parents, disk_mb)
         running.extra["fingerprint"] = fingerprint(machine, *digests)
@@ -114,6 +118,15 @@ class Qemu(Driver):
             await asyncio.shield(asyncio.to_thread(boot.end, running.processes, running.cgroups))
             raise
         return running
+
+    async def _template(self, machine: Machine, digests: tuple[str, str], spec: SandboxSpec) -> template.Template:
+        try:
+            return await template.obtain(machine, digests, spec.limits, BOOT_S[self.accelerator])
+        except SandboxError as error:
+            if self.accelerator == "kvm":  # remembered until the next boot: finding out again costs seconds each time
+                _hung().parent.mkdir(parents=True, exist_ok=True)
+                _hung().write_text(str(error).splitlines()[0][:300])
+            raise
 
     async def _launch(
         self, machine: Machine, spec: SandboxSpec, home: Path, state: Path, parents: Sequence[Path], disk_mb: int
@@ -160,7 +173,9 @@ class Qemu(Driver):
             extra={"uid": uid, "nproc": spec.limits.pids},
         )
 
-    def _machine(self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None) -> tuple[Machine, tuple[str, str]]:
+    def _machine(
+        self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None
+    ) -> tuple[Machine, tuple[str, str]]:
         """The machine asked for, without its disk; digests of kernel and initramfs."""
         store = Store()
         digests = store.resolve(names_of(spec))
@@ -351,6 +366,12 @@ class QemuTcg(Qemu):
     probe_timeout_s = 120.0
 
 
+def _hung() -> Path:
+    """Where it is noted that KVM let no guest boot, for this boot of the host."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return cache_folder() / "probes" / f"kvm-{boot_id}"
+
+
 def fresh_identity(name: str) -> list[tuple[Tag, Value]]:
     """What two copies of one memory must not share: random numbers, names, the time."""
     return [
@@ -373,5 +394,3 @@ def _full_snapshot(spec: SandboxSpec) -> snapshot.Manifest | None:
 def _virtual_size(path: Path) -> int:
     with open(path, "rb") as file:
         return int.from_bytes(file.read(32)[24:32], "big")
-
-

@@ -44,7 +44,9 @@ class Control:
         except TimeoutError as error:
             raise TransportError(f"the machine did not answer {request!r} within {timeout_s:g} s.") from error
         if line.strip() != b"ok":
-            raise SandboxError(f"the machine answered {request!r} with {line[:200].decode(errors='replace').strip()!r}.")
+            raise SandboxError(
+                f"the machine answered {request!r} with {line[:200].decode(errors='replace').strip()!r}."
+            )
 
     async def number(self, request: str, timeout_s: float = 10.0) -> int:
         """Ask for one number. Raises: TransportError when there is no answer in time or it is none."""

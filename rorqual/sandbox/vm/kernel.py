@@ -117,7 +117,9 @@ def _prepared(image: Path, modules: Path | None) -> GuestKernel:
     try:
         raw = image.read_bytes()
     except OSError as error:
-        raise SandboxError(f"the guest kernel {image} cannot be read: {error.strerror}. Check RORQUAL_KERNEL.") from error
+        raise SandboxError(
+            f"the guest kernel {image} cannot be read: {error.strerror}. Check RORQUAL_KERNEL."
+        ) from error
     digest = hashlib.sha256(raw).hexdigest()
     target = kernels_folder() / f"named-{digest[:16]}"
     version = _version(raw) or image.name
@@ -167,7 +169,9 @@ def _keep(root: Path, package: str) -> GuestKernel:
         raise SandboxError(f"the package {package} holds no kernel at boot/vmlinuz-*. Set RORQUAL_KERNEL.")
     version = images[0].name.removeprefix("vmlinuz-")
     raw = images[0].read_bytes()
-    folder = next((path for path in (root / "lib/modules" / version, root / "usr/lib/modules" / version) if path.is_dir()), None)
+    folder = next(
+        (path for path in (root / "lib/modules" / version, root / "usr/lib/modules" / version) if path.is_dir()), None
+    )
     digest = hashlib.sha256(raw).hexdigest()
     target = kernels_folder() / version
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
@@ -177,7 +178,7 @@ def command(machine: Machine, uid: int | None) -> tuple[list[str], str]:
         elif path.is_dir():
             options += ["--ro-bind", str(path), str(path)]
     if machine.accelerator == "kvm":
-        options += ["--dev-bind", "/dev/kvm", "/dev/kvm"]
+        options += ["--dev-bind", str(_kvm_node(machine, uid)), "/dev/kvm"]
     options += [*place.binds(), "--chdir", "/"]
     inner = [binary, *machine.arguments(place)]
     if uid is None:
@@ -186,12 +187,22 @@ def command(machine: Machine, uid: int | None) -> tuple[list[str], str]:
     if setpriv is None:
         raise SandboxError("started by root, QEMU needs setpriv to become another user: `apt install util-linux`.")
     drop = [
-        *(setpriv, f"--reuid={uid}", f"--regid={uid}", "--clear-groups" if machine.accelerator == "tcg" else "--groups"),
-        *([] if machine.accelerator == "tcg" else [str(os.stat("/dev/kvm").st_gid)]),
+        *(setpriv, f"--reuid={uid}", f"--regid={uid}", "--clear-groups"),
         *("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"),
     ]
     walls = f"bubblewrap, uid {uid} without capabilities, QEMU's filter"
     return [bwrap, *options, "--", *drop, *inner], walls
+
+
+def _kvm_node(machine: Machine, uid: int | None) -> Path:
+    """/dev/kvm, or when QEMU gets a uid of its own, a node of the same device that only this uid may open."""
+    if uid is None:
+        return Path("/dev/kvm")
+    node = machine.folder.parent / "kvm"
+    node.unlink(missing_ok=True)
+    os.mknod(node, stat.S_IFCHR | 0o600, os.stat("/dev/kvm").st_rdev)
+    os.chown(node, uid, uid)
+    return node
 
 
 @lru_cache

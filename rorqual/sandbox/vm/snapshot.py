@@ -72,7 +72,9 @@ def check(manifest: Manifest, here: dict[str, str]) -> None:
     """Whether this machine may restore it. Raises: SandboxError naming every difference of the fingerprints."""
     theirs = manifest.fingerprint
     names = sorted(set(theirs) | set(here))
-    differences = [f"{name}: {theirs.get(name)} then, {here.get(name)} now" for name in names if theirs.get(name) != here.get(name)]
+    differences = [
+        f"{name}: {theirs.get(name)} then, {here.get(name)} now" for name in names if theirs.get(name) != here.get(name)
+    ]
     if differences:
         raise SandboxError(
             f"full snapshot {manifest.id} was taken under other conditions and is not restored:\n  "
@@ -106,7 +108,13 @@ def verify(manifest: Manifest) -> None:
 
 
 def store(
-    state: Path, disks: Sequence[Path], fingerprint: dict[str, str], disk_mb: int, secret: str, *, copy_last: bool = True
+    state: Path,
+    disks: Sequence[Path],
+    fingerprint: dict[str, str],
+    disk_mb: int,
+    secret: str,
+    *,
+    copy_last: bool = True,
 ) -> Manifest:
     """Take the files of a machine that stands still into a new snapshot, durable and verified.
 

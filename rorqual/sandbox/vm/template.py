@@ -100,9 +100,13 @@ async def _make(machine: Machine, marks: dict[str, str], limits: Limits, place: 
         disk = inside / "disk"
         await asyncio.to_thread(_make_disk, disk, limits)
         boot.hand_over(disk, uid)
-        (home / "lifetime").write_text(f"{int((time.clock_gettime(time.CLOCK_BOOTTIME) + timeout_s + 30) * 1000)} lifetime\n")
+        (home / "lifetime").write_text(
+            f"{int((time.clock_gettime(time.CLOCK_BOOTTIME) + timeout_s + 30) * 1000)} lifetime\n"
+        )
         booting = replace(machine, folder=inside, disk=Disk((disk,), None), incoming=False, console=True)
-        started = await asyncio.to_thread(boot.start, booting, home, uid, f"template-{home.name[5:]}", float(machine.cpus))
+        started = await asyncio.to_thread(
+            boot.start, booting, home, uid, f"template-{home.name[5:]}", float(machine.cpus)
+        )
         qmp = await boot.monitor(inside, home, 15.0)
         async with qmp:
             await _wait(inside, home, timeout_s)
@@ -205,7 +209,9 @@ def _forget_old() -> None:
     for path in folder().glob(".new-*"):
         if time.time() - path.stat().st_mtime > 3600:
             shutil.rmtree(path, ignore_errors=True)
-    ours = sorted((path for path in folder().iterdir() if (path / "manifest.json").exists()), key=lambda p: p.stat().st_mtime)
+    ours = sorted(
+        (path for path in folder().iterdir() if (path / "manifest.json").exists()), key=lambda p: p.stat().st_mtime
+    )
     for path in ours[: max(0, len(ours) - KEPT + 1)]:
         (path / "manifest.json").unlink(missing_ok=True)  # running machines keep the files open
         shutil.rmtree(path, ignore_errors=True)
