@@ -177,6 +177,11 @@ class AsyncSandbox:
             await asyncio.to_thread(sweep, home)
             raise gone(sandbox_id, reason)
         held = place.lock()
+        for _ in range(0 if takeover else 20):  # a sweep that looks at it holds the lock for a moment
+            if held:
+                break
+            await asyncio.sleep(0.01)
+            held = place.lock()
         if not held and not takeover:
             raise SandboxError(
                 f"process {place.read().owner} drives sandbox {sandbox_id}. Close it there, or connect with "

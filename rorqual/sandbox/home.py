@@ -6,6 +6,7 @@
         lifetime       when the keeper ends it, in milliseconds since boot; SIGHUP makes the keeper read it again
         exit.json      why it ended, written by the keeper
         channel, keeper, keeper.log, oom, history/
+    <data>/sandboxes/.making        flock held while a folder is made and not yet locked
     <data>/sandboxes/.gone/<id>     why a sandbox that is no more ended, kept for a day
 
 No daemon: each client drives its sandboxes itself, and `sweep` takes away what dead ones left.
@@ -89,9 +90,11 @@ class Home:
         parent = sandboxes_folder(base)
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         home = cls(parent / f"{kind}-{secrets.token_hex(6)}")
-        home.path.mkdir(mode=0o700)
-        while not home.lock():
-            time.sleep(0.001)  # a sweep is looking at the new folder
+        with open(parent / ".making", "a") as making:
+            fcntl.flock(making, fcntl.LOCK_SH)
+            home.path.mkdir(mode=0o700)
+            while not home.lock():
+                time.sleep(0.001)  # a sweep is looking at the new folder
         return home
 
     @classmethod
@@ -185,6 +188,14 @@ class Home:
         if self.path.exists():
             shutil.rmtree(self.path)
         self.unlock()
+
+
+@contextlib.contextmanager
+def no_new_ones(base: Path | str | None = None) -> Iterator[None]:
+    """Meanwhile no folder is made, and every one that is there is locked if its maker lives."""
+    with open(sandboxes_folder(base) / ".making", "a") as making:
+        fcntl.flock(making, fcntl.LOCK_EX)
+        yield
 
 
 def reason_of(parent: Path, sandbox_id: str) -> str:

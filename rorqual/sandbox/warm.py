@@ -161,6 +161,8 @@ class Warm:
                     self._ready[template].append(await self._new(template))
                     wait_s = FIRST_WAIT_S
                 except SandboxError as error:
+                    if not self._open:
+                        return
                     _logger.warning(
                         "no warm %s sandbox could be made, again in %.1f s: %s", template.kind, wait_s, error
                     )

@@ -140,4 +140,4 @@ def test_nothing_is_left_after_many_lives_and_kills(tmp_path: Path) -> None:
     assert all(count <= 0 for count in tally.descriptors), f"descriptors that stayed open: {tally.descriptors}"
     assert {"keeper", "holder", "inside", "client"} <= set(tally.killed) and tally.used > target / 4
     assert descriptors() <= before
-    assert os.listdir(home) == ["sandboxes"] and os.listdir(home / "sandboxes") == [".gone"]
+    assert os.listdir(home) == ["sandboxes"] and sorted(os.listdir(home / "sandboxes")) == [".gone", ".making"]
