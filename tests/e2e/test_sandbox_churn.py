@@ -113,9 +113,8 @@ def test_nothing_is_left_after_many_lives_and_kills(tmp_path: Path) -> None:
     ]
     if not kinds:
         pytest.skip("neither function nor container sandboxes can be made here; `rorqual sandbox doctor` says why")
-    before, mounts = descriptors(), Path("/proc/self/mountinfo").read_text()
-    log = tmp_path / "clients.log"
-    clients, home = Clients(tmp_path / "home", kinds, tally, log), tmp_path / "home"
+    before, home, log = descriptors(), tmp_path / "home", tmp_path / "clients.log"
+    clients = Clients(home, kinds, tally, log)
     try:
         while len(tally.made) < target:
             clients.reap()
@@ -135,7 +134,6 @@ def test_nothing_is_left_after_many_lives_and_kills(tmp_path: Path) -> None:
     left = settled(lambda: [*sweep(home), *(place.id for place in all_homes(home))], 20)
     print(f"{len(tally.made)} made, {tally.used} used, killed {dict(tally.killed)}, {clients.seed} clients")
     assert left == [] and settled(lambda: traces_of(home)) == []
-    assert Path("/proc/self/mountinfo").read_text() == mounts
     assert tally.bad == [], "\n".join([*tally.bad, log.read_text()[-2000:]])
     assert all(count <= 0 for count in tally.descriptors), f"descriptors that stayed open: {tally.descriptors}"
     assert {"keeper", "holder", "inside", "client"} <= set(tally.killed) and tally.used > target / 4
