@@ -438,6 +438,7 @@ class AsyncSandbox:
     async def snapshot(self, kind: Literal["disk", "full"] = "disk", name: str | None = None) -> Snapshot:
         """Store its files ("disk"), or files and memory ("full"); durable and verified when this returns.
 
+        name: keeps it after this sandbox is gone, until it is removed by that name.
         Raises: Unsupported; SnapshotFailed (the snapshots before still stand).
         """
         async with self._changing:
@@ -448,7 +449,7 @@ class AsyncSandbox:
         """`n` new sandboxes with the files as they are now; processes and memory are not copied."""
         async with self._changing:
             self._alive()
-            taken = await snapshots.take(self, "disk", None, keep=False)
+            taken = await snapshots.take(self, "disk", None)
         return await snapshots.fork(self, taken, n)
 
     async def rollback(self, snapshot: str | Snapshot) -> None:
