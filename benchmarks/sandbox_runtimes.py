@@ -90,8 +90,16 @@ class Plain:
         idle = ["/bin/sleep", "1000"]
         if self.program[0] != "/bin/echo":
             idle = [*self.program[:-1], "import time; time.sleep(1000)"]
-        with self._line(idle) as line, subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                                        stderr=subprocess.DEVNULL, start_new_session=True) as child:
+        with (
+            self._line(idle) as line,
+            subprocess.Popen(
+                line,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            ) as child,
+        ):
             try:
                 yield child
             finally:
@@ -145,8 +153,10 @@ def _bundle(top: Path) -> Path:
     """An OCI bundle over this machine's /usr."""
     bundle, root = top / "bundle", top / "root"
     bundle.mkdir()
-    mounts = [{"destination": "/proc", "type": "proc", "source": "proc"},
-              {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]}]
+    mounts = [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+    ]
     root.mkdir()
     for name in ("usr", "bin", "lib", "lib64"):
         path = Path("/", name)
@@ -160,8 +170,14 @@ def _bundle(top: Path) -> Path:
     spaces = [{"type": name} for name in ("pid", "network", "ipc", "uts", "mount")]
     config = {
         "ociVersion": "1.0.2",
-        "process": {"terminal": False, "user": {"uid": 0, "gid": 0}, "args": [], "env": ["PATH=/usr/bin:/bin"],
-                    "cwd": "/", "noNewPrivileges": True},
+        "process": {
+            "terminal": False,
+            "user": {"uid": 0, "gid": 0},
+            "args": [],
+            "env": ["PATH=/usr/bin:/bin"],
+            "cwd": "/",
+            "noNewPrivileges": True,
+        },
         "root": {"path": str(root), "readonly": True},
         "hostname": "plain",
         "mounts": mounts,

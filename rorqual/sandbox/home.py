@@ -36,6 +36,8 @@ from rorqual.sandbox.errors import Gone
 from rorqual.sandbox.spec import Kind, Lifetimes, Limits, SandboxSpec
 
 TOMBSTONE_S = 86400.0
+LOOK_AT_NOTES_S = 600.0
+_looked: dict[Path, float] = {}
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{2,62}")
 
 
@@ -228,8 +230,12 @@ def all_homes(base: Path | str | None = None) -> list[Home]:
 
 
 def forget_old_notes(base: Path | str | None = None) -> None:
-    """Drop notes about sandboxes that ended more than a day ago."""
+    """Drop notes about sandboxes that ended more than a day ago; looks once in ten minutes, since there may be many."""
     notes = sandboxes_folder(base) / ".gone"
+    last = _looked.get(notes)
+    if last is not None and time.monotonic() - last < LOOK_AT_NOTES_S:
+        return
+    _looked[notes] = time.monotonic()
     for path in notes.iterdir() if notes.is_dir() else ():
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > TOMBSTONE_S:

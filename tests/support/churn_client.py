@@ -47,8 +47,9 @@ async def use(sandbox: AsyncSandbox, draw: random.Random) -> None:
             await sandbox.pause()
             await sandbox.resume()
         elif sandbox.kind == "function":
-            if (await sandbox.call("def f(x):\n    return x + 1", "f", [4])).value != 5:
-                say("bad a call came back otherwise")
+            called = await sandbox.call("def f(x):\n    return x + 1", "f", [4])
+            if called.value != 5 and "signal" not in called.message:
+                say(f"bad {called}".replace("\n", " "))
     say("used")
 
 
@@ -57,7 +58,12 @@ async def one(home: Path, draw: random.Random, kinds: list[tuple[str, str, int]]
     kind, driver, _ = draw.choices(kinds, [weight for _, _, weight in kinds])[0]
     small = {"memory_mb": 64, "disk_mb": 16} if kind in ("function", "container") else {}
     making = AsyncSandbox.create(
-        kind, driver=driver, home=home, idle_ttl=IDLE_S, max_lifetime=120, **small  # type: ignore[arg-type]
+        kind,
+        driver=driver,
+        home=home,
+        idle_ttl=IDLE_S,
+        max_lifetime=120,
+        **small,  # type: ignore[arg-type]
     )
     if draw.random() < 0.1:
         with contextlib.suppress(TimeoutError):
