@@ -163,6 +163,7 @@ class AsyncSandbox:
             self._log.discard()
         with contextlib.suppress(SandboxError):
             await end_home(self._home, "closed", self._driver, self._record.running)
+        self._home.unlock()  # what could not be ended is left to a sweep
 
     @classmethod
     async def connect(cls, sandbox_id: str, *, takeover: bool = False, home: str | Path | None = None) -> AsyncSandbox:
@@ -483,12 +484,14 @@ class AsyncSandbox:
 
     async def detach(self) -> None:
         """Let go of it without ending it: its commands go on and another process may connect."""
-        await self.ports.close()
-        await self._link.close(for_good=True)
-        if self._log is not None:
-            await asyncio.to_thread(self._log.close)
-        self._home.unlock()
-        self._ended = "detached"
+        try:
+            await self.ports.close()
+            await self._link.close(for_good=True)
+            if self._log is not None:
+                await asyncio.to_thread(self._log.close)
+        finally:
+            self._home.unlock()
+            self._ended = "detached"
 
     async def __aenter__(self) -> AsyncSandbox:
         return self

@@ -8,6 +8,7 @@ and `descriptors N` at its end: open files that came to stay.
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from pathlib import Path
 from rorqual.errors import RorqualError, SandboxError
 from rorqual.sandbox.async_sandbox import AsyncSandbox
 
+held: list[AsyncSandbox] = []
 IDLE_S = 3.0
 HANGS_S = 60.0
 
@@ -85,6 +87,8 @@ async def one(home: Path, draw: random.Random, kinds: list[tuple[str, str, int]]
             await sandbox.detach()
             if draw.random() < 0.5:
                 await (await AsyncSandbox.connect(sandbox.id, home=home)).close()
+        else:
+            held.append(sandbox)
 
 
 async def main(home: Path, seed: int, count: int, kinds: list[tuple[str, str, int]]) -> None:
@@ -105,6 +109,10 @@ async def main(home: Path, seed: int, count: int, kinds: list[tuple[str, str, in
     await guest(-1)
     before = len(os.listdir("/proc/self/fd"))
     await asyncio.gather(*(guest(number) for number in range(count)))
+    for sandbox in held:
+        with contextlib.suppress(SandboxError):
+            await sandbox.detach()
+    gc.collect()
     say("descriptors", len(os.listdir("/proc/self/fd")) - before)
 
 
