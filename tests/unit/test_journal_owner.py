@@ -153,6 +153,23 @@ def test_k6_a_batch_in_flight_when_the_journal_is_taken_over(tmp_path: Path, hoo
         assert again.durable_lsn == kept + 1
 
 
+def test_k6_a_writer_that_wakes_before_its_commit_does_not_touch_the_disk(tmp_path: Path) -> None:
+    disk = HookedDisk()
+    old = Journal(tmp_path / "j", disk=disk)
+    old.append(Event("old"))
+    old.commit()
+    old.append(Event("late"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "j").glob("*.seg")}
+    with Journal(tmp_path / "j", take_over=True, disk=QuietDisk()) as new:
+        with pytest.raises(JournalError, match="was taken over"):
+            old.commit()
+        assert disk.num_synced == 1
+        kept = {name: (tmp_path / "j" / name).read_bytes() for name in before}
+        assert all(before[name].startswith(data) for name, data in kept.items())
+        assert new.durable_lsn == 1
+    old.close()
+
+
 def test_a_segment_that_a_fenced_writer_still_makes_counts_for_nothing(tmp_path: Path) -> None:
     old = Journal(tmp_path / "j", disk=QuietDisk())
     for n in range(3):
