@@ -191,12 +191,31 @@ def test_a_segment_that_a_fenced_writer_still_makes_counts_for_nothing(tmp_path:
 
 
 def test_a_child_process_may_not_write_its_parents_journal(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "j", disk=QuietDisk())
-    journal._pid += 1  # as it would be in a forked child
-    journal.append(Tokens(1, 0, 0, (1,)))
-    with pytest.raises(JournalError, match="append in the process that opened it"):
+    """Nor seal its file by closing it."""
+    with Journal(tmp_path / "j", disk=QuietDisk()) as journal:
+        journal.append(Event("parent"))
         journal.commit()
-    journal.close()
+        (segment,) = (tmp_path / "j").glob("*.seg")
+        size = segment.stat().st_size
+        for has_record in (False, True):
+            child = os.fork()
+            if not child:
+                code = 0 if has_record else 7
+                try:
+                    if has_record:
+                        journal.append(Event("child"))
+                        journal.commit()
+                    journal.close()
+                except JournalError as error:
+                    code = 7 if "append in the process that opened it" in str(error) else 1
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            assert segment.stat().st_size == size
+        with pytest.raises(JournalError, match="is being written by process"):
+            Journal(tmp_path / "j")
+        journal.append(Event("parent"))
+        assert journal.commit() == 2
 
 
 def test_threads_append_and_commit_side_by_side(tmp_path: Path) -> None:
