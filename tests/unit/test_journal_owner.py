@@ -18,7 +18,8 @@ from journal_disks import Gate, HookedDisk, QuietDisk
 from journal_process import record_of
 
 from rorqual.errors import JournalError
-from rorqual.journal import Event, Journal, Reader, Tokens, verify
+from rorqual.journal import Event, Journal, Reader, Tokens, frames, replay_folder, verify
+from rorqual.journal.records import encode
 from rorqual.journal.segments import list_segments
 
 PROGRAM = journal_process.__file__
@@ -188,6 +189,22 @@ def test_a_segment_that_a_fenced_writer_still_makes_counts_for_nothing(tmp_path:
     with Journal(tmp_path / "j", disk=QuietDisk()) as again:
         assert [lsn for lsn, _ in again.replay()] == [1, 2, 3, 4]
     assert verify(tmp_path / "j").stale == []
+
+
+def test_nor_does_one_made_before_the_successor_wrote_anything(tmp_path: Path) -> None:
+    old = Journal(tmp_path / "j", disk=QuietDisk())
+    for n in range(3):
+        old.append(Event("old", {"n": n}))
+    old.commit()
+    new = Journal(tmp_path / "j", take_over=True, disk=QuietDisk())
+    old._begin_segment(4)
+    late = frames.encode_frame(Event.TYPE, frames.FIRST_OF_COMMIT, 4, encode(Event("late")), old._seed)
+    old._disk.write(old._file, late, 64, synced=False)
+    assert len(list(replay_folder(tmp_path / "j"))) == 3
+    new.close()
+    old.close()
+    with Journal(tmp_path / "j", disk=QuietDisk()) as again:
+        assert again.durable_lsn == 3 == len(list(again.replay()))
 
 
 def test_a_child_process_may_not_write_its_parents_journal(tmp_path: Path) -> None:
