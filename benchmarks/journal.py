@@ -170,9 +170,9 @@ class Decoder:
         self._products_per_s = max(self._speed() for _ in range(3))
 
     def _speed(self) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         self.work(1500)
-        return 1500 / (time.perf_counter() - start)
+        return 1500 / (time.thread_time() - start)
 
     def work(self, products: int) -> None:
         """So many products."""
