@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rorqual.errors import ConfigError
+from rorqual.folders import data_folder
 
 VERSION = 1
 SCHEMA = """
@@ -71,9 +72,7 @@ CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 
 def default_path() -> Path:
     """`ledger.sqlite` in the user's data folder: $RORQUAL_HOME, $XDG_DATA_HOME/rorqual, or ~/.local/share/rorqual."""
-    home, data = os.environ.get("RORQUAL_HOME"), os.environ.get("XDG_DATA_HOME")
-    folder = Path(home) if home else (Path(data) if data else Path.home() / ".local" / "share") / "rorqual"
-    return folder / "ledger.sqlite"
+    return data_folder() / "ledger.sqlite"
 
 
 class Database:

@@ -25,7 +25,7 @@ LINES = [  # from top to bottom; rooms on one line do not know each other
     {"chat", "data", "tokenizer", "checkpoint", "planner", "journal", "ledger"},
     {"model"},
     {"ops"},
-    {"config", "config_dialects", "config_engram", "errors", "log", "money", "seeds", "sizes"},
+    {"config", "config_dialects", "config_engram", "errors", "folders", "log", "money", "seeds", "sizes"},
 ]
 SAME_LINE = {
     ("posttrain", "agents"),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rorqual import log
+from rorqual.folders import cache_folder
 from rorqual.ops import registry
 
 SOURCES = sorted(Path(__file__).parent.glob("*.c"))
@@ -36,15 +37,6 @@ FLAGS = [
     "-std=c11",
 ]
 _logger = log.get(__name__)
-
-
-def cache_folder() -> Path:
-    """Where built libraries lie: $XDG_CACHE_HOME/rorqual, ~/.cache/rorqual, or a folder of the user's in /tmp."""
-    named = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(named) if named else Path.home() / ".cache") / "rorqual"
-    except RuntimeError:  # no home folder, as for an arbitrary user in a container
-        return Path(tempfile.gettempdir()) / f"rorqual-{os.getuid()}"
 
 
 def compiler() -> list[str] | None:
