@@ -90,7 +90,14 @@ def on_host(*arguments: str, cwd: Path, privileged: bool = False) -> list[Row]:
     """
     command = [str(program()), *arguments]
     if privileged:
-        walls = ["--mount", "--uts", "--pid", "--fork", "--mount-proc", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+        walls = [
+            "--mount",
+            "--uts",
+            "--pid",
+            "--fork",
+            "--mount-proc",
+            *([] if os.geteuid() == 0 else ["--map-root-user"]),
+        ]
         command = ["unshare", *walls, "sh", "-c", '"$@"; true', "sh", *command]  # the shell is process 1
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr

@@ -171,7 +171,8 @@ def test_k6_a_writer_that_wakes_before_its_commit_does_not_touch_the_disk(tmp_pa
     old.close()
 
 
-def test_a_segment_that_a_fenced_writer_still_makes_counts_for_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first_lsn", [4, 9])
+def test_a_segment_that_a_fenced_writer_still_makes_counts_for_nothing(tmp_path: Path, first_lsn: int) -> None:
     old = Journal(tmp_path / "j", disk=QuietDisk())
     for n in range(3):
         old.append(Event("old", {"n": n}))
@@ -179,13 +180,13 @@ def test_a_segment_that_a_fenced_writer_still_makes_counts_for_nothing(tmp_path:
     new = Journal(tmp_path / "j", take_over=True, disk=QuietDisk())
     new.append(Event("new"))
     new.commit()
-    old._begin_segment(4)  # stopped between its check and here
+    old._begin_segment(first_lsn)  # stopped between its check and here
     old._disk.write(old._file, b"whatever", 64, synced=False)
     assert [segment.epoch for segment in list_segments(tmp_path / "j").segments] == [1, 2]
     assert [lsn for lsn, _ in new.replay()] == [1, 2, 3, 4]
     old.close()
     new.close()
-    assert verify(tmp_path / "j").stale == ["00000000000000000004-0000000001.seg"]
+    assert verify(tmp_path / "j").stale == [f"{first_lsn:020d}-0000000001.seg"]
     with Journal(tmp_path / "j", disk=QuietDisk()) as again:
         assert [lsn for lsn, _ in again.replay()] == [1, 2, 3, 4]
     assert verify(tmp_path / "j").stale == []
