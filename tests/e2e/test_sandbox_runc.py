@@ -16,6 +16,7 @@ from rorqual.sandbox.drivers import oci
 from rorqual.sandbox.drivers.runc import FIRST_ID, LAST_ID, Runc, fresh_range
 from rorqual.sandbox.sweep import sweep
 
+pytestmark = pytest.mark.slow
 needs_runc = pytest.mark.skipif(Runc().missing() is not None, reason=f"runc: {Runc().missing()}")
 
 

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +32,15 @@ from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.images.tree import Image, image_of
 
 needs_overlay = pytest.mark.skipif(overlay.missing() is not None, reason=f"{overlay.missing()}")
+
+
+@pytest.fixture(autouse=True)
+def unmounted(tmp_path: Path) -> Iterator[None]:
+    """A test that fails leaves no mount behind either."""
+    yield
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if str(tmp_path) in line.split()[4]:
+            subprocess.run(["umount", line.split()[4]], check=True)
 
 
 def new_store(folder: Path, mount: bool = True) -> Store:
