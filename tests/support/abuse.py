@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sandboxes import need
 
 from rorqual import Sandbox
 from rorqual.sandbox.agent.build import compiler
+from rorqual.sandbox.drivers import ORDER
 from rorqual.sandbox.drivers.base import Running
 from rorqual.sandbox.drivers.bwrap import Bwrap
 from rorqual.sandbox.spec import Kind, SandboxSpec
@@ -36,7 +38,13 @@ SOURCES = Path(__file__).parent / "abuse"
 PLACE = "/tmp/probe"
 ALLOWED: dict[str, set[str]] = {}
 """For each driver what is no breach there, because its kernel is not the host's."""
-ROOT_CAPABILITIES = 0b1110_1011  # CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID
+CASES = [
+    pytest.param((kind, name), id=f"{kind}-{name}", marks=() if name == "bwrap" else pytest.mark.slow)
+    for kind, drivers in ORDER.items()
+    for name, _ in drivers
+]
+"""Every kind through every driver; one of them with each change, all of them in the long run."""
+ROOT_CAPABILITIES = 0b1111_1011  # CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Row:
 
 def rows(text: str) -> list[Row]:
     """The attempts in what the program wrote."""
-    return [Row(*[*line.split("\t"), "", ""][:3]) for line in text.splitlines() if line]
+    return [Row(*[*line.split("\t", 2), "", ""][:3]) for line in text.splitlines() if line]
 
 
 def breaches(found: Sequence[Row], allowed: Collection[str] = ()) -> dict[str, str]:
@@ -143,6 +151,7 @@ class Weakened(Bwrap):
 @contextmanager
 def weakened(monkeypatch: pytest.MonkeyPatch, driver: Weakened, **arguments: Any) -> Iterator[Sandbox]:
     """A container with a wall taken away, armed."""
+    need(("container", "bwrap"))
 
     async def choose(*_: object) -> Weakened:
         return driver
@@ -163,9 +172,10 @@ def assault(kind: Kind, driver: str) -> dict[str, Any]:
         tried = [attack(sandbox, "kernel"), attack(sandbox, "channel"), attack(sandbox, "network", "tcp:169.254.169.254:80")]
         found["attempts"] = sum(map(len, tried))
         found["breaches"] = {name: seen for part in tried for name, seen in breaches(part, ALLOWED.get(driver, ())).items()}
+        memory = 256 if "watched" in found["enforced"].get("memory", "") else 160  # looking now and then is not exact
         for what, limit, asked in (
             ("forks", 64, ["200"]),
-            ("memory", 160, ["260"]),
+            ("memory", memory, ["300"]),
             ("hidden", 160, ["260"]),
             ("disk", 32, ["48", "/tmp/fill"]),
             ("descriptors", 1024, ["3000"]),

@@ -150,6 +150,7 @@ void prepare_preference(void); /* while the process may still open its own files
 int confine_limits(void);
 int confine_filter(void);
 int become_user(const char *name, char *home, size_t home_size); /* 0 or an errno */
+void remember_user(void); /* the sandbox's own, before anything inside could change the list of users */
 int look_up_user(const char *name, uid_t *uid, gid_t *gid, char *home, size_t home_size);
 
 /* ---- files.c, ports.c ---- */

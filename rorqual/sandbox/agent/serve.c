@@ -91,6 +91,7 @@ void provision(Slice p) {
     settings.cpu_locked = find_number(p, F_CPU_LOCKED, 0);
     keep_text(&settings.user, find_text(p, F_USER));
     keep_text(&settings.cwd, find_text(p, F_CWD));
+    remember_user();
     Cursor c = {.rest = p};
     int count = 0;
     while (next_field(&c)) count += c.tag == F_ENV;

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from rorqual.errors import SandboxError
 from rorqual.sandbox import cgroups
@@ -31,7 +31,7 @@ from rorqual.sandbox.errors import Unsupported
 from rorqual.sandbox.host_root import host_root
 from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.snapshots import names_of, on_host_root
-from rorqual.sandbox.spec import Capabilities, Kind, Limits, SandboxSpec
+from rorqual.sandbox.spec import Capabilities, Limits, SandboxSpec
 
 SENTRY_MB = 192
 """Host memory beside what programs use: the sentry, its file server, its tables."""
@@ -44,7 +44,7 @@ _POWERS = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUI
 class Gvisor(Bwrap):
     """microvm sandboxes through runsc; keeper, layers and limits are those of the bwrap driver."""
 
-    kind: ClassVar[Kind] = "microvm"
+    kind = "microvm"  # type: ignore[misc]
     name = "gvisor"
     probe_timeout_s = 30.0
 
@@ -147,7 +147,7 @@ class Gvisor(Bwrap):
                 "args": ["/.agent", "serve", "--stdio"],
                 "env": ["PATH=/usr/bin:/bin"],
                 "cwd": "/",
-                "capabilities": {part: powers for part in ("bounding", "effective", "permitted")},
+                "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), powers),
                 "rlimits": [{"type": "RLIMIT_NOFILE", "hard": max(4096, limit), "soft": max(4096, limit)}],
             },
             "mounts": mounts,
@@ -203,4 +203,8 @@ def _namespaces_off() -> str | None:
         off = Path("/proc/sys/user/max_user_namespaces").read_text().strip() == "0"
     except OSError:
         return None
-    return "user namespaces are off; an administrator can allow them: sysctl -w user.max_user_namespaces=10000" if off else None
+    return (
+        "user namespaces are off; an administrator can allow them: sysctl -w user.max_user_namespaces=10000"
+        if off
+        else None
+    )

@@ -38,7 +38,7 @@ from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Isolation, Kind, SandboxSpec
 from rorqual.sandbox.vm import boot, guest_root, kernel, qcow2, saved, snapshot, template
 from rorqual.sandbox.vm.control import Control
-from rorqual.sandbox.vm.initramfs import build_initramfs
+from rorqual.sandbox.vm.initramfs import PCI_MODULES, build_initramfs
 from rorqual.sandbox.vm.machine import (
     BINARY,
     MAX_LAYERS,
@@ -54,7 +54,6 @@ from rorqual.sandbox.wire import Tag, Type, Value
 BOOT_S = {"kvm": 8.0, "tcg": 120.0}
 """With KVM a boot takes a second where it works, and never ends where /dev/kvm is not what it seems."""
 LOAD_S = 30.0
-MONITOR_S = 15.0
 
 
 class Qemu(Driver):
@@ -62,22 +61,28 @@ class Qemu(Driver):
 
     board: ClassVar[Board]
     accelerator: ClassVar[Accelerator]
+    modules: ClassVar[tuple[str, ...]] = PCI_MODULES
 
     def missing(self) -> str | None:
         """What plainly lacks here."""
-        if os.uname().machine != "x86_64":
-            return f"this driver starts x86-64 machines only, and this is {os.uname().machine}"
         if shutil.which(BINARY) is None:
             return f"{BINARY} is not installed; `apt install qemu-system-x86` brings it"
+        return self._missing_for_machines()
+
+    def _missing_for_machines(self) -> str | None:
+        if os.uname().machine != "x86_64":
+            return f"this driver starts x86-64 machines only, and this is {os.uname().machine}"
         if os.geteuid() == 0 and not (shutil.which("bwrap") and shutil.which("setpriv")):
-            return "started by root, QEMU needs bubblewrap and setpriv around it: `apt install bubblewrap util-linux`"
+            return (
+                "started by root, a monitor needs bubblewrap and setpriv around it: `apt install bubblewrap util-linux`"
+            )
         if self.accelerator == "kvm":
             if not Path("/dev/kvm").exists():
                 return "there is no /dev/kvm: this machine (or the machine it runs in) offers no virtualization"
             if not os.access("/dev/kvm", os.R_OK | os.W_OK):
                 return "/dev/kvm may not be opened by this user; an administrator can add it to the group kvm"
             if _hung().exists():
-                return f"with KVM no guest booted since this host did ({_hung().read_text()}); remove {_hung()} to try again"
+                return f"with KVM no guest booted ({_hung().read_text()}); remove {_hung()} to try again"
         return kernel.missing() or template.missing() or guest_root.missing()
 
     def capabilities(self) -> Capabilities:
@@ -150,13 +155,23 @@ class Qemu(Driver):
     async def _run(self, machine: Machine, spec: SandboxSpec, home: Path, state: Path, uid: int | None) -> Running:
         started = await asyncio.to_thread(boot.start, machine, home, uid, home.name, spec.limits.cpu)
         try:
-            async with await boot.monitor(machine.folder, home, MONITOR_S) as qmp:
+            async with await boot.monitor(machine.folder, home, boot.MONITOR_WAIT_S) as qmp:
                 await saved.load(qmp, state, LOAD_S)
         except BaseException:
             await asyncio.shield(boot.end_later(started))
             raise
-        enforced = {
-            **started.enforced,
+        return Running(
+            started.processes,
+            {"unix": "vm/agent"},
+            secrets.token_hex(32),
+            cgroups=started.cgroups,
+            enforced={**self._enforced(), **started.enforced},
+            extra={"uid": uid, "nproc": spec.limits.pids},
+        )
+
+    @staticmethod
+    def _enforced() -> dict[str, str]:
+        return {
             "memory": "the machine's memory size",
             "disk": "size of the virtual disk",
             "inodes": "inodes of the virtual disk",
@@ -164,14 +179,6 @@ class Qemu(Driver):
             "open_files": "rlimit",
             "file_mb": "rlimit",
         }
-        return Running(
-            started.processes,
-            {"unix": "vm/agent"},
-            secrets.token_hex(32),
-            cgroups=started.cgroups,
-            enforced=enforced,
-            extra={"uid": uid, "nproc": spec.limits.pids},
-        )
 
     def _machine(
         self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None
@@ -188,7 +195,7 @@ class Qemu(Driver):
                 "layers",
             )
         found = kernel.obtain()
-        initramfs, initramfs_digest = build_initramfs(found)
+        initramfs, initramfs_digest = build_initramfs(found, self.modules)
         machine = Machine(
             board=self.board,
             accelerator=self.accelerator,
@@ -207,7 +214,7 @@ class Qemu(Driver):
 
         secret: the key of a restored sandbox's agent; empty for a template's, which belongs to nobody yet.
         """
-        async with await Control.open(home / "vm") as control:
+        async with await self._control(home) as control:
             await control.ask(f"threads {spec.limits.pids}")
         fields = None if secret else provision_fields(spec, running, time.time())
         key = bytes.fromhex(secret or running.secret)
@@ -258,7 +265,7 @@ class Qemu(Driver):
         else:
             async with await self._monitor(home) as qmp:
                 await qmp.execute("cont")
-        async with await Control.open(home / "vm") as control:
+        async with await self._control(home) as control:
             await control.ask(f"clock {time.time_ns() // 1000}")
         return running
 
@@ -278,7 +285,7 @@ class Qemu(Driver):
         """The writable layer, sent by the machine itself as a tar: the host never mounts a disk a guest wrote."""
         spec = Home(home).read().spec
         with tempfile.NamedTemporaryFile(dir=home, prefix="tar-") as file:
-            async with await Control.open(home / "vm") as control:
+            async with await self._control(home) as control:
                 await control.receive_tar(Path(file.name), (spec.limits.disk_mb + 64) << 21)
 
             def build(writer: Any) -> None:
@@ -315,15 +322,18 @@ class Qemu(Driver):
 
     async def oom_kills(self, running: Running, home: Path) -> int:
         """How many processes the guest's kernel ended for memory."""
-        async with await Control.open(home / "vm") as control:
+        async with await self._control(home) as control:
             return await control.number("oom")
 
     async def memory_bytes(self, running: Running) -> int:
         """The proportional share of QEMU and its keeper."""
         return await asyncio.to_thread(lambda: sum(pss(process.pid) for process in tree_of(running)))
 
+    async def _control(self, home: Path) -> Control:
+        return await Control.open(home / "vm")
+
     async def _monitor(self, home: Path) -> QMP:
-        return await boot.monitor(home / "vm", home, MONITOR_S)
+        return await boot.monitor(home / "vm", home, boot.MONITOR_WAIT_S)
 
 
 class QemuMicrovmKvm(Qemu):

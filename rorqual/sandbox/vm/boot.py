@@ -19,6 +19,8 @@ from rorqual.sandbox.vm.qmp import QMP
 MONITOR_MB = 384
 """Host memory beside the guest's own: QEMU itself, its buffers, and code translated under emulation."""
 MONITOR_THREADS = 256
+MONITOR_WAIT_S = 15.0
+"""How long a monitor may take until its control socket answers."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The driver's own line to pid 1 of a machine (agent/vm_control.c): limits, the clock, and the writable layer as a tar."""
+"""The driver's own line to pid 1 of a machine (agent/vm_control.c): limits, the clock, the writable layer as a tar."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class Control:
         self._writer.write(request.encode() + b"\n")
         await self._writer.drain()
         try:
-            return int(await asyncio.wait_for(self._reader.readline(), timeout_s))
+            while (line := await asyncio.wait_for(self._reader.readline(), timeout_s)).strip() == b"ready":
+                pass
+            return int(line)
         except (TimeoutError, ValueError) as error:
             raise TransportError(f"the machine gave no number for {request!r}: {error}.") from error
 

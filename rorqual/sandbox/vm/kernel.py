@@ -1,8 +1,8 @@
 """The guest kernel: one the user names, one kept from before, this machine's own, or the distribution's package.
 
 A package is fetched with `apt-get download` and unpacked with `dpkg-deb`, neither of which needs root or installs
-anything. The kernel is kept uncompressed (an ELF file, entered through its PVH note): unpacking itself takes an emulated
-machine a second. No kernel is part of this repository; scripts/build_guest_kernel.sh builds a smaller one.
+anything. The kernel is kept uncompressed (an ELF file, entered through its PVH note): unpacking itself takes an
+emulated machine a second. No kernel is part of this repository; scripts/build_guest_kernel.sh builds a smaller one.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def _download() -> GuestKernel:
                 break
         else:
             raise SandboxError(
-                f"apt knows none of the kernel packages {', '.join(PACKAGES)}. Run `apt-get update` as root once, or set "
-                "RORQUAL_KERNEL."
+                f"apt knows none of the kernel packages {', '.join(PACKAGES)}. Run `apt-get update` as root once, or "
+                "set RORQUAL_KERNEL."
             )
         wanted = [*built, *_depends(built[0], ("linux-modules-",))]
         extra = built[0].replace("linux-image-", "linux-modules-extra-")

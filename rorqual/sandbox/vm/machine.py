@@ -10,10 +10,8 @@ machine has, and no capability. Where bubblewrap is missing only the filter hold
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
-import stat
 import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from rorqual.errors import SandboxError
+from rorqual.sandbox.vm.walls import can_wall, refuse_root, walled
 
 Board = Literal["microvm", "pc", "q35"]
 Accelerator = Literal["kvm", "tcg"]
@@ -36,7 +35,6 @@ _BOARDS: dict[Board, str] = {
 """microvm has no timer that an emulated guest could measure its processor's clock against: every second boot of a
 distribution's kernel hung there. With KVM the hypervisor tells the clock's rate; emulated small machines are `pc`."""
 _FILTER = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-_MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 # 8250.nr_uarts, i8042, cryptomgr: work at boot that a machine without such devices can spare itself
 _KERNEL_LINE = "console=ttyS0 quiet panic=-1 reboot=t 8250.nr_uarts=1 i8042.noaux i8042.nokbd cryptomgr.notests"
 _EMULATED_LINE = "mitigations=off tsc=reliable no_timer_check"
@@ -155,61 +153,17 @@ class _Places:
 def command(machine: Machine, uid: int | None) -> tuple[list[str], str]:
     """The whole command, and what stands around QEMU in words. uid: the machine's own host user, when root starts it.
 
-    Raises: SandboxError when root would have to run it without walls.
+    Raises: SandboxError when QEMU is missing, or root would have to run it without walls.
     """
     binary = shutil.which(BINARY)
     if binary is None:
         raise SandboxError(f"{BINARY} is not installed; `apt install qemu-system-x86` brings it.")
-    bwrap = shutil.which("bwrap")
-    if bwrap is None or not _works(bwrap):
-        if os.geteuid() == 0:
-            raise SandboxError("started by root, QEMU needs bubblewrap around it: `apt install bubblewrap`.")
+    if not can_wall():
+        refuse_root()
         return [binary, *machine.arguments(_Places(machine, False))], "QEMU's system call filter (no bubblewrap here)"
     place = _Places(machine, True)
-    options = [
-        *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try", "--new-session"),
-        *("--die-with-parent", "--clearenv", "--setenv", "PATH", "/usr/bin", "--ro-bind", "/usr", "/usr"),
-        *("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--dev", "/dev", "--tmpfs", "/tmp"),
-    ]
-    for name in _MERGED:
-        path = Path("/", name)
-        if path.is_symlink():
-            options += ["--symlink", os.readlink(path), str(path)]
-        elif path.is_dir():
-            options += ["--ro-bind", str(path), str(path)]
-    if machine.accelerator == "kvm":
-        options += ["--dev-bind", str(_kvm_node(machine, uid)), "/dev/kvm"]
-    options += [*place.binds(), "--chdir", "/"]
-    inner = [binary, *machine.arguments(place)]
-    if uid is None:
-        return [bwrap, "--unshare-user", "--cap-drop", "ALL", *options, "--", *inner], "bubblewrap and QEMU's filter"
-    setpriv = shutil.which("setpriv")
-    if setpriv is None:
-        raise SandboxError("started by root, QEMU needs setpriv to become another user: `apt install util-linux`.")
-    drop = [
-        *(setpriv, f"--reuid={uid}", f"--regid={uid}", "--clear-groups"),
-        *("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"),
-    ]
-    walls = f"bubblewrap, uid {uid} without capabilities, QEMU's filter"
-    return [bwrap, *options, "--", *drop, *inner], walls
-
-
-def _kvm_node(machine: Machine, uid: int | None) -> Path:
-    """/dev/kvm, or when QEMU gets a uid of its own, a node of the same device that only this uid may open."""
-    if uid is None:
-        return Path("/dev/kvm")
-    node = machine.folder.parent / "kvm"
-    node.unlink(missing_ok=True)
-    os.mknod(node, stat.S_IFCHR | 0o600, os.stat("/dev/kvm").st_rdev)
-    os.chown(node, uid, uid)
-    return node
-
-
-@lru_cache
-def _works(bwrap: str) -> bool:
-    """Whether bubblewrap may build walls here (a user namespace may be forbidden)."""
-    test = [bwrap, "--unshare-pid", "--ro-bind", "/", "/", "--", "/bin/true"]
-    return subprocess.run(test, capture_output=True, check=False).returncode == 0
+    kvm = machine.folder.parent if machine.accelerator == "kvm" else None
+    return walled([binary, *machine.arguments(place)], place.binds(), kvm, uid, "QEMU")
 
 
 @lru_cache

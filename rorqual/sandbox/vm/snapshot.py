@@ -1,6 +1,6 @@
 """Full snapshots: a machine's memory, its disk as a chain of images, and one manifest that names both by digest.
 
-    <data>/snapshots/<id>/      manifest.json (mode 0600: it holds the agent's key), state, disk0 (raw), disk1 ... (qcow2)
+    <data>/snapshots/<id>/      manifest.json (mode 0600: it has the agent's key), state, disk0 (raw), disk1 ... (qcow2)
 
 A snapshot is there once its manifest is. It is restored only where the fingerprint is the same: QEMU's version, board,
 processor model, kernel, initramfs, layers. Its files are never written to; copies work on overlays.
@@ -30,7 +30,7 @@ _ID = re.compile(r"full-[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a full snapshot is. files: name -> `digest_of`; disks: names from the lowest up; secret: key of its agent."""
+    """What a full snapshot is. files: name -> `digest_of`; disks: names from the lowest up; secret: its agent's key."""
 
     id: str
     fingerprint: dict[str, str]
@@ -123,8 +123,8 @@ def store(
     """
     if len(disks) > MAX_CHAIN:
         raise SnapshotFailed(
-            f"this machine's disk is a chain of {len(disks)} snapshots, more than {MAX_CHAIN}. Take a disk snapshot and "
-            "go on from that."
+            f"this machine's disk is a chain of {len(disks)} snapshots, more than {MAX_CHAIN}. Take a disk snapshot "
+            "and go on from that."
         )
     identity = f"full-{secrets.token_hex(8)}"
     target = folder() / identity

@@ -98,7 +98,7 @@ async def _make(machine: Machine, marks: dict[str, str], limits: Limits, place: 
     try:
         inside = boot.own_folder(home, uid)
         disk = inside / "disk"
-        await asyncio.to_thread(_make_disk, disk, limits)
+        await asyncio.to_thread(make_disk, disk, limits)
         boot.hand_over(disk, uid)
         (home / "lifetime").write_text(
             f"{int((time.clock_gettime(time.CLOCK_BOOTTIME) + timeout_s + 30) * 1000)} lifetime\n"
@@ -165,7 +165,8 @@ def _read(place: Path) -> Template | None:
         return None
 
 
-def _make_disk(path: Path, limits: Limits) -> None:
+def make_disk(path: Path, limits: Limits) -> None:
+    """A new disk image with an empty ext4 file system of the limits' size and number of files. Raises: SandboxError."""
     mkfs = _mkfs()
     if mkfs is None:
         raise SandboxError(f"{missing()}.")
