@@ -262,6 +262,22 @@ def test_an_overlay_outlives_what_provided_it(tmp_path: Path) -> None:
     assert child.communicate("\n")[0] == "still here"
 
 
+def test_a_mount_that_nobody_holds_is_dropped(tmp_path: Path) -> None:
+    store, other = new_store(tmp_path), new_store(tmp_path)
+    digest = store.pack(make_tree(tmp_path / "tree"))
+    (folder,) = store.lowerdirs([digest])
+    if not folder.is_mount():
+        pytest.skip("layers are not mounted for this user")
+    lock = os.dup(store.local.locks()[0])  # as a keeper inherits it
+    store.release()
+    assert other.local.drop() == [] and folder.is_mount()
+    os.close(lock)
+    assert other.local.drop() == [digest] and not folder.exists()
+    store.lowerdirs([digest])
+    store.release()
+    assert other.local.drop([digest]) == [digest]
+
+
 def test_a_layer_is_verified_once_and_again_when_its_file_changes(tmp_path: Path) -> None:
     store = new_store(tmp_path)
     digest = store.pack(make_tree(tmp_path / "tree"))
