@@ -16,12 +16,14 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "load": ("rorqual.checkpoint", "load"),
     "Engine": ("rorqual.engine", "Engine"),
     "SamplingParams": ("rorqual.engine", "SamplingParams"),
+    "Journal": ("rorqual.journal", "Journal"),
     "chat": ("rorqual.chat", None),
     "checkpoint": ("rorqual.checkpoint", None),
 }
 
 __all__ = [
     "Engine",
+    "Journal",
     "ModelConfig",
     "SamplingParams",
     "Transformer",
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from rorqual.config import ModelConfig as ModelConfig
     from rorqual.engine import Engine as Engine
     from rorqual.engine import SamplingParams as SamplingParams
+    from rorqual.journal import Journal as Journal
     from rorqual.model import Transformer as Transformer
 
 

@@ -5,6 +5,7 @@
     ├── CheckpointError    files that are missing, damaged or of another shape
     ├── CacheError         a sequence state asked for something it does not hold
     ├── DataError          a corpus or dataset that cannot be read or used
+    ├── JournalError       a write-ahead log that is damaged, taken by another writer, or cannot write (segment, offset)
     ├── RequestError       a request to the engine or server (carries an HTTP status)
     ├── SandboxError       a sandbox that cannot be made or used
     └── MissingExtraError  an optional package is not installed
@@ -32,6 +33,22 @@ class CacheError(RorqualError):
 
 class DataError(RorqualError):
     """A corpus or dataset that cannot be read or used."""
+
+
+class JournalError(RorqualError):
+    """A write-ahead log that is damaged, written by somebody else, or cannot be written.
+
+    Attributes: `segment` (name of the file at fault) and `offset` (byte in it) where a place in a file is meant.
+    `retryable`: nothing is lost and the same call may succeed later (a full disk that was given room).
+    """
+
+    def __init__(
+        self, message: str, *, segment: str | None = None, offset: int | None = None, retryable: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.segment = segment
+        self.offset = offset
+        self.retryable = retryable
 
 
 class RequestError(RorqualError):

@@ -19,7 +19,7 @@ EXTRAS = {
     "gpu": ("triton",),
     "test": ("pytest", "hypothesis", "httpx2", "openai", "transformers", "deepseek_recipe"),
 }
-CORE = ("numpy", "safetensors", "tokenizers", "pydantic", "typer", "rich")
+CORE = ("numpy", "safetensors", "tokenizers", "pydantic", "typer", "rich", "msgpack")
 
 
 @dataclass(frozen=True)

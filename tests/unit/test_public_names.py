@@ -10,6 +10,7 @@ import rorqual
 
 PUBLIC = [
     "Engine",
+    "Journal",
     "ModelConfig",
     "SamplingParams",
     "Transformer",
@@ -46,7 +47,7 @@ def test_name_below_can_be_imported(module: str, name: str) -> None:
 
 
 def test_unknown_name_lists_the_public_ones() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'Modle'; public names: Engine, ModelConfig"):
+    with pytest.raises(AttributeError, match=r"no attribute 'Modle'; public names: Engine, Journal, ModelConfig"):
         _ = rorqual.Modle
 
 

@@ -1,0 +1,396 @@
+"""The records of a rollout: what they hold and their bytes.
+
+A record is a frozen dataclass. `Tokens`, by far the most frequent, has a fixed little-endian layout; the others are a
+MessagePack map of their fields by name. Every record of a request carries the request's number, so that one stream of
+segments serves all requests of a worker. `Event` is for logs of other owners (the history of a sandbox).
+
+What journal code knows of records ends here: it stores them and gives them back, and draws no conclusions.
+"""
+
+import struct
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import msgpack  # type: ignore[import-untyped]
+
+from rorqual.errors import JournalError
+
+INLINE_OUTPUT_BYTES = 32 * 1024
+"""Output of a tool up to this size lies in its `ToolResult`; larger output is an object and the record refers to it."""
+
+_MOST_U64 = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request begins (REQ_OPEN); written before its first token."""
+
+    TYPE: ClassVar[int] = 1
+    trajectory: str
+    request: int
+    """Number of the request, unique in this journal; the other records name it."""
+    branch: int = 0
+    prompt_digest: bytes = b""
+    """SHA-256 over the prompt's token ids."""
+    prompt_ref: str = ""
+    """Where the prompt's token ids lie."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    seed_key: bytes = bytes(16)
+    """128-bit key of the counter-based generator."""
+    model_id: str = ""
+    policy_version: int = 0
+    tokenizer_digest: str = ""
+    engine_fingerprint: str = ""
+    lease: str = ""
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens drawn in one engine step of one request (TOKENS); acknowledged once this record is durable.
+
+    `logprobs` are kept as 32-bit floats. `mask` and `routing` are 16-byte references to a top-p mask and to the
+    experts that were chosen.
+    """
+
+    TYPE: ClassVar[int] = 2
+    request: int
+    first_position: int
+    policy_version: int
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+    mask: bytes | None = None
+    routing: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySwitch:
+    """The weights changed in the middle of a request (POLICY_SWITCH)."""
+
+    TYPE: ClassVar[int] = 3
+    request: int
+    position: int
+    old_version: int
+    new_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVReference:
+    """The cache of tokens [first_position, end_position) was saved as an object (KV_REF)."""
+
+    TYPE: ClassVar[int] = 4
+    request: int
+    first_position: int
+    end_position: int
+    digest: str
+    layout: str = ""
+    dtype: str = ""
+    engine_fingerprint: str = ""
+    policy_version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool is about to be called (TOOL_INTENT); durable before the call leaves the worker."""
+
+    TYPE: ClassVar[int] = 5
+    request: int
+    call_index: int
+    tool: str
+    arguments: str
+    """The canonical form of the arguments, `rorqual.journal.canonical`."""
+    key: bytes
+    """16 bytes, `rorqual.journal.call_key`."""
+    branch: int = 0
+    sandbox_id: str = ""
+    incarnation: int = 0
+    expected_journal_seq: int = 0
+    external: bool = False
+    """Reaches outside the sandbox: recovery never runs it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a tool answered (TOOL_RESULT); durable before the model sees it.
+
+    `flags` are the owner's (truncated, timed out, out of memory, ...). `output` holds at most 32 KiB; what is larger
+    lies at `output_ref`. `observation_ids` are the tokens that the model is given, replayed as they are.
+    """
+
+    TYPE: ClassVar[int] = 6
+    request: int
+    call_index: int
+    key: bytes
+    exit_code: int | None = 0
+    flags: int = 0
+    output_digest: bytes = b""
+    output: bytes = b""
+    output_ref: str = ""
+    observation_ids: tuple[int, ...] = ()
+    replayed: bool = False
+    branch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EnvSnapshot:
+    """A snapshot of a sandbox is durable (ENV_SNAPSHOT) and covers its history up to `journal_seq`."""
+
+    TYPE: ClassVar[int] = 7
+    sandbox_id: str
+    snapshot_id: str
+    kind: str
+    journal_seq: int
+    request: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """An owner (re)started (ATTACH)."""
+
+    TYPE: ClassVar[int] = 8
+    owner: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Owners of an epoch before this one may write no more (FENCE)."""
+
+    TYPE: ClassVar[int] = 9
+    owner: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """An interruption begins (PREEMPT). `tier`: A, B or C of resuming, where it is known already."""
+
+    TYPE: ClassVar[int] = 10
+    cause: str
+    durable_lsn: int
+    tier: str | None = None
+    request: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """An interruption is over (RESUME); `tier` says how the cache came back: A restored, B step by step, C prefill."""
+
+    TYPE: ClassVar[int] = 11
+    cause: str
+    durable_lsn: int
+    tier: str | None = None
+    request: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RngNote:
+    """A sampler used `draws` draws beyond the first at a position (RNG_NOTE)."""
+
+    TYPE: ClassVar[int] = 12
+    request: int
+    position: int
+    draws: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """Rewards by name (REWARD) and the digest of the verifier that gave them."""
+
+    TYPE: ClassVar[int] = 13
+    request: int
+    values: dict[str, float]
+    verifier_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """A request ended (REQ_CLOSE): why, totals by name, and a digest over all its token ids."""
+
+    TYPE: ClassVar[int] = 14
+    request: int
+    stop_reason: str
+    totals: dict[str, Any] = field(default_factory=dict)
+    ids_digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An entry of somebody else's log: a kind and fields that MessagePack can hold (tuples come back as lists)."""
+
+    TYPE: ClassVar[int] = 64
+    kind: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+Record = (
+    Request
+    | Tokens
+    | PolicySwitch
+    | KVReference
+    | ToolCall
+    | ToolResult
+    | EnvSnapshot
+    | Attach
+    | Fence
+    | Preempt
+    | Resume
+    | RngNote
+    | Reward
+    | Close
+    | Event
+)
+
+RECORDS: tuple[type[Record], ...] = (
+    Request,
+    Tokens,
+    PolicySwitch,
+    KVReference,
+    ToolCall,
+    ToolResult,
+    EnvSnapshot,
+    Attach,
+    Fence,
+    Preempt,
+    Resume,
+    RngNote,
+    Reward,
+    Close,
+    Event,
+)
+BY_TYPE: dict[int, type[Record]] = {cls.TYPE: cls for cls in RECORDS}
+_FIELDS: dict[type[Record], tuple[str, ...]] = {cls: tuple(f.name for f in fields(cls)) for cls in RECORDS}
+
+_TOKENS = struct.Struct("<QIHHI")  # request, first position, count, flags, policy version
+_ONE = struct.Struct("<QIHHIIf")  # the same and one token with its log-probability
+HAS_LOGPROBS, HAS_MASK, HAS_ROUTING = 1, 2, 4
+_MOST_TOKENS = 2**16 - 1
+
+
+def encode_tokens(record: Tokens) -> bytes:
+    """The fixed layout: header, ids (u32 each), log-probabilities (f32 each), 16-byte references.
+
+    Raises: JournalError when a value does not fit its place.
+    """
+    ids, logprobs = record.ids, record.logprobs
+    try:
+        if len(ids) == 1 and logprobs is not None and record.mask is None and record.routing is None:
+            (logprob,) = logprobs
+            return _ONE.pack(
+                record.request, record.first_position, 1, HAS_LOGPROBS, record.policy_version, ids[0], logprob
+            )
+        return _encode_many(record)
+    except (struct.error, TypeError, ValueError, OverflowError) as error:
+        raise JournalError(
+            f"a Tokens record of request {record.request!r} cannot be stored: {error}. Positions, versions and ids are "
+            f"32 bits, the request 64 bits, all at least 0; there is one log-probability an id."
+        ) from None
+
+
+def _encode_many(record: Tokens) -> bytes:
+    ids, logprobs = record.ids, record.logprobs
+    if not 0 < len(ids) <= _MOST_TOKENS:
+        raise ValueError(f"it has {len(ids)} ids, and a record holds 1 to {_MOST_TOKENS}")
+    flags, layout, values = 0, f"<{len(ids)}I", list[Any](ids)
+    if logprobs is not None:
+        if len(logprobs) != len(ids):
+            raise ValueError(f"it has {len(logprobs)} log-probabilities for {len(ids)} ids")
+        flags, layout = HAS_LOGPROBS, f"{layout}{len(ids)}f"
+        values += logprobs
+    for flag, reference in ((HAS_MASK, record.mask), (HAS_ROUTING, record.routing)):
+        if reference is not None:
+            if len(reference) != 16:
+                raise ValueError(f"a reference has {len(reference)} bytes instead of 16")
+            flags, layout = flags | flag, f"{layout}16s"
+            values.append(reference)
+    head = _TOKENS.pack(record.request, record.first_position, len(ids), flags, record.policy_version)
+    return head + struct.pack(layout, *values)
+
+
+def decode_tokens(payload: bytes | memoryview) -> Tokens:
+    """Raises: ValueError when the length is not what the header says."""
+    if len(payload) == _ONE.size:
+        request, first, count, flags, version, token, logprob = _ONE.unpack(payload)
+        if count == 1 and flags == HAS_LOGPROBS:
+            return Tokens(request, first, version, (token,), (logprob,))
+    if len(payload) < _TOKENS.size:
+        raise ValueError(f"a Tokens record of {len(payload)} bytes")
+    request, first, count, flags, version = _TOKENS.unpack_from(payload)
+    num_references = bool(flags & HAS_MASK) + bool(flags & HAS_ROUTING)
+    layout = f"<{count}I{count if flags & HAS_LOGPROBS else 0}f{'16s' * num_references}"
+    if flags > 7 or len(payload) != _TOKENS.size + struct.calcsize(layout):
+        raise ValueError(f"a Tokens record of {len(payload)} bytes for {count} ids and flags {flags}")
+    values = struct.unpack_from(layout, payload, _TOKENS.size)
+    references = iter(values[len(values) - num_references :])
+    return Tokens(
+        request,
+        first,
+        version,
+        values[:count],
+        values[count : 2 * count] if flags & HAS_LOGPROBS else None,
+        next(references) if flags & HAS_MASK else None,
+        next(references) if flags & HAS_ROUTING else None,
+    )
+
+
+def encode(record: Record) -> bytes:
+    """The payload of a record.
+
+    Raises: JournalError when it is no record or a value of it cannot be stored; nothing was written then.
+    """
+    if type(record) is Tokens:
+        return encode_tokens(record)
+    names = _FIELDS.get(type(record))
+    if names is None:
+        raise JournalError(
+            f"{type(record).__name__} is no record of the journal. Use one of "
+            f"{', '.join(cls.__name__ for cls in RECORDS)}; Event takes what fits none of the others."
+        )
+    values = {name: getattr(record, name) for name in names}
+    _check(type(record).__name__, values)
+    try:
+        packed: bytes = msgpack.packb(values)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise JournalError(
+            f"a {type(record).__name__} record cannot be stored: {error}. Its values must be None, bools, ints of 64 "
+            f"bits, floats, str, bytes, or lists and dicts of these, nested less than 500 deep."
+        ) from None
+    return packed
+
+
+_NUMBERS = ("request", "branch", "call_index", "position", "policy_version", "epoch", "draws", "durable_lsn")
+_SIXTEEN = ("seed_key", "key")
+
+
+def _check(kind: str, values: dict[str, Any]) -> None:
+    """What MessagePack would take but a reader could not use."""
+    for name in _NUMBERS:
+        number = values.get(name)
+        if number is not None and (type(number) is not int or not 0 <= number <= _MOST_U64):
+            raise JournalError(f"{kind}.{name} is {number!r}. It must be a whole number of 0 to 64 bits.")
+    for name in _SIXTEEN:
+        key = values.get(name)
+        if key is not None and (type(key) is not bytes or len(key) != 16):
+            raise JournalError(f"{kind}.{name} is {key!r}. It must be 16 bytes.")
+    output = values.get("output")
+    if kind == "ToolResult" and output is not None and len(output) > INLINE_OUTPUT_BYTES:
+        raise JournalError(
+            f"ToolResult.output has {len(output):,} bytes, more than the {INLINE_OUTPUT_BYTES:,} that lie in the "
+            f"journal. Store it as an object and give output_ref and output_digest."
+        )
+
+
+def decode(kind: int, payload: bytes | memoryview) -> Record:
+    """The record of a payload. Raises: ValueError when the payload is none of that type."""
+    if kind == Tokens.TYPE:
+        return decode_tokens(payload)
+    cls = BY_TYPE.get(kind)
+    if cls is None:
+        raise ValueError(f"records of type {kind} are unknown to this version")
+    try:
+        values = msgpack.unpackb(payload, strict_map_key=False)
+        if cls is ToolResult:
+            values["observation_ids"] = tuple(values["observation_ids"])
+        return cls(**values)
+    except (msgpack.UnpackException, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"no {cls.__name__} record: {error}") from None
