@@ -39,7 +39,7 @@ PASSWORD = "RORQUAL_SMTP_PASSWORD"
 
 @dataclass(frozen=True)
 class Server:
-    """Where mail is handed in. user: logs in with the password in RORQUAL_SMTP_PASSWORD. security: none, starttls, tls."""
+    """Where mail is handed in. user: logs in, with the password in RORQUAL_SMTP_PASSWORD. security: none, starttls, tls."""
 
     host: str
     port: int

@@ -45,17 +45,19 @@ class Reply:
         """From what the chat parser found."""
         message = finished.message
         calls = tuple(_request(call["function"]) for call in message["tool_calls"])
-        return cls(
-            message["reasoning_content"], message["content"], calls, finished.finish_reason, finished.notes
-        )
+        return cls(message["reasoning_content"], message["content"], calls, finished.finish_reason, finished.notes)
 
 
 def _request(function: Mapping[str, Any]) -> ToolRequest:
     try:
-        arguments = json.loads(function["arguments"])
+        arguments = json.loads(function["arguments"], parse_constant=_refuse)
     except (ValueError, RecursionError):
         arguments = None
     return ToolRequest(function["name"], arguments if isinstance(arguments, dict) else None, function["arguments"])
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 @dataclass
@@ -88,7 +90,9 @@ class Dialogue:
         writer.fixed(markers.THINK_START if self.thinking else markers.THINK_END)
         return self.tokenizer.encode_guarded(writer.finish("tool results").pieces())
 
-    def reply_ids(self, reasoning: str, content: str, calls: Iterable[tuple[str, Any]], closed: bool = True) -> list[int]:
+    def reply_ids(
+        self, reasoning: str, content: str, calls: Iterable[tuple[str, Any]], closed: bool = True
+    ) -> list[int]:
         """Ids of a turn given as text, for models that send no ids; calls are (name, arguments), as text or object."""
         writer = PromptWriter()
         if self.thinking:
@@ -118,10 +122,13 @@ class TurnReader:
     ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was fed."""
+        self.ids.clear()
         self._decoder = self.dialogue.tokenizer.stream_decoder()
-        self._parser = StreamParser(
-            self.dialogue.mode, self.dialogue.tools, make_id=lambda index: f"call_{index:02d}"
-        )
+        self._parser = StreamParser(self.dialogue.mode, self.dialogue.tools, make_id=lambda index: f"call_{index:02d}")
 
     def feed(self, ids: Sequence[int]) -> list[Event]:
         """What these ids settle."""

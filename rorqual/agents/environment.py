@@ -62,9 +62,7 @@ class Environment:
     rerun: runs the finished call of that number again and returns whether its outcome is the recorded one.
     """
 
-    def __init__(
-        self, maker: SandboxMaker, settings: EnvironmentSettings, log: TrajectoryLog, name: str
-    ) -> None:
+    def __init__(self, maker: SandboxMaker, settings: EnvironmentSettings, log: TrajectoryLog, name: str) -> None:
         self._maker, self._settings, self._log, self._name = maker, settings, log, name
         self._sandbox: Any = None
         self._toolkit_is_there = False
@@ -177,7 +175,7 @@ class Environment:
         self._sandbox, self._toolkit_is_there = sandbox, False
 
     def _end_strays(self) -> None:
-        """A process that died between making a sandbox and recording it left one that nobody knows; nothing ran in it."""
+        """End what a process left that died between making a sandbox and recording it; nothing ran in it."""
         for info in self._maker.list():
             if info.metadata.get("trajectory") == self._name and info.id != self.id:
                 with contextlib.suppress(SandboxError):

@@ -143,9 +143,7 @@ class TrajectoryLog:
         elif isinstance(record, ToolResult):
             facts.results[record.call_index] = record
         elif isinstance(record, EnvSnapshot):
-            facts.snapshots.append(
-                SnapshotFact(record.sandbox_id, record.snapshot_id, record.kind, len(facts.results))
-            )
+            facts.snapshots.append(SnapshotFact(record.sandbox_id, record.snapshot_id, record.kind, len(facts.results)))
         elif isinstance(record, Close):
             facts.closed = record
         elif isinstance(record, Event):

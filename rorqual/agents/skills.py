@@ -2,7 +2,7 @@
 
 A skill is a folder with a `SKILL.md`: front matter between two lines `---` with `name` and `description`, then free
 text. The system prompt lists names and descriptions only; a tool gives the full text and the folder's other files.
-Source: the published convention of agent skills. Left out: scripts of skills run on the host (they go into the sandbox).
+Source: the published convention of agent skills. Left out: running a skill's scripts here; they go into the sandbox.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def listing(skills: dict[str, Skill]) -> str:
 
 
 def _front_matter(text: str) -> dict[str, str]:
-    """`key: value` lines; a value goes on over indented lines, and may be quoted. A subset of YAML, enough for skills."""
+    """`key: value` lines; a value goes on over indented lines, and may be quoted: what skills use of YAML."""
     fields: dict[str, str] = {}
     key = ""
     for line in text.splitlines():

@@ -7,7 +7,7 @@ The draw for a token is a function of the trajectory's seed and of the token's p
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rorqual.agents.models.base import Batch, Identity, Resumption, Turn
@@ -24,7 +24,8 @@ POLL_S = 0.2
 class EngineBackend:
     """Turns from an `Engine`. params: temperature and filters; seed, length and suppressed ids are set for each turn.
 
-    policy_version: of the weights; give a new number when they changed within a run.
+    policy_version: of the weights; give a new number when they changed within a run. on_close: called when
+    the engine was closed.
     """
 
     resumption: Resumption = "exact"
@@ -37,10 +38,11 @@ class EngineBackend:
         *,
         thinking: bool = True,
         policy_version: int = 0,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         from rorqual.engine import SamplingParams
 
-        self._engine, self.thinking = engine, thinking
+        self._engine, self.thinking, self._on_close = engine, thinking, on_close
         self.tokenizer: Tokenizer = engine.tokenizer  # type: ignore[assignment]  # the protocol asks for less
         suppressed = suppressed_ids(self.tokenizer, thinking=thinking, tools=True)
         self._params = (params or SamplingParams()).replace(suppress_token_ids=suppressed, logprobs=True)
@@ -85,8 +87,9 @@ class EngineBackend:
                 return
 
     def close(self) -> None:
-        """Close the engine."""
+        """Close the engine, and what it was opened with."""
         self._engine.close()
+        self._on_close()
 
 
 def fingerprint(engine: Engine, params: SamplingParams) -> str:

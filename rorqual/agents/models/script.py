@@ -27,7 +27,9 @@ def load_script(path: Path) -> list[dict[str, Any]]:
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the reply script {path} cannot be read ({error}). Give a JSON file with `replies`.") from None
+        raise ConfigError(
+            f"the reply script {path} cannot be read ({error}). Give a JSON file with `replies`."
+        ) from None
     replies = read.get("replies") if isinstance(read, dict) else None
     if not isinstance(replies, list) or not replies:
         raise ConfigError(f"the reply script {path} has no list `replies`, so the model would say nothing. Add one.")

@@ -19,7 +19,8 @@ from rorqual.errors import MissingExtraError
 
 PACKAGES = ("pypdf", "openpyxl", "et_xmlfile")
 EPOCH = (1980, 1, 1, 0, 0, 0)
-FOLDER = "/tmp"
+FOLDER = ".rorqual"
+"""In the working folder, so that it is part of disk snapshots."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def build_toolkit(with_documents: bool = True) -> Toolkit:
                 if path.is_file() and path.suffix in (".py", ".txt", ".json"):
                     _add(archive, f"{package}/{path.relative_to(root).as_posix()}", path.read_bytes())
     data = buffer.getvalue()
-    return Toolkit(data, f"{FOLDER}/.rorqual-tools-{hashlib.sha256(data).hexdigest()[:16]}.pyz")
+    return Toolkit(data, f"{FOLDER}/tools-{hashlib.sha256(data).hexdigest()[:16]}.pyz")
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
@@ -56,7 +57,6 @@ def _folder_of(package: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise MissingExtraError(
-            f"the document tools need {package}, which is not installed. Install it with: "
-            'pip install "rorqual[agents]"'
+            f'the document tools need {package}, which is not installed. Install it with: pip install "rorqual[agents]"'
         )
     return Path(found.origin).parent

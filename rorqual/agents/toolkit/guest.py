@@ -1,8 +1,10 @@
-"""Runs inside the sandbox as `python3 tools.pyz TOOL` with the arguments as JSON on stdin; needs Python 3.9 and no more.
+"""Runs inside the sandbox as `python3 tools.pyz TOOL`, with the arguments as JSON on stdin; needs Python 3.9 alone.
 
 What it prints is what the model is shown. Exit code 1 with one sentence on stderr: the request was wrong.
 Nothing of Rorqual is imported here.
 """
+
+from __future__ import annotations
 
 import glob
 import io
@@ -10,6 +12,7 @@ import json
 import os
 import sys
 import zipfile
+from typing import Any
 
 MAX_SHOWN = 24_000  # characters of one answer
 
@@ -18,7 +21,7 @@ class Wrong(Exception):
     """The request cannot be fulfilled, and why."""
 
 
-def read_file(path, offset=1, limit=None):
+def read_file(path: str, offset: int = 1, limit: int | None = None) -> None:
     """Lines of a text file, from line `offset`."""
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read().splitlines(keepends=True)
@@ -27,18 +30,14 @@ def read_file(path, offset=1, limit=None):
     print(shown("".join(chosen)), end="")
 
 
-def write_file(path, content, append=False):
+def write_file(path: str, content: str) -> None:
     """Write text; the folder is made."""
     make_folder(path)
-    if append:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(content)
-    else:
-        replace(path, content.encode("utf-8", "surrogatepass"))
-    print(f"{'appended' if append else 'wrote'} {len(content):,} characters {'to' if append else 'as'} {path}")
+    replace(path, content.encode("utf-8", "replace"))
+    print(f"wrote {path}: {len(content):,} characters")
 
 
-def edit_file(path, old, new, all=False):
+def edit_file(path: str, old: str, new: str, all: bool = False) -> None:
     """Replace a piece of text that stands in the file once (or, with `all`, everywhere)."""
     with open(path, encoding="utf-8") as file:
         text = file.read()
@@ -51,7 +50,7 @@ def edit_file(path, old, new, all=False):
     print(f"replaced {count} time{'s' if count > 1 else ''} in {path}")
 
 
-def list_files(path=".", depth=3):
+def list_files(path: str = ".", depth: int = 3) -> None:
     """Files below a folder with their sizes."""
     if not os.path.isdir(path):
         raise Wrong(f"{path} is no folder")
@@ -68,7 +67,7 @@ def list_files(path=".", depth=3):
     print(shown("\n".join(lines) or "(no files)"))
 
 
-def pdf_to_text(path, out=None):
+def pdf_to_text(path: str, out: str | None = None) -> None:
     """Text of one PDF, of all in a folder, or of all that a pattern matches; with `out`, into files there."""
     from pypdf import PdfReader
 
@@ -100,34 +99,49 @@ def pdf_to_text(path, out=None):
         raise Wrong("none of them could be read")
 
 
-def write_spreadsheet(path, columns=None, rows=None, rows_file=None, sheet="Sheet1"):
+def write_spreadsheet(
+    path: str,
+    columns: list[str] | None = None,
+    rows: Any = None,
+    rows_file: str | None = None,
+    sheet: str = "Sheet1",
+) -> None:
     """An Excel file of one sheet: bold first row, filter, and text that stays text."""
     from openpyxl import Workbook
-    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-    from openpyxl.styles import Alignment, Font
-    from openpyxl.utils import get_column_letter
 
     if rows_file is not None:
         with open(rows_file, encoding="utf-8") as file:
             rows = json.load(file)
     if not isinstance(rows, list):
         raise Wrong("give rows as a list, or rows_file with a JSON list in it")
-    if columns is None:
-        columns = list(rows[0]) if rows and isinstance(rows[0], dict) else None
-    table = [columns] if columns else []
-    for i, row in enumerate(rows):
-        if isinstance(row, dict):
-            if columns is None:
-                raise Wrong("rows mix lists and objects")
-            table.append([row.get(name) for name in columns])
-        elif isinstance(row, list):
-            table.append(row)
-        else:
-            raise Wrong(f"row {i} is neither a list nor an object")
+    if columns is None and rows and isinstance(rows[0], dict):
+        columns = list(rows[0])
+    table = ([columns] if columns else []) + [as_list(row, columns, i) for i, row in enumerate(rows)]
     book = Workbook()
     page = book.active
     page.title = "".join(c for c in str(sheet) if c not in "[]:*?/\\")[:31] or "Sheet1"
-    widths = {}
+    fill(page, table, bool(columns))
+    make_folder(path)
+    save_same(book, path)
+    print(f"wrote {path}: sheet {page.title!r}, {len(rows)} rows, {max(map(len, table), default=0)} columns")
+
+
+def as_list(row: Any, columns: list[str] | None, index: int) -> list[Any]:
+    """A row as a list, in the order of the columns."""
+    if isinstance(row, dict) and columns is not None:
+        return [row.get(name) for name in columns]
+    if isinstance(row, list):
+        return row
+    raise Wrong(f"row {index} is neither a list nor an object of the columns")
+
+
+def fill(page: Any, table: list[list[Any]], has_names: bool) -> None:
+    """Put a table into a sheet."""
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+    from openpyxl.styles import Alignment, Font
+    from openpyxl.utils import get_column_letter
+
+    widths: dict[int, int] = {}
     for r, row in enumerate(table, start=1):
         for c, value in enumerate(row, start=1):
             if isinstance(value, (list, dict)):
@@ -138,20 +152,17 @@ def write_spreadsheet(path, columns=None, rows=None, rows_file=None, sheet="Shee
             if isinstance(value, str):
                 cell.data_type = "s"  # text that begins with = is no formula: it may come from a stranger's file
                 cell.alignment = Alignment(wrap_text=True, vertical="top")
-            if r == 1 and columns:
+            if r == 1 and has_names:
                 cell.font = Font(bold=True)
             widths[c] = min(max(widths.get(c, 8), len(str(value or "")) + 2), 80)
     for c, width in widths.items():
         page.column_dimensions[get_column_letter(c)].width = width
-    if columns and table:
+    if has_names:
         page.freeze_panes = "A2"
         page.auto_filter.ref = page.dimensions
-    make_folder(path)
-    save_same(book, path)
-    print(f"wrote {path}: sheet {page.title!r}, {len(rows)} rows, {len(columns or (rows[0] if rows else []))} columns")
 
 
-def read_spreadsheet(path, sheet=None, limit=200):
+def read_spreadsheet(path: str, sheet: str | None = None, limit: int = 200) -> None:
     """Rows of a sheet as JSON lines."""
     from openpyxl import load_workbook
 
@@ -169,7 +180,7 @@ def read_spreadsheet(path, sheet=None, limit=200):
     print(shown("\n".join(lines)))
 
 
-def save_same(book, path):
+def save_same(book: Any, path: str) -> None:
     """Save so that the same content gives the same bytes: no time of writing, neither inside nor in the zip."""
     import datetime
 
@@ -187,20 +198,20 @@ def save_same(book, path):
     replace(path, again.getvalue())
 
 
-def tidy(text):
+def tidy(text: str) -> str:
     """Without the spaces that only place text on the page, and with one empty line between paragraphs."""
     lines = [" ".join(line.split()) for line in text.splitlines()]
     kept = [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]
     return "\n".join(kept).strip()
 
 
-def make_folder(path):
+def make_folder(path: str) -> None:
     folder = os.path.dirname(path)
     if folder:
         os.makedirs(folder, exist_ok=True)
 
 
-def replace(path, data):
+def replace(path: str, data: bytes) -> None:
     """Whole or not at all."""
     partial = f"{path}.part{os.getpid()}"
     with open(partial, "wb") as file:
@@ -208,7 +219,7 @@ def replace(path, data):
     os.replace(partial, path)
 
 
-def shown(text):
+def shown(text: str) -> str:
     """Text cut in its middle when it is too long to be read at once."""
     if len(text) <= MAX_SHOWN:
         return text
@@ -216,7 +227,7 @@ def shown(text):
     return f"{text[:half]}\n... ({len(text) - 2 * half:,} characters left out) ...\n{text[-half:]}"
 
 
-def unpack_once():
+def unpack_once() -> None:
     """Packages load faster from files than from the zip: Python keeps what it compiled of files."""
     archive = sys.path[0]
     folder = archive + ".d"
@@ -237,10 +248,12 @@ TOOLS = {
 }
 
 
-def main():
+def main() -> None:
     name = sys.argv[1]
     arguments = json.load(sys.stdin)
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    sys.stdout.reconfigure(  # type: ignore[union-attr]
+        encoding="utf-8", errors="replace"
+    )
     if name in ("pdf_to_text", "write_spreadsheet", "read_spreadsheet"):
         unpack_once()
     try:

@@ -84,4 +84,6 @@ def _attachment(path: Any, limit: int, context: ToolContext) -> bytes:
     except SandboxError as error:
         raise CallFailed(f"{path} cannot be attached: {error}") from None
     except ValueError:
-        raise CallFailed(f"{path} cannot be attached: all files together may have {MAX_ATTACHED_BYTES:,} bytes") from None
+        raise CallFailed(
+            f"{path} cannot be attached: all files together may have {MAX_ATTACHED_BYTES:,} bytes"
+        ) from None

@@ -64,9 +64,7 @@ def _server(name: str, entry: Mapping[str, Any], path: Path) -> McpServer:
         raise ConfigError(f"the MCP server {name!r} in {path} needs either a command or a url. Give one of them.")
     if policy not in (None, "rerun", "external"):
         raise ConfigError(f"the MCP server {name!r} in {path} has the policy {policy!r}. Use rerun or external.")
-    return McpServer(
-        name, command, tuple(entry.get("args") or ()), entry.get("env"), entry.get("cwd"), url, policy
-    )
+    return McpServer(name, command, tuple(entry.get("args") or ()), entry.get("env"), entry.get("cwd"), url, policy)
 
 
 class McpTools:

@@ -27,7 +27,9 @@ def skill_tool(skills: Mapping[str, Skill]) -> Tool:
         try:
             data = skill.read(file)
         except KeyError:
-            raise CallFailed(f"the skill {name} has no file {file!r}; it has {', '.join(skill.files) or 'none'}") from None
+            raise CallFailed(
+                f"the skill {name} has no file {file!r}; it has {', '.join(skill.files) or 'none'}"
+            ) from None
         path = f"{FOLDER}/{name}/{file}"
         context.environment.sandbox.files.write(path, data)
         try:
