@@ -17,7 +17,7 @@ LINTABLE    := .venv/.lintable-$(TORCH)
 # One thread a process: the tests run side by side, and a fixed count keeps floating-point results the same.
 PYTEST      := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help install up test test-slow lint format docs bench clean
+.PHONY: help install up test test-slow sandbox-tools lint format docs bench clean
 
 help:
 	@echo "make up         talk to the bundled model in the browser (PORT=8000)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-slow  the slow tests: training, parity over many configurations, the page in a browser"
 	@echo "                (RORQUAL_TEST_FULL=1: with as many kills as were once shown)"
 	@echo "make install    only make .venv (TORCH=cuda for a GPU)"
+	@echo "make sandbox-tools  install what containers and virtual machines run on (Debian, Ubuntu; root)"
 	@echo "make lint       format check, lint, types      make format  apply the format"
 	@echo "make docs       rewrite docs/cli.md            make bench   measure speed and memory"
 	@echo "make clean      remove .venv, builds and caches"
@@ -55,6 +56,9 @@ test: $(TESTABLE)
 
 test-slow: $(TESTABLE)
 	$(PYTEST) -m slow
+
+sandbox-tools:
+	sh scripts/sandbox_tools.sh
 
 lint: $(LINTABLE)
 	$(BIN)/ruff format --check .

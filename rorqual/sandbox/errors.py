@@ -6,7 +6,7 @@ and its subclasses mean that the platform could not do what it was asked, and no
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rorqual.errors import RorqualError, SandboxError
 
@@ -14,24 +14,39 @@ if TYPE_CHECKING:
     from rorqual.sandbox.spec import CommandResult
 
 
-class CommandError(RorqualError):
+class _Travels:
+    """Errors with a field beside the message cross process borders (pickle would call them with the message alone)."""
+
+    _second: str
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return type(self), (str(self), getattr(self, self._second))
+
+
+class CommandError(_Travels, RorqualError):
     """A command ended with an exit code other than 0, by a signal or at its time limit; `result` has its output."""
+
+    _second = "result"
 
     def __init__(self, message: str, result: CommandResult) -> None:
         super().__init__(message)
         self.result = result
 
 
-class Gone(SandboxError):
+class Gone(_Travels, SandboxError):
     """The sandbox ended; `reason` says why (closed, idle, lifetime, crashed, never existed)."""
+
+    _second = "reason"
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
 
 
-class CapacityRejected(SandboxError):
+class CapacityRejected(_Travels, SandboxError):
     """No room now; try again in `retry_after_s` seconds."""
+
+    _second = "retry_after_s"
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -42,8 +57,10 @@ class PolicyRejected(SandboxError):
     """What was asked is against a rule: a path outside, a device node, an archive that explodes, a host not allowed."""
 
 
-class Unsupported(SandboxError):
+class Unsupported(_Travels, SandboxError):
     """The driver cannot do this; `capability` names what it lacks."""
+
+    _second = "capability"
 
     def __init__(self, message: str, capability: str) -> None:
         super().__init__(message)
@@ -66,8 +83,10 @@ class SnapshotFailed(SandboxError):
     """A snapshot could not be made durable; the one before it still stands."""
 
 
-class TransportError(SandboxError):
+class TransportError(_Travels, SandboxError):
     """The channel to the sandbox broke; `retryable` says whether the same call may be sent again."""
+
+    _second = "retryable"
 
     def __init__(self, message: str, retryable: bool = True) -> None:
         super().__init__(message)

@@ -72,7 +72,11 @@ def long_url() -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_an_answer_of_ten_thousand_tokens(browser: Browser, long_url: str, kind: str) -> None:
-    """While it comes in some seconds, the page never stands still for long: it could scroll, and stop."""
+    """While it comes in some seconds, the page never stands still for long: it could scroll, and stop.
+
+    A page that draws all of a long answer for each of its pieces pauses at each of them; a machine with other work
+    pauses once in a while. So nearly all pauses have to be short, and the longest within a second.
+    """
     open_fresh(browser, long_url)
     browser.value(
         "window.gaps = []; let last = performance.now();"
@@ -84,11 +88,10 @@ def test_an_answer_of_ten_thousand_tokens(browser: Browser, long_url: str, kind:
     browser.value("window.over = true")
     gaps = sorted(browser.value("gaps"))
     length = len(browser.text(".answer"))
-    print(
-        f"{kind}: {length} characters, longest pause {gaps[-1]:.0f} ms, 99.9 % within {gaps[-len(gaps) // 1000]:.0f} ms"
-    )
+    longest, nearly_all = gaps[-1], gaps[-1 - len(gaps) // 100]
+    print(f"{kind}: {length} characters, longest pause {longest:.0f} ms, 99 % within {nearly_all:.0f} ms")
     assert length > 4 * TOKENS
-    assert gaps[-1] < 400 and gaps[-len(gaps) // 1000] < 150
+    assert longest < 1000 and nearly_all < 150
     assert browser.errors == []
 
 

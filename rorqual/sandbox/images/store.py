@@ -1,0 +1,250 @@
+"""The layer store: layers named by their content, and names for stacks of them.
+
+    objects/ab/<digest>         one EROFS image
+    objects/ab/<digest>.json    its manifest: size and chunk digests; a layer is there once this is
+    names/<name>.json           an image or snapshot: its layers from the bottom up, and what it is
+    tmp/                        being written; left only by a process that was killed
+
+Any folder will do, also one that several machines share; everything is written under another name, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rorqual.errors import SandboxError
+from rorqual.folders import data_folder
+from rorqual.sandbox.errors import SnapshotFailed
+from rorqual.sandbox.images import pack
+from rorqual.sandbox.images.erofs import Writer
+from rorqual.sandbox.images.local import Local
+from rorqual.sandbox.images.objects import FolderObjects, Layer, VerifiedReader, chunks_of
+from rorqual.sandbox.images.tree import Image
+
+LayerKind = Literal["base", "workspace", "toolkit", "diff"]
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A name for a stack of layers, from the bottom up.
+
+    kind: "image" (made by people) or "snapshot" (of sandbox `owner`); keep: not collected when its owner is gone.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    kind: Literal["image", "snapshot"] = "image"
+    created: float = 0.0
+    owner: str | None = None
+    keep: bool = True
+    note: dict[str, str] = field(default_factory=dict)
+
+
+class Store:
+    """A folder of layers; the user's own `layers` when none is named. Made at first use.
+
+    local: where this machine mounts or unpacks them; mount=False unpacks even as root.
+    """
+
+    def __init__(self, folder: Path | None = None, local: Path | None = None, *, mount: bool = True) -> None:
+        self.folder = folder if folder is not None else data_folder() / "layers"
+        here = hashlib.sha256(os.fsencode(self.folder.absolute())).hexdigest()[:12]
+        self.local = Local(local if local is not None else data_folder() / "mounted" / here, mount)
+        self.objects = FolderObjects(self.folder)
+
+    # --- layers
+
+    def add(self, build: pack.Build, *, kind: LayerKind = "diff", note: Mapping[str, str] | None = None) -> str:
+        """Store what `build` writes as a layer, durably; returns its digest. The same files give the same one."""
+        with self.objects.temporary() as file:
+            build(Writer(file))
+            size, chunks = chunks_of(file)
+            layer = Layer.made(size, chunks, kind, time.time(), dict(note or {}))
+            if not self._has(layer):
+                self.objects.publish(file, _key(layer.digest))
+                self.objects.put(_manifest(layer.digest), io.BytesIO(json.dumps(asdict(layer)).encode()))
+        return layer.digest
+
+    def pack(
+        self,
+        upper: Path,
+        *,
+        owners: pack.Owners | None = None,
+        scrub: Sequence[str] = (),
+        kind: LayerKind = "diff",
+        note: Mapping[str, str] | None = None,
+    ) -> str:
+        """A folder as a layer: a disk snapshot of a sandbox that stands still, deletions kept. Returns its digest.
+
+        owners: how host ids are read (see `pack.Owners`); scrub: patterns to leave out, such as `pack.SCRUB`; the
+        folder itself is not changed. It is stored, synced and read back before this returns.
+        Raises: SnapshotFailed; nothing is stored then.
+        """
+
+        def build(writer: Writer) -> None:
+            pack.add_folder(writer, upper, owners=owners, scrub=scrub)
+            writer.finish()
+
+        try:
+            digest = self.add(build, kind=kind, note=note)
+            self.object_path(digest)
+            return digest
+        except OSError as error:
+            raise SnapshotFailed(f"{upper} could not be stored in {self.folder}: {error}. Nothing was kept.") from error
+
+    def layer(self, digest: str) -> Layer:
+        """A layer's manifest. Raises: SandboxError when it is not there or does not belong to its name."""
+        try:
+            if not _DIGEST.fullmatch(digest):
+                raise FileNotFoundError
+            key = _manifest(digest)
+            data: dict[str, Any] = json.loads(self.objects.get_range(key, 0, self.objects.stat(key) or 0))
+            return Layer(**{**data, "chunks": tuple(data["chunks"])})
+        except FileNotFoundError:
+            raise SandboxError(
+                f"there is no layer {digest[:64]!r} in {self.folder}; `rorqual sandbox image list` shows what is."
+            ) from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise SandboxError(
+                f"the manifest of layer {digest[:12]} in {self.folder} cannot be read: {error}. Restore it from a "
+                "copy, or remove the layer and make it again."
+            ) from error
+
+    def reader(self, digest: str) -> VerifiedReader:
+        """Bytes of a layer, each chunk verified at its first read and counted in `objects.counters`."""
+        return VerifiedReader(self.objects, _key(digest), self.layer(digest))
+
+    def tree(self, digest: str) -> Image:
+        """The files of a layer, read without mounting, only as far as one looks."""
+        layer = self.layer(digest)
+        return Image(VerifiedReader(self.objects, _key(digest), layer), layer.size)
+
+    def object_path(self, digest: str) -> Path:
+        """The layer's EROFS image as a file, verified whole on this machine: a read-only disk for a virtual machine."""
+        file = self.objects.path(_key(digest))
+        try:
+            before = self.local.identify(file)
+        except FileNotFoundError:
+            self.layer(digest)  # says so if there is no such layer
+            raise SandboxError(
+                f"layer {digest[:12]} has a manifest but no content in {self.folder}. Remove it."
+            ) from None
+        if not self.local.is_verified(digest, file):
+            self.reader(digest).verify()
+            self.local.mark_verified(digest, before)
+        return file
+
+    def lowerdirs(self, names: Sequence[str]) -> list[Path]:
+        """Read-only folders for overlayfs, the topmost first as `lowerdir=` wants them.
+
+        names: images, snapshots or layers, from the bottom up. The folders stay until `release` or this process ends,
+        and under an overlay mounted meanwhile for as long as its sandbox's folder says that it uses them (`collect`).
+        """
+        return [self.local.provide(digest, self.object_path(digest)) for digest in reversed(self.resolve(names))]
+
+    def release(self) -> None:
+        """Let go of the folders that `lowerdirs` gave, once the overlay is mounted."""
+        self.local.release()
+
+    def layers(self) -> Iterator[Layer]:
+        """Every layer whose manifest can be read."""
+        for key in self.objects.keys("objects/"):
+            if key.endswith(".json"):
+                with suppress(SandboxError):
+                    yield self.layer(key.rpartition("/")[2].removesuffix(".json"))
+
+    def delete(self, digest: str) -> None:
+        """Remove a layer, whatever names it; `collect` asks first."""
+        self.objects.delete(_manifest(digest))
+        self.objects.delete(_key(digest))
+
+    # --- names
+
+    def name(
+        self,
+        name: str,
+        layers: Sequence[str],
+        *,
+        kind: Literal["image", "snapshot"] = "image",
+        owner: str | None = None,
+        keep: bool = True,
+        note: Mapping[str, str] | None = None,
+    ) -> Reference:
+        """Give a stack of layers (from the bottom up) a name, in place of what had it. Raises: SandboxError."""
+        if not _NAME.fullmatch(name) or _DIGEST.fullmatch(name):
+            raise SandboxError(f"{name!r} cannot name an image: letters, digits, and . _ - after the first, no digest.")
+        for digest in layers:
+            self.layer(digest)
+        reference = Reference(name, tuple(layers), kind, time.time(), owner, keep, dict(note or {}))
+        self.objects.put(f"names/{name}.json", io.BytesIO(json.dumps(asdict(reference)).encode()))
+        return reference
+
+    def reference(self, name: str) -> Reference | None:
+        """What a name stands for, or None."""
+        if not _NAME.fullmatch(name):
+            return None
+        try:
+            data = json.loads((self.folder / "names" / f"{name}.json").read_text())
+            return Reference(**{**data, "layers": tuple(data["layers"])})
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise SandboxError(
+                f"the name {name!r} in {self.folder} cannot be read: {error}. "
+                "Remove it with `rorqual sandbox image remove`."
+            ) from error
+
+    def references(self) -> list[Reference]:
+        """Every name, in order; one that cannot be read is an error, for its layers are not known."""
+        names = sorted(key[6:-5] for key in self.objects.keys("names/") if key.endswith(".json"))
+        return [found for name in names if (found := self.reference(name))]
+
+    def forget(self, name: str) -> None:
+        """Remove a name; its layers stay until they are collected. Raises: SandboxError when there is none."""
+        if not _NAME.fullmatch(name) or self.objects.stat(f"names/{name}.json") is None:
+            raise SandboxError(f"there is no image {name!r} in {self.folder}; `rorqual sandbox image list` shows them.")
+        self.objects.delete(f"names/{name}.json")
+
+    def resolve(self, names: Sequence[str]) -> list[str]:
+        """Layers from the bottom up, of images, snapshots and layers (whole digests) stacked in this order."""
+        digests: list[str] = []
+        for name in names:
+            found = self.reference(name)
+            if found is None and not _DIGEST.fullmatch(name):
+                known = ", ".join(reference.name for reference in self.references()) or "none yet"
+                raise SandboxError(
+                    f"there is no image {name!r} in {self.folder} (there are: {known}). "
+                    f"Make one with `rorqual sandbox image build {name}`."
+                )
+            digests.extend(found.layers if found else [name])
+        return list(dict.fromkeys(digests))
+
+    def _has(self, layer: Layer) -> bool:
+        """Whether it is there whole; if so its manifest gets a new time, which keeps a collector away."""
+        if self.objects.stat(_key(layer.digest)) != layer.size:
+            return False
+        try:
+            os.utime(self.objects.path(_manifest(layer.digest)))
+            return True
+        except FileNotFoundError:
+            return False
+
+
+def _key(digest: str) -> str:
+    return f"objects/{digest[:2]}/{digest}"
+
+
+def _manifest(digest: str) -> str:
+    return f"objects/{digest[:2]}/{digest}.json"
