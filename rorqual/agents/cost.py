@@ -12,9 +12,9 @@ from rorqual.money import amount_text
 
 @dataclass
 class Meter:
-    """Adds up turns. model: a name of the hosted price table; others cost nothing that is known here."""
+    """Adds up turns. model: its name in the hosted price table; None for one that costs nothing."""
 
-    model: str
+    model: str | None = None
     prompt: int = 0
     cached: int = 0
     completion: int = 0
@@ -26,16 +26,16 @@ class Meter:
         self.prompt += usage.prompt
         self.cached += usage.cached
         self.completion += usage.completion
-        cost = self._price(usage)
-        self.picos += cost
+        if self.model is not None:
+            self.picos += self._price(self.model, usage)
 
-    def _price(self, usage: TurnUsage) -> int:
+    def _price(self, model: str, usage: TurnUsage) -> int:
         from rorqual.planner.prices import Tokens, cost
 
         tokens = Tokens(usage.cached, max(usage.prompt - usage.cached, 0), usage.completion)
         try:
-            found = cost(tokens, self.model, datetime.now(UTC))
-        except ConfigError:  # a model without a price, such as one that runs here
+            found = cost(tokens, model, datetime.now(UTC))
+        except ConfigError:  # a model without a price
             return 0
         self.currency = found.price.currency
         return found.total

@@ -39,7 +39,7 @@ PASSWORD = "RORQUAL_SMTP_PASSWORD"
 
 @dataclass(frozen=True)
 class Server:
-    """Where mail is handed in. user: logs in, with the password in RORQUAL_SMTP_PASSWORD. security: none, starttls, tls."""
+    """Where mail is handed in. security: none, starttls, tls. user: logs in with RORQUAL_SMTP_PASSWORD."""
 
     host: str
     port: int

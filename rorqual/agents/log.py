@@ -88,7 +88,7 @@ class TrajectoryLog:
         for record in records:
             self._note(record)
 
-    def event(self, kind: str, **fields: Any) -> Event:
+    def event(self, kind: str, /, **fields: Any) -> Event:
         """An event of this trajectory."""
         return Event(kind, {"request": self.number, **fields})
 

@@ -68,7 +68,8 @@ def run_agent(folder: RunFolder, hooks: RunHooks | None = None) -> RunResult:
         journal = stack.enter_context(hooks.journal(folder.journal, take_over=hooks.take_over))
         log = TrajectoryLog(journal)
         _check_not_failed(log)
-        log.attach(f"{socket.gethostname()}:{os.getpid()}")
+        if log.facts.closed is None:
+            log.attach(f"{socket.gethostname()}:{os.getpid()}")
         backend = hooks.backend(settings, toolbox)
         stack.callback(backend.close)
         environment = Environment(_maker(hooks), _environment(settings), log, folder.name)

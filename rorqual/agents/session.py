@@ -224,10 +224,13 @@ class Session:
         for batch in self._backend.generate(turn):
             usage = batch.usage or usage
             finish = batch.finish or finish
-            if batch.ids:
-                self._acknowledge(batch.ids, batch.logprobs, reader)
+            ids = batch.ids[: self._room(len(reader.ids))]  # whatever a server sends
+            if ids:
+                self._acknowledge(ids, None if batch.logprobs is None else batch.logprobs[: len(ids)], reader)
             if self._parts.stop():
                 raise self._preempt()
+            if len(ids) < len(batch.ids) or self._room(len(reader.ids)) <= 0:
+                break
         if self._parts.stop():
             raise self._preempt()
         if finish in ("cancelled", "timeout"):

@@ -192,7 +192,8 @@ def _run(folder: "RunFolder", *, quiet: bool, as_json: bool, take_over: bool, ac
     from rorqual.agents.cost import Meter
 
     settings = folder.settings
-    meter = Meter(settings.model_name or settings.model)
+    is_hosted = settings.script is None and settings.model.startswith("http")
+    meter = Meter(settings.model_name if is_hosted else None)
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: _notice(got, stopped))
