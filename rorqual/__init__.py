@@ -17,15 +17,19 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "Engine": ("rorqual.engine", "Engine"),
     "SamplingParams": ("rorqual.engine", "SamplingParams"),
     "Journal": ("rorqual.journal", "Journal"),
+    "AsyncSandbox": ("rorqual.sandbox", "AsyncSandbox"),
+    "Sandbox": ("rorqual.sandbox", "Sandbox"),
     "chat": ("rorqual.chat", None),
     "checkpoint": ("rorqual.checkpoint", None),
 }
 
 __all__ = [
+    "AsyncSandbox",
     "Engine",
     "Journal",
     "ModelConfig",
     "SamplingParams",
+    "Sandbox",
     "Transformer",
     "__version__",
     "chat",
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from rorqual.engine import SamplingParams as SamplingParams
     from rorqual.journal import Journal as Journal
     from rorqual.model import Transformer as Transformer
+    from rorqual.sandbox import AsyncSandbox as AsyncSandbox
+    from rorqual.sandbox import Sandbox as Sandbox
 
 
 def __getattr__(name: str) -> Any:

@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "pull": Command("Fetch a checkpoint from the Hugging Face Hub, resumable and checked.", LOOK),
     "convert": Command("Convert a checkpoint: DeepSeek's layout, that of transformers, GGUF.", LOOK),
     "inspect": Command("Explain a preset, a config or a checkpoint: layers, parameters, names.", LOOK),
+    "journal": Command("Show, check or compact a journal, the log that rollouts are resumed from.", LOOK),
     "selftest": Command("Prove that answers here do not depend on batch, cache or restarts.", LOOK),
     "doctor": Command("Check this machine: versions, threads, compiler, optional extras.", LOOK),
 }

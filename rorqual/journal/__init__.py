@@ -9,7 +9,10 @@
 `frames` has the format of the files, `recovery` what counts after a crash; `docs/journal.md` has both in words.
 """
 
+from rorqual.journal.compaction import Compacted, compact
 from rorqual.journal.keys import call_key, canonical
+from rorqual.journal.reader import Reader
+from rorqual.journal.reading import replay_folder
 from rorqual.journal.records import (
     Attach,
     Close,
@@ -28,11 +31,13 @@ from rorqual.journal.records import (
     ToolCall,
     ToolResult,
 )
+from rorqual.journal.verification import Report, verify
 from rorqual.journal.writer import Journal
 
 __all__ = [
     "Attach",
     "Close",
+    "Compacted",
     "EnvSnapshot",
     "Event",
     "Fence",
@@ -40,7 +45,9 @@ __all__ = [
     "KVReference",
     "PolicySwitch",
     "Preempt",
+    "Reader",
     "Record",
+    "Report",
     "Request",
     "Resume",
     "Reward",
@@ -50,4 +57,7 @@ __all__ = [
     "ToolResult",
     "call_key",
     "canonical",
+    "compact",
+    "replay_folder",
+    "verify",
 ]

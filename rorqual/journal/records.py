@@ -394,3 +394,11 @@ def decode(kind: int, payload: bytes | memoryview) -> Record:
         return cls(**values)
     except (msgpack.UnpackException, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"no {cls.__name__} record: {error}") from None
+
+
+def request_of(kind: int, payload: bytes | memoryview) -> int | None:
+    """The request a record belongs to; None for records of no request. Raises: ValueError, like `decode`."""
+    if kind == Tokens.TYPE:
+        return int.from_bytes(payload[:8], "little")
+    request: int | None = getattr(decode(kind, payload), "request", None)
+    return request

@@ -64,8 +64,9 @@ def list_segments(folder: Path) -> Listing:
     for name in names:
         first, epoch, suffix = _NAME.fullmatch(name).groups()  # type: ignore[union-attr]
         key = int(first), int(epoch)
-        if key in found:  # compaction was interrupted before it removed the original, `.seg` sorts behind `.col`
-            stale.append(found[key])
+        if key in found:  # compaction ended, or is, between naming its result (`.col`, sorts first) and removing this
+            stale.append(folder / name)
+            continue
         found[key] = folder / name
     kept: list[tuple[int, int]] = []
     for key in sorted(found):

@@ -14,12 +14,13 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rorqual import log
 from rorqual.errors import JournalError
 from rorqual.journal import frames
+from rorqual.journal.columns import num_records
 from rorqual.journal.committer import Committer
 from rorqual.journal.disk import FULL_ERRORS, Disk
 from rorqual.journal.ownership import Guard, Ownership
@@ -29,8 +30,8 @@ from rorqual.journal.recovery import Recovered, recover
 from rorqual.journal.segments import Bytes, Segment, file_name, list_segments
 from rorqual.journal.state import State
 
-_LEAST_ROOM, _MOST_ROOM = 64 << 10, 4 << 20
-"""Room set aside ahead in a segment's file, in bytes; it doubles from the least to the most."""
+_LEAST_ROOM, _MOST_ROOM = 64 << 10, 1 << 20
+"""Zeros written ahead in a segment's file, in bytes; they double from the least to the most."""
 
 _log = log.get(__name__)
 
@@ -75,7 +76,7 @@ class Journal:
         self._file, self._offset, self._room = -1, 0, 0
         self._first_lsn = 0
         self._committer: Committer | None = None
-        self._pid = os.getpid()
+        self._pid, self._is_closed = os.getpid(), False
         self._open(take_over)
 
     # Opening
@@ -108,19 +109,20 @@ class Journal:
         if segments:
             self.recovered = self._keep(segments[-1], state)
             next_lsn = self.recovered.next_lsn
+        self._warn_of_missing(state, next_lsn)
         for path in [*listing.stale, *self.path.glob("*.tmp")]:
             self._disk.unlink(path)
         if state is None:
             state = State.create(self.path, self._worker(segments), self.epoch, self._disk)
-        self._state, self._durable, self._next_lsn = state, next_lsn - 1, next_lsn
+        self._state, self._durable, self._next_lsn, self._opened_lsn = state, next_lsn - 1, next_lsn, next_lsn
         self._seed = frames.crc_seed(state.worker, self.epoch)
         if take_over:
             self._begin_segment(next_lsn)
 
     def _keep(self, segment: Segment, state: State | None) -> Recovered:
         """Cut the torn tail of the last segment, and make sure that what is kept is on the disk."""
-        if segment.is_columnar:
-            raise AssertionError("the last segment is never compacted")
+        if segment.is_columnar:  # the empty one behind it was removed at an opening
+            return Recovered(segment.path.stat().st_size, segment.first_lsn + num_records(segment), 0, 0)
         mark = None if state is None else state.mark_of(segment.epoch, segment.first_lsn)
         with Bytes(segment.path) as file:
             kept = recover(file.data, segment, mark, has_state=state is not None)
@@ -128,13 +130,6 @@ class Journal:
             # Records whose sync never returned, or failed, are perhaps only in the system's memory, and it may believe
             # that it wrote them: written again, they are what the next sync is about.
             unsure, size = bytes(file.data[start : kept.end]), file.size
-        if kept.missing > 0:
-            _log.warning(
-                "%s was cut: %d acknowledged records behind LSN %d are gone",
-                segment.path,
-                kept.missing,
-                kept.next_lsn - 1,
-            )
         if unsure or size > kept.end:
             descriptor = self._disk.open(segment.path)
             try:
@@ -148,7 +143,18 @@ class Journal:
         if kept.end <= frames.FILE_HEADER_BYTES:
             self._disk.unlink(segment.path)
             self._disk.sync_folder(self.path)
+        elif state is not None:
+            for _ in range(2):  # both places: readers see what was kept, and no longer what was cut
+                state.set_mark(segment.epoch, segment.first_lsn, kept.end, kept.next_lsn - 1)
         return kept
+
+    def _warn_of_missing(self, state: State | None, next_lsn: int) -> None:
+        marks = state.marks() if state is not None else []
+        newest = max((mark.epoch for mark in marks), default=0)
+        acknowledged = max((mark.lsn for mark in marks if mark.epoch == newest), default=0)
+        missing = max(acknowledged - next_lsn + 1, self.recovered.missing if self.recovered else 0)
+        if missing > 0:
+            _log.warning("%s was cut: %d acknowledged records from LSN %d on are gone", self.path, missing, next_lsn)
 
     @staticmethod
     def _worker(segments: list[Segment]) -> bytes:
@@ -268,7 +274,7 @@ class Journal:
                 self._offset + len(batch.data) > self._segment_bytes and self._offset > frames.FILE_HEADER_BYTES
             ):
                 self._begin_segment(self._durable + 1)
-            if self._offset + len(batch.data) > self._room:
+            if self._offset + len(batch.data) > self._room and self._sync:
                 self._make_room(self._offset + len(batch.data))
             self._disk.write(self._file, batch.data, self._offset, synced=self._sync)
         except OSError as error:
@@ -308,15 +314,13 @@ class Journal:
         return JournalError(self._broken)
 
     def _make_room(self, need: int) -> None:
-        step = min(max(self._room, _LEAST_ROOM), _MOST_ROOM)
+        room = need + min(max(self._room, _LEAST_ROOM), _MOST_ROOM)
         try:
-            self._disk.allocate(self._file, need + step)
-            self._room = need + step
+            self._disk.make_room(self._file, self._room, room - self._room)
+            self._room = room
         except OSError as error:
-            if error.errno not in FULL_ERRORS:
+            if error.errno not in FULL_ERRORS:  # the last bytes of a disk are used too, by the batch itself
                 raise
-            self._disk.allocate(self._file, need)  # the last bytes of a disk are used too
-            self._room = need
 
     def _begin_segment(self, first_lsn: int) -> None:
         """Seal the present file and make the next; both durable, with their names."""
@@ -360,36 +364,40 @@ class Journal:
         for segment in segments:
             if (segment.first_lsn, segment.epoch) == current:
                 yield from read_records(segment, since, end)
-            elif segment.stop_lsn is None:
-                assert self.recovered is not None
-                yield from read_records(segment, since, self.recovered.end)
-            elif segment.stop_lsn - 1 > since:
-                yield from read_records(segment, since)
+                return
+            stop_lsn = segment.stop_lsn or self._opened_lsn
+            if stop_lsn - 1 > since:
+                yield from read_records(replace(segment, stop_lsn=stop_lsn), since)
 
     def close(self) -> None:
         """Commit what is queued, seal the file and let others write. A second call does nothing.
 
         Raises: JournalError when queued records cannot be made durable; the journal is closed nevertheless.
         """
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
         if self._committer is not None:
             self._committer.stop()
-        with self._lock:
-            if self._pid == -1:
-                return
         try:
             if self._broken is None:
                 self.commit()
-                if self._file >= 0:
-                    self._seal()
-                self._state.sync()
+                with self._commit_lock:
+                    if self._file >= 0:
+                        self._seal()
+                    self._state.sync()
         except OSError as error:
             raise self._failed(error) from error
         finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        with self._commit_lock:
+            self._broken = self._broken or f"the journal {self.path} is closed. Open it anew to append."
             if self._file >= 0:
                 self._disk.close(self._file)
                 self._file = -1
-            self._broken = self._broken or f"the journal {self.path} is closed. Open it anew to append."
-            self._pid = -1
             self._state.close()
             self._owner.release()
 

@@ -91,3 +91,10 @@ class TransportError(_Travels, SandboxError):
     def __init__(self, message: str, retryable: bool = True) -> None:
         super().__init__(message)
         self.retryable = retryable
+
+
+class FileError(SandboxError, OSError):
+    """A file inside the sandbox cannot be used as asked; `errno` and `filename` are set as in OSError."""
+
+    def __init__(self, number: int, text: str, path: str) -> None:
+        OSError.__init__(self, number, text, path)

@@ -9,10 +9,12 @@ import pytest
 import rorqual
 
 PUBLIC = [
+    "AsyncSandbox",
     "Engine",
     "Journal",
     "ModelConfig",
     "SamplingParams",
+    "Sandbox",
     "Transformer",
     "__version__",
     "chat",
@@ -47,7 +49,7 @@ def test_name_below_can_be_imported(module: str, name: str) -> None:
 
 
 def test_unknown_name_lists_the_public_ones() -> None:
-    with pytest.raises(AttributeError, match=r"no attribute 'Modle'; public names: Engine, Journal, ModelConfig"):
+    with pytest.raises(AttributeError, match=r"no attribute 'Modle'; public names: AsyncSandbox, Engine, Journal"):
         _ = rorqual.Modle
 
 

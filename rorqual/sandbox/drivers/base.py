@@ -29,7 +29,10 @@ class Running:
 
     processes: every host process of it, the keeper first. mounts, cgroups: host-side leftovers that `stop` removes.
     channel: how to reach the agent, e.g. {"unix": "channel.sock"} or {"fifo": ["in", "out"]}, relative to the folder.
-    secret: key of the message codes (hex). enforced: limit -> mechanism. extra: the driver's own.
+    secret: key of the message codes (hex, 32 bytes). enforced: limit -> mechanism.
+    extra: the driver's own; of it the SDK reads what the agent is to be told: nproc (processes, default the limit; 0
+    none), data_limit_mb (per process, default none), cpu_locked (commands may not choose processors), filter (default
+    true).
     """
 
     processes: list[Process]
@@ -87,6 +90,10 @@ class Driver(ABC):
     async def snapshot_full(self, running: Running, home: Path) -> str:
         """Files and memory; returns the id of the stored pair. Raises: Unsupported."""
         raise self._cannot("snapshot_memory", "take a full snapshot")
+
+    async def oom_kills(self, running: Running, home: Path) -> int:
+        """How many processes were ended so far because the sandbox's memory was used up; 0 where nobody counts."""
+        return 0
 
     async def memory_bytes(self, running: Running) -> int:
         """Host memory this sandbox takes now (its cgroup's, or the PSS of its processes)."""

@@ -1,0 +1,225 @@
+"""One folder on the host for each sandbox: what was asked, what runs, who drives it.
+
+    <data>/sandboxes/<id>/          mode 0700
+        spec.json      the record: what was asked, state, incarnation, attach epoch, processes, secret
+        lock           flock held by the client process that drives the sandbox; the kernel frees it when that one dies
+        lifetime       when the keeper ends it, in milliseconds since boot; SIGHUP makes the keeper read it again
+        exit.json      why it ended, written by the keeper
+        channel, keeper, keeper.log, oom, history/
+    <data>/sandboxes/.gone/<id>     why a sandbox that is no more ended, kept for a day
+
+No daemon: each client drives its sandboxes itself, and `sweep` takes away what dead ones left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rorqual.errors import SandboxError
+from rorqual.folders import data_folder
+from rorqual.sandbox import processes
+from rorqual.sandbox.drivers.base import Process, Running
+from rorqual.sandbox.errors import Gone
+from rorqual.sandbox.spec import Kind, Lifetimes, Limits, SandboxSpec
+
+TOMBSTONE_S = 86400.0
+_ID = re.compile(r"[a-z0-9][a-z0-9-]{2,62}")
+
+
+def sandboxes_folder(base: Path | str | None = None) -> Path:
+    """Where the folders of all sandboxes lie: below `base`, or below the user's data folder."""
+    return (Path(base) if base is not None else data_folder()) / "sandboxes"
+
+
+@dataclasses.dataclass
+class Record:
+    """What spec.json holds. state: preparing, ready, paused or stopping; a dead one has an exit.json beside it."""
+
+    id: str
+    driver: str
+    spec: SandboxSpec
+    created: float
+    state: str = "preparing"
+    incarnation: int = 1
+    attach_epoch: int = 1
+    running: Running | None = None
+    owner: int = 0
+    """Process that drives it, for messages only; the lock decides."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Record:
+        """The record that `to_json` wrote."""
+        spec = dict(data["spec"])
+        spec["limits"] = Limits(**spec["limits"])
+        spec["lifetimes"] = Lifetimes(**spec["lifetimes"])
+        spec["layers"] = tuple(spec["layers"])
+        running = data["running"]
+        if running is not None:
+            running = Running(**{**running, "processes": [Process(**one) for one in running["processes"]]})
+        return cls(**{**data, "spec": SandboxSpec(**spec), "running": running})
+
+
+class Home:
+    """The folder of one sandbox."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.id = path.name
+        self._lock: int | None = None
+
+    @classmethod
+    def make(cls, kind: Kind, base: Path | str | None = None) -> Home:
+        """A new folder with a new id, locked by this process."""
+        parent = sandboxes_folder(base)
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        home = cls(parent / f"{kind}-{secrets.token_hex(6)}")
+        home.path.mkdir(mode=0o700)
+        while not home.lock():
+            time.sleep(0.001)  # a sweep is looking at the new folder
+        return home
+
+    @classmethod
+    def find(cls, sandbox_id: str, base: Path | str | None = None) -> Home:
+        """The folder of a sandbox that exists. Raises: Gone."""
+        if not _ID.fullmatch(sandbox_id):
+            raise SandboxError(f"{sandbox_id!r} is no sandbox id. Sandbox.list() shows them.")
+        home = cls(sandboxes_folder(base) / sandbox_id)
+        if not (home.path / "spec.json").exists():
+            raise gone(sandbox_id, reason_of(home.path.parent, sandbox_id))
+        return home
+
+    def lock(self) -> bool:
+        """Become the process that drives this sandbox; False when another one does."""
+        if self._lock is not None:
+            return True
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return False
+        self._lock = descriptor
+        return True
+
+    def unlock(self) -> None:
+        """Let another process drive it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @contextlib.contextmanager
+    def editing(self) -> Iterator[Record]:
+        """Read the record, let the caller change it, write it back; one process at a time."""
+        with open(self.path / "record.lock", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            record = self.read()
+            yield record
+            self.write(record)
+
+    def read(self) -> Record:
+        """The record. Raises: Gone when the sandbox is no more."""
+        try:
+            return Record.from_json(json.loads((self.path / "spec.json").read_text()))
+        except FileNotFoundError:
+            raise gone(self.id, reason_of(self.path.parent, self.id)) from None
+
+    def write(self, record: Record) -> None:
+        """Put the record in place by one rename; only its owner may read it, since it holds the channel's secret."""
+        scratch = self.path / f"spec.{os.getpid()}.{secrets.token_hex(4)}"
+        with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(record.to_json(), file, indent=1)
+        os.replace(scratch, self.path / "spec.json")
+
+    def set_deadlines(self, deadlines: dict[str, float], running: Running | None = None) -> None:
+        """Tell the keeper when to end it: reason -> seconds from now; an infinite one is left out."""
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        lines = [f"{int((now + s) * 1000)} {why}\n" for why, s in deadlines.items() if s != float("inf")]
+        scratch = self.path / "lifetime.new"
+        scratch.write_text("".join(lines))
+        os.replace(scratch, self.path / "lifetime")
+        if running is not None and running.processes:
+            processes.send(running.processes[0], signal.SIGHUP)
+
+    def ended(self) -> str | None:
+        """Why the sandbox ended, as its keeper wrote it; None while it runs (or is being made)."""
+        try:
+            return str(json.loads((self.path / "exit.json").read_text())["reason"])
+        except FileNotFoundError:
+            return None if self.path.exists() else reason_of(self.path.parent, self.id)
+        except (OSError, ValueError, KeyError):
+            return "crashed"
+
+    def keeper(self) -> list[Process]:
+        """Keeper and holder as the keeper itself wrote them down: known also when the client died right after."""
+        found = []
+        with contextlib.suppress(OSError, ValueError):
+            numbers = [int(word) for word in (self.path / "keeper").read_text().split()]
+            for pid, started in zip(numbers[::2], numbers[1::2], strict=True):
+                process = Process(pid, started)
+                if processes.alive(process):
+                    found.append(process)
+        return found
+
+    def remove(self, reason: str) -> None:
+        """Take the folder away and leave a note of why."""
+        notes = self.path.parent / ".gone"
+        notes.mkdir(mode=0o700, exist_ok=True)
+        (notes / self.id).write_text(reason)
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.unlock()
+
+
+def reason_of(parent: Path, sandbox_id: str) -> str:
+    """Why a sandbox whose folder is gone ended."""
+    try:
+        return (parent / ".gone" / sandbox_id).read_text() or "closed"
+    except OSError:
+        return "never existed"
+
+
+def gone(sandbox_id: str, reason: str) -> Gone:
+    """The error for a sandbox that is no more."""
+    told = {
+        "closed": "it was closed",
+        "idle": "nobody used it for its idle_ttl",
+        "lifetime": "its max_lifetime was over",
+        "paused": "it stayed paused for longer than its paused_ttl",
+        "crashed": "its first process ended",
+        "never existed": "no sandbox of that name is known here",
+    }.get(reason, reason)
+    return Gone(f"sandbox {sandbox_id} is gone: {told}. Create a new one, from a snapshot if there is one.", reason)
+
+
+def all_homes(base: Path | str | None = None) -> list[Home]:
+    """Every folder that may be a sandbox's, by name."""
+    parent = sandboxes_folder(base)
+    if not parent.is_dir():
+        return []
+    return [Home(path) for path in sorted(parent.iterdir()) if path.is_dir() and _ID.fullmatch(path.name)]
+
+
+def forget_old_notes(base: Path | str | None = None) -> None:
+    """Drop notes about sandboxes that ended more than a day ago."""
+    notes = sandboxes_folder(base) / ".gone"
+    for path in notes.iterdir() if notes.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > TOMBSTONE_S:
+                path.unlink()

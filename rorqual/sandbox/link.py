@@ -1,0 +1,148 @@
+"""The way to a sandbox's agent that mends itself: opens the channel, opens it again, and knows when all is over."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from rorqual.sandbox import processes
+from rorqual.sandbox.channel import Channel
+from rorqual.sandbox.drivers.base import Driver, Running
+from rorqual.sandbox.errors import StaleEpoch, TransportError
+from rorqual.sandbox.home import Home, Record, gone
+from rorqual.sandbox.spec import SandboxSpec
+from rorqual.sandbox.wire import Fields, Tag, Type, Value
+
+Listener = Callable[[int, Fields], None]
+BREAK = 0
+"""Kind of the event that tells a listener that the connection broke."""
+
+
+def provision_fields(spec: SandboxSpec, running: Running, created: float) -> list[tuple[Tag, Value]]:
+    """What a fresh agent is told once: user, environment, limits and times.
+
+    A driver adjusts it through `running.extra`: nproc and data_limit_mb (0: the group holds it), cpu_locked, filter.
+    """
+    extra, limits, lifetimes = running.extra, spec.limits, spec.lifetimes
+    home = "/root" if spec.user == "root" else f"/home/{spec.user}"
+    path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    env = {"PATH": path, "HOME": home, "LANG": "C.UTF-8", "TERM": "xterm-256color", **spec.env}
+    left = max(1.0, created + lifetimes.max_lifetime - time.time())
+    fields: list[tuple[Tag, Value]] = [
+        (Tag.USER, spec.user),
+        (Tag.IDLE_MS, _milliseconds(lifetimes.idle_ttl)),
+        (Tag.LIFE_MS, _milliseconds(left)),
+        (Tag.NPROC, int(extra.get("nproc", limits.pids))),
+        (Tag.NOFILE, limits.open_files),
+        (Tag.FSIZE, limits.file_mb << 20),
+        (Tag.DATA_LIMIT, int(extra.get("data_limit_mb", 0)) << 20),
+        (Tag.FILTER, int(extra.get("filter", True))),
+        (Tag.CPU_LOCKED, int(extra.get("cpu_locked", False))),
+    ]
+    if spec.cwd is not None:
+        fields.append((Tag.CWD, spec.cwd))
+    return fields + [(Tag.ENV, f"{name}={value}") for name, value in env.items()]
+
+
+def _milliseconds(seconds: float) -> int:
+    return 0 if seconds == float("inf") else max(1, int(seconds * 1000))
+
+
+class Link:
+    """Requests to one sandbox's agent; the connection is made again when it broke and the sandbox still lives."""
+
+    def __init__(self, driver: Driver, home: Home, record: Record) -> None:
+        self.driver = driver
+        self.home = home
+        self.record = record
+        self.listeners: dict[str | int, Listener] = {}
+        self._channel: Channel | None = None
+        self._opening = asyncio.Lock()
+        self._closed = False
+
+    @property
+    def running(self) -> Running:
+        """What the driver started."""
+        assert self.record.running is not None
+        return self.record.running
+
+    async def open(self, *, within_s: float, first: bool = False) -> None:
+        """Open the channel; a fresh agent may need time until it listens. Raises: Gone, TransportError, StaleEpoch."""
+        end = time.monotonic() + within_s
+        pause = 0.002
+        while True:
+            try:
+                left = max(0.05, end - time.monotonic())
+                self._channel = await asyncio.wait_for(self._connect(first), left)
+                return
+            except (TransportError, OSError, TimeoutError) as error:
+                reason = self.home.ended()
+                if reason is not None:
+                    raise gone(self.home.id, reason) from error
+                if time.monotonic() + pause > end or not self._alive():
+                    raise TransportError(
+                        f"the agent of sandbox {self.home.id} did not answer within {within_s:g} s: {error}"
+                    ) from error
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.1)
+
+    async def _connect(self, first: bool) -> Channel:
+        reader, writer = await self.driver.connect(self.running, self.home.path)
+        fields = provision_fields(self.record.spec, self.running, self.record.created) if first else None
+        secret = bytes.fromhex(self.running.secret)
+        return await Channel.open(reader, writer, secret, self.record.attach_epoch, self._event, fields)
+
+    def _alive(self) -> bool:
+        return any(processes.alive(process) for process in self.running.processes)
+
+    def _event(self, kind: int, fields: Fields) -> None:
+        if kind == BREAK:
+            for listener in list(self.listeners.values()):
+                listener(BREAK, fields)
+            return
+        key: str | int = fields.text(Tag.HANDLE) if fields.has(Tag.HANDLE) else fields.number(Tag.ID)
+        if key in self.listeners:
+            self.listeners[key](kind, fields)
+
+    async def channel(self) -> Channel:
+        """The open channel, opened again if need be."""
+        if self._closed:
+            raise gone(self.home.id, "closed")
+        channel = self._channel
+        if channel is None or not channel.open_now:
+            async with self._opening:
+                if self._channel is None or not self._channel.open_now:
+                    if self.home.path.exists() and self.home.read().attach_epoch > self.record.attach_epoch:
+                        raise StaleEpoch(
+                            f"another process drives sandbox {self.home.id} now; this one may no longer act on it. "
+                            "Sandbox.connect(id, takeover=True) would take it back."
+                        )
+                    await self.open(within_s=10.0)
+        assert self._channel is not None
+        return self._channel
+
+    async def request(self, kind: Type, fields: list[tuple[Tag, Value]] | None = None, *, again: bool = True) -> Fields:
+        """Ask the agent; with `again` (for what may be asked twice) a broken connection is mended once.
+
+        Raises: AgentRefusal, TransportError, StaleEpoch, Gone.
+        """
+        channel = await self.channel()
+        try:
+            return await channel.request(kind, fields)
+        except TransportError as error:
+            if self._closed or (reason := self.home.ended()) is not None:
+                raise gone(self.home.id, "closed" if self._closed else str(reason)) from error
+            if not again:
+                await asyncio.sleep(0.05)  # a dying sandbox's note may be a moment late
+                if (reason := self.home.ended()) is not None:
+                    raise gone(self.home.id, reason) from error
+                raise
+        return await (await self.channel()).request(kind, fields)
+
+    async def close(self, *, for_good: bool = False) -> None:
+        """Close the channel; `for_good`: no request opens it again."""
+        self._closed = for_good
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None

@@ -1,0 +1,84 @@
+"""Takes away what sandboxes leave: one that is ended now, and those whose client died without ending them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from rorqual import log
+from rorqual.errors import SandboxError
+from rorqual.sandbox import processes
+from rorqual.sandbox.drivers import driver as driver_named
+from rorqual.sandbox.drivers.base import Driver, Running
+from rorqual.sandbox.errors import Gone
+from rorqual.sandbox.home import Home, all_homes, forget_old_notes
+
+UNFINISHED_S = 120.0
+_logger = log.get(__name__)
+
+
+async def end_home(home: Home, reason: str, driver: Driver | None = None, running: Running | None = None) -> None:
+    """End a sandbox's processes, remove its mounts and groups, then its folder; fine when it is gone already.
+
+    Raises: SandboxError listing what could not be removed; the folder stays then, so that it can be tried again.
+    """
+    if not home.path.exists():
+        home.unlock()
+        return
+    left: list[str] = []
+    try:
+        record = home.read()
+        driver = driver or driver_named(record.spec.kind, record.driver)
+        running = record.running or running
+    except (Gone, ValueError, KeyError, TypeError):
+        pass  # the folder of a sandbox that never came to be
+    strays = home.keeper()
+    for process in list(strays):
+        strays += processes.below(process.pid)
+    if driver is not None and running is not None:
+        left += await driver.stop(running, home.path)
+    left += [f"process {process.pid}" for process in await asyncio.to_thread(processes.end_all, strays)]
+    if left:
+        raise SandboxError(f"sandbox {home.id} could not be ended wholly; left are: {', '.join(left)}. Try again.")
+    await asyncio.to_thread(home.remove, reason)
+
+
+def sweep(base: str | Path | None = None) -> list[str]:
+    """Remove every sandbox that is dead and that no process drives; returns their ids. Living ones are left alone."""
+    removed = []
+    for home in all_homes(base):
+        try:
+            if not home.lock():
+                continue
+        except FileNotFoundError:
+            continue  # another process was quicker
+        try:
+            reason = _dead(home)
+            if reason is not None:
+                asyncio.run(end_home(home, reason))
+                removed.append(home.id)
+        except (SandboxError, OSError) as error:
+            _logger.warning("sandbox %s could not be swept: %s", home.id, error)
+        finally:
+            home.unlock()
+    forget_old_notes(base)
+    return removed
+
+
+def _dead(home: Home) -> str | None:
+    """Why a sandbox that nobody drives is over, or None when it lives."""
+    reason = home.ended()
+    if reason is not None:
+        return reason
+    try:
+        record = home.read()
+        running = record.running
+        age = time.time() - record.created
+    except (Gone, ValueError, KeyError, TypeError):
+        running, age = None, time.time() - home.path.stat().st_mtime
+    if running is not None:
+        return None if any(processes.alive(process) for process in running.processes) else "crashed"
+    if any(processes.alive(process) for process in home.keeper()):
+        return "crashed"  # its client died between starting it and writing it down
+    return "crashed" if age > UNFINISHED_S or running is None and (home.path / "spec.json").exists() else None
