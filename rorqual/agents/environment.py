@@ -17,7 +17,7 @@ from rorqual import log as logs
 from rorqual.agents.errors import AgentError, InfraFailed
 from rorqual.agents.keys import attempt_key
 from rorqual.agents.log import SnapshotFact, TrajectoryLog
-from rorqual.agents.toolkit import build_toolkit
+from rorqual.agents.toolkit import FOLDER, build_toolkit
 from rorqual.agents.tools.base import ToolContext
 from rorqual.errors import SandboxError
 from rorqual.journal.records import EnvSnapshot
@@ -42,18 +42,23 @@ MAX_DOWNLOAD_FILES = 2_000
 class SandboxMaker(Protocol):
     """`rorqual.sandbox.Sandbox` itself, or another with these four."""
 
-    def create(self, kind: str, **options: Any) -> Any: ...
-    def connect(self, sandbox_id: str) -> Any: ...
+    def create(self, kind: Any, **options: Any) -> Any: ...
+    def connect(self, sandbox_id: str, *, takeover: bool = False) -> Any: ...
     def list(self) -> Any: ...
+    def end(self, sandbox_id: str) -> Any: ...
 
 
 @dataclass(frozen=True)
 class EnvironmentSettings:
-    """What kind of sandbox, and what goes in. options: further arguments of `Sandbox.create`."""
+    """What kind of sandbox, and what goes in. options: further arguments of `Sandbox.create`.
+
+    take_over: drive it although a process that hangs still does; that one is fenced off.
+    """
 
     kind: str = "container"
     files: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    take_over: bool = False
 
 
 class Environment:
@@ -131,6 +136,12 @@ class Environment:
             self._toolkit_is_there = True
         return kit.path
 
+    def put(self, name: str, data: bytes) -> str:
+        """A file for the tools' program; its path."""
+        path = f"{FOLDER}/{name}"
+        self.sandbox.files.write(path, data)
+        return path
+
     def read_bytes(self, path: str, limit: int) -> bytes:
         """A file's bytes. Raises: SandboxError when it is not there; ValueError when it is larger than `limit`."""
         data: bytes = self.sandbox.files.read(path, format="bytes", limit=limit + 1)
@@ -148,8 +159,8 @@ class Environment:
             self._snapshot()
             return
         try:
-            self._adopt(self._maker.connect(self.id))
-        except (Gone, OutcomeUnknown) as error:
+            self._adopt(self._maker.connect(self.id, takeover=self._settings.take_over))
+        except Gone as error:
             self._restore(len(facts.results), f"the sandbox {self.id} is gone: {error}", in_place=False)
             return
         if facts.restoring:
@@ -178,8 +189,7 @@ class Environment:
         """End what a process left that died between making a sandbox and recording it; nothing ran in it."""
         for info in self._maker.list():
             if info.metadata.get("trajectory") == self._name and info.id != self.id:
-                with contextlib.suppress(SandboxError):
-                    self._maker.connect(info.id).kill()
+                self._maker.end(info.id)
 
     def _reconnect(self, context: ToolContext, error: TransportError) -> None:
         """The channel broke and the sandbox may live on: connect again, and ask again with the same key."""
@@ -286,13 +296,17 @@ class Environment:
 
     def end(self) -> None:
         """Remove the sandbox, if there is one. Raises: SandboxError naming what could not be removed."""
-        if self._sandbox is None and self.id:
-            try:
-                self._sandbox = self._maker.connect(self.id)
-            except SandboxError:
-                return
         if self._sandbox is not None:
             self._sandbox.kill()
+            self._sandbox = None
+        elif self.id:
+            self._maker.end(self.id)
+
+    def release(self) -> None:
+        """Let go of the sandbox without ending it: its commands go on, and the next process connects to it."""
+        if self._sandbox is not None:
+            with contextlib.suppress(SandboxError):
+                self._sandbox.detach()
             self._sandbox = None
 
 

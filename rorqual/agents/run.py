@@ -72,7 +72,8 @@ def run_agent(folder: RunFolder, hooks: RunHooks | None = None) -> RunResult:
             log.attach(f"{socket.gethostname()}:{os.getpid()}")
         backend = hooks.backend(settings, toolbox)
         stack.callback(backend.close)
-        environment = Environment(_maker(hooks), _environment(settings), log, folder.name)
+        environment = Environment(_maker(hooks), _environment(settings, hooks), log, folder.name)
+        stack.callback(environment.release)
         session = Session(
             SessionParts(
                 log, backend, toolbox, environment, folder.outbox, folder.name, settings.seed,
@@ -140,9 +141,9 @@ def _tools(settings: RunSettings, skills: dict[str, Skill]) -> Iterator[list[Too
         yield [*tools, *connected.tools]
 
 
-def _environment(settings: RunSettings) -> EnvironmentSettings:
+def _environment(settings: RunSettings, hooks: RunHooks) -> EnvironmentSettings:
     files = None if settings.files is None else Path(settings.files)
-    return EnvironmentSettings(settings.kind, files, dict(settings.sandbox))
+    return EnvironmentSettings(settings.kind, files, dict(settings.sandbox), hooks.take_over)
 
 
 def _maker(hooks: RunHooks) -> Any:

@@ -81,7 +81,7 @@ class FusedMaker(Maker):
         self._fuse.passing("after create")
         return made
 
-    def connect(self, id: str) -> Any:
+    def connect(self, id: str, *, takeover: bool = False) -> Any:
         return self._fused(super().connect(id))
 
     def _fused(self, sandbox: LocalSandbox) -> LocalSandbox:

@@ -135,6 +135,9 @@ class LocalSandbox:
             if not (path.parent / "exit").exists() and alive(pid := int(path.read_text())):
                 os.killpg(pid, signal.SIGKILL)
 
+    def detach(self) -> None:
+        """Nothing holds on to it."""
+
     def kill(self) -> None:
         if self.folder.exists():
             self.end_processes()
@@ -159,10 +162,13 @@ class Maker:
         self.made += 1
         return sandbox
 
-    def connect(self, id: str) -> LocalSandbox:
+    def connect(self, id: str, *, takeover: bool = False) -> LocalSandbox:
         sandbox = LocalSandbox(self.root, id)
         sandbox.check()
         return sandbox
+
+    def end(self, id: str) -> None:
+        LocalSandbox(self.root, id).kill()
 
     def list(self) -> list[Any]:
         found = []

@@ -3,6 +3,6 @@
 Documents are parsed there and never in this process: a crafted PDF meets the sandbox's walls, not the host's.
 """
 
-from rorqual.agents.toolkit.archive import Toolkit, build_toolkit
+from rorqual.agents.toolkit.archive import FOLDER, Toolkit, build_toolkit
 
-__all__ = ["Toolkit", "build_toolkit"]
+__all__ = ["FOLDER", "Toolkit", "build_toolkit"]

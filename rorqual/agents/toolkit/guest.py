@@ -250,7 +250,12 @@ TOOLS = {
 
 def main() -> None:
     name = sys.argv[1]
-    arguments = json.load(sys.stdin)
+    if len(sys.argv) > 2:
+        with open(sys.argv[2], encoding="utf-8") as file:
+            arguments = json.load(file)
+        os.remove(sys.argv[2])
+    else:
+        arguments = json.load(sys.stdin)
     sys.stdout.reconfigure(  # type: ignore[union-attr]
         encoding="utf-8", errors="replace"
     )

@@ -10,10 +10,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from rorqual.agents.errors import CallFailed
 from rorqual.agents.tools.base import Outcome, Policy, Tool, ToolContext, as_result, schema
 
 DEFAULT_TIMEOUT_S = 60
 MOST_TIMEOUT_S = 600
+MOST_STDIN_BYTES = 200_000
+"""What goes to a command together with its start; more would come in pieces, and a kill could cut it in two."""
 
 _PATH = {"type": "string", "description": "Path in the sandbox; relative ones start at the working folder."}
 _TIMEOUT = {
@@ -114,6 +117,10 @@ def _shell(arguments: Mapping[str, Any], context: ToolContext) -> Outcome:
 
 def _python(arguments: Mapping[str, Any], context: ToolContext) -> Outcome:
     code = arguments["code"].encode("utf-8", "replace")
+    if len(code) > MOST_STDIN_BYTES:
+        raise CallFailed(
+            f"the program has {len(code):,} bytes, and {MOST_STDIN_BYTES:,} is the most; put it into files"
+        )
     result = context.environment.command(context, ["python3", "-"], stdin=code, timeout_s=_timeout(arguments))
     return as_result(result)
 
@@ -125,6 +132,9 @@ def _guest(name: str, description: str, parameters: Mapping[str, Any], policy: P
         program = context.environment.toolkit()
         request = json.dumps(dict(arguments)).encode()
         argv = ["python3", program, name]
+        if len(request) > MOST_STDIN_BYTES:
+            argv.append(context.environment.put(f"{context.key}.json", request))
+            request = b""
         return as_result(context.environment.command(context, argv, stdin=request, timeout_s=MOST_TIMEOUT_S))
 
     return Tool(name, description, parameters, policy, run)

@@ -23,7 +23,7 @@
 enum { MAX_JOBS = 8, MAX_LISTED = 50000, LIST_BYTES = 512 << 10, CHUNK_BYTES = 512 << 10, PROC_MAGIC = 0x9fa0 };
 
 static int open_safely(const char *path, uint64_t flags, uint64_t mode) {
-    struct open_how how = {.flags = flags | O_CLOEXEC | O_NOCTTY | (flags & O_PATH ? 0 : O_NONBLOCK), .mode = mode,
+    struct open_how how = {.flags = flags | O_CLOEXEC | (flags & O_PATH ? 0 : O_NONBLOCK | O_NOCTTY), .mode = mode,
                            .resolve = RESOLVE_NO_MAGICLINKS};
     int fd = (int)syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof how);
     if (fd < 0) return -1;
