@@ -237,9 +237,11 @@ def _mail(fields: dict[str, Any]) -> Mail:
 
 
 def _environment() -> dict[str, str]:
-    """What the courier needs of ours: where Python finds things, and the password."""
-    kept = ("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", PASSWORD)
-    return {name: os.environ[name] for name in kept if name in os.environ}
+    """What the courier needs of ours: where Python finds this package, and the password."""
+    kept = ("PATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG", "SSL_CERT_FILE", "SSL_CERT_DIR", PASSWORD)
+    found = {name: os.environ[name] for name in kept if name in os.environ}
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**found, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 if __name__ == "__main__":
