@@ -11,13 +11,13 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rorqual import log as logs
 from rorqual.agents.errors import AgentError, InfraFailed
 from rorqual.agents.keys import attempt_key
 from rorqual.agents.log import SnapshotFact, TrajectoryLog
-from rorqual.agents.toolkit import FOLDER, build_toolkit
+from rorqual.agents.toolkit import build_toolkit
 from rorqual.agents.tools.base import ToolContext
 from rorqual.errors import SandboxError
 from rorqual.journal.records import EnvSnapshot
@@ -25,6 +25,7 @@ from rorqual.sandbox.errors import Gone, OutcomeUnknown, SnapshotFailed, Transpo
 from rorqual.sandbox.spec import CommandResult
 
 logger = logs.get(__name__)
+T = TypeVar("T")
 
 MOST_RECOVERIES = 3
 """Recoveries at one call; a call that ruins its sandbox each time ends the run."""
@@ -107,44 +108,56 @@ class Environment:
 
         Raises: InfraFailed when its outcome is lost and cannot be had again.
         """
-        while True:
+        argv = command if isinstance(command, str) else list(command)
+
+        def run(sandbox: Any) -> CommandResult:
             key = attempt_key(context.key, self._log.facts.generation)
+            result: CommandResult = sandbox.commands.run(argv, stdin=stdin, timeout=timeout_s, call=key)
+            return result
+
+        result = self.use(context, run)
+        self._command_ms += result.duration_ms
+        return result
+
+    def use(self, context: ToolContext, work: Callable[[Any], T]) -> T:
+        """Do something with the sandbox for the call `context`, again after a recovery when it was lost meanwhile.
+
+        Raises: InfraFailed as `command`.
+        """
+        while True:
             try:
-                result: CommandResult = self.sandbox.commands.run(
-                    command if isinstance(command, str) else list(command), stdin=stdin, timeout=timeout_s, call=key
-                )
+                return work(self.sandbox)
             except OutcomeUnknown as error:
                 self._recover(context, f"its outcome is unknown: {error}", needs_restore=context.policy != "rerun")
             except Gone as error:
-                self._recover(context, f"the sandbox is gone ({error.reason})", needs_restore=True)
+                self._recover(context, f"the sandbox is gone ({error.reason})", needs_restore=True, in_place=False)
             except TransportError as error:
                 if not error.retryable:
                     self._recover(context, f"the channel broke: {error}", needs_restore=True)
                 else:
                     self._reconnect(context, error)
-            else:
-                self._command_ms += result.duration_ms
-                return result
 
-    def toolkit(self) -> str:
+    def toolkit(self, context: ToolContext) -> str:
         """Path of the tools' program inside, uploaded at first use."""
         kit = build_toolkit()
-        if not self._toolkit_is_there:
-            sandbox = self.sandbox
+
+        def bring(sandbox: Any) -> None:
             if not sandbox.files.exists(kit.path):
                 sandbox.files.write(kit.path, kit.data)
+
+        if not self._toolkit_is_there:
+            self.use(context, bring)
             self._toolkit_is_there = True
         return kit.path
 
-    def put(self, name: str, data: bytes) -> str:
-        """A file for the tools' program; its path."""
-        path = f"{FOLDER}/{name}"
-        self.sandbox.files.write(path, data)
+    def put(self, context: ToolContext, path: str, data: bytes) -> str:
+        """Write a file into the sandbox; its path."""
+        self.use(context, lambda sandbox: sandbox.files.write(path, data))
         return path
 
-    def read_bytes(self, path: str, limit: int) -> bytes:
+    def read_bytes(self, context: ToolContext, path: str, limit: int) -> bytes:
         """A file's bytes. Raises: SandboxError when it is not there; ValueError when it is larger than `limit`."""
-        data: bytes = self.sandbox.files.read(path, format="bytes", limit=limit + 1)
+        data: bytes = self.use(context, lambda sandbox: sandbox.files.read(path, format="bytes", limit=limit + 1))
         if len(data) > limit:
             raise ValueError(f"{path} is larger than {limit:,} bytes")
         return data
@@ -208,10 +221,10 @@ class Environment:
                 {"call_index": context.index, "key": context.key, "why": why},
             )
 
-    def _recover(self, context: ToolContext, why: str, *, needs_restore: bool) -> None:
+    def _recover(self, context: ToolContext, why: str, *, needs_restore: bool, in_place: bool = True) -> None:
         self._count(context, why)
         if needs_restore:
-            self._restore(context.index, f"call {context.index}: {why}", in_place=not why.startswith("the sandbox is"))
+            self._restore(context.index, f"call {context.index}: {why}", in_place=in_place)
         else:
             self.note(f"call {context.index} is run again: {why}")
             self._log.write(self._log.event("generation", generation=self._next, restoring=False, why=why))
@@ -287,12 +300,19 @@ class Environment:
             _remove(partial)
         partial.mkdir(parents=True)
         try:
-            self.sandbox.files.download(
-                OUTPUT, str(partial), max_bytes=MAX_DOWNLOAD_BYTES, max_files=MAX_DOWNLOAD_FILES
-            )
+            try:
+                self._download(partial)
+            except Gone as error:
+                self.note(f"the sandbox ended before its files were fetched: {error}")
+                self._sandbox = None  # the next use restores it
+                self._download(partial)
             return _move_into(partial, folder)
         finally:
             _remove(partial)
+
+    def _download(self, folder: Path) -> None:
+        limits = {"max_bytes": MAX_DOWNLOAD_BYTES, "max_files": MAX_DOWNLOAD_FILES}
+        self.sandbox.files.download(OUTPUT, str(folder), **limits)
 
     def end(self) -> None:
         """Remove the sandbox, if there is one. Raises: SandboxError naming what could not be removed."""

@@ -80,7 +80,7 @@ def _attachment(path: Any, limit: int, context: ToolContext) -> bytes:
     if not isinstance(path, str):
         raise CallFailed(f"attachments must be paths, and one is {type(path).__name__}")
     try:
-        return context.environment.read_bytes(path, limit)
+        return context.environment.read_bytes(context, path, limit)
     except SandboxError as error:
         raise CallFailed(f"{path} cannot be attached: {error}") from None
     except ValueError:

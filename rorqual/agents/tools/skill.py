@@ -31,7 +31,7 @@ def skill_tool(skills: Mapping[str, Skill]) -> Tool:
                 f"the skill {name} has no file {file!r}; it has {', '.join(skill.files) or 'none'}"
             ) from None
         path = f"{FOLDER}/{name}/{file}"
-        context.environment.sandbox.files.write(path, data)
+        context.environment.put(context, path, data)
         try:
             shown = data.decode("utf-8")
         except UnicodeDecodeError:

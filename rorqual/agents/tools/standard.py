@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rorqual.agents.errors import CallFailed
+from rorqual.agents.toolkit import FOLDER
 from rorqual.agents.tools.base import Outcome, Policy, Tool, ToolContext, as_result, schema
 
 DEFAULT_TIMEOUT_S = 60
@@ -129,11 +130,11 @@ def _guest(name: str, description: str, parameters: Mapping[str, Any], policy: P
     """A tool of the same name in the guest program."""
 
     def run(arguments: Mapping[str, Any], context: ToolContext) -> Outcome:
-        program = context.environment.toolkit()
+        program = context.environment.toolkit(context)
         request = json.dumps(dict(arguments)).encode()
         argv = ["python3", program, name]
         if len(request) > MOST_STDIN_BYTES:
-            argv.append(context.environment.put(f"{context.key}.json", request))
+            argv.append(context.environment.put(context, f"{FOLDER}/{context.key}.json", request))
             request = b""
         return as_result(context.environment.command(context, argv, stdin=request, timeout_s=MOST_TIMEOUT_S))
 
