@@ -24,6 +24,7 @@ from rorqual.sandbox.drivers import driver as driver_named
 from rorqual.sandbox.drivers.base import Driver
 from rorqual.sandbox.errors import Gone, StaleEpoch
 from rorqual.sandbox.files import Files
+from rorqual.sandbox.functions import FunctionResult, Functions
 from rorqual.sandbox.history import History
 from rorqual.sandbox.home import Home, Record, all_homes, gone
 from rorqual.sandbox.link import Link
@@ -60,6 +61,7 @@ class AsyncSandbox:
         self.files = Files(self)
         self.pty = PtyFactory(self)
         self.ports = Ports(self)
+        self._functions = Functions(self)
 
     # --- making and finding
 
@@ -124,9 +126,11 @@ class AsyncSandbox:
             place.write(record)
             place.set_deadlines({"lifetime": max_lifetime})
             await sandbox._start(create_timeout)
-            sandbox._log = await asyncio.to_thread(History, place.path / "history")
+            sandbox._log = await asyncio.to_thread(History, place.path / "history", is_stale=sandbox._is_stale)
             about = {"sandbox": kind, "driver": chosen.name, "incarnation": 1, "snapshot": spec.snapshot}
             await sandbox._log.write("create", about)
+            if kind == "function":
+                await sandbox._functions.warm()
         except BaseException:
             await asyncio.shield(sandbox._undo())
             raise
@@ -175,17 +179,23 @@ class AsyncSandbox:
                 f"process {place.read().owner} drives sandbox {sandbox_id}. Close it there, or connect with "
                 "takeover=True, which fences that process off."
             )
-        with place.editing() as record:
-            if record.running is None:
-                raise gone(sandbox_id, "crashed")
-            record.attach_epoch += 1
-            record.owner = os.getpid()
+        try:
+            with place.editing() as record:
+                if record.running is None:  # its maker died in the middle
+                    raise gone(sandbox_id, "crashed")
+                record.attach_epoch += 1
+                record.owner = os.getpid()
+        except BaseException:
+            place.unlock()
+            raise
         sandbox = cls(place, record, driver_named(record.spec.kind, record.driver))
         try:
             if record.state != "paused":
                 await sandbox._link.open(within_s=RETURN_S)
                 await sandbox._settle()
-            sandbox._log = await asyncio.to_thread(History, place.path / "history", take_over=not held)
+            sandbox._log = await asyncio.to_thread(
+                History, place.path / "history", take_over=not held, is_stale=sandbox._is_stale
+            )
             await sandbox._log.write("attach", {"epoch": record.attach_epoch, "incarnation": record.incarnation})
         except BaseException:
             await sandbox._link.close(for_good=True)
@@ -262,6 +272,12 @@ class AsyncSandbox:
             values["paused_s"] = fields.number(Tag.PAUSED_US) / 1e6
         return values
 
+    async def ping(self) -> None:
+        """Returns when the agent inside answers. Looking does not count as use. Raises: Gone, TransportError."""
+        self._alive()
+        if self._record.state != "paused":
+            await self._link.request(Type.PING)
+
     async def history(self, since: int = 0) -> Entries:
         """Entries of its log after number `since`, oldest first."""
         self._alive()
@@ -269,11 +285,38 @@ class AsyncSandbox:
             await asyncio.to_thread(self._log._journal.commit)
         return await asyncio.to_thread(trajectory.read, self._home.path / "history", since)
 
+    async def call(
+        self,
+        source: str,
+        entry: str | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = 60.0,
+        max_output: int = 1 << 20,
+        call: str | None = None,
+    ) -> FunctionResult:
+        """Run Python `source` in a fresh fork of a warm interpreter inside, then its function `entry` with JSON values.
+
+        timeout: seconds, after which it and all it started are killed. call: a key, as in commands.run.
+        Raises: SandboxError when there is no Python inside; what the code itself raises is in the result.
+        """
+        if self._record.state == "paused":
+            await self.resume()
+        return await self._functions.call(source, entry, args, kwargs or {}, timeout, max_output, call)
+
     # --- requests of the parts
 
     def _history(self) -> History:
         assert self._log is not None
         return self._log
+
+    def _is_stale(self) -> bool:
+        """Whether another process took over."""
+        try:
+            return self._home.read().attach_epoch > self._record.attach_epoch
+        except Gone:
+            return False
 
     def _alive(self) -> None:
         if self._ended is not None:
@@ -391,7 +434,9 @@ class AsyncSandbox:
 
     async def fork(self, n: int = 1) -> Sandboxes:
         """`n` new sandboxes with the files as they are now; processes and memory are not copied."""
-        taken = await self.snapshot()
+        async with self._changing:
+            self._alive()
+            taken = await snapshots.take(self, "disk", None, keep=False)
         return await snapshots.fork(self, taken, n)
 
     async def rollback(self, snapshot: str | Snapshot) -> None:
@@ -414,8 +459,7 @@ class AsyncSandbox:
             await self._link.close(for_good=True)
             if self._log is not None:
                 self._log.close()
-            stale = self._home.path.exists() and self._home.read().attach_epoch > self._record.attach_epoch
-            if stale:
+            if self._is_stale():
                 self._home.unlock()
                 self._ended = "closed"
                 raise StaleEpoch(f"another process drives sandbox {self.id} now; it was left alone.")

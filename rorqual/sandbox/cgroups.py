@@ -164,6 +164,19 @@ def create(name: str, limits: Limits, *, devices: Sequence[str] | None = None) -
     return group
 
 
+def find(name: str) -> Group | None:
+    """The group of this name that an earlier process made and perhaps had no time to write down, or None."""
+    folders, _ = _place_v1()
+    if folders:
+        group = Group({name_: folder / PARENT / name for name_, folder in folders.items()}, version=1)
+    else:
+        top, _ = _place_v2()
+        if top is None:
+            return None
+        group = Group({"": top / PARENT / name}, version=2)
+    return group if any(Path(path).exists() for path in group.paths) else None
+
+
 def adopt(paths: Sequence[str | os.PathLike[str]]) -> Group:
     """The group that an earlier process made, from its `paths`; it may be gone in part or wholly."""
     by_controller: dict[str, Path] = {}
@@ -390,3 +403,19 @@ def _remove_tree(top: Path) -> bool:
         with suppress(OSError):
             os.rmdir(folder)
     return not top.exists()
+
+
+def remove_everywhere(name: str) -> list[str]:
+    """Delete the group of a sandbox in hierarchies that `create` does not use, where a runtime made one all the same.
+
+    Returns the folders that could not be removed.
+    """
+    left = []
+    for mount in _mounts():
+        folder = mount.path / PARENT / name
+        if folder.exists() and not _remove_tree(folder):
+            left.append(str(folder))
+        elif folder.parent.exists():
+            with suppress(OSError):
+                folder.parent.rmdir()
+    return left

@@ -345,6 +345,17 @@ class Commands:
         )
         return fields.number(Tag.OFFSET), fields.bytes(Tag.DATA)
 
+    async def session(
+        self,
+        *,
+        shell: str = "/bin/sh",
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+    ) -> Session:
+        """A shell that stays: its folder, variables and functions hold from one `run` to the next."""
+        return await Session.open(self._sandbox, [shell], cwd, env, user)
+
     async def list(self) -> Entries:
         """Commands that run or whose result is still kept. Looking does not count as use."""
         fields = await self._sandbox._ask(Type.LIST, wake=False)
@@ -435,6 +446,9 @@ class Commands:
             tail = result.stderr[-500:].strip() or result.stdout[-500:].strip()
             raise CommandError(f"{' '.join(argv)[:200]!r} {how}: {tail or 'it wrote nothing'}", result)
         return result
+
+
+from rorqual.sandbox.session import Session  # noqa: E402 - it builds on the handles above
 
 
 class _NeverStarted(Exception):

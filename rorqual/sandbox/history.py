@@ -11,16 +11,16 @@ A call with a key (`call=`) is answered from here once it has finished. Source: 
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rorqual.errors import JournalError
 from rorqual.journal import Event, Journal, replay_folder
-from rorqual.sandbox.errors import OutcomeUnknown, ReplayDivergence
+from rorqual.sandbox.errors import OutcomeUnknown, ReplayDivergence, StaleEpoch
 from rorqual.sandbox.spec import CommandResult
 
 ACCEPTED, FINISHED, REFUSED = "call_accepted", "call_finished", "call_refused"
@@ -48,7 +48,8 @@ class Call:
 class History:
     """The log of a sandbox that this process drives."""
 
-    def __init__(self, folder: Path, *, take_over: bool = False) -> None:
+    def __init__(self, folder: Path, *, take_over: bool = False, is_stale: Callable[[], bool] = lambda: False) -> None:
+        self._is_stale = is_stale
         self._journal = Journal(folder, take_over=take_over)
         self.calls: dict[str, Call] = {}
         self.count = 0
@@ -123,9 +124,16 @@ class History:
 
     async def write(self, kind: str, fields: dict[str, Any], *, durable: bool = True) -> int:
         """Add an entry; returns its number."""
-        lsn = self._journal.append(Event(kind, fields))
-        if durable:
-            await asyncio.to_thread(self._journal.commit)
+        try:
+            lsn = self._journal.append(Event(kind, _storable(fields)))
+            if durable:
+                await asyncio.to_thread(self._journal.commit)
+        except JournalError as error:
+            if self._is_stale():
+                raise StaleEpoch(
+                    f"another process drives this sandbox now; this one may no longer act: {error}"
+                ) from error
+            raise
         return lsn
 
     async def rolled_back(self, snapshot: str, history_seq: int) -> None:
@@ -139,12 +147,26 @@ class History:
         self._journal.close()
 
 
+def _storable(value: Any) -> Any:
+    """Text that is no Unicode, such as odd file names, as bytes; the rest as it is."""
+    if isinstance(value, dict):
+        return {name: _storable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(item) for item in value]
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-8", "surrogateescape")
+    return value
+
+
 def packed(result: CommandResult, index: int) -> dict[str, Any]:
     """A result as an entry holds it, byte for byte."""
     return {
         "exit_code": result.exit_code,
-        "stdout": base64.b64encode(result.stdout_bytes).decode(),
-        "stderr": base64.b64encode(result.stderr_bytes).decode(),
+        "stdout_bytes": result.stdout_bytes,
+        "stderr_bytes": result.stderr_bytes,
         "signal": result.signal,
         "timed_out": result.timed_out,
         "oom_killed": result.oom_killed,
@@ -156,9 +178,7 @@ def packed(result: CommandResult, index: int) -> dict[str, Any]:
 
 def replayed(fields: dict[str, Any], lsn: int | None) -> CommandResult:
     """The result that `packed` made an entry of."""
-    rest = {name: value for name, value in fields.items() if name not in ("stdout", "stderr")}
-    out, err = base64.b64decode(fields["stdout"]), base64.b64decode(fields["stderr"])
-    return CommandResult(**rest, stdout_bytes=out, stderr_bytes=err, replayed=True, journal_seq=lsn)
+    return CommandResult(**fields, replayed=True, journal_seq=lsn)
 
 
 def read(folder: Path, since: int = 0) -> list[dict[str, Any]]:

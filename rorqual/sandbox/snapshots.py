@@ -24,8 +24,10 @@ def names_of(spec: SandboxSpec) -> list[str]:
     return [*([spec.image] if spec.image is not None else []), *spec.layers]
 
 
-async def take(sandbox: AsyncSandbox, kind: Literal["disk", "full"], name: str | None) -> Snapshot:
-    """See AsyncSandbox.snapshot; the sandbox stands still meanwhile."""
+async def take(
+    sandbox: AsyncSandbox, kind: Literal["disk", "full"], name: str | None, *, keep: bool = True
+) -> Snapshot:
+    """See AsyncSandbox.snapshot; the sandbox stands still meanwhile. keep: also when the sandbox is gone."""
     capabilities = sandbox._driver.capabilities()
     if not (capabilities.snapshot_disk if kind == "disk" else capabilities.snapshot_memory):
         raise Unsupported(
@@ -50,7 +52,7 @@ async def take(sandbox: AsyncSandbox, kind: Literal["disk", "full"], name: str |
         size = (await asyncio.to_thread(Store().layer, digest)).size
     sequence = sandbox._history().last
     chosen = name or f"{sandbox.id}-{secrets.token_hex(4)}"
-    await asyncio.to_thread(_record, sandbox, chosen, digest, kind, sequence, name is not None)
+    await asyncio.to_thread(_record, sandbox, chosen, digest, kind, sequence, keep)
     await sandbox._history().write("snapshot", {"id": chosen, "covers": sequence, "of": kind, "digest": digest})
     return Snapshot(chosen, kind, digest, size, sequence, name)
 
@@ -64,8 +66,11 @@ def _record(sandbox: AsyncSandbox, name: str, digest: str, kind: str, sequence: 
         "kind": kind,
         "base": "host" if _on_host(sandbox) else "",
     }
+    if kind == "full":  # its files lie with the driver; the name only leads there
+        note["full"] = digest
+    layers = [*below, digest] if kind == "disk" else below
     try:
-        store.name(name, [*below, digest], kind="snapshot", owner=sandbox.id, keep=keep, note=note)
+        store.name(name, layers, kind="snapshot", owner=sandbox.id, keep=keep, note=note)
     except OSError as error:
         raise SnapshotFailed(f"snapshot {name} could not be recorded: {error}. Earlier ones still stand.") from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rorqual import log
 from rorqual.errors import SandboxError
-from rorqual.sandbox import processes
+from rorqual.sandbox import cgroups, processes
 from rorqual.sandbox.drivers import driver as driver_named
 from rorqual.sandbox.drivers.base import Driver, Running
 from rorqual.sandbox.errors import Gone
@@ -39,9 +39,18 @@ async def end_home(home: Home, reason: str, driver: Driver | None = None, runnin
     if driver is not None and running is not None:
         left += await driver.stop(running, home.path)
     left += [f"process {process.pid}" for process in await asyncio.to_thread(processes.end_all, strays)]
+    left += await asyncio.to_thread(_end_group, home.id)
     if left:
         raise SandboxError(f"sandbox {home.id} could not be ended wholly; left are: {', '.join(left)}. Try again.")
     await asyncio.to_thread(home.remove, reason)
+
+
+def _end_group(name: str) -> list[str]:
+    """A control group whose maker died before it wrote it down."""
+    group = cgroups.find(name)
+    if group is None:
+        return []
+    return [f"process {pid}" for pid in group.kill()] + [f"control group {path}" for path in group.remove()]
 
 
 def sweep(base: str | Path | None = None) -> list[str]:

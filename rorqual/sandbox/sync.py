@@ -20,8 +20,10 @@ from rorqual.errors import SandboxError
 from rorqual.sandbox.async_sandbox import AsyncSandbox
 from rorqual.sandbox.commands import CommandHandle as AsyncHandle
 from rorqual.sandbox.files import MAX_TRANSFER, FileInfo
+from rorqual.sandbox.functions import FunctionResult
 from rorqual.sandbox.ports import Forward as AsyncForward
 from rorqual.sandbox.pty import Pty as AsyncPty
+from rorqual.sandbox.session import Session as AsyncSession
 from rorqual.sandbox.spec import CommandResult, Info, Isolation, Kind, Snapshot
 
 T = TypeVar("T")
@@ -128,6 +130,27 @@ class CommandHandle:
         wait_for(self._handle.close_stdin())
 
 
+class Session:
+    """A shell that stays; see session.Session."""
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    def run(self, cmd: str, *, timeout: float = 60.0, max_output: int = 1 << 20) -> CommandResult:
+        """Run a command in it."""
+        return wait_for(self._session.run(cmd, timeout=timeout, max_output=max_output))
+
+    def close(self) -> None:
+        """End the shell and what it started."""
+        wait_for(self._session.close())
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Commands:
     """`sandbox.commands`; see commands.Commands for what the arguments mean."""
 
@@ -198,6 +221,17 @@ class Commands:
             )
         )
         return CommandHandle(handle, calls)
+
+    def session(
+        self,
+        *,
+        shell: str = "/bin/sh",
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+    ) -> Session:
+        """A shell that stays: its folder, variables and functions hold from one `run` to the next."""
+        return Session(wait_for(self._commands.session(shell=shell, cwd=cwd, env=env, user=user)))
 
     def attach(
         self, handle_id: str, *, offset: int = 0, on_stdout: OnText | None = None, on_stderr: OnText | None = None
@@ -466,9 +500,29 @@ class Sandbox:
         """Host memory, running commands, seconds idle and paused."""
         return wait_for(self._sandbox.metrics())
 
+    def ping(self) -> None:
+        """Returns when the agent inside answers."""
+        wait_for(self._sandbox.ping())
+
     def history(self, since: int = 0) -> Entries:
         """Entries of its log after number `since`."""
         return wait_for(self._sandbox.history(since))
+
+    def call(
+        self,
+        source: str,
+        entry: str | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = 60.0,
+        max_output: int = 1 << 20,
+        call: str | None = None,
+    ) -> FunctionResult:
+        """Run Python in a fresh fork of a warm interpreter inside; see AsyncSandbox.call."""
+        return wait_for(
+            self._sandbox.call(source, entry, args, kwargs, timeout=timeout, max_output=max_output, call=call)
+        )
 
     def pause(self, keep_memory: bool = True) -> None:
         """Stop everything inside where it is."""

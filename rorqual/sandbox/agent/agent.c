@@ -1,9 +1,11 @@
 /* Chooses the mode: `serve` inside a sandbox, `keep` on the host, `init` as pid 1 of a virtual machine. */
 #include "agent.h"
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -22,6 +24,7 @@ static int serve_arguments(int argc, char **argv) {
     for (int fd = 0; fd < 256; fd++)
         if (fd != in && fd != out && fd != listen_fd) close(fd);
     syscall(SYS_close_range, 256u, ~0u, 0);
+    if (listen_fd >= 0) prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* runc's child outlives runc otherwise */
     for (int fd = 0; fd < 3; fd++) open("/dev/null", O_RDWR);
     return serve(listen_fd, in, out);
 }

@@ -229,6 +229,7 @@ static void take_frames(Connection *c) {
                 if (h.type == REKEY) {
                     Slice fresh;
                     if (find_bytes(kept, F_SECRET, &fresh) && fresh.size == KEY_BYTES) memcpy(secret, fresh.data, KEY_BYTES);
+                    epoch = find_number(kept, F_EPOCH, epoch); /* a copy of a sandbox counts its clients anew */
                 }
                 dispatch(&h, kept);
                 buffer_free(&copy);

@@ -9,9 +9,18 @@
  *
  *   agent keep --home DIR [--uid N --inner-uid N] --lower DIR... --disk-mb N --inodes N [--memory-mb N] [--cpus LIST] -- bwrap ARGS
  *
+ *   agent keep --home DIR --plain CHANNEL [--memory-mb N] -- PROGRAM ARGS
+ *
+ * starts a program that builds its own walls (a machine monitor, gVisor) without a user, layers or a socket of ours. Of
+ * CHANNEL `fifos` it gets the FIFOs `in` and `out` of DIR as its input and output; `none` has no channel here. A machine
+ * whose agent ends with code C leaves with 2 C + 1 (QEMU's isa-debug-exit), which is read as C.
+ *
  * In ARGS, @merged stands for the stacked root and @agent for this program. On standard output: one line
  * "keeper PID holder PID"; the holder goes on when a byte arrives on standard input (meanwhile it can be put into a
  * control group) and ends when there is none.
+ *
+ * With --range N the sandbox has the host ids UID to UID + N - 1: layers and the upper folder are shown to it through that
+ * range, and the program, runc, is started as root and gives up its powers itself, in a user namespace over the range.
  */
 #include "agent.h"
 #include <dirent.h>
@@ -37,9 +46,9 @@ enum { MAX_LOWERS = 64, LISTEN_FD = 5, AGENT_FD = 6, MAX_TREE = 4096, BUSY_MS = 
 #define STAGE "/mnt"
 
 static struct {
-    const char *home, *cpus, *lowers[MAX_LOWERS];
+    const char *home, *cpus, *plain, *lowers[MAX_LOWERS];
     int lower_count;
-    long uid, inner_uid, disk_mb, inodes, memory_mb;
+    long uid, inner_uid, range, disk_mb, inodes, memory_mb;
     char **bwrap;
 } ask = {.uid = -1, .inner_uid = 1000};
 
@@ -105,8 +114,9 @@ static int id_map(void) {
     int made = -1;
     if (child > 0 && read(ready[0], &byte, 1) == 1 && byte) {
         int n = 0;
-        if (ask.inner_uid) n = snprintf(map, sizeof map, "0 0 %ld\n", ask.inner_uid);
-        snprintf(map + n, sizeof map - (size_t)n, "%ld %ld 1\n%ld %ld %ld\n", ask.inner_uid, ask.uid, ask.inner_uid + 1,
+        if (ask.range) snprintf(map, sizeof map, "0 %ld %ld\n", ask.uid, ask.range);
+        else if (ask.inner_uid) n = snprintf(map, sizeof map, "0 0 %ld\n", ask.inner_uid);
+        if (!ask.range) snprintf(map + n, sizeof map - (size_t)n, "%ld %ld 1\n%ld %ld %ld\n", ask.inner_uid, ask.uid, ask.inner_uid + 1,
                  ask.inner_uid + 1, 65535 - ask.inner_uid);
         snprintf(path, sizeof path, "/proc/%d/uid_map", child);
         put(path, map);
@@ -165,7 +175,8 @@ static void stage(void) {
         {"/var", 0755}, {"/var/tmp", 01777}};
     for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
         snprintf(path, sizeof path, STAGE "/up/upper%s", folders[i].path);
-        folder(path, folders[i].mode, ask.uid);
+        bool agents = ask.range && !strcmp(folders[i].path, "/home/agent");
+        folder(path, folders[i].mode, agents ? ask.uid + 1000 : ask.uid);
     }
     machine_id(STAGE "/up/upper/etc/machine-id", ask.uid);
     folder(STAGE "/up/work", 0755, ask.uid);
@@ -203,41 +214,62 @@ static __attribute__((noreturn)) void start_bwrap(int listener, int agent) {
     give_up("starting %s", ask.bwrap[0]);
 }
 
+static __attribute__((noreturn)) void start_plain(void) {
+    int in = open("/dev/null", O_RDWR), out = 2;
+    if (!strcmp(ask.plain, "fifos")) { /* both ways each, so that none of them ever ends */
+        in = open("in", O_RDWR);
+        out = open("out", O_RDWR);
+    }
+    if (in < 0 || out < 0) give_up("opening the channel in %s", ask.home);
+    dup2(in, 0);
+    dup2(out, 1);
+    if (in > 2) close(in);
+    if (out > 2) close(out);
+    prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+    execv(ask.bwrap[0], ask.bwrap);
+    give_up("starting %s", ask.bwrap[0]);
+}
+
 static __attribute__((noreturn)) void hold(int listener, pid_t keeper) {
     char go;
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     prctl(PR_SET_NAME, "holder", 0, 0, 0);
     if (getppid() != keeper) _exit(50);
+    syscall(SYS_close_range, 3u, ~0u, 4u /* close on exec: the keeper alone has the locks on layers */);
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     int agent = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
     agent = fcntl(agent, F_DUPFD_CLOEXEC, 10);
-    listener = fcntl(listener, F_DUPFD_CLOEXEC, 10);
+    if (listener >= 0) listener = fcntl(listener, F_DUPFD_CLOEXEC, 10);
     if (read(0, &go, 1) != 1) _exit(50);
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
     dup2(null, 0);
-    if (chdir("/")) give_up("chdir");
+    if (!ask.plain && chdir("/")) give_up("chdir");
     umask(022);
     if (ask.cpus) use_cpus();
-    if (ask.uid >= 0) {
+    if (ask.plain) {
+    } else if (ask.uid >= 0) {
         if (unshare(CLONE_NEWNS)) give_up("mount namespace");
         stage();
-        if (setgroups(0, NULL) || setresgid((gid_t)ask.uid, (gid_t)ask.uid, (gid_t)ask.uid) ||
-            setresuid((uid_t)ask.uid, (uid_t)ask.uid, (uid_t)ask.uid))
-            give_up("becoming uid %ld", ask.uid);
-        own_user_namespace();
     } else {
         own_user_namespace();
         stage();
     }
-    stack();
+    if (ask.uid >= 0 && !ask.range) {
+        if (setgroups(0, NULL) || setresgid((gid_t)ask.uid, (gid_t)ask.uid, (gid_t)ask.uid) ||
+            setresuid((uid_t)ask.uid, (uid_t)ask.uid, (uid_t)ask.uid))
+            give_up("becoming uid %ld", ask.uid);
+        own_user_namespace();
+    }
+    if (!ask.plain) stack();
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* a change of user clears it */
     if (getppid() != keeper) _exit(50);
     pid_t pid = fork();
     if (pid < 0) give_up("fork");
+    if (pid == 0 && ask.plain) start_plain();
     if (pid == 0) start_bwrap(listener, agent);
-    close(listener);
+    if (listener >= 0) close(listener);
     close(agent);
     dup2(null, 1);
     int status;
@@ -344,6 +376,7 @@ static __attribute__((noreturn)) void watch(pid_t holder) {
         int status;
         if (waitpid(holder, &status, WNOHANG) == holder) {
             int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+            if (ask.plain && code > 80 && code < 90 && code % 2) code /= 2;
             if (!why) why = code == 40 ? "idle" : code == 41 ? "lifetime" : code == 42 ? "closed" : "crashed";
             finish_keeping(why, code);
         }
@@ -408,8 +441,10 @@ static bool parse(int argc, char **argv) {
         if (!value) return false;
         if (!strcmp(name, "--home")) ask.home = value;
         else if (!strcmp(name, "--cpus")) ask.cpus = value;
+        else if (!strcmp(name, "--plain")) ask.plain = value;
         else if (!strcmp(name, "--uid")) ask.uid = atol(value);
         else if (!strcmp(name, "--inner-uid")) ask.inner_uid = atol(value);
+        else if (!strcmp(name, "--range")) ask.range = atol(value);
         else if (!strcmp(name, "--disk-mb")) ask.disk_mb = atol(value);
         else if (!strcmp(name, "--inodes")) ask.inodes = atol(value);
         else if (!strcmp(name, "--memory-mb")) ask.memory_mb = atol(value);
@@ -417,6 +452,7 @@ static bool parse(int argc, char **argv) {
         else return false;
         i++;
     }
+    if (ask.plain) return ask.home && ask.bwrap && ask.bwrap[0] && !ask.lower_count && ask.uid < 0;
     if (geteuid() == 0 && ask.uid <= 0) return false; /* bwrap as root keeps its powers: there is no such form */
     return ask.home && ask.lower_count && ask.disk_mb && ask.inodes && ask.bwrap && ask.bwrap[0];
 }
@@ -427,7 +463,7 @@ int keep(int argc, char **argv) {
         return 2;
     }
     if (chdir(ask.home)) give_up("entering %s", ask.home);
-    int socket_fd = listener();
+    int socket_fd = ask.plain ? -1 : listener();
     pid_t first = fork();
     if (first < 0) give_up("fork");
     if (first > 0) _exit(0); /* whoever started it does not have to wait for it */
@@ -437,7 +473,7 @@ int keep(int argc, char **argv) {
     pid_t self = getpid(), holder = fork();
     if (holder < 0) give_up("fork");
     if (holder == 0) hold(socket_fd, self);
-    close(socket_fd);
+    if (socket_fd >= 0) close(socket_fd);
     note(self, holder);
     printf("keeper %d holder %d\n", self, holder);
     fflush(stdout);

@@ -155,6 +155,13 @@ static void renew(Slice p) {
         }
     }
     free(name);
+    char *identity = find_text(p, F_TEXT);
+    FILE *f = identity ? fopen("/etc/machine-id", "we") : NULL;
+    if (f) {
+        fprintf(f, "%s\n", identity);
+        fclose(f);
+    }
+    free(identity);
     uint64_t idle = find_number(p, F_IDLE_MS, UINT64_MAX), life = find_number(p, F_LIFE_MS, UINT64_MAX);
     if (idle != UINT64_MAX) settings.idle_ms = idle;
     if (life != UINT64_MAX) settings.life_ms = life;

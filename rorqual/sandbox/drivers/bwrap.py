@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from rorqual.errors import SandboxError
@@ -115,7 +116,7 @@ class Bwrap(Driver):
             enforced |= group.describe()
         command += ["--", shutil.which("bwrap") or "bwrap", *self._bwrap(spec, shown, home.name)]
         try:
-            keeper, holder = launch(command, home, group)
+            keeper, holder = launch(command, home, group, store.local.locks())
             store.release()
         except BaseException:
             if group is not None:
@@ -172,17 +173,14 @@ class Bwrap(Driver):
             group = cgroups.adopt(running.cgroups)
             left += [f"process {pid}" for pid in group.kill()]
             left += [f"control group {path}" for path in group.remove()]
+        Store().local.drop(running.extra.get("layers", ()))
         return left
 
     async def pause(self, running: Running, home: Path, keep_memory: bool) -> None:
-        """Freeze its group, where there is one; the agent has stopped every process already."""
-        if running.cgroups:
-            await asyncio.to_thread(cgroups.adopt(running.cgroups).freeze)
+        """Nothing more to do: the agent has stopped every process, and a stopped one can still be killed."""
 
     async def resume(self, running: Running, home: Path) -> Running:
-        """Let its group run on."""
-        if running.cgroups:
-            await asyncio.to_thread(cgroups.adopt(running.cgroups).thaw)
+        """The same processes run on."""
         return running
 
     async def snapshot_disk(self, running: Running, home: Path) -> str:
@@ -257,12 +255,23 @@ def fresh_uid() -> int:
     return uid
 
 
-def launch(command: list[str], home: Path, group: cgroups.Group | None) -> tuple[Process, Process]:
-    """Start the keeper; the holder enters the group before it goes on. Raises: SandboxError with what they said."""
+def launch(
+    command: list[str], home: Path, group: cgroups.Group | None, locks: Sequence[int] = ()
+) -> tuple[Process, Process]:
+    """Start the keeper; the holder enters the group before it goes on. Raises: SandboxError with what they said.
+
+    locks: handles that the keeper has for as long as it lives, those of the layers the sandbox stands on.
+    """
     log = home / "keeper.log"
     with open(log, "ab") as errors:
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env={}, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={},
+            start_new_session=True,
+            pass_fds=locks,
         )
     assert child.stdin is not None and child.stdout is not None
     with child:

@@ -105,6 +105,7 @@ class _Unpacking:
                 self._report.skipped.append(shown(member.path))
                 return False
             os.symlink(member.target, fresh, dir_fd=parent)
+            os.utime(fresh, ns=(member.mtime_ns, member.mtime_ns), dir_fd=parent, follow_symlinks=False)
         else:
             _write(member, content, parent, fresh, 0o600 if self._quarantine else member.mode & 0o777)
         return True

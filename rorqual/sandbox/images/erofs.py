@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 from rorqual.errors import SandboxError
@@ -69,6 +69,10 @@ class _Inode:
     def is_folder(self) -> bool:
         return stat.S_ISDIR(self.mode)
 
+    @property
+    def is_whiteout(self) -> bool:
+        return stat.S_ISCHR(self.mode) and self.start == 0
+
 
 class Writer:
     """One image. Add everything, then `finish`. What comes later under the same path takes the place of the earlier.
@@ -84,15 +88,21 @@ class Writer:
         self._chunked = False
 
     def folder(self, path: Path, attributes: Attributes) -> None:
-        """A directory, kept with what it holds if it is there already."""
-        if not path:
-            self._root.attributes, self._root.xattrs = attributes, _pack_xattrs(attributes.xattrs)
-            return
+        """A directory, kept with what it holds, and with what it hides, if it is there already."""
         before = self._at(path)
-        inode = _new(stat.S_IFDIR, attributes)
+        if before is not None and (OPAQUE in before.attributes.xattrs or before.is_whiteout):
+            attributes = replace(attributes, xattrs={**attributes.xattrs, OPAQUE: b"y"})
         if before is not None and before.is_folder:
-            inode.children = before.children
-        self._place(path, inode)
+            before.attributes, before.xattrs = attributes, _pack_xattrs(attributes.xattrs)
+            before.mode = stat.S_IFDIR | attributes.mode & 0o7777
+        else:
+            self._place(path, _new(stat.S_IFDIR, attributes))
+
+    def opaque(self, path: Path) -> None:
+        """Hide what layers below have in a folder, which is made if it is not there."""
+        before = self._at(path)
+        attributes = before.attributes if before is not None and before.is_folder else Attributes(0o755)
+        self.folder(path, replace(attributes, xattrs={**attributes.xattrs, OPAQUE: b"y"}))
 
     def regular(self, path: Path, attributes: Attributes, content: Iterable[bytes]) -> None:
         """A file with its content, in pieces of any size."""
@@ -247,8 +257,8 @@ class Writer:
 
 
 def chunk_bytes(size: int) -> int:
-    """How long the chunks of a sparse file are: a power of two from 64 KiB, for at most 4096 of them."""
-    return max(1 << 16, 1 << max(0, -(-size // 4096) - 1).bit_length())
+    """How long the chunks of a sparse file are: a power of two from 64 KiB, for at most 65,536 of them."""
+    return max(1 << 16, 1 << max(0, -(-size // 65536) - 1).bit_length())
 
 
 def _new(kind: int, attributes: Attributes) -> _Inode:

@@ -2,7 +2,8 @@
 
 Root mounts the image's file as it is (older kernels: through a loop device); an ordinary user, who may not mount EROFS,
 gets its files in a folder, with overlayfs's marks in the form that he may set. Any number of processes share them. Who
-uses one holds a shared lock on it, which the kernel drops when he dies; `sweep` takes away what nobody holds or names.
+uses one holds a shared lock on it, which the kernel drops when the last process that has it dies: the client at first,
+then the sandbox's keeper, which inherits it. `drop` and `sweep` take away what nobody holds.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from rorqual import log
 from rorqual.errors import SandboxError
-from rorqual.sandbox.images.tree import Entry, Image
+from rorqual.sandbox.images.tree import Entry, Image, image_of
 
 _logger = log.get(__name__)
 _READ_ONLY, _NO_SUID, _NO_DEV = 1, 2, 4
@@ -60,6 +61,14 @@ class Local:
             held.close()
         self._held.clear()
 
+    def locks(self) -> list[int]:
+        """Handles of what is held: a process that inherits them, as a keeper does, holds it as long as it lives."""
+        return [held.fileno() for held in self._held.values()]
+
+    def drop(self, digests: Iterable[str]) -> list[str]:
+        """Unmount those of these layers that nobody holds any more; unpacked ones stay for the next sandbox."""
+        return self._remove(digest for digest in digests if self._place(digest).is_mount())
+
     def is_verified(self, digest: str, file: Path) -> bool:
         """Whether this very file was verified before: its identity, size and times are as they were then."""
         try:
@@ -80,25 +89,28 @@ class Local:
         """What tells a file from a later one of the same name."""
         return _identity(file)
 
-    def sweep(self, in_use: Set[str]) -> list[str]:
+    def sweep(self, in_use: Set[str], cached: Set[str] = frozenset()) -> list[str]:
         """Unmount and delete every layer here that is not in `in_use` and that no process holds; returns their names.
 
         An unpacked layer under a running overlay must be in `in_use`; a mounted one lives on until the overlay goes.
+        cached: unpacked ones to be kept for the next sandbox.
         """
+        known = sorted(lock.name.removesuffix(".lock") for lock in self.folder.glob("*.lock"))
+        unpacked = {digest for digest in known if (self._place(digest).parent / "unpacked").exists()}
+        return self._remove(digest for digest in known if digest not in in_use and digest not in cached & unpacked)
+
+    def _remove(self, digests: Iterable[str]) -> list[str]:
+        """Take away what nobody holds; returns what went."""
         gone = []
-        if not self.folder.is_dir():
-            return []
-        for lock in sorted(self.folder.glob("*.lock")):
-            digest = lock.name.removesuffix(".lock")
-            if digest in in_use:
-                continue
+        for digest in digests:
             try:
                 held = self._lock(digest, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
             with held:
                 self._unmake(digest)
-                lock.unlink(missing_ok=True)
+                (self.folder / f"{digest}.verified").unlink(missing_ok=True)
+                (self.folder / f"{digest}.lock").unlink(missing_ok=True)
             gone.append(digest)
         return gone
 
@@ -142,7 +154,6 @@ class Local:
                     f"{place} could not be unmounted: {os.strerror(ctypes.get_errno())}. Leave it or end what uses it."
                 )
         remove_tree(place.parent)
-        (self.folder / f"{digest}.verified").unlink(missing_ok=True)
 
 
 def _identity(file: Path) -> list[int]:
@@ -171,8 +182,7 @@ def unpack(file: IO[bytes], place: Path) -> None:
 
     Devices are not made, but overlayfs's marks are. Raises: SandboxError where the file system cannot take them.
     """
-    descriptor = file.fileno()
-    image = Image(lambda offset, length: os.pread(descriptor, length, offset), os.fstat(descriptor).st_size)
+    descriptor, image = file.fileno(), image_of(file)
     folders: list[tuple[Path, Entry]] = []
     first_names: dict[int, Path] = {}
     as_root = os.geteuid() == 0

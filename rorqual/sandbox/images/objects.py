@@ -94,6 +94,28 @@ class FolderObjects:
                     path.unlink(missing_ok=True)
                 return
 
+    @contextlib.contextmanager
+    def locked(self, *, alone: bool) -> Iterator[None]:
+        """Keep writers and the collector apart: writers together, the collector alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            yield
+
+    def sweep_temporary(self, dry_run: bool = False) -> int:
+        """Remove `temporary` files whose writers were killed; returns how many."""
+        count = 0
+        for path in (self.folder / "tmp").glob("*"):
+            try:
+                with open(path, "r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    count += 1
+                    if not dry_run:
+                        path.unlink(missing_ok=True)
+            except (BlockingIOError, FileNotFoundError):
+                continue
+        return count
+
     def publish(self, file: BinaryIO, key: str) -> None:
         """Give a `temporary` file its name once its bytes are on the disk."""
         file.flush()

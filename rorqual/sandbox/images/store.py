@@ -16,7 +16,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -72,9 +72,10 @@ class Store:
             build(Writer(file))
             size, chunks = chunks_of(file)
             layer = Layer.made(size, chunks, kind, time.time(), dict(note or {}))
-            if not self._has(layer):
-                self.objects.publish(file, _key(layer.digest))
-                self.objects.put(_manifest(layer.digest), io.BytesIO(json.dumps(asdict(layer)).encode()))
+            with self.objects.locked(alone=False):
+                if not self._has(layer):
+                    self.objects.publish(file, _key(layer.digest))
+                    self.objects.put(_manifest(layer.digest), io.BytesIO(json.dumps(asdict(layer)).encode()))
         return layer.digest
 
     def pack(
@@ -111,7 +112,10 @@ class Store:
                 raise FileNotFoundError
             key = _manifest(digest)
             data: dict[str, Any] = json.loads(self.objects.get_range(key, 0, self.objects.stat(key) or 0))
-            return Layer(**{**data, "chunks": tuple(data["chunks"])})
+            layer = Layer(**{**data, "chunks": tuple(data["chunks"])})
+            if layer.digest != digest:
+                raise ValueError(f"it is that of layer {layer.digest[:12]}")
+            return layer
         except FileNotFoundError:
             raise SandboxError(
                 f"there is no layer {digest[:64]!r} in {self.folder}; `rorqual sandbox image list` shows what is."
@@ -169,6 +173,35 @@ class Store:
         """Remove a layer, whatever names it; `collect` asks first."""
         self.objects.delete(_manifest(digest))
         self.objects.delete(_key(digest))
+
+    def collectable(self, needed: Set[str], before: float) -> Iterator[str]:
+        """Layers (also such without a manifest, which a killed writer left) not in `needed` and older than `before`."""
+        for key in self.objects.keys("objects/"):
+            digest = key.rpartition("/")[2].removesuffix(".json")
+            whole = self.objects.stat(_manifest(digest)) is not None
+            if digest not in needed and key.endswith(".json") == whole and self._time_of(digest) < before:
+                yield digest
+
+    def remove_if_old(self, digest: str, before: float) -> int:
+        """Delete a layer unless somebody stored it again meanwhile; returns the bytes freed."""
+        with self.objects.locked(alone=True):
+            if self._time_of(digest) >= before:
+                return 0
+            size = self.size_of(digest)
+            self.delete(digest)
+            return size
+
+    def size_of(self, digest: str) -> int:
+        """Bytes a layer takes."""
+        return self.objects.stat(_key(digest)) or 0
+
+    def _time_of(self, digest: str) -> float:
+        """When a layer was last stored, in seconds since 1970."""
+        times = [0.0]
+        for key in (_manifest(digest), _key(digest)):
+            with suppress(FileNotFoundError):
+                times.append(self.objects.path(key).stat().st_mtime)
+        return max(times)
 
     # --- names
 

@@ -74,7 +74,7 @@ class Reader:
 
     def __init__(self, file: BinaryIO, limits: ArchiveLimits | None = None) -> None:
         self.limits = limits or ArchiveLimits()
-        self.entries = self.content_bytes = 0
+        self.entries = self.content_bytes = self._headers = 0
         self._source = _Plain(file, self.limits)
         self._left = 0  # of the content of the current member, with its padding
 
@@ -85,7 +85,9 @@ class Reader:
         while header := self._header():
             kind = header[156:157]
             if kind in b"xgLK" and kind:
-                self._count_entry()  # or an archive of nothing but these would be free
+                self._headers += 1
+                if self._headers > 2 * self.limits.entries:  # or an archive of nothing but these would be free
+                    raise PolicyRejected(f"the archive has more than {2 * self.limits.entries} extended headers.")
                 text = self._text(_number(header[124:136]))
                 if kind == b"g":
                     common |= _pax(text)

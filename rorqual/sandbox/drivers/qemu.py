@@ -1,0 +1,377 @@
+"""Virtual machines by QEMU: small ones (`microvm` board) and full ones (`q35`), with KVM or emulated.
+
+Isolates: the sandbox has a kernel of its own; what it could attack is QEMU, which runs in its own namespaces, without
+capabilities, under a uid of its own when root starts it, with a system call filter. With KVM this is "vm-hw", emulated
+(TCG) "vm-emulated": slower by about ten, and a larger program to trust, but it needs nothing of the machine.
+Does not isolate: processor side channels between machines on one core. No network, no host folder, no shared memory.
+
+The first machine of a shape (kernel, layers, memory, processors, disk) boots and is saved as a template; all later ones
+start from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rorqual.errors import SandboxError
+from rorqual.sandbox.channel import Channel
+from rorqual.sandbox.drivers.base import Driver, Running
+from rorqual.sandbox.drivers.bwrap import pss, tree_of
+from rorqual.sandbox.drivers.streams import connect_unix
+from rorqual.sandbox.errors import Unsupported
+from rorqual.sandbox.home import Home
+from rorqual.sandbox.images.intake import add_tar
+from rorqual.sandbox.images.store import Store
+from rorqual.sandbox.link import provision_fields
+from rorqual.sandbox.snapshots import names_of, on_host_root
+from rorqual.sandbox.spec import Capabilities, Isolation, Kind, SandboxSpec
+from rorqual.sandbox.vm import boot, guest_root, kernel, qcow2, saved, snapshot, template
+from rorqual.sandbox.vm.control import Control
+from rorqual.sandbox.vm.initramfs import build_initramfs
+from rorqual.sandbox.vm.machine import (
+    BINARY,
+    MAX_LAYERS,
+    Accelerator,
+    Board,
+    Disk,
+    Machine,
+    fingerprint,
+)
+from rorqual.sandbox.vm.qmp import QMP
+from rorqual.sandbox.wire import Tag, Type, Value
+
+BOOT_S = {"kvm": 30.0, "tcg": 120.0}
+LOAD_S = 30.0
+MONITOR_S = 15.0
+
+
+class Qemu(Driver):
+    """What the four drivers share; they differ in board and accelerator."""
+
+    board: ClassVar[Board]
+    accelerator: ClassVar[Accelerator]
+
+    def missing(self) -> str | None:
+        """What plainly lacks here."""
+        if os.uname().machine != "x86_64":
+            return f"this driver starts x86-64 machines only, and this is {os.uname().machine}"
+        if shutil.which(BINARY) is None:
+            return f"{BINARY} is not installed; `apt install qemu-system-x86` brings it"
+        if os.geteuid() == 0 and not (shutil.which("bwrap") and shutil.which("setpriv")):
+            return "started by root, QEMU needs bubblewrap and setpriv around it: `apt install bubblewrap util-linux`"
+        if self.accelerator == "kvm":
+            if not Path("/dev/kvm").exists():
+                return "there is no /dev/kvm: this machine (or the machine it runs in) offers no virtualization"
+            if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+                return "/dev/kvm may not be opened by this user; an administrator can add it to the group kvm"
+        return kernel.missing() or template.missing() or guest_root.missing()
+
+    def capabilities(self) -> Capabilities:
+        """What it can do on this machine."""
+        isolation: Isolation = "vm-hw" if self.accelerator == "kvm" else "vm-emulated"
+        return Capabilities(
+            isolation,
+            pause_memory=True,
+            snapshot_disk=True,
+            snapshot_memory=True,
+            fork_live=True,
+            pty=True,
+            disk_quota=True,
+        )
+
+    async def start(self, spec: SandboxSpec, home: Path) -> Running:
+        """Start from the template of this shape (made now if need be), or from a full snapshot."""
+        if spec.network != "none":
+            raise Unsupported(
+                f"network={spec.network!r}: the {self.name} driver gives a machine no network. Use network='none'.",
+                "network_allowlist",
+            )
+        full = await asyncio.to_thread(_full_snapshot, spec)
+        machine, digests = await asyncio.to_thread(self._machine, spec, home, full)
+        if full is not None:
+            await asyncio.to_thread(snapshot.check, full, fingerprint(machine, *digests))
+            await asyncio.to_thread(snapshot.verify, full)
+            state, parents = full.folder / "state", [full.folder / name for name in full.disks]
+            disk_mb, secret = full.disk_mb, full.secret
+        else:
+            made = await template.obtain(machine, digests, spec.limits, BOOT_S[self.accelerator])
+            state, parents, disk_mb, secret = made.state, [made.disk], spec.limits.disk_mb, ""
+        running = await self._launch(machine, spec, home, state, parents, disk_mb)
+        running.extra["fingerprint"] = fingerprint(machine, *digests)
+        try:
+            await self._personalise(running, spec, home, secret)
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(boot.end, running.processes, running.cgroups))
+            raise
+        return running
+
+    async def _launch(
+        self, machine: Machine, spec: SandboxSpec, home: Path, state: Path, parents: Sequence[Path], disk_mb: int
+    ) -> Running:
+        """A machine of its own overlay on `parents`, loaded from `state` and running."""
+        uid = boot.new_uid()
+        folder = await asyncio.to_thread(boot.own_folder, home, uid)
+        chain = []
+        for number, parent in enumerate(parents):  # under names of our own: the originals may be removed meanwhile
+            linked = home / f"disk{number}"
+            linked.unlink(missing_ok=True)
+            await asyncio.to_thread(snapshot.link_or_copy, parent, linked)
+            chain.append(linked)
+        top = folder / "disk"
+        top.unlink(missing_ok=True)
+        qcow2.write_empty(top, disk_mb << 20)
+        boot.hand_over(top, uid)
+        machine = replace(machine, folder=folder, disk=Disk(tuple(chain), top), incoming=True)
+        return await self._run(machine, spec, home, state, uid)
+
+    async def _run(self, machine: Machine, spec: SandboxSpec, home: Path, state: Path, uid: int | None) -> Running:
+        started = await asyncio.to_thread(boot.start, machine, home, uid, home.name, spec.limits.cpu)
+        try:
+            async with await boot.monitor(machine.folder, home, MONITOR_S) as qmp:
+                await saved.load(qmp, state, LOAD_S)
+        except BaseException:
+            await asyncio.shield(boot.end_later(started))
+            raise
+        enforced = {
+            **started.enforced,
+            "memory": "the machine's memory size",
+            "disk": "size of the virtual disk",
+            "inodes": "inodes of the virtual disk",
+            "pids": "rlimit, and threads-max of its kernel",
+            "open_files": "rlimit",
+            "file_mb": "rlimit",
+        }
+        return Running(
+            started.processes,
+            {"unix": "vm/agent"},
+            secrets.token_hex(32),
+            cgroups=started.cgroups,
+            enforced=enforced,
+            extra={"uid": uid, "nproc": spec.limits.pids},
+        )
+
+    def _machine(self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None) -> tuple[Machine, tuple[str, str]]:
+        """The machine asked for, without its disk; digests of kernel and initramfs."""
+        store = Store()
+        digests = store.resolve(names_of(spec))
+        if on_host_root(spec):
+            digests.insert(0, guest_root.host_layer(store))
+        if len(digests) > MAX_LAYERS:
+            raise Unsupported(
+                f"{len(digests)} layers are more than a machine has places for disks ({MAX_LAYERS}). Merge some: "
+                "`rorqual sandbox image` does that.",
+                "layers",
+            )
+        found = kernel.obtain()
+        initramfs, initramfs_digest = build_initramfs(found)
+        machine = Machine(
+            board=self.board,
+            accelerator=self.accelerator,
+            cpus=max(1, math.ceil(spec.limits.cpu)),
+            memory_mb=max(spec.limits.memory_mb, 128),
+            kernel=found.image,
+            initramfs=initramfs,
+            layers=tuple(store.object_path(digest) for digest in digests),
+            disk=Disk((), None),
+            folder=home / "vm",
+        )
+        return machine, (found.digest, initramfs_digest)
+
+    async def _personalise(self, running: Running, spec: SandboxSpec, home: Path, secret: str) -> None:
+        """Give a machine that was loaded what no other copy has, before any command runs in it.
+
+        secret: the key of a restored sandbox's agent; empty for a template's, which belongs to nobody yet.
+        """
+        async with await Control.open(home / "vm") as control:
+            await control.ask(f"threads {spec.limits.pids}")
+        fields = None if secret else provision_fields(spec, running, time.time())
+        key = bytes.fromhex(secret or running.secret)
+        reader, writer = await self.connect(running, home)
+        channel = await asyncio.wait_for(
+            Channel.open(reader, writer, key, 0 if fields else 1 << 62, lambda kind, found: None, fields), LOAD_S
+        )
+        try:
+            await channel.request(Type.REKEY, [*fresh_identity(home.name), *self._rekey(running, spec)])
+        finally:
+            await channel.close()
+
+    def _rekey(self, running: Running, spec: SandboxSpec) -> list[tuple[Tag, Value]]:
+        idle, life = spec.lifetimes.idle_ttl, spec.lifetimes.max_lifetime
+        return [
+            (Tag.SECRET, bytes.fromhex(running.secret)),
+            (Tag.EPOCH, 0),
+            (Tag.IDLE_MS, 0 if idle == float("inf") else max(1, int(idle * 1000))),
+            (Tag.LIFE_MS, 0 if life == float("inf") else max(1, int(life * 1000))),
+        ]
+
+    async def connect(self, running: Running, home: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A stream to the agent's port; QEMU takes a next client once the one before it is gone."""
+        return await connect_unix(home, running.channel["unix"])
+
+    async def stop(self, running: Running, home: Path) -> list[str]:
+        """End QEMU and its keeper; the machine's disk goes with the sandbox's folder."""
+        return await asyncio.to_thread(boot.end, running.processes, running.cgroups)
+
+    async def pause(self, running: Running, home: Path, keep_memory: bool) -> None:
+        """Stop the machine; without `keep_memory` it is saved to the disk and QEMU ends."""
+        async with await self._monitor(home) as qmp:
+            if keep_memory:
+                await qmp.execute("stop")
+                return
+            await saved.save(qmp, home / "suspended", LOAD_S)
+        left = await self.stop(running, home)
+        if left:
+            raise SandboxError(f"the machine was saved, but its processes could not be ended: {', '.join(left)}.")
+        for leftover in ("exit.json", "keeper"):
+            (home / leftover).unlink(missing_ok=True)
+
+    async def resume(self, running: Running, home: Path) -> Running:
+        """Let it run on and set its clock; one that was saved gets a new QEMU."""
+        suspended = home / "suspended"
+        if suspended.exists():
+            running = await self._load_suspended(running, home, suspended)
+        else:
+            async with await self._monitor(home) as qmp:
+                await qmp.execute("cont")
+        async with await Control.open(home / "vm") as control:
+            await control.ask(f"clock {time.time_ns() // 1000}")
+        return running
+
+    async def _load_suspended(self, running: Running, home: Path, suspended: Path) -> Running:
+        spec = Home(home).read().spec
+        full = await asyncio.to_thread(_full_snapshot, spec)
+        machine, digests = await asyncio.to_thread(self._machine, spec, home, full)
+        here = fingerprint(machine, *digests)
+        snapshot.check(snapshot.Manifest("of this paused sandbox", running.extra["fingerprint"], 0, {}, (), ""), here)
+        chain = sorted(home.glob("disk*"), key=lambda path: int(path.name[4:]))
+        machine = replace(machine, disk=Disk(tuple(chain), home / "vm" / "disk"), incoming=True)
+        fresh = await self._run(machine, spec, home, suspended, running.extra["uid"])
+        suspended.unlink()
+        return replace(running, processes=fresh.processes, cgroups=fresh.cgroups, enforced=fresh.enforced)
+
+    async def snapshot_disk(self, running: Running, home: Path) -> str:
+        """The writable layer, sent by the machine itself as a tar: the host never mounts a disk a guest wrote."""
+        spec = Home(home).read().spec
+        with tempfile.NamedTemporaryFile(dir=home, prefix="tar-") as file:
+            async with await Control.open(home / "vm") as control:
+                await control.receive_tar(Path(file.name), (spec.limits.disk_mb + 64) << 21)
+
+            def build(writer: Any) -> None:
+                with open(file.name, "rb") as archive:
+                    add_tar(writer, archive)
+                writer.finish()
+
+            return await asyncio.to_thread(lambda: Store().add(build))
+
+    async def snapshot_full(self, running: Running, home: Path) -> str:
+        """Memory and disk as they are at one moment; the machine stands still while they are written."""
+        spec = Home(home).read().spec
+        state = snapshot.folder() / f".state-{secrets.token_hex(8)}"
+        state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        chain = sorted(home.glob("disk*"), key=lambda path: int(path.name[4:]))
+        async with await self._monitor(home) as qmp:
+            was_running = (await qmp.execute("query-status"))["running"]
+            try:
+                await saved.save(qmp, state, LOAD_S)
+                disk_mb = (await asyncio.to_thread(_virtual_size, home / "vm" / "disk")) >> 20
+                manifest = await asyncio.to_thread(
+                    snapshot.store,
+                    state,
+                    [*chain, home / "vm" / "disk"],
+                    running.extra["fingerprint"],
+                    disk_mb or spec.limits.disk_mb,
+                    running.secret,
+                )
+            finally:
+                state.unlink(missing_ok=True)
+                if was_running:
+                    await qmp.execute("cont")
+        return manifest.id
+
+    async def oom_kills(self, running: Running, home: Path) -> int:
+        """How many processes the guest's kernel ended for memory."""
+        async with await Control.open(home / "vm") as control:
+            return await control.number("oom")
+
+    async def memory_bytes(self, running: Running) -> int:
+        """The proportional share of QEMU and its keeper."""
+        return await asyncio.to_thread(lambda: sum(pss(process.pid) for process in tree_of(running)))
+
+    async def _monitor(self, home: Path) -> QMP:
+        return await boot.monitor(home / "vm", home, MONITOR_S)
+
+
+class QemuMicrovmKvm(Qemu):
+    """Small machines with hardware virtualization."""
+
+    kind: ClassVar[Kind] = "microvm"
+    name = "qemu-microvm-kvm"
+    board = "microvm"
+    accelerator = "kvm"
+    probe_timeout_s = 45.0
+
+
+class QemuMicrovmTcg(Qemu):
+    """Small machines, emulated."""
+
+    kind: ClassVar[Kind] = "microvm"
+    name = "qemu-tcg"
+    board = "microvm"
+    accelerator = "tcg"
+    probe_timeout_s = 120.0
+
+
+class QemuKvm(Qemu):
+    """Full machines with hardware virtualization."""
+
+    kind: ClassVar[Kind] = "vm"
+    name = "qemu-kvm"
+    board = "q35"
+    accelerator = "kvm"
+    probe_timeout_s = 45.0
+
+
+class QemuTcg(Qemu):
+    """Full machines, emulated."""
+
+    kind: ClassVar[Kind] = "vm"
+    name = "qemu-tcg"
+    board = "q35"
+    accelerator = "tcg"
+    probe_timeout_s = 120.0
+
+
+def fresh_identity(name: str) -> list[tuple[Tag, Value]]:
+    """What two copies of one memory must not share: random numbers, names, the time."""
+    return [
+        (Tag.ENTROPY, secrets.token_bytes(256)),
+        (Tag.TIME_US, time.time_ns() // 1000),
+        (Tag.HOSTNAME, name[:63]),
+        (Tag.TEXT, secrets.token_hex(16)),
+    ]
+
+
+def _full_snapshot(spec: SandboxSpec) -> snapshot.Manifest | None:
+    """The full snapshot that `spec.snapshot` names, itself or through a name in the store."""
+    if spec.snapshot is None:
+        return None
+    found = Store().reference(spec.snapshot)
+    identity = found.note.get("full", "") if found is not None else spec.snapshot
+    return snapshot.read(identity) if identity.startswith("full-") else None
+
+
+def _virtual_size(path: Path) -> int:
+    with open(path, "rb") as file:
+        return int.from_bytes(file.read(32)[24:32], "big")
+
+

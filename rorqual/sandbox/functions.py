@@ -1,0 +1,251 @@
+"""Small Python calls in a sandbox: `sandbox.call(source, entry, args)` and what comes back.
+
+A warm interpreter inside (function_runner.py) is forked for each call, so a call costs milliseconds, starts from the
+same clean state, and leaves no process behind. Files stay from one call to the next until the sandbox is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rorqual.errors import SandboxError
+from rorqual.sandbox.commands import GRACE_S, CommandHandle
+from rorqual.sandbox.errors import OutcomeUnknown, TransportError
+from rorqual.sandbox.history import Call, fingerprint
+from rorqual.sandbox.link import BREAK
+from rorqual.sandbox.spec import CommandResult
+from rorqual.sandbox.wire import Fields, Start, Tag, Type
+
+if TYPE_CHECKING:
+    from rorqual.sandbox.async_sandbox import AsyncSandbox
+
+RUNNER = Path(__file__).with_name("function_runner.py")
+LOADER = "import base64, sys; exec(compile(base64.b64decode(sys.stdin.buffer.readline()), '<string>', 'exec'))"
+HANDLE = "zygote"
+MAX_TASK = 8 << 20
+RETAINED = 16 << 20
+READY_S = 30.0
+
+
+@dataclass(frozen=True)
+class FunctionResult:
+    """What a call came to: `value` (from JSON), or `error` with the exception's name, its message and traceback.
+
+    truncated_bytes: per stream, how many bytes of the middle were left out. replayed: answered from the record.
+    """
+
+    value: Any = None
+    error: str | None = None
+    message: str = ""
+    traceback: str = ""
+    stdout: str = ""
+    stderr: str = ""
+    timed_out: bool = False
+    duration_ms: float = 0.0
+    truncated_bytes: Mapping[str, int] = field(default_factory=lambda: {"stdout": 0, "stderr": 0})
+    replayed: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether it returned."""
+        return self.error is None
+
+
+class Functions:
+    """The warm interpreter of one sandbox, as this client sees it."""
+
+    def __init__(self, sandbox: AsyncSandbox) -> None:
+        self._sandbox = sandbox
+        self._handle: CommandHandle | None = None
+        self._line = bytearray()
+        self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._opening = asyncio.Lock()
+        self._writing = asyncio.Lock()
+        self._incarnation = 0
+
+    async def warm(self) -> None:
+        """Start the interpreter, or find the one that runs; returns when it takes calls.
+
+        Raises: SandboxError when there is no Python inside.
+        """
+        async with self._opening:
+            if self._handle is not None and self._incarnation == self._sandbox._record.incarnation:
+                if self._handle._attached:
+                    return
+                offset = self._handle._offsets[0]
+            else:
+                offset = None
+            self._incarnation = self._sandbox._record.incarnation
+            entries = {str(entry["id"]): entry for entry in await self._sandbox.commands.list()}
+            there = entries.get(HANDLE)
+            if there is not None and not there["running"]:
+                await self._sandbox.commands._forget(HANDLE)
+                there = None
+            self._handle = CommandHandle(self._sandbox, HANDLE)
+            self._handle._listen(None, None, self._take)
+            if there is not None:
+                offset = int(str(there["stdout_bytes"])) if offset is None else offset
+                self._handle._offsets[0] = offset
+                await self._sandbox._ask(
+                    Type.ATTACH, [(Tag.HANDLE, HANDLE), (Tag.OFFSET, offset), (Tag.INDEX, 0)], wake=False
+                )
+                return
+            self._line.clear()
+            self._watch_end(self._handle)
+            await self._start()
+
+    def _watch_end(self, handle: CommandHandle) -> None:
+        usual = handle._event
+
+        def event(kind: int, fields: Fields) -> None:
+            usual(kind, fields)
+            if kind in (BREAK, Type.EXITED):
+                for future in self._waiting.values():
+                    if not future.done():
+                        future.set_exception(TransportError("the warm interpreter ended.", retryable=False))
+
+        self._sandbox._link.listeners[HANDLE] = event
+
+    async def _start(self) -> None:
+        ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[""] = ready
+        assert self._handle is not None
+        argv = ["python3", "-I", "-c", LOADER]
+        commands = self._sandbox.commands
+        fields = commands._start_fields(HANDLE, argv, None, None, {"PYTHONDONTWRITEBYTECODE": "1"}, None, RETAINED)
+        try:
+            await commands._launch(self._handle, argv, fields, Start.STDIN, True)
+            await self._handle.write(base64.b64encode(RUNNER.read_bytes()) + b"\n")
+            await asyncio.wait_for(ready, READY_S)
+        except (SandboxError, TimeoutError) as error:
+            self._handle = None
+            raise SandboxError(
+                f"no Python interpreter came up in sandbox {self._sandbox.id}: {error}. "
+                "sandbox.call needs python3 in the image; commands.run needs none."
+            ) from error
+        finally:
+            self._waiting.pop("", None)
+
+    def _take(self, data: bytes) -> None:
+        self._line += data
+        while b"\n" in self._line:
+            text, _, rest = self._line.partition(b"\n")
+            self._line = bytearray(rest)
+            try:
+                report = json.loads(text)
+                future = self._waiting.get(report["id"])
+            except (ValueError, KeyError, TypeError):
+                continue  # what runs inside may write to this stream too
+            if future is not None and not future.done():
+                future.set_result(report)
+
+    async def call(
+        self,
+        source: str,
+        entry: str | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        timeout: float | None,
+        max_output: int,
+        call: str | None,
+    ) -> FunctionResult:
+        """See AsyncSandbox.call."""
+        number = secrets.token_hex(12)
+        task = {
+            "id": number,
+            "source": source,
+            "entry": entry,
+            "args": list(args),
+            "kwargs": dict(kwargs),
+            "timeout": timeout,
+            "max_output": max_output,
+        }
+        try:
+            line = json.dumps(task).encode() + b"\n"
+        except (TypeError, ValueError) as error:
+            raise SandboxError(f"the arguments of a call must be what JSON can hold: {error}.") from error
+        if len(line) > MAX_TASK:
+            raise SandboxError(
+                f"a call of {len(line):,} bytes is more than the {MAX_TASK:,} carried. Write a file first."
+            )
+        printed = fingerprint(["python-call"], {name: task[name] for name in ("source", "entry", "args", "kwargs")})
+        async with self._sandbox._calling(call):
+            history = self._sandbox._history()
+            known = history.find(call, printed, self._sandbox._record.incarnation) if call is not None else None
+            if isinstance(known, CommandResult):
+                return _unpacked(known)
+            if isinstance(known, Call):
+                raise OutcomeUnknown(
+                    f"call {call!r} began and its client went away before it ended. "
+                    "Roll back to a snapshot from before."
+                )
+            record = await history.accept(
+                call or "", HANDLE, printed, self._sandbox._record.incarnation, {"argv": ["python-call", entry or ""]}
+            )
+            report = await self._report(number, line, timeout)
+            result = _result(report)
+            await history.finish(record, _packed(result))
+            return result
+
+    async def _report(self, number: str, line: bytes, timeout: float | None) -> dict[str, Any]:
+        await self.warm()
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        try:
+            assert self._handle is not None
+            async with self._writing:  # two long lines must not be mixed
+                await self._handle.write(line)
+            return await asyncio.wait_for(future, None if timeout is None else timeout + GRACE_S)
+        except TimeoutError as error:
+            raise TransportError(
+                f"a call did not report within its timeout of {timeout:g} s and {GRACE_S:g} s more; close the sandbox.",
+                retryable=False,
+            ) from error
+        finally:
+            self._waiting.pop(number, None)
+
+
+def _result(report: Mapping[str, Any]) -> FunctionResult:
+    def text(name: str) -> str:
+        return base64.b64decode(report.get(name, "")).decode("utf-8", errors="replace")
+
+    return FunctionResult(
+        value=report.get("value"),
+        error=report.get("error"),
+        message=str(report.get("message", "")),
+        traceback=str(report.get("traceback", "")),
+        stdout=text("stdout"),
+        stderr=text("stderr"),
+        timed_out=bool(report.get("timed_out")),
+        duration_ms=float(report.get("duration_ms", 0.0)),
+        truncated_bytes={name: int(report.get(f"{name}_lost", 0)) for name in ("stdout", "stderr")},
+    )
+
+
+def _packed(result: FunctionResult) -> CommandResult:
+    """As the log holds every result: the structured part stands in for standard output."""
+    parts = {name: getattr(result, name) for name in ("value", "error", "message", "traceback", "stdout", "stderr")}
+    return CommandResult(
+        exit_code=0 if result.ok else 1,
+        stdout_bytes=json.dumps(parts).encode(),
+        timed_out=result.timed_out,
+        truncated_bytes=dict(result.truncated_bytes),
+        duration_ms=result.duration_ms,
+    )
+
+
+def _unpacked(result: CommandResult) -> FunctionResult:
+    return FunctionResult(
+        **json.loads(result.stdout_bytes),
+        timed_out=result.timed_out,
+        duration_ms=result.duration_ms,
+        truncated_bytes=result.truncated_bytes,
+        replayed=True,
+    )

@@ -1,0 +1,227 @@
+"""One virtual machine as QEMU's command line, and the walls around QEMU itself.
+
+QEMU gets no default devices, no configuration files, no network, no host folder, no display; two virtio ports and its
+control socket are unix sockets in a folder that only its owner can enter, and none of them is a device of the guest but
+the two ports. Its own system call filter is on. Around it stands bubblewrap: a file system of /usr, the files it boots
+from and its own folder, an empty network, its own processes; started by root it also gets a host uid that no other
+machine has, and no capability. Where bubblewrap is missing only the filter holds, and `walls` says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from rorqual.errors import SandboxError
+
+Board = Literal["microvm", "q35"]
+Accelerator = Literal["kvm", "tcg"]
+BINARY = "qemu-system-x86_64"
+MAX_LAYERS = 24
+EXIT_PORT = 0x501
+_FILTER = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+_MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+# 8250.nr_uarts, i8042, cryptomgr: work at boot that a machine without such devices can spare itself
+_KERNEL_LINE = "console=ttyS0 quiet panic=-1 reboot=t 8250.nr_uarts=1 i8042.noaux i8042.nokbd cryptomgr.notests"
+_EMULATED_LINE = "nokaslr mitigations=off tsc=reliable no_timer_check"
+"""Only under emulation, which neither speculates nor has a clock of its own; with KVM the kernel keeps its defences."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A writable disk: `parents` from the lowest up (a raw image, then qcow2 overlays), and the overlay written to.
+
+    top: None writes to the raw image itself, which only the making of a template does.
+    """
+
+    parents: tuple[Path, ...]
+    top: Path | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What QEMU is asked for. folder: the machine's own (sockets, overlay); incoming: it waits for a saved state."""
+
+    board: Board
+    accelerator: Accelerator
+    cpus: int
+    memory_mb: int
+    kernel: Path
+    initramfs: Path
+    layers: tuple[Path, ...]
+    disk: Disk
+    folder: Path
+    incoming: bool = False
+    console: bool = False
+
+    def cpu_model(self) -> str:
+        """What the guest sees: the host's processor with KVM, everything that can be emulated otherwise."""
+        return "host,migratable=on" if self.accelerator == "kvm" else "max"
+
+    def arguments(self, place: _Places) -> list[str]:
+        """QEMU's arguments; `place` says under which path each file is found inside the walls."""
+        board = {
+            "microvm": "microvm,pcie=on,pit=on,pic=on,rtc=on,isa-serial=on",
+            "q35": "q35,smm=off,vmport=off,hpet=off" if self.accelerator == "tcg" else "q35,smm=off,vmport=off",
+        }[self.board]
+        line = f"{_KERNEL_LINE} {_EMULATED_LINE}" if self.accelerator == "tcg" else _KERNEL_LINE
+        arguments = [
+            *("-name", "rorqual", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+            *("-sandbox", _FILTER, "-machine", f"{board},accel={self.accelerator},memory-backend=ram"),
+            *("-object", f"memory-backend-ram,id=ram,size={self.memory_mb}M", "-m", str(self.memory_mb)),
+            *("-cpu", self.cpu_model(), "-smp", str(self.cpus)),
+            *("-kernel", place(self.kernel), "-initrd", place(self.initramfs)),
+            *("-append", f"{line} rorqual.layers={len(self.layers)}"),
+            *("-qmp", f"unix:{place(self.folder / 'qmp')},server=on,wait=off"),
+            *("-serial", f"file:{place(self.folder / 'console')}" if self.console else "null"),
+            *("-device", f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=1"),
+            *("-object", "rng-builtin,id=random", "-device", "virtio-rng-pci,rng=random"),
+            *("-device", "virtio-serial-pci,id=ports,max_ports=4"),
+        ]
+        if self.board == "q35":
+            arguments += ["-vga", "none"]
+        for number, name in enumerate(("agent", "control"), 1):
+            socket = place(self.folder / name)
+            arguments += ["-chardev", f"socket,id={name},path={socket},server=on,wait=off"]
+            arguments += ["-device", f"virtserialport,nr={number},chardev={name},name=rorqual.{name}"]
+        for number, layer in enumerate(self.layers):
+            name = f"layer{number}"
+            arguments += ["-blockdev", _file(f"{name}f", place(layer), True)]
+            arguments += ["-blockdev", f"driver=raw,node-name={name},file={name}f,read-only=on"]
+            arguments += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
+        arguments += self._disk(place)
+        if self.incoming:
+            arguments += ["-incoming", "defer"]
+        return arguments
+
+    def _disk(self, place: _Places) -> list[str]:
+        arguments: list[str] = []
+        chain = [*self.disk.parents, *([self.disk.top] if self.disk.top is not None else [])]
+        for number, path in enumerate(chain):
+            last = number == len(chain) - 1
+            name = "upper" if last else f"below{number}"
+            only = "off" if last else "on"
+            arguments += ["-blockdev", _file(f"{name}f", place(path), not last)]
+            below = f",backing=below{number - 1}" if number else ""
+            kind = "qcow2" if number else "raw"
+            arguments += ["-blockdev", f"driver={kind},node-name={name},file={name}f,read-only={only}{below}"]
+        return [*arguments, "-device", "virtio-blk-pci,drive=upper,serial=upper"]
+
+    def files(self) -> list[Path]:
+        """Everything that QEMU only reads."""
+        return [self.kernel, self.initramfs, *self.layers, *self.disk.parents[: None if self.disk.top else -1]]
+
+
+def _file(node: str, path: str, read_only: bool) -> str:
+    if "," in path:
+        raise SandboxError(f"the path {path!r} has a comma in it, which QEMU's options cannot hold. Move the folder.")
+    return f"driver=file,node-name={node},filename={path},read-only={'on' if read_only else 'off'}"
+
+
+class _Places:
+    """Where a file of the host is seen by QEMU: at its own path, or under a short name inside the walls."""
+
+    def __init__(self, machine: Machine, walled: bool) -> None:
+        self._walled = walled
+        self._names = {path: f"/files/{number}" for number, path in enumerate(dict.fromkeys(machine.files()))}
+        self._folder = machine.folder
+
+    def __call__(self, path: Path) -> str:
+        if not self._walled:
+            return str(path)
+        if path in self._names:
+            return self._names[path]
+        return str(Path("/vm", path.relative_to(self._folder)))
+
+    def binds(self) -> list[str]:
+        """bwrap's options that show these files and the machine's folder, and nothing else of the host."""
+        options = [word for path, name in self._names.items() for word in ("--ro-bind", str(path), name)]
+        return ["--perms", "0755", "--dir", "/files", *options, "--bind", str(self._folder), "/vm"]
+
+
+def command(machine: Machine, uid: int | None) -> tuple[list[str], str]:
+    """The whole command, and what stands around QEMU in words. uid: the machine's own host user, when root starts it.
+
+    Raises: SandboxError when root would have to run it without walls.
+    """
+    binary = shutil.which(BINARY)
+    if binary is None:
+        raise SandboxError(f"{BINARY} is not installed; `apt install qemu-system-x86` brings it.")
+    bwrap = shutil.which("bwrap")
+    if bwrap is None or not _works(bwrap):
+        if os.geteuid() == 0:
+            raise SandboxError("started by root, QEMU needs bubblewrap around it: `apt install bubblewrap`.")
+        return [binary, *machine.arguments(_Places(machine, False))], "QEMU's system call filter (no bubblewrap here)"
+    place = _Places(machine, True)
+    options = [
+        *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try", "--new-session"),
+        *("--die-with-parent", "--clearenv", "--setenv", "PATH", "/usr/bin", "--ro-bind", "/usr", "/usr"),
+        *("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--dev", "/dev", "--tmpfs", "/tmp"),
+    ]
+    for name in _MERGED:
+        path = Path("/", name)
+        if path.is_symlink():
+            options += ["--symlink", os.readlink(path), str(path)]
+        elif path.is_dir():
+            options += ["--ro-bind", str(path), str(path)]
+    if machine.accelerator == "kvm":
+        options += ["--dev-bind", "/dev/kvm", "/dev/kvm"]
+    options += [*place.binds(), "--chdir", "/"]
+    inner = [binary, *machine.arguments(place)]
+    if uid is None:
+        return [bwrap, "--unshare-user", "--cap-drop", "ALL", *options, "--", *inner], "bubblewrap and QEMU's filter"
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        raise SandboxError("started by root, QEMU needs setpriv to become another user: `apt install util-linux`.")
+    drop = [
+        *(setpriv, f"--reuid={uid}", f"--regid={uid}", "--clear-groups" if machine.accelerator == "tcg" else "--groups"),
+        *([] if machine.accelerator == "tcg" else [str(os.stat("/dev/kvm").st_gid)]),
+        *("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"),
+    ]
+    walls = f"bubblewrap, uid {uid} without capabilities, QEMU's filter"
+    return [bwrap, *options, "--", *drop, *inner], walls
+
+
+@lru_cache
+def _works(bwrap: str) -> bool:
+    """Whether bubblewrap may build walls here (a user namespace may be forbidden)."""
+    test = [bwrap, "--unshare-pid", "--ro-bind", "/", "/", "--", "/bin/true"]
+    return subprocess.run(test, capture_output=True, check=False).returncode == 0
+
+
+@lru_cache
+def qemu_version() -> str:
+    """`QEMU emulator version …`, the first line of what it says of itself; empty when there is none."""
+    binary = shutil.which(BINARY)
+    if binary is None:
+        return ""
+    done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[0] if done.stdout else ""
+
+
+def fingerprint(machine: Machine, kernel_digest: str, initramfs_digest: str) -> dict[str, str]:
+    """What must be the same for a saved state to be restored; another value of any of these is refused."""
+    processor = "emulated"
+    if machine.accelerator == "kvm":
+        text = Path("/proc/cpuinfo").read_text()
+        flags = re.findall(r"^(?:flags|Features|model name|microcode)\s*: (.*)$", text, re.MULTILINE)
+        processor = hashlib.sha256(repr(sorted(set(flags))).encode()).hexdigest()[:16]
+    return {
+        "qemu": qemu_version(),
+        "board": machine.board,
+        "accelerator": machine.accelerator,
+        "cpu": machine.cpu_model(),
+        "processor": processor,
+        "cpus": str(machine.cpus),
+        "memory_mb": str(machine.memory_mb),
+        "kernel": kernel_digest,
+        "initramfs": initramfs_digest,
+        "layers": ",".join(path.name for path in machine.layers),
+    }

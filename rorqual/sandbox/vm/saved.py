@@ -1,0 +1,68 @@
+"""Saves a stopped machine into a file and loads it into one that waits; the file travels as an open descriptor.
+
+QEMU itself opens nothing for this, so it needs no right to write anywhere but in its own folder. The machine's whole
+memory is in the stream, pages of zeros left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+from rorqual.errors import SandboxError
+from rorqual.sandbox.errors import SnapshotFailed
+from rorqual.sandbox.vm.qmp import QMP
+
+NO_BOUND = 1 << 40  # bytes a second; QEMU would keep to 128 MiB
+
+
+async def save(qmp: QMP, target: Path, timeout_s: float) -> None:
+    """Stop the machine and write its state to a new file, synced. It stands still when this returns.
+
+    Raises: SnapshotFailed; the file is gone then and the machine can be continued.
+    """
+    descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        await qmp.execute("stop")
+        await _ready(qmp)
+        await qmp.execute("migrate-set-parameters", {"max-bandwidth": NO_BOUND})
+        await qmp.execute("getfd", {"fdname": "state"}, descriptor=descriptor)
+        await qmp.execute("migrate", {"uri": "fd:state"})
+        await asyncio.wait_for(_done(qmp), timeout_s)
+        await asyncio.to_thread(os.fsync, descriptor)
+    except (SandboxError, TimeoutError, OSError) as error:
+        target.unlink(missing_ok=True)
+        raise SnapshotFailed(f"the machine's memory could not be saved to {target}: {error}.") from error
+    finally:
+        os.close(descriptor)
+
+
+async def load(qmp: QMP, source: Path, timeout_s: float) -> None:
+    """Load a state into a machine started with `-incoming defer`, and let it run. Raises: SandboxError."""
+    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        await _ready(qmp)
+        await qmp.execute("getfd", {"fdname": "state"}, descriptor=descriptor)
+        await qmp.execute("migrate-incoming", {"uri": "fd:state"})
+        await asyncio.wait_for(_done(qmp), timeout_s)
+        await qmp.execute("cont")
+    except TimeoutError as error:
+        raise SandboxError(f"the saved machine {source} was not loaded within {timeout_s:g} s.") from error
+    finally:
+        os.close(descriptor)
+
+
+async def _ready(qmp: QMP) -> None:
+    await qmp.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
+
+
+async def _done(qmp: QMP) -> None:
+    while True:
+        event = await qmp.wait_for_event("MIGRATION")
+        status = event["data"]["status"]
+        if status == "completed":
+            return
+        if status in ("failed", "cancelled"):
+            told = await qmp.execute("query-migrate")
+            raise SandboxError(f"QEMU says {status}: {(told or {}).get('error-desc', 'without a reason')}")

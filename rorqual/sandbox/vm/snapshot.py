@@ -1,0 +1,214 @@
+"""Full snapshots: a machine's memory, its disk as a chain of images, and one manifest that names both by digest.
+
+    <data>/snapshots/<id>/      manifest.json (mode 0600: it holds the agent's key), state, disk0 (raw), disk1 ... (qcow2)
+
+A snapshot is there once its manifest is. It is restored only where the fingerprint is the same: QEMU's version, board,
+processor model, kernel, initramfs, layers. Its files are never written to; copies work on overlays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rorqual.errors import SandboxError
+from rorqual.folders import data_folder
+from rorqual.sandbox.errors import SnapshotFailed
+
+MAX_CHAIN = 24
+_ID = re.compile(r"full-[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a full snapshot is. files: name -> SHA-256; disks: names from the lowest up; secret: key of its agent."""
+
+    id: str
+    fingerprint: dict[str, str]
+    disk_mb: int
+    files: dict[str, str]
+    disks: tuple[str, ...]
+    secret: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return folder() / self.id
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes its files take on the disk."""
+        return sum((self.folder / name).stat().st_blocks * 512 for name in self.files)
+
+
+def folder() -> Path:
+    """Where full snapshots are kept."""
+    return data_folder() / "snapshots"
+
+
+def read(identity: str) -> Manifest:
+    """The manifest of a snapshot. Raises: SandboxError when there is none or it cannot be read."""
+    if not _ID.fullmatch(identity):
+        raise SandboxError(f"{identity[:80]!r} is no full snapshot's id; those look like full-0123456789abcdef.")
+    try:
+        data = json.loads((folder() / identity / "manifest.json").read_text())
+        return Manifest(**{**data, "disks": tuple(data["disks"])})
+    except FileNotFoundError:
+        raise SandboxError(f"there is no full snapshot {identity} in {folder()}.") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise SandboxError(f"the manifest of full snapshot {identity} cannot be read: {error}. Remove it.") from error
+
+
+def check(manifest: Manifest, here: dict[str, str]) -> None:
+    """Whether this machine may restore it. Raises: SandboxError naming every difference of the fingerprints."""
+    theirs = manifest.fingerprint
+    names = sorted(set(theirs) | set(here))
+    differences = [f"{name}: {theirs.get(name)} then, {here.get(name)} now" for name in names if theirs.get(name) != here.get(name)]
+    if differences:
+        raise SandboxError(
+            f"full snapshot {manifest.id} was taken under other conditions and is not restored:\n  "
+            + "\n  ".join(differences)
+            + "\n  Restore it where these are the same, or start from a disk snapshot, which has no such bounds."
+        )
+
+
+def verify(manifest: Manifest) -> None:
+    """Read every file and compare its digest; what was verified and did not change since is believed.
+
+    Raises: SandboxError naming the file that is damaged or missing.
+    """
+    for name, digest in manifest.files.items():
+        path = manifest.folder / name
+        try:
+            status = path.stat()
+            mark = f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+            marked = manifest.folder / f".{name}.verified"
+            if marked.exists() and marked.read_text() == mark:
+                continue
+            found = digest_of(path)
+        except FileNotFoundError:
+            raise SandboxError(f"full snapshot {manifest.id} lacks its file {name}. Take another one.") from None
+        if found != digest:
+            raise SandboxError(
+                f"full snapshot {manifest.id} is damaged: {name} has the digest {found[:16]}, not {digest[:16]}. It is "
+                "not restored. Take another one, or restore its files from a copy."
+            )
+        marked.write_text(mark)
+
+
+def store(
+    state: Path, disks: Sequence[Path], fingerprint: dict[str, str], disk_mb: int, secret: str, *, copy_last: bool = True
+) -> Manifest:
+    """Take the files of a machine that stands still into a new snapshot, durable and verified.
+
+    state: moved; disks: the chain from the lowest up, linked where they are never written and copied for the last.
+    Raises: SnapshotFailed; nothing is kept then.
+    """
+    if len(disks) > MAX_CHAIN:
+        raise SnapshotFailed(
+            f"this machine's disk is a chain of {len(disks)} snapshots, more than {MAX_CHAIN}. Take a disk snapshot and "
+            "go on from that."
+        )
+    identity = f"full-{secrets.token_hex(8)}"
+    target = folder() / identity
+    scratch = folder() / f".new-{identity}"
+    try:
+        scratch.mkdir(mode=0o755, parents=True)
+        os.replace(state, scratch / "state")
+        names = [f"disk{number}" for number in range(len(disks))]
+        for name, path in zip(names, disks, strict=True):
+            if path == disks[-1] and copy_last:
+                _copy(path, scratch / name)
+            else:
+                link_or_copy(path, scratch / name)
+        for name in ("state", *names):
+            _settle(scratch / name)
+        files = {name: digest_of(scratch / name) for name in ("state", *names)}
+        manifest = Manifest(identity, fingerprint, disk_mb, files, tuple(names), secret)
+        with open(os.open(scratch / "manifest.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(asdict(manifest), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(scratch, target)
+        _sync_folder(target)
+        _sync_folder(folder())
+        verify(manifest)
+        return manifest
+    except OSError as error:
+        raise SnapshotFailed(f"the snapshot could not be stored in {folder()}: {error}. Nothing was kept.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove(identity: str) -> None:
+    """Remove a snapshot; machines started from it go on. Raises: SandboxError when there is none."""
+    place = read(identity).folder
+    (place / "manifest.json").unlink()
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name of a file that nobody writes to, or a copy where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        _copy(source, target)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A copy that keeps holes; shares blocks where the file system can."""
+    with open(source, "rb") as old, open(target, "xb") as new:
+        try:
+            import fcntl
+
+            fcntl.ioctl(new, 0x40049409, old.fileno())  # FICLONE
+            return
+        except OSError:
+            pass
+        size = os.fstat(old.fileno()).st_size
+        new.truncate(size)
+        at = 0
+        while at < size:
+            try:
+                begin = os.lseek(old.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                return  # a hole up to the end
+            at = os.lseek(old.fileno(), begin, os.SEEK_HOLE)
+            while begin < at:
+                done = os.copy_file_range(old.fileno(), new.fileno(), at - begin, begin, begin)
+                if not done:
+                    break
+                begin += done
+
+
+def _settle(path: Path) -> None:
+    """Owned by us, written by nobody, on the disk."""
+    if os.geteuid() == 0:
+        os.chown(path, 0, 0)
+    path.chmod(0o444)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
