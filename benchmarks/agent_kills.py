@@ -219,7 +219,7 @@ def study(
         example = cases[num_runs % len(cases)]
         with new_run(example, folder / f"killed-{num_runs}", kind, pace_s) as run:
             while done + run.kills < kills and run.starts < MOST_STARTS:
-                if not run.killed_after(chance.uniform(0.0, 1.1) * times[example.name]):
+                if not run.killed_after(chance.uniform(0.0, 0.6) * times[example.name]):
                     break
             run.until_done()
             found = run.finding()
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--kind", default="container")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pace", type=float, default=0.002, help="seconds between two tokens")
+    parser.add_argument("--pace", type=float, default=0.001, help="seconds between two tokens")
     parser.add_argument("--quick", action="store_true", help="8 kills")
     parser.add_argument("--keep", type=Path, help="folder for the runs, which then stay")
     parser.add_argument("--json", action="store_true", help="only the result")

@@ -17,10 +17,10 @@ from typing import Any
 from local_sandbox import LocalSandbox, Maker
 
 from rorqual.agents import Observer, RunHooks, create_run, find_run, run_agent
+from rorqual.agents.cost import Meter
 from rorqual.agents.report import records_of
 from rorqual.agents.settings import RunSettings
 from rorqual.agents.view import JsonView
-from rorqual.agents.cost import Meter
 from rorqual.journal import Journal
 from rorqual.journal.records import Record, Tokens, ToolResult
 

@@ -319,6 +319,7 @@ def answer_ids(folder: Path, backend: Any, length: int = 64, **more: Any) -> lis
     return [one for one, chosen in zip(session.ids, session._mask, strict=True) if chosen]
 
 
+@pytest.mark.slow
 def test_d1_every_interruption_of_an_answer_of_64_tokens(tmp_path: Path, one_thread: None) -> None:
     import torch
     from mock_model import byte_tokenizer
@@ -454,7 +455,7 @@ def test_d5_new_weights_are_on_record_where_they_begin(tmp_path: Path, one_threa
     records = Bench(tmp_path).records()
     [switch] = [record for record in records if isinstance(record, PolicySwitch)]
     assert (switch.old_version, switch.new_version) == (1, 2)
-    versions = {position: version for position, version in _versions(records)}
+    versions = dict(_versions(records))
     first = min(versions)
     assert len(versions) == len(answer) == 12
     assert all(version == (1 if position < switch.position else 2) for position, version in versions.items())
