@@ -21,6 +21,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import smtplib
 import ssl
 import subprocess
@@ -71,7 +72,7 @@ class Outbox:
     def write(self, state: str, fields: dict[str, Any]) -> None:
         """Whole or not at all, and durable on return."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = self.path(f"{state}.part{os.getpid()}")
+        partial = self.path(f"{state}.{secrets.token_hex(4)}")
         with partial.open("w", encoding="utf-8") as file:
             json.dump(fields, file)
             file.flush()

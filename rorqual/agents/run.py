@@ -64,7 +64,7 @@ def run_agent(folder: RunFolder, hooks: RunHooks | None = None) -> RunResult:
     settings = folder.settings
     with contextlib.ExitStack() as stack:
         skills = find_skills([Path(skill) for skill in settings.skills])
-        toolbox = ToolBox([*stack.enter_context(_tools(settings, skills)), *hooks.more_tools])
+        toolbox = ToolBox([*stack.enter_context(_tools(folder, settings, skills)), *hooks.more_tools])
         journal = stack.enter_context(hooks.journal(folder.journal, take_over=hooks.take_over))
         log = TrajectoryLog(journal)
         _check_not_failed(log)
@@ -121,7 +121,7 @@ def _check_not_failed(log: TrajectoryLog) -> None:
 
 
 @contextlib.contextmanager
-def _tools(settings: RunSettings, skills: dict[str, Skill]) -> Iterator[list[Tool]]:
+def _tools(folder: RunFolder, settings: RunSettings, skills: dict[str, Skill]) -> Iterator[list[Tool]]:
     tools = standard_tools()
     server = settings.mail_server()
     if server is not None:
@@ -137,7 +137,7 @@ def _tools(settings: RunSettings, skills: dict[str, Skill]) -> Iterator[list[Too
         return
     from rorqual.agents.tools.mcp import McpTools, read_servers
 
-    with McpTools(read_servers(Path(settings.mcp))) as connected:
+    with McpTools(read_servers(Path(settings.mcp)), folder.path / "mcp.log") as connected:
         yield [*tools, *connected.tools]
 
 

@@ -90,7 +90,7 @@ def test_k3_killed_before_and_after_every_write_and_every_act(tmp_path: Path, se
     assert {f"{when} {what} of {record}" for when in ("before", "after") for what in ("append", "commit")
             for record in ("ToolCall", "ToolResult", "Request", "Close", "sandbox")} <= set(places)  # fmt: skip
     assert {"before run", "after run", "before create", "before download", "before kill"} <= set(places)
-    chosen = sorted(random.Random(3).sample(range(len(places)), often(16, len(places))))
+    chosen = sorted(random.Random(3).sample(range(len(places)), often(6, len(places))))
     for at in chosen:
         lab = new_lab(tmp_path / str(at), server)
         killed = lab.run(at=at)
@@ -155,14 +155,7 @@ def restore_places(folder: Path, server: MailServer, replies: list[dict[str, Any
     lose_third_call(lab)
     passed = lab.run().passed
     first = passed.index("before rollback")
-    return [
-        first - 1,
-        first,
-        first + 1,
-        first + 2,
-        first + often(4, 5),
-        *range(first + 5, often(first + 5, len(passed) - 1)),
-    ]
+    return sorted(random.Random(5).sample(range(first - 1, len(passed) - 1), often(2, len(passed) - first)))
 
 
 def lose_third_call(lab: Lab) -> None:
@@ -274,8 +267,8 @@ def test_k1_killed_at_random_moments_over_real_containers(tmp_path: Path) -> Non
         Sandbox.create("container", create_timeout=60, home=tmp_path / "probe").close()
     except SandboxError as error:
         pytest.skip(f"no container sandbox here: {error}")
-    result = agent_kills.study(often(6, 200), "container", seed=7, folder=tmp_path, pace_s=0.001)
+    result = agent_kills.study(often(3, 200), "container", seed=7, folder=tmp_path, pace_s=0.001)
     assert result["wrong"] == [], json.dumps(result)
-    assert result["kills"] >= often(6, 200)
+    assert result["kills"] >= often(3, 200)
     for home in tmp_path.glob("*-*"):
         assert Sandbox.list(home=home) == []

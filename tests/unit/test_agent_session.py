@@ -1,4 +1,4 @@
-"""Agents, one process: what a session records, gives back, and refuses. D1 to D5 and K8 of the sandbox specification."""
+"""Agents in one process: what a session records, gives back, and refuses. D1 to D5 and K8 of the specification."""
 
 import json
 import math

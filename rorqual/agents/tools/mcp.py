@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rorqual.agents.errors import AgentError, CallFailed, InfraFailed
 from rorqual.agents.tools.base import Outcome, Policy, Tool, ToolContext
@@ -70,16 +71,18 @@ def _server(name: str, entry: Mapping[str, Any], path: Path) -> McpServer:
 class McpTools:
     """Connections to servers, kept open in a thread of their own. Use as a context manager, or call `close`.
 
+    said: file for what started servers write on stderr; nowhere otherwise.
     Raises: MissingExtraError without the package, AgentError for a server that cannot be reached.
     """
 
-    def __init__(self, servers: list[McpServer]) -> None:
+    def __init__(self, servers: list[McpServer], said: Path | None = None) -> None:
         try:
             import mcp  # noqa: F401
         except ImportError as error:
             raise MissingExtraError(
                 'MCP servers need the package mcp. Install it with: pip install "rorqual[agents]"'
             ) from error
+        self._said = open(said or os.devnull, "a", encoding="utf-8")  # noqa: SIM115  # closed by `close`
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rorqual-mcp", daemon=True)
         self._thread.start()
@@ -87,7 +90,7 @@ class McpTools:
         self.tools: list[Tool] = []
         try:
             for server in servers:
-                link = _Link(server)
+                link = _Link(server, self._said)
                 self._links.append(link)
                 self.tools += self._describe(link)
         except BaseException:
@@ -126,6 +129,7 @@ class McpTools:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._said.close()
 
     def __enter__(self) -> McpTools:
         return self
@@ -137,8 +141,8 @@ class McpTools:
 class _Link:
     """One server. The connection is opened and closed by one task, as its cancel scopes demand."""
 
-    def __init__(self, server: McpServer) -> None:
-        self.server = server
+    def __init__(self, server: McpServer, said: TextIO) -> None:
+        self.server, self._said = server, said
         self._client: Any = None
         self._task: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -150,13 +154,14 @@ class _Link:
         await self._ready
 
     async def _hold(self) -> None:
-        from mcp import Client, StdioServerParameters
+        from mcp import Client, StdioServerParameters, stdio_client
 
         server = self.server
         target: Any = server.url
         if server.command is not None:
             env = dict(server.env) if server.env else None
-            target = StdioServerParameters(command=server.command, args=list(server.args), env=env, cwd=server.cwd)
+            start = StdioServerParameters(command=server.command, args=list(server.args), env=env, cwd=server.cwd)
+            target = stdio_client(start, errlog=self._said)
         assert self._ready is not None
         try:
             async with Client(target) as client:
@@ -192,12 +197,13 @@ class _Link:
 
 def _outcome(server: str, name: str, future: Future[Any], policy: Policy) -> Outcome:
     from mcp.shared.exceptions import MCPError
+    from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT
 
     try:
         result = future.result(CALL_S)
-    except MCPError as error:  # the server answered, and said no
-        raise CallFailed(f"{server} refused {name}: {error}") from None
     except Exception as error:
+        if isinstance(error, MCPError) and error.code not in (CONNECTION_CLOSED, REQUEST_TIMEOUT):
+            raise CallFailed(f"{server} refused {name}: {error}") from None  # the server answered, and said no
         future.cancel()
         if policy == "rerun":
             raise CallFailed(f"{server} did not answer {name} ({type(error).__name__}: {error})") from None
