@@ -28,7 +28,12 @@ BUDGET_TASK = (
     "Convert all PDFs in my folder to text, extract every paragraph mentioning '2025 budget', format as Excel, send to "
     "my email"
 )
-KINDS = ["container", pytest.param("microvm", marks=pytest.mark.slow), pytest.param("vm", marks=pytest.mark.slow)]
+KINDS = [
+    "container",
+    "function",
+    pytest.param("microvm", marks=pytest.mark.slow),
+    pytest.param("vm", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture
