@@ -99,6 +99,20 @@ def test_k3_killed_before_and_after_every_write_and_every_act(tmp_path: Path, se
         assert lab.sandboxes.exists() and not list(lab.sandboxes.glob("*/metadata")), f"{places[at]}: a sandbox is left"
 
 
+@pytest.mark.parametrize("place", ["after create", "after commit of ToolCall", "before commit of ToolResult"])
+def test_k3_the_moments_that_matter_most(place: str, tmp_path: Path, server: MailServer) -> None:
+    """A sandbox nobody recorded, a call nobody made, a result nobody wrote down."""
+    replies = [{"calls": [call("shell", command=STEP.format("a") + "; cp log out/log")]}, {"content": "."}]
+    peace = new_lab(tmp_path / "peace", server, replies)
+    whole = peace.run()
+    lab = new_lab(tmp_path / "killed", server, replies)
+    assert lab.run(at=whole.passed.index(place)).was_killed
+    ended = lab.run()
+    assert (ended.code, ended.ids) == (0, whole.ids)
+    assert (lab.home / "out" / "log").read_text() == "a\n"
+    assert not list(lab.sandboxes.glob("*/metadata")), "a sandbox is left"
+
+
 @pytest.mark.slow
 def test_k4_killed_while_it_resumes(tmp_path: Path, server: MailServer) -> None:
     peace = new_lab(tmp_path / "peace", server)
@@ -228,9 +242,8 @@ def test_k6_a_stopped_process_is_fenced(tmp_path: Path, server: MailServer) -> N
     assert len(lab.records()) == records and len(server.inbox) == 1
 
 
-@pytest.mark.parametrize(
-    "grace_s", [pytest.param(0.0, marks=pytest.mark.slow), 0.1, pytest.param(1.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("grace_s", [0.0, 0.1, 1.0])
 def test_k7_a_notice_with_a_grace_period(grace_s: float, tmp_path: Path, server: MailServer) -> None:
     """Of 10 s of grace nothing is tested: the process is gone long before."""
     replies = [
