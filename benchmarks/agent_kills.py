@@ -36,6 +36,7 @@ from mail_server import MailServer, mail_server  # noqa: E402
 from rorqual.agents.report import records_of  # noqa: E402
 from rorqual.agents.runs import RunFolder  # noqa: E402
 from rorqual.journal.records import Tokens, ToolResult  # noqa: E402
+from rorqual.sandbox import Sandbox  # noqa: E402
 
 NAME = "run"
 MOST_STARTS = 60
@@ -61,6 +62,10 @@ class Finding:
     mails: int
     kills: int = 0
     starts: int = 0
+    answered: int = 0
+    """Calls whose command the sandbox had run, or was running, when the resumed agent asked again."""
+    restores: int = 0
+    """Times that the sandbox was taken back because a call's outcome was lost."""
     wrong: list[str] = field(default_factory=list)
 
 
@@ -147,12 +152,16 @@ class Run:
         }
         ids, wrong = self._ids(folder)
         wrong += self._acknowledged(ids)
+        wrong += [f"sandbox {info.id} is left" for info in Sandbox.list(home=self.home)]
         if len(self.server.inbox) != self.example.mails:
             wrong.append(f"{len(self.server.inbox)} mails, {self.example.mails} expected")
         steps = (out / "steps.log").read_text().split() if (out / "steps.log").exists() else []
         if tuple(steps) != self.example.once:
             wrong.append(f"the commands left {steps}, {self.example.once} expected")
-        return Finding(files, ids, len(self.server.inbox), self.kills, self.starts, wrong)
+        printed = self.printed.read_text(errors="replace")
+        answered = printed.count('"replayed": true, "live": true')
+        restores = printed.count("restoring the sandbox")
+        return Finding(files, ids, len(self.server.inbox), self.kills, self.starts, answered, restores, wrong)
 
     def _ids(self, folder: Path) -> tuple[list[int], list[str]]:
         ids: list[int] = []
@@ -204,7 +213,7 @@ def study(
 ) -> dict[str, Any]:
     """Kill so often, over as many runs as that takes, and compare every one."""
     chance = random.Random(seed)
-    done, wrong, num_runs, starts, seconds = 0, [], 0, 0, 0.0
+    done, wrong, num_runs, starts, answered, restores = 0, [], 0, 0, 0, 0
     cases = examples(folder / "documents")
     peace, times = {}, {}
     for example in cases:
@@ -225,11 +234,12 @@ def study(
             found = run.finding()
             wrong += [f"{run.home.name} ({example.name}): {text}" for text in compare(peace[example.name], found)]
             done, starts, num_runs = done + run.kills, starts + run.starts, num_runs + 1
+            answered, restores = answered + found.answered, restores + found.restores
         tell(f"{num_runs} runs, {done} kills, {len(wrong)} wrong")
-    seconds = time.monotonic() - began
     return {
-        "name": "agent-kills", "case": kind, "kills": done, "runs": num_runs, "starts": starts, "wrong": wrong,
-        "seconds": round(seconds, 1), "config": {"seed": seed, "pace_s": pace_s},
+        "name": "agent-kills", "case": kind, "kills": done, "runs": num_runs, "starts": starts,
+        "answered_by_sandbox": answered, "restores": restores, "wrong": wrong,
+        "seconds": round(time.monotonic() - began, 1), "config": {"seed": seed, "pace_s": pace_s},
     }  # fmt: skip
 
 

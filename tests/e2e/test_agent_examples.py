@@ -30,7 +30,7 @@ BUDGET_TASK = (
 )
 KINDS = [
     "container",
-    "function",
+    pytest.param("function", marks=pytest.mark.slow),
     pytest.param("microvm", marks=pytest.mark.slow),
     pytest.param("vm", marks=pytest.mark.slow),
 ]

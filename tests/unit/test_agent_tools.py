@@ -234,6 +234,7 @@ def test_tools_of_an_mcp_server_over_stdio(program: Path, tmp_path: Path) -> Non
             tools["my_things_add"].run({"a": 2, "b": 3}, here)
 
 
+@pytest.mark.slow
 def test_tools_of_an_mcp_server_over_http(program: Path, tmp_path: Path) -> None:
     import socket
     import time
