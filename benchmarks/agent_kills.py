@@ -12,6 +12,7 @@ Needs the extras `agents` and `test`. One JSON object at the end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ from rorqual.agents.report import records_of  # noqa: E402
 from rorqual.agents.runs import RunFolder  # noqa: E402
 from rorqual.journal.records import Tokens, ToolResult  # noqa: E402
 from rorqual.sandbox import Sandbox  # noqa: E402
+from rorqual.sandbox.errors import Gone  # noqa: E402
+from rorqual.sandbox.home import all_homes  # noqa: E402
+from rorqual.sandbox.processes import alive  # noqa: E402
 
 NAME = "run"
 MOST_STARTS = 60
@@ -102,6 +105,7 @@ class Run:
     kind: str
     pace_s: float
     kills: int = 0
+    sandbox_kills: int = 0
     starts: int = 0
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -127,8 +131,8 @@ class Run:
         if process.wait(timeout=600) != 0:
             raise RuntimeError(f"{self.home}: {(self.home / 'stderr').read_text()[-2000:]}")
 
-    def killed_after(self, seconds: float) -> bool:
-        """Start it and kill it after so many seconds; False when it was done before."""
+    def killed_after(self, seconds: float, *, with_sandbox: bool = False) -> bool:
+        """Start it and kill it after so many seconds, its sandbox too if asked; False when it was done before."""
         process = self.start()
         try:
             code = process.wait(timeout=seconds)
@@ -136,10 +140,22 @@ class Run:
             process.send_signal(signal.SIGKILL)
             process.wait()
             self.kills += 1
+            if with_sandbox:
+                self.kill_sandbox()
             return True
         if code != 0:
             raise RuntimeError(f"{self.home}: {(self.home / 'stderr').read_text()[-2000:]}")
         return False
+
+    def kill_sandbox(self) -> None:
+        """End the sandbox's processes, as a lack of memory or a crash might."""
+        for place in all_homes(self.home):
+            with contextlib.suppress(Gone, ValueError, KeyError, TypeError):
+                running = place.read().running
+                for one in running.processes if running is not None else ():
+                    if alive(one):
+                        os.kill(one.pid, signal.SIGKILL)
+                        self.sandbox_kills += 1
 
     def finding(self) -> Finding:
         """What came of it, and what of that is wrong whatever the others say."""
@@ -191,11 +207,16 @@ class Run:
         return wrong
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_run(example: Example, home: Path, kind: str, pace_s: float) -> Iterator[Run]:
-    """A run and its own mail server."""
+    """A run and its own mail server; no sandbox of it outlives the block."""
     with mail_server() as server:
-        yield Run(example, home, server, kind, pace_s)
+        try:
+            yield Run(example, home, server, kind, pace_s)
+        finally:
+            # a process killed while it made a sandbox leaves one that a later sweep of that home would take
+            for place in (home / "sandboxes").glob("[!.]*"):
+                Sandbox.end(place.name, home=home)
 
 
 def compare(peace: Finding, killed: Finding) -> list[str]:
@@ -209,11 +230,18 @@ def compare(peace: Finding, killed: Finding) -> list[str]:
 
 
 def study(
-    kills: int, kind: str, seed: int, folder: Path, pace_s: float, tell: Any = lambda text: None
+    kills: int,
+    kind: str,
+    seed: int,
+    folder: Path,
+    pace_s: float,
+    sandbox_share: float = 0.0,
+    tell: Any = lambda text: None,
 ) -> dict[str, Any]:
-    """Kill so often, over as many runs as that takes, and compare every one."""
+    """Kill so often, over as many runs as that takes, and compare every one. sandbox_share: of kills of both."""
     chance = random.Random(seed)
     done, wrong, num_runs, starts, answered, restores = 0, [], 0, 0, 0, 0
+    sandbox_kills = 0
     cases = examples(folder / "documents")
     peace, times = {}, {}
     for example in cases:
@@ -228,17 +256,20 @@ def study(
         example = cases[num_runs % len(cases)]
         with new_run(example, folder / f"killed-{num_runs}", kind, pace_s) as run:
             while done + run.kills < kills and run.starts < MOST_STARTS:
-                if not run.killed_after(chance.uniform(0.0, 0.6) * times[example.name]):
+                with_sandbox = chance.random() < sandbox_share
+                if not run.killed_after(chance.uniform(0.0, 0.6) * times[example.name], with_sandbox=with_sandbox):
                     break
             run.until_done()
             found = run.finding()
             wrong += [f"{run.home.name} ({example.name}): {text}" for text in compare(peace[example.name], found)]
             done, starts, num_runs = done + run.kills, starts + run.starts, num_runs + 1
             answered, restores = answered + found.answered, restores + found.restores
+            sandbox_kills += run.sandbox_kills > 0
         tell(f"{num_runs} runs, {done} kills, {len(wrong)} wrong")
     return {
         "name": "agent-kills", "case": kind, "kills": done, "runs": num_runs, "starts": starts,
-        "answered_by_sandbox": answered, "restores": restores, "wrong": wrong,
+        "answered_by_sandbox": answered, "restores": restores,
+        "runs_whose_sandbox_was_killed": sandbox_kills, "wrong": wrong,
         "seconds": round(time.monotonic() - began, 1), "config": {"seed": seed, "pace_s": pace_s},
     }  # fmt: skip
 
@@ -250,6 +281,7 @@ def main() -> None:
     parser.add_argument("--kind", default="container")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pace", type=float, default=0.001, help="seconds between two tokens")
+    parser.add_argument("--sandbox-share", type=float, default=0.0, help="share of kills that take the sandbox along")
     parser.add_argument("--quick", action="store_true", help="8 kills")
     parser.add_argument("--keep", type=Path, help="folder for the runs, which then stay")
     parser.add_argument("--json", action="store_true", help="only the result")
@@ -258,6 +290,7 @@ def main() -> None:
         folder = options.keep or Path(scratch)
         result = study(
             8 if options.quick else options.kills, options.kind, options.seed, folder, options.pace,
+            options.sandbox_share,
             (lambda text: None) if options.json else (lambda text: print(text, file=sys.stderr, flush=True)),
         )  # fmt: skip
     print(json.dumps(result))

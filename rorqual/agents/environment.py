@@ -172,12 +172,21 @@ class Environment:
             self._snapshot()
             return
         try:
-            self._adopt(self._maker.connect(self.id, takeover=self._settings.take_over))
-        except Gone as error:
+            self._adopt(self._connect())
+        except (Gone, TransportError) as error:
+            self._maker.end(self.id)  # where its agent does not answer, something of it may still be there
             self._restore(len(facts.results), f"the sandbox {self.id} is gone: {error}", in_place=False)
             return
         if facts.restoring:
             self._restore(len(facts.results), "an earlier restore was interrupted", in_place=True)
+
+    def _connect(self) -> Any:
+        try:
+            return self._maker.connect(self.id, takeover=self._settings.take_over)
+        except TransportError as error:
+            if not error.retryable:
+                raise
+            return self._maker.connect(self.id, takeover=self._settings.take_over)
 
     def _make(self, snapshot: str | None) -> None:
         """A new sandbox, with the user's files unless they are in the snapshot; on record once it is complete."""
@@ -207,7 +216,7 @@ class Environment:
     def _reconnect(self, context: ToolContext, error: TransportError) -> None:
         """The channel broke and the sandbox may live on: connect again, and ask again with the same key."""
         self._count(context, str(error))
-        self._sandbox = None
+        self.release()
 
     # --------------------------------------------------------------- recovery
 
@@ -302,9 +311,9 @@ class Environment:
         try:
             try:
                 self._download(partial)
-            except Gone as error:
+            except (Gone, TransportError) as error:
                 self.note(f"the sandbox ended before its files were fetched: {error}")
-                self._sandbox = None  # the next use restores it
+                self.release()  # the next use restores it
                 self._download(partial)
             return _move_into(partial, folder)
         finally:

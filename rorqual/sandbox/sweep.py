@@ -87,6 +87,8 @@ def _dead(home: Home) -> str | None:
     except (Gone, ValueError, KeyError, TypeError):
         running, age = None, time.time() - home.path.stat().st_mtime
     if running is not None:
+        if record.state == "preparing" and record.incarnation == 1:
+            return "crashed"  # its client died before it was ready, so nobody knows its id
         return None if any(processes.alive(process) for process in running.processes) else "crashed"
     if any(processes.alive(process) for process in home.keeper()):
         return "crashed"  # its client died between starting it and writing it down

@@ -1,4 +1,4 @@
-"""Agents killed everywhere: K1 and K3 to K7 of the sandbox specification.
+"""Agents killed everywhere: K1 to K7 of the sandbox specification, as far as they are about agents.
 
 Processes are killed with SIGKILL at chosen places by a fuse in their journal and sandbox (`agent_process.py`), over a
 stand-in sandbox that remembers calls as a real one does; and at random moments over real containers.
@@ -285,3 +285,15 @@ def test_k1_killed_at_random_moments_over_real_containers(tmp_path: Path) -> Non
     assert result["kills"] >= often(3, 200)
     for home in tmp_path.glob("*-*"):
         assert Sandbox.list(home=home) == []
+
+
+@pytest.mark.slow
+def test_k2_killed_together_with_the_sandbox(tmp_path: Path) -> None:
+    """Then the files are gone too, and come back from a snapshot and the calls since."""
+    try:
+        Sandbox.create("container", create_timeout=60, home=tmp_path / "probe").close()
+    except SandboxError as error:
+        pytest.skip(f"no container sandbox here: {error}")
+    result = agent_kills.study(often(2, 60), "container", 5, tmp_path, 0.001, sandbox_share=0.7)
+    assert result["wrong"] == [], json.dumps(result)
+    assert result["restores"] > 0
