@@ -76,6 +76,9 @@ def render() -> str:
         command = group.commands[name]
         parts += [f"## rorqual {name}\n", render_docstring(command.callback.__doc__ or "") + "\n"]
         parts.append(render_table(command.params) + "\n")
+        for below, one in getattr(command, "commands", {}).items():
+            parts += [f"### rorqual {name} {below}\n", render_docstring(one.callback.__doc__ or "") + "\n"]
+            parts.append(render_table(one.params) + "\n")
     return "\n".join(parts)
 
 

@@ -44,16 +44,17 @@ COMMANDS: dict[str, Command] = {
     "inspect": Command("Explain a preset, a config or a checkpoint: layers, parameters, names.", LOOK),
     "journal": Command("Show, check or compact a journal, the log that rollouts are resumed from.", LOOK),
     "selftest": Command("Prove that answers here do not depend on batch, cache or restarts.", LOOK),
+    "sandbox": Command("Run commands in sandboxes; list, end, check and build them.", RUN),
     "doctor": Command("Check this machine: versions, threads, compiler, optional extras.", LOOK),
 }
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def load(name: str) -> Callable[..., Any]:
-    """The function behind command `name`, imported now."""
-    function: Callable[..., Any] = getattr(importlib.import_module(f"rorqual.cli.{name}"), name)
-    return function
+def load(name: str) -> Callable[..., Any] | typer.Typer:
+    """The function behind command `name`, or its group of commands, imported now."""
+    found: Callable[..., Any] | typer.Typer = getattr(importlib.import_module(f"rorqual.cli.{name}"), name)
+    return found
 
 
 def _listed_only() -> None:
@@ -74,7 +75,16 @@ def build_app(names: Sequence[str] = tuple(COMMANDS)) -> typer.Typer:
     app.callback()(_root)
     for name, command in COMMANDS.items():
         function = load(name) if name in names else _listed_only
-        app.command(name, short_help=command.summary, rich_help_panel=command.group)(function)
+        if isinstance(function, typer.Typer):
+            app.add_typer(
+                function,
+                name=name,
+                short_help=command.summary,
+                rich_help_panel=command.group,
+                context_settings=CONTEXT,
+            )
+        else:
+            app.command(name, short_help=command.summary, rich_help_panel=command.group)(function)
     return app
 
 

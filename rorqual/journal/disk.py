@@ -5,6 +5,7 @@ Durable here means what the system promises after a sync. A disk that acknowledg
 
 import contextlib
 import errno
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -71,6 +72,10 @@ class Disk:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
         else:
             os.fdatasync(descriptor)
+
+    def flush(self, mapping: mmap.mmap) -> None:
+        """What was stored in a mapped file is durable on return."""
+        mapping.flush()
 
     def truncate(self, descriptor: int, size: int) -> None:
         """Cut the file to `size` bytes; durable after `sync`."""

@@ -150,14 +150,21 @@ def iterate(data: Buffer, start: int, lsn: int, seed: int, stop_lsn: int = 2**64
         at, lsn = behind + CRC_BYTES, lsn + 1
 
 
-def proof_of_commit(data: bytes | memoryview, start: int, lsn: int, seed: int) -> int | None:
-    """Where behind `start` a whole frame lies that says everything before it was durable; None when nowhere."""
+def proof_of_commit(data: Buffer, start: int, lsn: int, seed: int, *, any_frame: bool = False) -> int | None:
+    """Where from `start` on a whole frame lies that says LSN `lsn`, before it, was durable; None when nowhere.
+
+    any_frame: take any later whole frame for a proof, also one of the same commit.
+    """
     text = bytes(data[start:])
     at = text.find(MAGIC_BYTES)
     while at >= 0:
         if at + FRAME_BYTES <= len(text):
             _, _, flags, _, length, found = HEAD.unpack_from(text, at)
-            if flags & FIRST_OF_COMMIT and found > lsn and whole_frames(text, at, found, seed, found + 1).end > at:
+            if (
+                (any_frame or flags & FIRST_OF_COMMIT)
+                and found > lsn
+                and whole_frames(text, at, found, seed, found + 1).end > at
+            ):
                 return start + at
         at = text.find(MAGIC_BYTES, at + 1)
     return None

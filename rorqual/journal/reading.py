@@ -1,15 +1,19 @@
 """Records out of segments, in order, each checked. Damage raises; nothing is skipped."""
 
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rorqual.errors import JournalError
 from rorqual.journal import columns, frames
-from rorqual.journal.records import Record, decode
+from rorqual.journal.records import HAS_LOGPROBS, ONE_TOKEN, Record, Tokens, decode
 from rorqual.journal.recovery import Recovered, check_header, damaged, recover
 from rorqual.journal.segments import Bytes, Segment, list_segments
 from rorqual.journal.state import State
+
+_ONE_TOKEN_FRAME = struct.Struct(f"{frames.HEAD.format}{ONE_TOKEN.format[1:]}I")
 
 Payload = tuple[int, int, bytes, int]
 """LSN, type, payload, and byte offset of its frame (0 in a compacted segment)."""
@@ -23,6 +27,68 @@ class Place:
     lsn: int
 
 
+class _Walk:
+    """The frames of a segment that is not compacted, of which each is checked."""
+
+    def __init__(self, segment: Segment, end: int | None, start: Place | None) -> None:
+        self._segment, self._end = segment, end
+        self._file = Bytes(segment.path)
+        self.data = self._file.data if end is None else self._file.data[:end]
+        self._start = start or Place(frames.FILE_HEADER_BYTES, segment.first_lsn)
+        self._stop = 2**64 if segment.stop_lsn is None else segment.stop_lsn
+
+    def __iter__(self) -> Iterator[frames.Found]:
+        with self._file:
+            seed = check_header(self._file.data, self._segment).seed
+            at, lsn = self._start.offset, self._start.lsn
+            for found in frames.iterate(self.data, at, lsn, seed, self._stop):
+                yield found
+                at, lsn = found[4] + frames.CRC_BYTES, found[0] + 1
+            self._check_end(at, lsn, seed)
+
+    def records(self, since: int) -> Iterator[tuple[int, Record]]:
+        """Decoded, those with LSN > `since`. Frames of one token, which are nearly all, are read in one go."""
+        with self._file:
+            seed = check_header(self._file.data, self._segment).seed
+            at, lsn, stop, size = self._start.offset, self._start.lsn, self._stop, _ONE_TOKEN_FRAME.size
+            view, read, crc32 = self.data, _ONE_TOKEN_FRAME.unpack_from, zlib.crc32
+            body, last = size - frames.CRC_BYTES, len(view) - size
+            expected = (ONE_TOKEN.size, Tokens.TYPE, 1, HAS_LOGPROBS, frames.MAGIC)
+            while lsn < stop:
+                if at <= last:
+                    one = read(view, at)
+                    magic, kind, _, _, length, found, request, first, count, flags, version, token, logprob, crc = one
+                    is_one = found == lsn and (length, kind, count, flags, magic) == expected
+                    if is_one and crc32(view[at : at + body], seed) == crc:
+                        if lsn > since:
+                            yield lsn, Tokens(request, first, version, (token,), (logprob,))
+                        at, lsn = at + size, lsn + 1
+                        continue
+                frame = next(frames.iterate(view, at, lsn, seed, lsn + 1), None)
+                if frame is None:
+                    break
+                if lsn > since:
+                    yield lsn, decode_record(self._segment, frame[1], bytes(view[frame[3] : frame[4]]), at)
+                at, lsn = frame[4] + frames.CRC_BYTES, lsn + 1
+            self._check_end(at, lsn, seed)
+
+    def _check_end(self, at: int, lsn: int, seed: int) -> None:
+        is_sealed = self._segment.stop_lsn is not None
+        if (is_sealed and lsn != self._stop) or (self._end is not None and at != self._end):
+            prefix = frames.whole_frames(self.data, at, lsn, seed, self._stop)
+            raise damaged(self._segment, prefix, "The segment is sealed" if is_sealed else "It was committed")
+
+
+def _walk(segment: Segment, end: int | None, start: Place | None) -> _Walk | Segment:
+    """The walk over a segment, or its columnar file where it has become one."""
+    if segment.is_columnar:
+        return segment
+    try:
+        return _Walk(segment, end, start)
+    except FileNotFoundError:  # compacted since the folder was listed
+        return replace(segment, path=columns.path_of(segment))
+
+
 def read_segment(
     segment: Segment, since: int = 0, end: int | None = None, start: Place | None = None
 ) -> Iterator[Payload]:
@@ -31,28 +97,14 @@ def read_segment(
     The last segment needs `end`, the byte behind its last durable record; the others end where the next one begins.
     Raises: JournalError with segment and offset where the segment does not hold what it must.
     """
-    if not segment.is_columnar:
-        try:
-            file = Bytes(segment.path)
-        except FileNotFoundError:  # compacted since the folder was listed
-            segment = replace(segment, path=columns.path_of(segment))
-    if segment.is_columnar:
-        yield from _read_columnar(segment, since)
+    walk = _walk(segment, end, start)
+    if isinstance(walk, Segment):
+        yield from _read_columnar(walk, since)
         return
-    with file:
-        header = check_header(file.data, segment)
-        data = file.data if end is None else file.data[:end]
-        stop = 2**64 if segment.stop_lsn is None else segment.stop_lsn
-        place = start or Place(frames.FILE_HEADER_BYTES, segment.first_lsn)
-        at, next_lsn = place.offset, place.lsn
-        for lsn, kind, _, begin, behind in frames.iterate(data, at, next_lsn, header.seed, stop):
-            if lsn > since:
-                yield lsn, kind, bytes(data[begin:behind]), at
-            at, next_lsn = behind + frames.CRC_BYTES, lsn + 1
-        if (segment.stop_lsn is not None and next_lsn != stop) or (end is not None and at != end):
-            prefix = frames.whole_frames(data, at, next_lsn, header.seed, stop)
-            why = "The segment is sealed" if segment.stop_lsn is not None else "Its records were committed"
-            raise damaged(segment, prefix, why)
+    data = walk.data
+    for lsn, kind, _, begin, behind in walk:
+        if lsn > since:
+            yield lsn, kind, bytes(data[begin:behind]), begin - frames.HEAD_BYTES
 
 
 def _read_columnar(segment: Segment, since: int) -> Iterator[Payload]:
@@ -69,12 +121,14 @@ def _read_columnar(segment: Segment, since: int) -> Iterator[Payload]:
         )
 
 
-def read_records(
-    segment: Segment, since: int = 0, end: int | None = None, start: Place | None = None
-) -> Iterator[tuple[int, Record]]:
+def read_records(segment: Segment, since: int = 0, end: int | None = None) -> Iterator[tuple[int, Record]]:
     """Like `read_segment`, decoded."""
-    for lsn, kind, payload, at in read_segment(segment, since, end, start):
-        yield lsn, decode_record(segment, kind, payload, at)
+    walk = _walk(segment, end, None)
+    if isinstance(walk, Segment):
+        for lsn, kind, payload, at in _read_columnar(walk, since):
+            yield lsn, decode_record(segment, kind, payload, at)
+        return
+    yield from walk.records(since)
 
 
 def decode_record(segment: Segment, kind: int, payload: bytes, at: int) -> Record:

@@ -262,7 +262,7 @@ BY_TYPE: dict[int, type[Record]] = {cls.TYPE: cls for cls in RECORDS}
 _FIELDS: dict[type[Record], tuple[str, ...]] = {cls: tuple(f.name for f in fields(cls)) for cls in RECORDS}
 
 _TOKENS = struct.Struct("<QIHHI")  # request, first position, count, flags, policy version
-_ONE = struct.Struct("<QIHHIIf")  # the same and one token with its log-probability
+ONE_TOKEN = struct.Struct("<QIHHIIf")  # the same and one token with its log-probability
 HAS_LOGPROBS, HAS_MASK, HAS_ROUTING = 1, 2, 4
 _MOST_TOKENS = 2**16 - 1
 
@@ -276,7 +276,7 @@ def encode_tokens(record: Tokens) -> bytes:
     try:
         if len(ids) == 1 and logprobs is not None and record.mask is None and record.routing is None:
             (logprob,) = logprobs
-            return _ONE.pack(
+            return ONE_TOKEN.pack(
                 record.request, record.first_position, 1, HAS_LOGPROBS, record.policy_version, ids[0], logprob
             )
         return _encode_many(record)
@@ -309,8 +309,8 @@ def _encode_many(record: Tokens) -> bytes:
 
 def decode_tokens(payload: bytes | memoryview) -> Tokens:
     """Raises: ValueError when the length is not what the header says."""
-    if len(payload) == _ONE.size:
-        request, first, count, flags, version, token, logprob = _ONE.unpack(payload)
+    if len(payload) == ONE_TOKEN.size:
+        request, first, count, flags, version, token, logprob = ONE_TOKEN.unpack(payload)
         if count == 1 and flags == HAS_LOGPROBS:
             return Tokens(request, first, version, (token,), (logprob,))
     if len(payload) < _TOKENS.size:

@@ -10,8 +10,8 @@ began. Its whole frames from the beginning are kept. What follows them is either
   durable, and from a later whole frame that proves it (`frames.FIRST_OF_COMMIT`).
 
 A file that is shorter than its mark has been cut: the records wholly before the cut are given, and how many
-acknowledged ones are missing is said. Without a state file the rule is the careful one: only a frame that the file's
-end cuts is torn.
+acknowledged ones are missing is said. Without a state file the rule is the careful one: torn is only a
+frame that the file's end cuts, with no whole frame behind it.
 """
 
 from dataclasses import dataclass
@@ -35,8 +35,13 @@ class Recovered:
     """Acknowledged records that are gone, because the file was cut."""
 
 
-def recover(data: memoryview, segment: Segment, mark: Mark | None, *, has_state: bool) -> Recovered:
+def recover(
+    data: memoryview, segment: Segment, mark: Mark | None, *, has_state: bool, from_mark: bool = False
+) -> Recovered:
     """Judge the last segment's bytes; `mark` is the furthest in it. Nothing is changed.
+
+    from_mark: look only at what lies behind the mark, when the file reaches it: opening takes no longer than that, and
+    damage before it is found by whoever reads there, as in sealed segments.
 
     Raises: JournalError with segment and offset when committed records are damaged.
     """
@@ -47,13 +52,16 @@ def recover(data: memoryview, segment: Segment, mark: Mark | None, *, has_state:
     header = check_header(data, segment)
     if header.flags & frames.UNSYNCED:
         mark = None
-    prefix = frames.whole_frames(data, frames.FILE_HEADER_BYTES, segment.first_lsn, header.seed)
+    start, lsn = frames.FILE_HEADER_BYTES, segment.first_lsn
+    if from_mark and mark is not None and start <= mark.offset <= size:
+        start, lsn = mark.offset, mark.lsn + 1
+    prefix = frames.whole_frames(data, start, lsn, header.seed)
     used = _used(data, prefix.end)
     missing = max(0, acknowledged - prefix.next_lsn + 1)
     if mark is not None and prefix.end < mark.offset <= size:
         raise damaged(segment, prefix, "Its records were committed, so this is no torn tail")
     if used > prefix.end and not header.flags & frames.UNSYNCED:
-        proof = frames.proof_of_commit(data[:used], prefix.end + 1, prefix.next_lsn, header.seed)
+        proof = frames.proof_of_commit(data[:used], prefix.end, prefix.next_lsn, header.seed, any_frame=not has_state)
         if proof is not None:
             raise damaged(segment, prefix, f"The frame at byte {proof} proves that it was committed")
         cut_is_known = mark is not None and prefix.end < mark.offset

@@ -37,7 +37,8 @@ class Mark:
 class State:
     """An open state file."""
 
-    def __init__(self, path: Path, *, writable: bool) -> None:
+    def __init__(self, path: Path, *, writable: bool, disk: Disk | None = None) -> None:
+        self._disk = disk or Disk()
         descriptor = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         try:
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
@@ -48,7 +49,7 @@ class State:
         self._turn = 0
 
     @classmethod
-    def load(cls, folder: Path, *, writable: bool) -> "State | None":
+    def load(cls, folder: Path, *, writable: bool, disk: Disk | None = None) -> "State | None":
         """The folder's state; None when there is none or it is no whole state file."""
         path = folder / NAME
         try:
@@ -57,7 +58,7 @@ class State:
             return None
         if len(head) != STATE_BYTES or head[:8] != _MAGIC or _CRC.unpack_from(head, 24)[0] != zlib.crc32(head[:24]):
             return None
-        return cls(path, writable=writable)
+        return cls(path, writable=writable, disk=disk)
 
     @classmethod
     def create(cls, folder: Path, worker: bytes, epoch: int, disk: Disk) -> "State":
@@ -73,7 +74,7 @@ class State:
             disk.close(descriptor)
         disk.rename(new, folder / NAME)
         disk.sync_folder(folder)
-        return cls(folder / NAME, writable=True)
+        return cls(folder / NAME, writable=True, disk=disk)
 
     @property
     def epoch(self) -> int:
@@ -83,7 +84,7 @@ class State:
     def set_epoch(self, epoch: int) -> None:
         """From now on writers of earlier epochs may not write; durable on return."""
         self._map[_EPOCH_AT : _EPOCH_AT + 8] = epoch.to_bytes(8, "little")  # one aligned store
-        self._map.flush()
+        self._disk.flush(self._map)
 
     def set_mark(self, epoch: int, first_lsn: int, offset: int, lsn: int) -> None:
         """Note how far this epoch's writer has synced."""
@@ -110,7 +111,7 @@ class State:
 
     def sync(self) -> None:
         """Make the marks durable too."""
-        self._map.flush()
+        self._disk.flush(self._map)
 
     def close(self) -> None:
         """Give the mapping back."""

@@ -99,12 +99,13 @@ class Journal:
 
     def _recover(self, take_over: bool) -> None:
         listing = list_segments(self.path)
-        state = State.load(self.path, writable=True)
+        state = State.load(self.path, writable=True, disk=self._disk)
         segments = listing.segments
         had = max([state.epoch if state is not None else 0, *(segment.epoch for segment in segments)])
         self.epoch = had + 1
         if state is not None:
             state.set_epoch(self.epoch)  # from here on an older writer acknowledges nothing
+        worker = state.worker if state is not None else self._worker(segments)
         next_lsn = 1
         if segments:
             self.recovered = self._keep(segments[-1], state)
@@ -113,7 +114,7 @@ class Journal:
         for path in [*listing.stale, *self.path.glob("*.tmp")]:
             self._disk.unlink(path)
         if state is None:
-            state = State.create(self.path, self._worker(segments), self.epoch, self._disk)
+            state = State.create(self.path, worker, self.epoch, self._disk)
         self._state, self._durable, self._next_lsn, self._opened_lsn = state, next_lsn - 1, next_lsn, next_lsn
         self._seed = frames.crc_seed(state.worker, self.epoch)
         if take_over:
@@ -125,7 +126,7 @@ class Journal:
             return Recovered(segment.path.stat().st_size, segment.first_lsn + num_records(segment), 0, 0)
         mark = None if state is None else state.mark_of(segment.epoch, segment.first_lsn)
         with Bytes(segment.path) as file:
-            kept = recover(file.data, segment, mark, has_state=state is not None)
+            kept = recover(file.data, segment, mark, has_state=state is not None, from_mark=True)
             start = min(mark.offset if mark is not None else 0, kept.end)
             # Records whose sync never returned, or failed, are perhaps only in the system's memory, and it may believe
             # that it wrote them: written again, they are what the next sync is about.
@@ -199,7 +200,7 @@ class Journal:
         Raises: JournalError, like `append`.
         """
         payloads = [
-            (record.TYPE, encode_tokens(record) if type(record) is Tokens else encode(record)) for record in records
+            (encode_tokens(record) if type(record) is Tokens else encode(record), record.TYPE) for record in records
         ]
         pack, magic, crc32, seed = frames.HEAD.pack, frames.MAGIC, zlib.crc32, self._seed
         with self._lock:
@@ -208,7 +209,7 @@ class Journal:
             lsn, queue = self._next_lsn, self._queue
             add = queue.append
             first = 0 if queue or not self._sync else frames.FIRST_OF_COMMIT
-            for kind, payload in payloads:
+            for payload, kind in payloads:
                 body = pack(magic, kind, first, 0, len(payload), lsn) + payload
                 add(body)
                 add(crc32(body, seed).to_bytes(4, "little"))
@@ -234,11 +235,15 @@ class Journal:
             raise JournalError(self._broken)
         return self._durable
 
-    def commit_soon(self) -> None:
+    def commit_soon(self, at_least: int = 1) -> None:
         """Have all that was appended committed by a thread, and do not wait; `durable_lsn` says when it is done.
 
+        at_least: do nothing while fewer records than this are not durable. Each sync costs what tens of records cost,
+        so a lone fast stream whose tokens nobody waits for asks with 16 or so, and ends with `commit`.
         Raises: JournalError when the newest such commit failed; what is queued is tried again nevertheless.
         """
+        if self._next_lsn - 1 - self._durable < at_least and self._broken is None:
+            return
         committer = self._own_committer()
         committer.ask()
         if committer.failure is not None:
@@ -281,6 +286,7 @@ class Journal:
             raise self._failed(error) from error
         self._check_owner()  # an older writer that wakes up here acknowledges nothing
         self._offset += len(batch.data)
+        self._room = max(self._room, self._offset)  # a batch may be longer than its room, when there was no more
         self._unwritten = None
         self._state.set_mark(self.epoch, self._first_lsn, self._offset, batch.last_lsn)
         self._durable = batch.last_lsn

@@ -33,6 +33,7 @@ from rorqual.sandbox.probe import choose
 from rorqual.sandbox.pty import PtyFactory
 from rorqual.sandbox.spec import KINDS, Info, Isolation, Kind, Lifetimes, Limits, SandboxSpec, Snapshot
 from rorqual.sandbox.sweep import end_home, sweep
+from rorqual.sandbox.threads import in_thread
 from rorqual.sandbox.wire import Fields, Tag, Type, Value
 
 RETURN_S = 5.0
@@ -119,14 +120,16 @@ class AsyncSandbox:
         )
         chosen = await choose(kind, driver, min_isolation)
         await asyncio.to_thread(sweep, home)
-        place = await asyncio.to_thread(Home.make, kind, home)
+        place = await in_thread(Home.make, kind, home, undo=lambda made: made.remove("closed"))
         record = Record(place.id, chosen.name, spec, time.time(), owner=os.getpid())
         sandbox = cls(place, record, chosen)
         try:
             place.write(record)
             place.set_deadlines({"lifetime": max_lifetime})
             await sandbox._start(create_timeout)
-            sandbox._log = await asyncio.to_thread(History, place.path / "history", is_stale=sandbox._is_stale)
+            sandbox._log = await in_thread(
+                History, place.path / "history", is_stale=sandbox._is_stale, undo=History.close
+            )
             about = {"sandbox": kind, "driver": chosen.name, "incarnation": 1, "snapshot": spec.snapshot}
             await sandbox._log.write("create", about)
             if kind == "function":
@@ -193,8 +196,12 @@ class AsyncSandbox:
             if record.state != "paused":
                 await sandbox._link.open(within_s=RETURN_S)
                 await sandbox._settle()
-            sandbox._log = await asyncio.to_thread(
-                History, place.path / "history", take_over=not held, is_stale=sandbox._is_stale
+            sandbox._log = await in_thread(
+                History,
+                place.path / "history",
+                take_over=not held,
+                is_stale=sandbox._is_stale,
+                undo=History.close,
             )
             await sandbox._log.write("attach", {"epoch": record.attach_epoch, "incarnation": record.incarnation})
         except BaseException:
@@ -405,7 +412,7 @@ class AsyncSandbox:
     async def set_ttl(
         self, idle: float | None = None, max_lifetime: float | None = None, paused: float | None = None
     ) -> None:
-        """Change times, in seconds: without use, in all since creation, paused. What is not named stays."""
+        """Change times, in seconds: without use from now on, in all since creation, paused. What is not named stays."""
         self._alive()
         old = self._record.spec.lifetimes
         new = Lifetimes(

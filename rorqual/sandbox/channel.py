@@ -7,12 +7,13 @@ this one gets `StaleEpoch` for everything from then on.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import secrets
 from collections.abc import Callable
 
 from rorqual.sandbox.errors import StaleEpoch, TransportError
-from rorqual.sandbox.wire import CLIENT, NONCE_BYTES, Fields, Parser, Tag, Type, Value, frame, pack, session_key
+from rorqual.sandbox.wire import CLIENT, NONCE_BYTES, Fields, Forged, Parser, Tag, Type, Value, frame, pack, session_key
 
 Event = Callable[[int, Fields], None]
 
@@ -21,6 +22,7 @@ class AgentRefusal(Exception):
     """The agent answered with an error number; the callers turn it into what the user sees."""
 
     def __init__(self, number: int, text: str) -> None:
+        number = number if 0 < number < 4096 else errno.EIO  # as far as the kernel's go
         super().__init__(f"{text} (errno {number}: {os.strerror(number)})")
         self.number = number
         self.text = text
@@ -127,8 +129,18 @@ class Channel:
             self._break(TransportError("the sandbox's agent closed the connection."))
         except OSError as error:
             self._break(TransportError(f"the connection to the sandbox's agent broke: {error}"))
+        except Exception as error:  # whatever the other side sent, those who wait are told
+            self._break(
+                TransportError(
+                    f"the sandbox's agent sent what no agent sends ({error or type(error).__name__}): something inside "
+                    "speaks in its place. Close the sandbox.",
+                    retryable=False,
+                )
+            )
 
     def _take(self, kind: int, request: int, fields: Fields) -> None:
+        if kind < Type.WELCOME:
+            raise Forged(f"a frame of type {kind}")
         if kind == Type.STALE:
             self._break(_stale(None, None))
             return

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import tempfile
 import time
 import uuid
 from collections import Counter
@@ -22,7 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rorqual.errors import MissingExtraError, SandboxError
+from rorqual.errors import MissingExtraError, RorqualError
+from rorqual.folders import data_folder
 from rorqual.sandbox.edge import Edge
 from rorqual.sandbox.errors import CapacityRejected, Gone, TransportError
 from rorqual.sandbox.pool import PoolStats, Template
@@ -72,7 +72,7 @@ class ClusterPool:
     ) -> None:
         self._ray = _ray()
         self._capacity, self._warm, self._max_waiting = capacity, dict(warm or {}), max_waiting
-        self._folder = Path(folder) if folder is not None else Path(tempfile.gettempdir()) / "rorqual-edges"
+        self._folder = Path(folder) if folder is not None else data_folder() / "edges"
         self._address = address
         self._random = random.Random(seed)
         self._nodes: list[_Node] = []
@@ -113,9 +113,12 @@ class ClusterPool:
         Raises: CapacityRejected when `PLACEMENT_TRIES` nodes refused.
         """
         template = template if isinstance(template, Template) else Template.of(template)
-        id, tried, refusal = uuid.uuid4().hex, set[str](), CapacityRejected("the cluster has no nodes.", 1.0)
-        for _ in range(min(PLACEMENT_TRIES, len(self._nodes))):
+        id, tried = uuid.uuid4().hex, set[str]()
+        refusal = CapacityRejected(f"none of the cluster's {len(self._nodes)} edges answers; try again in 1 s.", 1.0)
+        for _ in range(PLACEMENT_TRIES):
             node = await self._choose(tried)
+            if node is None:
+                break
             tried.add(node.id)
             self._in_flight[node.id] += 1
             try:
@@ -147,13 +150,26 @@ class ClusterPool:
     ) -> None:
         await self.close()
 
-    async def _choose(self, tried: set[str]) -> _Node:
-        """The less loaded of two, by what each says and what this pool has just sent there."""
-        free = [node for node in self._nodes if node.id not in tried]
-        pair = self._random.sample(free, min(2, len(free)))
-        stats = await asyncio.gather(*(self._call(node, "stats") for node in pair))
-        loads = [one.awake + one.waiting + self._in_flight[node.id] for node, one in zip(pair, stats, strict=True)]
-        return pair[loads.index(min(loads))]
+    async def _choose(self, tried: set[str]) -> _Node | None:
+        """The less loaded of two, by what each says and what this pool has just sent there; None when all were tried.
+
+        One that does not answer counts as tried: it may be dying or coming back.
+        """
+        while free := [node for node in self._nodes if node.id not in tried]:
+            pair = self._random.sample(free, min(2, len(free)))
+            asked = (self._call(node, "stats", retry=False) for node in pair)
+            loads: list[tuple[int, str, _Node]] = []
+            for node, stats in zip(pair, await asyncio.gather(*asked, return_exceptions=True), strict=True):
+                if isinstance(stats, PoolStats):
+                    load = stats.awake + stats.put_aside + stats.waiting + self._in_flight[node.id]
+                    loads.append((load, node.id, node))
+                elif isinstance(stats, TransportError):
+                    tried.add(node.id)
+                else:
+                    raise stats
+            if loads:
+                return min(loads)[2]
+        return None
 
     async def _call(self, node: _Node, method: str, *args: Any, retry: bool = True, **keywords: Any) -> Any:
         """Ask an edge; one that was killed is waited for and asked again, if asking twice does no harm.
@@ -168,7 +184,7 @@ class ClusterPool:
                 return await getattr(node.edge, method).remote(*args, **keywords)
             except errors.RayTaskError as error:
                 cause = error.cause if hasattr(error, "cause") else error
-                raise cause if isinstance(cause, SandboxError) else error from None
+                raise cause if isinstance(cause, RorqualError) else error from None
             except errors.RayActorError as error:
                 if not retry or time.monotonic() > give_up:
                     raise TransportError(f"the edge on node {node.id} died in {method}: {error}", retry) from error

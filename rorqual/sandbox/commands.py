@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 GRACE_S = 5.0
 INLINE_STDIN = 256 << 10
 STDIN_PIECE = 64 << 10
+RETAINED = 16 << 20
+"""Bytes of one stream that an agent keeps at most; one that promises more is not believed."""
 OnText = Callable[[str], None]
 Entries = list[dict[str, object]]  # `list` is a method of a class below
 StartFields = list[tuple[Tag, Value]]
@@ -75,7 +77,7 @@ class CommandHandle:
         elif kind == Type.EXITED:
             self._end.set()
         elif kind == Type.OUTPUT:
-            index, data = fields.number(Tag.STREAM) - 1, fields.bytes(Tag.DATA)
+            index, data = range(3)[fields.number(Tag.STREAM) - 1], fields.bytes(Tag.DATA)
             self._offsets[index] = fields.number(Tag.OFFSET) + len(data)
             try:
                 self._deliver(index, data)
@@ -409,7 +411,7 @@ class Commands:
             streams.append(
                 fields.bytes(inline) if fields.has(inline) else await self._fetch(handle, name, total, lost[name])
             )
-        status = fields.number(Tag.STATUS)
+        status = fields.number(Tag.STATUS) & 0xFFFF
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
         code = 128 + number if number is not None else os.WEXITSTATUS(status)
         return CommandResult(
@@ -425,7 +427,7 @@ class Commands:
 
     async def _fetch(self, handle: str, stream: str, total: int, lost: int) -> bytes:
         data, offset = bytearray(), 0
-        while len(data) < total - lost:
+        while len(data) < min(total - lost, RETAINED):
             at, piece = await self.read(handle, stream, offset)
             if not piece:
                 break

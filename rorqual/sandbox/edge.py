@@ -8,8 +8,12 @@ the commands that still run and answers from the record those that ended.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import json
 import os
+import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +23,11 @@ from rorqual import log
 from rorqual.errors import SandboxError
 from rorqual.sandbox.async_sandbox import AsyncSandbox
 from rorqual.sandbox.errors import Gone, Unsupported
+from rorqual.sandbox.home import all_homes
 from rorqual.sandbox.lease import Lease
 from rorqual.sandbox.pool import Pool, PoolStats, Template
 from rorqual.sandbox.spec import Snapshot
+from rorqual.sandbox.sweep import sweep
 
 _logger = log.get(__name__)
 
@@ -30,11 +36,16 @@ REACHABLE = {
     "files": {"read", "write", "list", "stat", "exists", "mkdir", "move", "remove"},
 }
 """What may be called from afar: plain values in, plain values out."""
+PREDECESSOR_S = 30.0
+"""How long a new edge waits for the old one, which may still be dying, to let go of the folder."""
 
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """A lease as it lies on disk: with a live sandbox, or with the snapshot that is left of it."""
+    """A lease as it lies on disk: with a live sandbox, or with the snapshot that is left of it.
+
+    kept: name of the snapshot to drop when the lease ends.
+    """
 
     name: str
     sandbox_id: str | None
@@ -43,6 +54,7 @@ class LeaseRecord:
     arguments: Mapping[str, Any]
     priority: int
     owner: str
+    kept: str | None
 
 
 class Edge:
@@ -62,30 +74,38 @@ class Edge:
             capacity=capacity, warm=warm, max_waiting=max_waiting, maker=self._make, on_change=self._record
         )
         self._leases: dict[str, Lease] = {}
+        self._making: dict[str, asyncio.Lock] = {}
         self._adopting = asyncio.Lock()
         self._is_ready = False
+        self._lock: int | None = None
 
     async def start(self) -> int:
         """Adopt and fill, once; returns how many leases there are."""
         async with self._adopting:
             if not self._is_ready:
+                await self._take_folder()
                 await self._adopt()
                 await self._pool.start()
                 self._is_ready = True
         return len(self._leases)
 
+    def process(self) -> int:
+        """Number of the process that runs it."""
+        return os.getpid()
+
     async def lease(
         self, name: str, template: Template, *, priority: int = 0, owner: str = "", timeout: float | None = None
     ) -> None:
-        """A lease called `name`; asking again for one that is there changes nothing.
+        """A lease called `name`; asking again for one that is there, or is being made, makes no other.
 
         Raises: CapacityRejected; SandboxError.
         """
         await self.start()
-        if name not in self._leases:
-            self._leases[name] = await self._pool.lease(
-                template, priority=priority, owner=owner, timeout=timeout, name=name
-            )
+        async with self._making.setdefault(name, asyncio.Lock()):
+            if name not in self._leases:
+                self._leases[name] = await self._pool.lease(
+                    template, priority=priority, owner=owner, timeout=timeout, name=name
+                )
 
     async def do(self, name: str, room: str, method: str, *args: Any, **keywords: Any) -> Any:
         """Call `sandbox.<room>.<method>` of a lease. Raises: Gone for an unknown one, Unsupported for other methods."""
@@ -102,9 +122,11 @@ class Edge:
     async def end(self, name: str) -> None:
         """Destroy a lease; one that is gone already is no error."""
         await self.start()
-        lease = self._leases.pop(name, None)
+        lease = self._leases.get(name)
         if lease is not None:
             await lease.close()
+            self._leases.pop(name, None)
+        self._making.pop(name, None)
         self._path(name).unlink(missing_ok=True)
 
     async def stats(self) -> PoolStats:
@@ -113,58 +135,75 @@ class Edge:
         return self._pool.stats()
 
     async def close(self) -> None:
-        """End every lease and every warm sandbox."""
+        """End every lease and every warm sandbox, and remove the folder."""
         for name in list(self._leases):
             await self.end(name)
         await self._pool.close()
+        if self._lock is not None:
+            await asyncio.to_thread(_remove, self._folder)
+            os.close(self._lock)
+            self._lock = None
 
     async def _lease(self, name: str) -> Lease:
         await self.start()
         lease = self._leases.get(name)
         if lease is None:
-            raise Gone(f"there is no lease {name} here: it was closed, or its sandbox died unobserved.", "unknown")
+            raise Gone(f"there is no lease {name} here: it was closed.", "closed")
         return lease
 
     async def _make(self, **keywords: Any) -> AsyncSandbox:
         return await AsyncSandbox.create(home=self._folder, **keywords)
+
+    async def _take_folder(self) -> None:
+        """Become the folder's one edge, and clear up after edges of clusters that are no more."""
+        end = time.monotonic() + PREDECESSOR_S
+        while (lock := _lock(self._folder)) is None:
+            if time.monotonic() > end:
+                raise SandboxError(
+                    f"another process is the edge of {self._folder}. Give each edge a folder of its own."
+                )
+            await asyncio.sleep(0.05)
+        self._lock = lock
+        await asyncio.to_thread(_clear_up, self._folder)
 
     async def _adopt(self) -> None:
         """Take over the leases on disk; what nobody holds (warm sandboxes, half-made ones) is ended."""
         kept: set[str] = set()
         for path in sorted(self._records.glob("*.json")):
             record = LeaseRecord(**json.loads(path.read_text()))
-            aside = None if record.snapshot is None else Snapshot(**record.snapshot)
+            sandbox = None
             try:
-                sandbox = None
                 if record.sandbox_id is not None:
-                    sandbox = await AsyncSandbox.connect(record.sandbox_id, home=self._folder)
+                    sandbox = await AsyncSandbox.connect(record.sandbox_id, takeover=True, home=self._folder)
                     kept.add(record.sandbox_id)
             except Gone as error:
                 _logger.warning("lease %s lost its sandbox while nobody looked: %s", record.name, error)
-                path.unlink()
-                continue
-            self._leases[record.name] = self._pool.adopt(
+            lease = await self._pool.adopt(
                 Template.of(record.kind, **record.arguments),
                 sandbox,
                 priority=record.priority,
                 owner=record.owner,
-                aside=aside,
+                aside=None if record.snapshot is None else Snapshot(**record.snapshot),
                 name=record.name,
             )
-        for info in await AsyncSandbox.list(home=self._folder):
-            if info.id not in kept:
-                await (await AsyncSandbox.connect(info.id, home=self._folder)).close()
+            lease.kept = record.kept
+            self._leases[record.name] = lease
+        for home in all_homes(self._folder):
+            if home.id not in kept:
+                await AsyncSandbox.end(home.id, home=self._folder)
+        await asyncio.to_thread(sweep, self._folder)
 
     async def _record(self, lease: Lease) -> None:
         template = lease.template.keywords()
         record = LeaseRecord(
             name=lease.name,
             sandbox_id=lease.sandbox_id,
-            snapshot=None if lease.snapshot is None else asdict(lease.snapshot),
+            snapshot=None if lease.aside is None else asdict(lease.aside),
             kind=template.pop("kind"),
             arguments=template,
             priority=lease.priority,
             owner=lease.owner,
+            kept=lease.kept,
         )
         await asyncio.to_thread(_write_durably, self._path(lease.name), json.dumps(asdict(record)))
 
@@ -191,3 +230,35 @@ def _write_durably(path: Path, text: str) -> None:
         raise SandboxError(
             f"the lease could not be written to {path}: {error}. Free some space and try again."
         ) from error
+
+
+def _lock(folder: Path) -> int | None:
+    """The lock of an edge's folder, which the kernel frees when the edge dies; None while another one has it."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except OSError:
+        os.close(lock)
+        return None
+
+
+def _clear_up(folder: Path) -> None:
+    """Remove folders beside this one whose edge and sandboxes are dead: node names differ from cluster to cluster."""
+    for other in folder.parent.iterdir():
+        if other == folder or not (other / "lock").exists():
+            continue
+        with contextlib.suppress(OSError):
+            lock = _lock(other)
+            if lock is None:
+                continue
+            try:
+                sweep(other)
+                if not all_homes(other):
+                    _remove(other)
+            finally:
+                os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

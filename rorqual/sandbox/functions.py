@@ -31,6 +31,7 @@ LOADER = "import base64, sys; exec(compile(base64.b64decode(sys.stdin.buffer.rea
 HANDLE = "zygote"
 MAX_TASK = 8 << 20
 RETAINED = 16 << 20
+MAX_REPORT = 64 << 20
 READY_S = 30.0
 
 
@@ -134,14 +135,17 @@ class Functions:
             self._waiting.pop("", None)
 
     def _take(self, data: bytes) -> None:
+        """What came on its standard output: reports, and whatever the code inside wrote there."""
         self._line += data
+        if len(self._line) > MAX_REPORT and b"\n" not in data:
+            self._line.clear()
         while b"\n" in self._line:
             text, _, rest = self._line.partition(b"\n")
             self._line = bytearray(rest)
             try:
                 report = json.loads(text)
                 future = self._waiting.get(report["id"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # what runs inside may write to this stream too
             if future is not None and not future.done():
                 future.set_result(report)
@@ -213,20 +217,25 @@ class Functions:
 
 
 def _result(report: Mapping[str, Any]) -> FunctionResult:
+    """The report as a result. Code inside may have written one itself; then it may be of any shape."""
+
     def text(name: str) -> str:
         return base64.b64decode(report.get(name, "")).decode("utf-8", errors="replace")
 
-    return FunctionResult(
-        value=report.get("value"),
-        error=report.get("error"),
-        message=str(report.get("message", "")),
-        traceback=str(report.get("traceback", "")),
-        stdout=text("stdout"),
-        stderr=text("stderr"),
-        timed_out=bool(report.get("timed_out")),
-        duration_ms=float(report.get("duration_ms", 0.0)),
-        truncated_bytes={name: int(report.get(f"{name}_lost", 0)) for name in ("stdout", "stderr")},
-    )
+    try:
+        return FunctionResult(
+            value=report.get("value"),
+            error=None if report.get("error") is None else str(report["error"]),
+            message=str(report.get("message", "")),
+            traceback=str(report.get("traceback", "")),
+            stdout=text("stdout"),
+            stderr=text("stderr"),
+            timed_out=bool(report.get("timed_out")),
+            duration_ms=float(report.get("duration_ms", 0.0)),
+            truncated_bytes={name: int(report.get(f"{name}_lost", 0)) for name in ("stdout", "stderr")},
+        )
+    except (ValueError, TypeError, OverflowError) as error:
+        return FunctionResult(error="WorkerEnded", message=f"the call's report was tampered with: {error}")
 
 
 def _packed(result: FunctionResult) -> CommandResult:

@@ -77,10 +77,10 @@ class Link:
                 self._channel = await asyncio.wait_for(self._connect(first), left)
                 return
             except (TransportError, OSError, TimeoutError) as error:
-                reason = self.home.ended()
+                reason = self._over()
                 if reason is not None:
                     raise gone(self.home.id, reason) from error
-                if time.monotonic() + pause > end or not self._alive():
+                if time.monotonic() + pause > end:
                     raise TransportError(
                         f"the agent of sandbox {self.home.id} did not answer within {within_s:g} s: {error}"
                     ) from error
@@ -93,8 +93,12 @@ class Link:
         secret = bytes.fromhex(self.running.secret)
         return await Channel.open(reader, writer, secret, self.record.attach_epoch, self._event, fields)
 
-    def _alive(self) -> bool:
-        return any(processes.alive(process) for process in self.running.processes)
+    def _over(self) -> str | None:
+        """Why it is no more; a keeper that was killed leaves no word."""
+        reason = self.home.ended()
+        if reason is None and not any(processes.alive(process) for process in self.running.processes):
+            reason = self.home.ended() or "crashed"
+        return reason
 
     def _event(self, kind: int, fields: Fields) -> None:
         if kind == BREAK:
@@ -131,11 +135,11 @@ class Link:
         try:
             return await channel.request(kind, fields)
         except TransportError as error:
-            if self._closed or (reason := self.home.ended()) is not None:
+            if self._closed or (reason := self._over()) is not None:
                 raise gone(self.home.id, "closed" if self._closed else str(reason)) from error
             if not again:
                 await asyncio.sleep(0.05)  # a dying sandbox's note may be a moment late
-                if (reason := self.home.ended()) is not None:
+                if (reason := self._over()) is not None:
                     raise gone(self.home.id, reason) from error
                 raise
         return await (await self.channel()).request(kind, fields)

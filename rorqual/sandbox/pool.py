@@ -3,7 +3,7 @@
 At most `capacity` leased sandboxes are awake at once; further requests wait (see `places.py`), and beyond `max_waiting`
 they are refused with the time after which to try again. A request of higher priority takes the place of an idle lease
 of lower priority: its state is put aside (memory where the driver can, else files), and its next use waits for a place
-and wakes it. Warm sandboxes come on top of `capacity`.
+and wakes it. Warm sandboxes (`warm.py`) come on top of `capacity`.
 
 Source: V4 report, section 5.2.5 (preemption, density); docs/sandbox.md says where this differs from DSec.
 """
@@ -23,32 +23,17 @@ from rorqual import log
 from rorqual.errors import SandboxError
 from rorqual.sandbox.async_sandbox import AsyncSandbox
 from rorqual.sandbox.errors import Gone, Unsupported
+from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.lease import Lease
 from rorqual.sandbox.places import Places
 from rorqual.sandbox.spec import Snapshot
+from rorqual.sandbox.warm import LOOK_S, Template, Warm
+
+__all__ = ["Pool", "PoolStats", "Template"]
 
 _logger = log.get(__name__)
 
 Maker = Callable[..., Awaitable[AsyncSandbox]]
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 30.0
-"""Between tries to make a warm sandbox where it fails."""
-
-
-@dataclass(frozen=True)
-class Template:
-    """What a pool makes sandboxes of: a kind and further arguments of `Sandbox.create`, as sorted pairs."""
-
-    kind: str = "container"
-    arguments: tuple[tuple[str, Any], ...] = ()
-
-    @classmethod
-    def of(cls, kind: str = "container", **arguments: Any) -> Template:
-        """The template for these arguments of `Sandbox.create`; equal arguments give equal templates."""
-        return cls(kind, tuple(sorted((name, _frozen(value)) for name, value in arguments.items())))
-
-    def keywords(self) -> dict[str, Any]:
-        """The arguments for `Sandbox.create`."""
-        return {"kind": self.kind} | {name: _thawed(value) for name, value in self.arguments}
 
 
 @dataclass(frozen=True)
@@ -85,23 +70,21 @@ class Pool:
     ) -> None:
         self._places = Places(capacity, max_waiting, self.make_room)
         self._maker, self._on_change = maker, on_change
-        self._wanted = dict(warm or {})
-        self._ready: dict[Template, list[AsyncSandbox]] = {template: [] for template in self._wanted}
+        self._warm = Warm(warm or {}, self._make)
         self._leases: set[Lease] = set()
-        self._filling: set[Template] = set()
-        self._background: set[asyncio.Task[None]] = set()
+        self._work: set[asyncio.Future[Any]] = set()  # finished, not broken off, when the pool closes
+        self._watch: asyncio.Task[None] | None = None
         self._counts: Counter[str] = Counter()
         self._open = True
 
     async def start(self) -> Pool:
         """Fill the warm places; returns once they are full. Raises: SandboxError for a template that cannot be made."""
         try:
-            for template, count in self._wanted.items():
-                while len(self._ready[template]) < count:
-                    self._ready[template].append(await self._make(template))
+            await self._warm.start()
         except BaseException:
             await self.close()
             raise
+        self._watch = asyncio.get_running_loop().create_task(self._look_after())
         return self
 
     async def lease(
@@ -120,16 +103,19 @@ class Pool:
         """
         template = template if isinstance(template, Template) else Template.of(template)
         await self._places.take(priority, owner, timeout)
-        try:
-            lease = Lease(self, template, priority, owner, await self._hand_out(template), name=name)
-        except BaseException:
-            self._places.give_back(owner)
-            raise
+        lease = Lease(self, template, priority, owner, name)
+        lease.has_place = True
         self._leases.add(lease)
-        await self._changed(lease)
+        try:
+            lease.sandbox = await self._hand_out(template)
+            lease.check_open()  # the pool may have been closed meanwhile
+            await self._changed(lease)
+        except BaseException:
+            await lease.close()
+            raise
         return lease
 
-    def adopt(
+    async def adopt(
         self,
         template: Template,
         sandbox: AsyncSandbox | None,
@@ -143,38 +129,41 @@ class Pool:
 
         It takes a place even when all are taken: the pool is then over its capacity until leases end.
         """
-        lease = Lease(self, template, priority, owner, sandbox, aside, name)
-        if lease.is_awake:
+        lease = Lease(self, template, priority, owner, name)
+        lease.sandbox, lease.aside = sandbox, aside
+        lease.has_place = sandbox is not None and (await sandbox.info()).state != "paused"
+        if lease.has_place:
             self._places.add(owner)
         self._leases.add(lease)
         return lease
 
     def stats(self) -> PoolStats:
         """How full the pool is, and what it did so far."""
-        awake = sum(lease.is_awake for lease in self._leases)
+        awake = sum(lease.has_place for lease in self._leases)
         return PoolStats(
             awake=awake,
             put_aside=len(self._leases) - awake,
             waiting=len(self._places.waiting),
-            warm=sum(map(len, self._ready.values())),
+            warm=len(self._warm),
             made=self._counts["made"],
-            handed_out_warm=self._counts["warm"],
-            replaced=self._counts["replaced"],
+            handed_out_warm=self._warm.counts["handed out"],
+            replaced=self._warm.counts["replaced"] + self._counts["replaced"],
             preempted=self._counts["preempted"],
             refused=self._places.refused,
         )
 
     async def close(self) -> None:
-        """End every sandbox of the pool; whoever waits gets Gone. May be called again."""
+        """End every sandbox of the pool; whoever waits, or is being served, gets Gone. May be called again."""
         self._open = False
         self._places.close()
-        for task in list(self._background):
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
-        spare = [sandbox for ready in self._ready.values() for sandbox in ready]
-        self._ready = {template: [] for template in self._wanted}
-        ends = [lease.close() for lease in list(self._leases)] + [sandbox.close() for sandbox in spare]
-        failed = [end for end in await asyncio.gather(*ends, return_exceptions=True) if isinstance(end, BaseException)]
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        ends = list(await asyncio.gather(self._warm.close(), return_exceptions=True))
+        while self._work:
+            await asyncio.gather(*self._work, return_exceptions=True)
+        ends += await asyncio.gather(*(lease.close() for lease in list(self._leases)), return_exceptions=True)
+        failed = [end for end in ends if isinstance(end, BaseException)]
         if failed:
             raise failed[0]
 
@@ -190,180 +179,185 @@ class Pool:
 
     def make_room(self) -> None:
         """Put idle leases aside for those of higher priority who wait, one for each."""
-        leaving = sum(lease._leaving for lease in self._leases)
+        if not self._open:
+            return
+        leaving = sum(lease.is_leaving for lease in self._leases)
         for ticket in self._places.waiting[leaving:]:
             victim = self._victim(ticket.priority)
             if victim is None:
                 return
-            victim._leaving = True
+            victim.is_leaving = True
             self._in_background(self._put_aside(victim))
 
     async def wake(self, lease: Lease) -> AsyncSandbox:
         """The sandbox of `lease`; one that was put aside waits for a place first. Raises: Gone, CapacityRejected."""
-        lease._check_open()
-        if not lease.is_awake:
+        lease.check_open()
+        if not lease.has_place:
             await self._places.take(lease.priority, lease.owner)
+            lease.has_place = True
             try:
+                lease.check_open()
                 await self._bring_back(lease)
             except BaseException:
-                self._places.give_back(lease.owner)
+                self._free(lease)
                 raise
-        if lease._sandbox is None:
+        if lease.sandbox is None:
             raise Gone("the sandbox of this lease is gone; `await lease.replace()` makes another.", "crashed")
-        return lease._sandbox
+        return lease.sandbox
 
     async def replace(self, lease: Lease, snapshot: str | None) -> None:
         """Another sandbox for `lease`, from `snapshot` or as new."""
-        lease._check_open()
-        if not lease.is_awake:
+        lease.check_open()
+        if not lease.has_place:
             await self._places.take(lease.priority, lease.owner)
-            lease._aside, lease._in_memory = None, False
-        old, lease._sandbox = lease._sandbox, None
+            lease.has_place = True
+            lease.check_open()
+        old, lease.sandbox = lease.sandbox, None
         if old is not None:
-            await old.close()
+            await self.end_sandbox(old)
         made = self._hand_out(lease.template) if snapshot is None else self._make(lease.template, snapshot=snapshot)
-        lease._sandbox = await made
+        lease.sandbox, lease.aside = await made, None
         self._counts["replaced"] += 1
         await self._changed(lease)
 
     async def end(self, lease: Lease) -> None:
-        """Destroy the sandbox of a closed lease and give its place back."""
-        self._leases.discard(lease)
-        held_place, sandbox = lease.is_awake, lease._sandbox
-        lease._sandbox = None
+        """Destroy the sandbox of a closed lease, drop what was put aside of it, and give its place back."""
         try:
-            if sandbox is not None:
-                await sandbox.close()
+            if lease.sandbox is not None:
+                await self.end_sandbox(lease.sandbox)
+                lease.sandbox = None
+            if lease.kept is not None:
+                await asyncio.to_thread(_forget, lease.kept)
+                lease.aside = lease.kept = None
         finally:
-            if held_place:
-                self._places.give_back(lease.owner, time.monotonic() - lease._since)
+            self._leases.discard(lease)
+            self._free(lease, time.monotonic() - lease.since)
+
+    async def end_sandbox(self, sandbox: AsyncSandbox) -> None:
+        """Close a sandbox to the end, also when the caller is cancelled meanwhile."""
+        await asyncio.shield(self._tracked(asyncio.ensure_future(sandbox.close())))
 
     # -- putting aside and waking -------------------------------------------------------------------------------------
 
     def _victim(self, priority: int) -> Lease | None:
         """The idle lease of lowest priority below `priority`; the one longest unused among equals."""
-        idle = [
-            lease
-            for lease in self._leases
-            if lease.priority < priority
-            and lease.is_awake
-            and not (lease._busy or lease._leaving or lease._stays or lease._closed)
-        ]
-        return min(idle, key=lambda lease: (lease.priority, lease._last_use), default=None)
+        idle = [lease for lease in self._leases if lease.priority < priority and lease.may_leave]
+        return min(idle, key=lambda lease: (lease.priority, lease.last_use), default=None)
 
     async def _put_aside(self, lease: Lease) -> None:
-        """Free the place of an idle lease and keep its state."""
+        """Free the place of an idle lease and keep its state; one that cannot be kept stays, a dead one is dropped."""
         try:
-            async with lease._turn:
-                if lease._busy or lease._closed or lease._sandbox is None:
+            async with lease.turn:
+                if lease.busy or lease.is_closed or not lease.has_place:
                     return
                 try:
-                    await self._keep_state(lease, lease._sandbox)
-                except Unsupported as error:
-                    lease._stays = True
-                    _logger.info("a lease keeps its place although others of higher priority wait: %s", error)
-                    return
-                self._counts["preempted"] += 1
-                self._places.give_back(lease.owner)
+                    if lease.sandbox is not None:
+                        await self._keep_state(lease, lease.sandbox)
+                    self._counts["preempted"] += 1
+                    self._free(lease)
+                except Gone as error:
+                    await self._lose(lease, error)
+                except SandboxError as error:
+                    lease.stays = True
+                    _logger.warning("a lease keeps its place although others of higher priority wait: %s", error)
         finally:
-            lease._leaving = False
+            lease.is_leaving = False
             self.make_room()
 
     async def _keep_state(self, lease: Lease, sandbox: AsyncSandbox) -> None:
+        await sandbox.ping()
         if (await sandbox.info()).capabilities.snapshot_memory:
-            await sandbox.pause(keep_memory=False)
-            lease._in_memory = True
-            return
-        lease._aside = await sandbox.snapshot("disk")
-        lease._sandbox = None
+            with contextlib.suppress(Unsupported):
+                await sandbox.pause(keep_memory=False)
+                return
+        lease.aside = await sandbox.snapshot("disk", name=f"aside-{sandbox.id}")
+        before, lease.kept, lease.sandbox = lease.kept, lease.aside.id, None
         await self._changed(lease)  # before the sandbox goes, so that the one on record or its snapshot is there
-        await sandbox.close()
+        await self.end_sandbox(sandbox)
+        if before not in (None, lease.kept):
+            await asyncio.to_thread(_forget, before)
 
     async def _bring_back(self, lease: Lease) -> None:
-        if lease._aside is not None:
-            lease._sandbox = await self._make(lease.template, snapshot=lease._aside.id)
-            lease._aside = None
+        if lease.aside is not None:
+            lease.sandbox = await self._make(lease.template, snapshot=lease.aside.id)
+            lease.aside = None
             lease.restored += 1
             await self._changed(lease)
-        elif lease._sandbox is not None:
-            await lease._sandbox.resume()
-        lease._in_memory = False
+        elif lease.sandbox is not None:
+            await lease.sandbox.resume()
+
+    def _free(self, lease: Lease, held_s: float | None = None) -> None:
+        if lease.has_place:
+            lease.has_place = False
+            self._places.give_back(lease.owner, held_s)
+
+    async def _lose(self, lease: Lease, error: Gone) -> None:
+        """Its sandbox died: the place is free, and the next use says so."""
+        _logger.warning("a lease lost its sandbox: %s", error)
+        sandbox, lease.sandbox = lease.sandbox, None
+        self._free(lease)
+        if sandbox is not None:
+            with contextlib.suppress(SandboxError):
+                await self.end_sandbox(sandbox)
+        await self._changed(lease)
 
     async def _changed(self, lease: Lease) -> None:
         if self._on_change is not None:
             await self._on_change(lease)
 
-    # -- warm sandboxes -----------------------------------------------------------------------------------------------
+    async def look(self) -> None:
+        """Free the places of idle leases whose sandbox died, or outlived its times."""
+        for lease in list(self._leases):
+            sandbox = lease.sandbox
+            if sandbox is None or not lease.may_leave:
+                continue
+            try:
+                await sandbox.ping()
+            except Gone as error:
+                async with lease.turn:
+                    if lease.sandbox is sandbox and not lease.busy:
+                        await self._lose(lease, error)
+            except SandboxError:
+                continue  # paused by its user, or it does not answer now
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.look()
+
+    # -- making -------------------------------------------------------------------------------------------------------
 
     async def _hand_out(self, template: Template) -> AsyncSandbox:
-        """A warm sandbox that answers, else a new one; dead ones are cleared away and replaced."""
-        ready = self._ready.get(template, [])
-        while ready:
-            sandbox = ready.pop(0)
-            self._refill(template)
-            if await self._answers(sandbox):
-                self._counts["warm"] += 1
-                return sandbox
-            self._counts["replaced"] += 1
-        return await self._make(template)
-
-    async def _answers(self, sandbox: AsyncSandbox) -> bool:
-        """Whether it still runs; one that does not is cleared away."""
-        try:
-            await asyncio.wait_for(sandbox.ping(), 5)
-            return True
-        except (SandboxError, TimeoutError) as error:
-            _logger.warning("a warm sandbox no longer answers and is replaced: %s", error)
-            with contextlib.suppress(SandboxError):
-                await sandbox.close()
-            return False
+        """A warm sandbox that answers, else a new one."""
+        return await self._warm.take(template) or await self._make(template)
 
     async def _make(self, template: Template, **more: Any) -> AsyncSandbox:
-        sandbox = await self._maker(**(template.keywords() | more))
+        making = self._tracked(asyncio.get_running_loop().create_future())
+        try:
+            sandbox = await self._maker(**(template.keywords() | more))
+        finally:
+            making.cancel()
         self._counts["made"] += 1
+        if not self._open:
+            await self.end_sandbox(sandbox)
+            raise Gone("this pool was closed while a sandbox was made for it.", "closed")
         return sandbox
 
-    def _refill(self, template: Template) -> None:
-        if self._open and template not in self._filling:
-            self._filling.add(template)
-            self._in_background(self._fill(template))
-
-    async def _fill(self, template: Template) -> None:
-        """Make warm sandboxes until there are as many as wanted, one after the other."""
-        wait_s = FIRST_WAIT_S
-        try:
-            while self._open and len(self._ready[template]) < self._wanted[template]:
-                try:
-                    self._ready[template].append(await self._make(template))
-                    wait_s = FIRST_WAIT_S
-                except SandboxError as error:
-                    _logger.warning(
-                        "no warm %s sandbox could be made, again in %.1f s: %s", template.kind, wait_s, error
-                    )
-                    await asyncio.sleep(wait_s)
-                    wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-        finally:
-            self._filling.discard(template)
+    def _tracked(self, work: asyncio.Future[Any]) -> asyncio.Future[Any]:
+        self._work.add(work)
+        work.add_done_callback(self._work.discard)
+        return work
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _logger.warning("the pool could not do its housekeeping: %s", error)
+        self._tracked(asyncio.get_running_loop().create_task(work)).add_done_callback(_say_failure)
 
 
-def _frozen(value: Any) -> Any:
-    """A hashable form of an argument: mappings as pairs behind a mark, sequences as tuples."""
-    if isinstance(value, Mapping):
-        return ("mapping", tuple(sorted((key, _frozen(item)) for key, item in value.items())))
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+def _say_failure(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _logger.warning("the pool could not do its housekeeping: %s", error)
 
 
-def _thawed(value: Any) -> Any:
-    if isinstance(value, tuple) and len(value) == 2 and value[0] == "mapping":
-        return {key: _thawed(item) for key, item in value[1]}
-    return value
+def _forget(name: str) -> None:
+    """Drop the name of a snapshot; its layers are collected later."""
+    with contextlib.suppress(SandboxError):
+        Store().forget(name)

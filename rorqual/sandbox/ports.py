@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rorqual.sandbox.async_sandbox import AsyncSandbox
 
 PIECE = 64 << 10
+MOST_AHEAD = 2 << 20
+"""Bytes taken from a port that the host's side has not read; the agent's window is a quarter of it."""
 
 
 @dataclass
@@ -84,10 +86,18 @@ class Ports:
         number = self._last
         link = self._sandbox._link
         arriving: asyncio.Queue[bytes | None] = asyncio.Queue()
+        ahead = 0
 
         def event(kind: int, fields: Fields) -> None:
-            arriving.put_nowait(fields.bytes(Tag.DATA) if kind == Type.PORT_BYTES else None)
-            if kind == BREAK:
+            nonlocal ahead
+            data = fields.bytes(Tag.DATA) if kind == Type.PORT_BYTES else None
+            ahead += len(data or b"")
+            over = ahead > MOST_AHEAD or arriving.qsize() > MOST_AHEAD >> 10
+            if not over:
+                arriving.put_nowait(data)
+            if kind == BREAK or over:  # an agent that keeps its window does not run ahead
+                link.listeners.pop(number, None)
+                arriving.put_nowait(None)
                 writer.close()
 
         link.listeners[number] = event
@@ -96,6 +106,7 @@ class Ports:
             inward = asyncio.ensure_future(self._inward(number, reader))
             try:
                 while (data := await arriving.get()) is not None:
+                    ahead -= len(data)
                     writer.write(data)
                     await writer.drain()
                     await link.request(Type.PORT_DATA, [(Tag.ID, number), (Tag.SIZE, len(data))], again=False)

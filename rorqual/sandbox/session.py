@@ -149,7 +149,10 @@ class Session:
 
     def _result(self, over: str, duration_ms: float) -> CommandResult:
         out, err, status = self._streams
-        code = int(status.bytes().split()[0]) if over == "done" else 137
+        said = status.bytes().split()[:1]
+        code = 137
+        if over == "done":  # the shell's exit code, unless something inside wrote to its pipe
+            code = int(said[0]) if said and said[0].isdigit() and len(said[0]) < 4 else 255
         return CommandResult(
             exit_code=code,
             stdout_bytes=out.bytes(),

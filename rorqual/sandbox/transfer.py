@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import posixpath
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,11 +72,14 @@ def local_tree(top: Path) -> list[Entry]:
 
 
 def stays_inside(path: str, target: str) -> bool:
-    """Whether a link at `path` in a tree leads to a place in that tree, judged by its text alone."""
-    if target.startswith("/") or "\0" in target:
-        return False
-    joined = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
-    return joined != ".." and not joined.startswith("../")
+    """Whether a link at `path` in a tree leads to a place in that tree, whatever the tree's other links are.
+
+    Steps up are allowed at its beginning only, where they leave folders that are real. Behind a name they may leave
+    another place than the text says: with `d -> .` the link `d/d/../../x` leads out.
+    """
+    steps = [step for step in target.split("/") if step not in ("", ".")]
+    up = next((number for number, step in enumerate(steps) if step != ".."), len(steps))
+    return not target.startswith("/") and "\0" not in target and ".." not in steps[up:] and up <= path.count("/")
 
 
 def _parts(path: str) -> list[str]:

@@ -23,6 +23,8 @@ MAC_BYTES = 16
 NONCE_BYTES = 16
 KEY_BYTES = 32
 MAX_PAYLOAD = 1 << 20
+MAX_WELCOME = 1024
+"""Payload of a welcome at most: while one is looked for, nothing longer is taken for a frame."""
 CLIENT, AGENT = 0, 1
 
 
@@ -169,8 +171,8 @@ class Fields:
         return self.bytes(tag).decode("utf-8", errors="surrogateescape")
 
     def number(self, tag: Tag) -> int:
-        """The first value as a number."""
-        return int.from_bytes(self.bytes(tag), "little")
+        """The first value as a number below 2**63, whatever the other side wrote there."""
+        return int.from_bytes(self.bytes(tag)[:8], "little") & (1 << 63) - 1
 
 
 def _split(payload: bytes) -> Iterator[tuple[int, bytes]]:
@@ -225,11 +227,16 @@ class Frame:
         return Fields(self.payload)
 
 
+class Forged(Exception):
+    """The stream holds something that the agent cannot have sent."""
+
+
 class Parser:
-    """Finds sealed frames of the other side in a stream that may begin, or go on, with anything.
+    """Finds sealed frames of the other side in a stream that may begin with anything.
 
     Until `expect` is told the session's key it looks for a welcome sealed with the secret; bytes that fit nothing are
-    skipped one by one up to the next magic.
+    skipped one by one up to the next magic. From then on frame follows upon frame, and anything else is an attack:
+    looking on would let the other side hide frames in the data of others, or have us compute codes without end.
     """
 
     def __init__(self, key: bytes, side: int = AGENT) -> None:
@@ -237,53 +244,48 @@ class Parser:
         self.side = side
         self.number = 0
         self.skipped = 0
+        self.hunting = True
         self._buffer = bytearray()
 
     def expect(self, key: bytes) -> None:
         """From here on frames are sealed with this key, counted from 0."""
         self.key = key
         self.number = 0
+        self.hunting = False
 
     def feed(self, data: bytes) -> None:
         """Adds received bytes."""
         self._buffer += data
 
     def next(self) -> Frame | None:
-        """The next right frame, or None when more bytes are needed."""
+        """The next right frame, or None when more bytes are needed. Raises: Forged once the session's key is known."""
         buffer = self._buffer
         while True:
-            at = buffer.find(MAGIC)
-            if at < 0:
-                keep = _beginning(buffer)
-                self.skipped += len(buffer) - keep
-                del buffer[: len(buffer) - keep]
-                return None
-            self.skipped += at
-            del buffer[:at]
+            if self.hunting:
+                at = buffer.find(MAGIC)
+                skip = at if at >= 0 else len(buffer) - _beginning(buffer)
+                self.skipped += skip
+                del buffer[:skip]
+                if at < 0:
+                    return None
+            elif bytes(buffer[: len(MAGIC)]) != MAGIC[: len(buffer)]:
+                raise Forged("bytes between two frames")
             if len(buffer) < HEADER.size:
                 return None
             _, kind, length, request = HEADER.unpack_from(buffer)
-            whole = HEADER.size + length + MAC_BYTES
-            if length <= MAX_PAYLOAD:
-                if len(buffer) < whole and not self._hunting(length):
+            if length <= (MAX_WELCOME if self.hunting else MAX_PAYLOAD):
+                whole = HEADER.size + length + MAC_BYTES
+                if len(buffer) < whole:
                     return None
-                if len(buffer) >= whole:
-                    body = bytes(buffer[: HEADER.size + length])
-                    right = hmac.compare_digest(
-                        code(self.key, self.number, self.side, body), buffer[whole - 16 : whole]
-                    )
-                    if right:
-                        self.number += 1
-                        del buffer[:whole]
-                        return Frame(kind, request, body[HEADER.size :])
-                elif buffer.find(MAGIC, 1) < 0:
-                    return None
+                body = bytes(buffer[: HEADER.size + length])
+                if hmac.compare_digest(code(self.key, self.number, self.side, body), buffer[whole - MAC_BYTES : whole]):
+                    self.number += 1
+                    del buffer[:whole]
+                    return Frame(kind, request, body[HEADER.size :])
+            if not self.hunting:
+                raise Forged(f"a frame of {length:,} bytes with a wrong code")
             self.skipped += 1
             del buffer[:1]
-
-    def _hunting(self, length: int) -> bool:
-        """Whether an unfinished frame may be what a dead client left: before the welcome, and longer than one."""
-        return self.number == 0 and length > 1024
 
 
 def _beginning(buffer: bytearray) -> int:

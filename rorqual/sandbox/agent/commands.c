@@ -17,6 +17,7 @@
 enum {
     MAX_HANDLES = 64, MAX_NAME = 80, MAX_WAITERS = 8, MAX_REMEMBERED = 4096, STREAMS = 3,
     RETAINED_BYTES = 16 << 20, INLINE_BYTES = 128 << 10, CHUNK = 64 << 10, LATE_US = 50000, STDIN_ROOM = 1 << 20,
+    SUPERVISOR_US = 1000000,
 };
 
 typedef struct {
@@ -37,7 +38,7 @@ typedef struct {
     Watch status_watch, in_watch;
     bool status_open, in_open, in_closing;
     Buffer input;
-    uint64_t started_us, deadline_us, exited_us, paused_before_us, duration_us, paused_us, order, next_kill_us;
+    uint64_t started_us, deadline_us, exited_us, kill_since_us, paused_before_us, duration_us, paused_us, order, next_kill_us;
     uint64_t waiters[MAX_WAITERS];
     int waiting;
 } Handle;
@@ -282,13 +283,13 @@ void command_event(Watch *w, uint32_t events) {
         else commands_pump();
     } else if (w->kind == W_STATUS) {
         int status;
-        if (read(w->fd, &status, sizeof status) == sizeof status) {
+        ssize_t n = read(w->fd, &status, sizeof status);
+        if (n == sizeof status) {
             exited(h, status);
-        } else { /* the supervisor is gone: by an attack from inside if the command had not ended */
+        } else if (n == 0) { /* the supervisor is gone: by an attack from inside if the command had not ended */
             watch_remove(&h->status_watch);
             h->status_open = false;
             h->tree_gone = true;
-            kill_strays();
             if (!h->exited) exited(h, SIGKILL);
             if (!h->done && h->killing) finish(h);
             if (h->forgotten && h->done) drop(h);
@@ -330,6 +331,7 @@ static void begin_kill(Handle *h) {
         if (h->status_open) signal_all(h->supervisor, SIGKILL); /* what it left in the background */
         return;
     }
+    if (!h->killing) h->kill_since_us = now_us();
     h->killing = true;
     h->next_kill_us = 0;
 }
@@ -342,6 +344,8 @@ static void kill_round(Handle *h) {
         signal_all(h->supervisor, SIGKILL);
         pid_t one[1];
         if (!descendants(h->supervisor, one, 1)) h->tree_gone = true;
+        /* a supervisor that says nothing although its tree is gone is kept from running by something inside */
+        if (h->tree_gone && !h->exited && now_us() - h->kill_since_us > SUPERVISOR_US) kill(h->supervisor, SIGKILL);
     }
     h->next_kill_us = now_us() + 3000;
     if (h->tree_gone && h->exited && !h->done) {

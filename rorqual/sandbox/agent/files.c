@@ -20,7 +20,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-enum { MAX_JOBS = 8, MAX_LISTED = 50000, LIST_BYTES = 512 << 10, CHUNK_BYTES = 512 << 10, PROC_MAGIC = 0x9fa0 };
+enum { MAX_JOBS = 8, MAX_LISTED = 50000, LIST_BYTES = 512 << 10, MAX_DEPTH = 200, CHUNK_BYTES = 512 << 10, PROC_MAGIC = 0x9fa0 };
 
 static int open_safely(const char *path, uint64_t flags, uint64_t mode) {
     struct open_how how = {.flags = flags | O_CLOEXEC | (flags & O_PATH ? 0 : O_NONBLOCK | O_NOCTTY), .mode = mode,
@@ -237,6 +237,7 @@ static bool list_into(int at, const char *prefix, int depth, Buffer *b, int *cou
 static int list_folder(const char *path, int depth, Buffer *b) {
     int fd = open_safely(path, O_RDONLY | O_DIRECTORY, 0), count = 0;
     if (fd < 0) return errno;
+    if (depth > MAX_DEPTH) depth = MAX_DEPTH; /* each level takes some of the stack, and who nests folders is the sandbox */
     if (!list_into(fd, "", depth, b, &count)) field_number(b, F_TRUNCATED, 1);
     return 0;
 }

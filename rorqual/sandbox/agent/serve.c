@@ -182,7 +182,7 @@ static void status(uint64_t request) {
 
 void dispatch(Header *h, Slice p) {
     switch (h->type) { /* looking is not use: it leaves the idle clock alone */
-    case WAIT: case ATTACH: case FETCH: case LIST: case FORGET: case PING: case PAUSE: case SET_TTL: case SYNC:
+    case WAIT: case ATTACH: case FETCH: case LIST: case FORGET: case PING: case PAUSE: case SYNC:
     case REKEY: case PORT_CLOSE: break;
     default: touch();
     }
@@ -244,8 +244,14 @@ static int lifetimes(void) {
 }
 
 static void reap(void) {
+    int status;
+    bool murdered = false;
     pid_t pid;
-    while ((pid = waitpid(-1, NULL, WNOHANG)) > 0) {}
+    while ((pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0) {
+        murdered |= WIFSIGNALED(status);
+        if (WIFSTOPPED(status) && !settings.paused) kill(pid, SIGCONT); /* nobody inside may stop a supervisor */
+    }
+    if (murdered) kill_strays(); /* a supervisor ends by itself, unless its own command killed it */
 }
 
 static void handle(Watch *w, uint32_t events, int listen_fd) {

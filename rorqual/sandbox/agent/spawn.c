@@ -7,6 +7,7 @@
 #include "agent.h"
 #include <dirent.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,13 +20,27 @@
 #include <termios.h>
 #include <unistd.h>
 
-enum { MAX_PROCESSES = 32768 };
+enum { MAX_PROCESSES = 32768, BEGIN_STEP_MS = 50, BEGIN_MS = 10000 };
 
 typedef struct { int error; char what[60]; } Failure;
 
-static void close_from(int first) {
-    if (syscall(SYS_close_range, (unsigned)first, ~0u, 0) == 0) return;
-    for (int fd = first; fd < 4096; fd++) close(fd);
+static void close_range_of(unsigned first, unsigned last) {
+    if (first > last || syscall(SYS_close_range, first, last, 0) == 0) return;
+    for (unsigned fd = first; fd <= last && fd < 65536; fd++) close((int)fd);
+}
+
+/* Closes every descriptor but these (-1 stands for none), whatever their numbers are. */
+static void keep_only(const int *kept, int count) {
+    int from = 0;
+    for (;;) {
+        int next = -1;
+        for (int i = 0; i < count; i++)
+            if (kept[i] >= from && (next < 0 || kept[i] < next)) next = kept[i];
+        if (next < 0) break;
+        if (next > from) close_range_of((unsigned)from, (unsigned)next - 1);
+        from = next + 1;
+    }
+    close_range_of((unsigned)from, ~0u);
 }
 
 static __attribute__((noreturn)) void fail(int report, const char *what) {
@@ -81,31 +96,25 @@ static __attribute__((noreturn)) void supervise(const Launch *l, int fds[4], int
     prctl(PR_SET_NAME, "supervisor", 0, 0, 0);
     forget_keys();
     setsid();
-    /* above the command's own numbers, so that dup2 below overwrites none of them */
-    control = fcntl(control, F_DUPFD_CLOEXEC, 20);
-    report = fcntl(report, F_DUPFD_CLOEXEC, 20);
-    for (int i = 0; i < 4; i++)
-        if (fds[i] >= 0) fds[i] = fcntl(fds[i], F_DUPFD_CLOEXEC, 20);
+    int kept[6] = {fds[0], fds[1], fds[2], fds[3], control, report};
+    keep_only(kept, 6);
+    for (int i = 0; i < 6; i++) /* above the command's own numbers, so that dup2 below overwrites none of them */
+        if (kept[i] >= 0) kept[i] = fcntl(kept[i], F_DUPFD_CLOEXEC, 20);
+    keep_only(kept, 6);
+    control = kept[4];
+    report = kept[5];
     pid_t pid = fork();
     if (pid < 0) fail(report, "forking");
     if (pid == 0) {
         setsid();
-        if (l->pty) ioctl(fds[0], TIOCSCTTY, 0);
+        if (l->pty) ioctl(kept[0], TIOCSCTTY, 0);
+        int own[5] = {-1, -1, -1, -1, report};
         for (int i = 0; i < 4; i++)
-            if (fds[i] >= 0) dup2(fds[i], i);
-        int high = fcntl(report, F_DUPFD_CLOEXEC, 4);
-        for (int fd = 3 + (fds[3] >= 0); fd < 64; fd++)
-            if (fd != high) close(fd);
-        close_from(64);
-        become_command(l, high);
+            if (kept[i] >= 0) own[i] = dup2(kept[i], i);
+        keep_only(own, 5);
+        become_command(l, report);
     }
-    for (int i = 0; i < 4; i++)
-        if (fds[i] >= 0) close(fds[i]);
-    close(report);
-    for (int fd = 0; fd < 20; fd++) close(fd);
-    for (int fd = 20; fd < 64; fd++)
-        if (fd != control) close(fd);
-    close_from(64);
+    keep_only(&control, 1);
     for (int n = 1; n < NSIG; n++) signal(n, SIG_IGN);
     signal(SIGCHLD, SIG_DFL);
     for (;;) {
@@ -175,6 +184,27 @@ static int pipes(const Launch *l, Launched *r, int theirs[4]) {
     return 0;
 }
 
+/* Waits until the program begins or says why not. What runs inside may stop the process before that, for the same user
+ * may signal it: it is continued again and again, and ended if that does not help. */
+static int begun(int report, pid_t supervisor, Failure *f) {
+    struct pollfd p = {report, POLLIN, 0};
+    int waited = 0, ready;
+    while ((ready = poll(&p, 1, BEGIN_STEP_MS)) <= 0) {
+        if (ready < 0 && errno != EINTR) return errno;
+        if ((waited += BEGIN_STEP_MS) >= BEGIN_MS) {
+            signal_all(supervisor, SIGKILL);
+            kill(supervisor, SIGKILL);
+            snprintf(f->what, sizeof f->what, "beginning (something inside stops it)");
+            return ETIMEDOUT;
+        }
+        kill(supervisor, SIGCONT);
+        signal_all(supervisor, SIGCONT);
+    }
+    ssize_t n;
+    while ((n = read(report, f, sizeof *f)) < 0 && errno == EINTR) {}
+    return n == sizeof *f ? f->error : 0;
+}
+
 int spawn(const Launch *l, Launched *r, char *why, size_t why_size) {
     int theirs[4] = {-1, -1, -1, -1}, control[2] = {-1, -1}, report[2] = {-1, -1};
     *r = (Launched){.in = -1, .out = -1, .err = -1, .status = -1, .control = -1};
@@ -195,11 +225,7 @@ int spawn(const Launch *l, Launched *r, char *why, size_t why_size) {
         if (theirs[i] >= 0) close(theirs[i]);
     if (control[1] >= 0) close(control[1]);
     if (report[1] >= 0) close(report[1]);
-    if (!error) {
-        ssize_t n;
-        while ((n = read(report[0], &f, sizeof f)) < 0 && errno == EINTR) {}
-        if (n == sizeof f) error = f.error;
-    }
+    if (!error) error = begun(report[0], r->supervisor, &f);
     if (report[0] >= 0) close(report[0]);
     if (!error) {
         r->control = control[0];
@@ -241,7 +267,7 @@ static int processes(Process *list, int room) {
 }
 
 static Process table[MAX_PROCESSES];
-static pid_t below[MAX_PROCESSES];
+static pid_t below[MAX_PROCESSES + 1];
 
 int descendants(pid_t root, pid_t *found, int room) {
     int total = processes(table, MAX_PROCESSES), count = 0;

@@ -29,6 +29,7 @@ from rorqual.sandbox.host_root import host_root
 from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Kind, SandboxSpec
+from rorqual.sandbox.threads import in_thread
 
 FIRST_UID, LAST_UID = 200_000, 1_000_000
 _MASKED_FILES = (
@@ -79,7 +80,7 @@ class Bwrap(Driver):
                 f"network={spec.network!r}: the bwrap driver gives no network at all. Use network='none'.",
                 "network_allowlist",
             )
-        return await asyncio.to_thread(self._start, spec, home)
+        return await in_thread(self._start, spec, home, undo=self._stop)
 
     def _start(self, spec: SandboxSpec, home: Path) -> Running:
         limits = spec.limits

@@ -156,15 +156,13 @@ def _replace(parent: int, fresh: bytes, path: Path) -> None:
 
 
 def _stays_inside(member: Member) -> bool:
-    """Whether a symbolic link, read by its letters alone, leads to something in the tree."""
-    if member.target.startswith(b"/"):
-        return False
-    depth = len(member.path) - 1
-    for part in member.target.split(b"/"):
-        depth += -1 if part == b".." else part not in (b"", b".")
-        if depth < 0:
-            return False
-    return True
+    """Whether a symbolic link leads to something in the tree, whatever other links there are in it.
+
+    Steps up count at the beginning only, where they leave real folders: with `d -> .`, `d/d/../../x` leads out.
+    """
+    steps = [step for step in member.target.split(b"/") if step not in (b"", b".")]
+    up = next((number for number, step in enumerate(steps) if step != b".."), len(steps))
+    return not member.target.startswith(b"/") and b".." not in steps[up:] and up < len(member.path)
 
 
 def create(source: FilePath, out: BinaryIO, limits: ArchiveLimits | None = None) -> Report:
