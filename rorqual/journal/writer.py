@@ -398,6 +398,16 @@ class Journal:
         finally:
             self._let_go()
 
+    def discard(self) -> None:
+        """Let go without committing or sealing: for a journal whose folder is about to be removed."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        if self._committer is not None:
+            self._committer.stop()
+        self._let_go()
+
     def _let_go(self) -> None:
         with self._commit_lock:
             self._broken = self._broken or f"the journal {self.path} is closed. Open it anew to append."

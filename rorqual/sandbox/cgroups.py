@@ -140,6 +140,11 @@ def why_not() -> str | None:
     first, v1_reason = _place_v1()
     if first:
         return None
+    if "only root" in v1_reason:
+        return (
+            f"{v1_reason}; a machine booted with systemd.unified_cgroup_hierarchy=1 has version 2, which systemd "
+            "hands on to users"
+        )
     second, v2_reason = _place_v2()
     return None if second else f"{v1_reason}; {v2_reason}"
 
@@ -246,7 +251,13 @@ class Group:
 
     def oom_kills(self) -> int:
         """How many processes the kernel killed because the group was at its memory limit."""
-        return self._field("memory", "memory.oom_control" if self._version == 1 else "memory.events", "oom_kill")
+        if self._version == 2:
+            return self._field("", "memory.events", "oom_kill")
+        count = 0  # version 1 counts at the group of the process that was killed, which may be one below
+        for folder, _, _ in os.walk(self._folders.get("memory", Path("/nowhere"))):
+            words = _words(Path(folder) / "memory.oom_control")
+            count += next((int(value) for key, value in _pairs(words) if key == "oom_kill"), 0)
+        return count
 
     def freeze(self, timeout_s: float = 10.0) -> None:
         """Stop every process where it is. Raises: SandboxError when they do not stop in time (they run on then)."""

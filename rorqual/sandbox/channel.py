@@ -12,20 +12,24 @@ import os
 import secrets
 from collections.abc import Callable
 
+from rorqual.errors import SandboxError
 from rorqual.sandbox.errors import StaleEpoch, TransportError
 from rorqual.sandbox.wire import CLIENT, NONCE_BYTES, Fields, Forged, Parser, Tag, Type, Value, frame, pack, session_key
 
 Event = Callable[[int, Fields], None]
 
 
-class AgentRefusal(Exception):
-    """The agent answered with an error number; the callers turn it into what the user sees."""
+class AgentRefusal(SandboxError):
+    """The agent answered with an error number; callers that know more turn it into what the user sees."""
 
     def __init__(self, number: int, text: str) -> None:
         number = number if 0 < number < 4096 else errno.EIO  # as far as the kernel's go
-        super().__init__(f"{text} (errno {number}: {os.strerror(number)})")
+        super().__init__(f"the sandbox's agent refused: {text[:2000]} (errno {number}: {os.strerror(number)}).")
         self.number = number
         self.text = text
+
+    def __reduce__(self) -> tuple[type[AgentRefusal], tuple[int, str]]:
+        return type(self), (self.number, self.text)
 
 
 class Channel:
@@ -116,6 +120,8 @@ class Channel:
             raise self._break(TransportError(f"the connection to the sandbox's agent broke: {error}")) from error
         finally:
             self._waiting.pop(number, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # said by another error already, perhaps
 
     async def _read(self) -> None:
         try:

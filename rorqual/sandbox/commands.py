@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import errno
 import hashlib
 import os
@@ -172,7 +173,7 @@ class Commands:
         """
         argv = to_argv(cmd)
         raw = stdin.encode() if isinstance(stdin, str) else stdin
-        about = {"argv": argv, "cwd": cwd, "user": user, "env": dict(env or {}), "timeout": timeout}
+        about = {"argv": argv, "cwd": cwd, "user": user, "env": sorted(env or {}), "timeout": timeout}  # no values
         printed = fingerprint(
             argv, {"cwd": cwd, "user": user, "env": dict(env or {}), "stdin": hashlib.sha256(raw or b"").hexdigest()}
         )
@@ -190,6 +191,10 @@ class Commands:
             flags |= self._input_fields(fields, raw)
             try:
                 result = await self._bounded(self._start_and_wait(handle, record, fields, flags, raw, lost), timeout)
+            except asyncio.CancelledError:
+                if call is None:  # with a key somebody may come back for it
+                    await asyncio.shield(self._end_unwanted(handle))
+                raise
             finally:
                 self._sandbox._link.listeners.pop(handle.id, None)
             sequence = await self._sandbox._history().finish(record, result)
@@ -436,7 +441,13 @@ class Commands:
         return bytes(data)
 
     async def _forget(self, handle: str) -> None:
-        await self._sandbox._ask(Type.FORGET, [(Tag.HANDLE, handle)], wake=False)
+        """Let the agent drop a result that is on record here; if it cannot be told, it drops it by itself."""
+        with contextlib.suppress(SandboxError, AgentRefusal):
+            await self._sandbox._ask(Type.FORGET, [(Tag.HANDLE, handle)], wake=False)
+
+    async def _end_unwanted(self, handle: CommandHandle) -> None:
+        with contextlib.suppress(SandboxError, AgentRefusal, TimeoutError):
+            await asyncio.wait_for(handle.kill(), GRACE_S)
 
     def _checked(self, result: CommandResult, check: bool, argv: Sequence[str], timeout: float | None) -> CommandResult:
         if check and (result.exit_code != 0 or result.timed_out):

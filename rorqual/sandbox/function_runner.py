@@ -221,6 +221,9 @@ def serve() -> None:
                 task, report, pid = running.pop(key.fd)
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, 0)
+                with contextlib.suppress(ChildProcessError):
+                    while os.waitpid(-1, os.WNOHANG)[0]:  # what a call's keeper left to us when it ended
+                        pass
                 if not report:
                     end_strays({other for _, _, other in running.values()})
                 lost = {"id": task, "error": "WorkerEnded", "message": "it ended its keeper", "traceback": ""}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RUNNER = Path(__file__).with_name("function_runner.py")
 LOADER = "import base64, sys; exec(compile(base64.b64decode(sys.stdin.buffer.readline()), '<string>', 'exec'))"
-HANDLE = "zygote"
+PREFIX = "zygote-"
 MAX_TASK = 8 << 20
 RETAINED = 16 << 20
 MAX_REPORT = 64 << 20
@@ -84,35 +84,40 @@ class Functions:
             else:
                 offset = None
             self._incarnation = self._sandbox._record.incarnation
-            entries = {str(entry["id"]): entry for entry in await self._sandbox.commands.list()}
-            there = entries.get(HANDLE)
-            if there is not None and not there["running"]:
-                await self._sandbox.commands._forget(HANDLE)
-                there = None
-            self._handle = CommandHandle(self._sandbox, HANDLE)
-            self._handle._listen(None, None, self._take)
+            there = next(
+                (entry for entry in await self._sandbox.commands.list() if _is_interpreter(entry)),
+                None,
+            )
             if there is not None:
+                self._listen(CommandHandle(self._sandbox, str(there["id"])))
                 offset = int(str(there["stdout_bytes"])) if offset is None else offset
+                assert self._handle is not None
                 self._handle._offsets[0] = offset
                 await self._sandbox._ask(
-                    Type.ATTACH, [(Tag.HANDLE, HANDLE), (Tag.OFFSET, offset), (Tag.INDEX, 0)], wake=False
+                    Type.ATTACH, [(Tag.HANDLE, self._handle.id), (Tag.OFFSET, offset), (Tag.INDEX, 0)], wake=False
                 )
                 return
             self._line.clear()
-            self._watch_end(self._handle)
+            self._listen(CommandHandle(self._sandbox, PREFIX + secrets.token_hex(8)))
             await self._start()
 
-    def _watch_end(self, handle: CommandHandle) -> None:
+    def _listen(self, handle: CommandHandle) -> None:
+        """Take this interpreter's output, and let go of it when it ends."""
+        handle._listen(None, None, self._take)
+        self._handle = handle
         usual = handle._event
 
         def event(kind: int, fields: Fields) -> None:
             usual(kind, fields)
+            if kind == Type.EXITED and self._handle is handle:
+                self._handle = None
+                self._sandbox._link.listeners.pop(handle.id, None)
             if kind in (BREAK, Type.EXITED):
                 for future in self._waiting.values():
                     if not future.done():
                         future.set_exception(TransportError("the warm interpreter ended.", retryable=False))
 
-        self._sandbox._link.listeners[HANDLE] = event
+        self._sandbox._link.listeners[handle.id] = event
 
     async def _start(self) -> None:
         ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -120,7 +125,9 @@ class Functions:
         assert self._handle is not None
         argv = ["python3", "-I", "-c", LOADER]
         commands = self._sandbox.commands
-        fields = commands._start_fields(HANDLE, argv, None, None, {"PYTHONDONTWRITEBYTECODE": "1"}, None, RETAINED)
+        fields = commands._start_fields(
+            self._handle.id, argv, None, None, {"PYTHONDONTWRITEBYTECODE": "1"}, None, RETAINED
+        )
         try:
             await commands._launch(self._handle, argv, fields, Start.STDIN, True)
             await self._handle.write(base64.b64encode(RUNNER.read_bytes()) + b"\n")
@@ -133,6 +140,7 @@ class Functions:
             ) from error
         finally:
             self._waiting.pop("", None)
+            _drop(ready)
 
     def _take(self, data: bytes) -> None:
         """What came on its standard output: reports, and whatever the code inside wrote there."""
@@ -191,7 +199,7 @@ class Functions:
                     "Roll back to a snapshot from before."
                 )
             record = await history.accept(
-                call or "", HANDLE, printed, self._sandbox._record.incarnation, {"argv": ["python-call", entry or ""]}
+                call or "", PREFIX, printed, self._sandbox._record.incarnation, {"argv": ["python-call", entry or ""]}
             )
             report = await self._report(number, line, timeout)
             result = _result(report)
@@ -214,6 +222,17 @@ class Functions:
             ) from error
         finally:
             self._waiting.pop(number, None)
+            _drop(future)
+
+
+def _is_interpreter(entry: Mapping[str, object]) -> bool:
+    return str(entry["id"]).startswith(PREFIX) and bool(entry["running"])
+
+
+def _drop(future: asyncio.Future[Any]) -> None:
+    """Nobody waits for it any more, so its exception is not one that went unnoticed."""
+    if not future.cancel() and not future.cancelled():
+        future.exception()
 
 
 def _result(report: Mapping[str, Any]) -> FunctionResult:

@@ -146,6 +146,10 @@ class History:
         """Let another process write."""
         self._journal.close()
 
+    def discard(self) -> None:
+        """Let go of a log whose folder is about to be removed, without the cost of sealing it."""
+        self._journal.discard()
+
 
 def _storable(value: Any) -> Any:
     """Text that is no Unicode, such as odd file names, as bytes; the rest as it is."""

@@ -15,6 +15,9 @@ from rorqual.sandbox.spec import SandboxSpec
 from rorqual.sandbox.wire import Fields, Tag, Type, Value
 
 Listener = Callable[[int, Fields], None]
+PATIENCE_S = 120.0
+"""Seconds until an agent that does not answer what it can answer at once is given up."""
+_UNBOUNDED = {Type.WAIT, Type.START, Type.PORT_OPEN, Type.PORT_DATA, Type.SYNC}
 BREAK = 0
 """Kind of the event that tells a listener that the connection broke."""
 
@@ -133,8 +136,10 @@ class Link:
         """
         channel = await self.channel()
         try:
-            return await channel.request(kind, fields)
+            return await self._bounded(channel, kind, fields)
         except TransportError as error:
+            if not error.retryable:
+                raise
             if self._closed or (reason := self._over()) is not None:
                 raise gone(self.home.id, "closed" if self._closed else str(reason)) from error
             if not again:
@@ -142,7 +147,18 @@ class Link:
                 if (reason := self._over()) is not None:
                     raise gone(self.home.id, reason) from error
                 raise
-        return await (await self.channel()).request(kind, fields)
+        return await self._bounded(await self.channel(), kind, fields)
+
+    async def _bounded(self, channel: Channel, kind: Type, fields: list[tuple[Tag, Value]] | None) -> Fields:
+        """Nothing inside may make a caller wait for ever; what lasts as long as a command has bounds of its own."""
+        try:
+            return await asyncio.wait_for(channel.request(kind, fields), None if kind in _UNBOUNDED else PATIENCE_S)
+        except TimeoutError as error:
+            raise TransportError(
+                f"the agent of sandbox {self.home.id} did not answer a {kind.name} within {PATIENCE_S:g} s: something "
+                "inside keeps it from running. Close the sandbox.",
+                retryable=False,
+            ) from error
 
     async def close(self, *, for_good: bool = False) -> None:
         """Close the channel; `for_good`: no request opens it again."""

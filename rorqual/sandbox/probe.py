@@ -29,6 +29,7 @@ from rorqual.sandbox.wire import Start, Tag, Type
 
 PROGRAMS = ("bwrap", "runc", "runsc", "firecracker", "qemu-system-x86_64", "qemu-system-aarch64")
 RETRY_FAILED_S = 300.0
+_worked: dict[tuple[str, str], Probe] = {}  # in this process
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,14 @@ async def probe(driver: Driver, *, fresh: bool = False) -> Probe:
     missing = driver.missing()
     if missing is not None:
         return Probe(driver.kind, driver.name, False, missing, 0.0, time.time())
+    if not fresh and (driver.kind, driver.name) in _worked:
+        return _worked[driver.kind, driver.name]
     path = cache_folder() / "probes" / f"{_key(driver)}.json"
     if not fresh:
         with contextlib.suppress(OSError, ValueError, TypeError):
             found = Probe(**json.loads(path.read_text()))
+            if found.works:
+                _worked[driver.kind, driver.name] = found
             if found.works or time.time() - found.when < RETRY_FAILED_S:
                 return found
     start = time.monotonic()
@@ -75,6 +80,10 @@ async def probe(driver: Driver, *, fresh: bool = False) -> Probe:
     except (RorqualError, OSError) as error:
         why = str(error)
     result = Probe(driver.kind, driver.name, not why, why, time.monotonic() - start, time.time())
+    if result.works:
+        _worked[driver.kind, driver.name] = result
+    else:
+        _worked.pop((driver.kind, driver.name), None)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")

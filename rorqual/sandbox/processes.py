@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -50,15 +51,15 @@ def send(process: Process, number: int) -> bool:
 
 
 def below(pid: int) -> list[Process]:
-    """All descendants of a process, parents first."""
+    """All descendants of a process, parents first; children of every thread count (runc has many)."""
     found: list[Process] = []
     todo = [pid]
     while todo:
         number = todo.pop(0)
-        try:
-            children = Path(f"/proc/{number}/task/{number}/children").read_text().split()
-        except OSError:
-            continue
+        children: list[str] = []
+        for thread in Path(f"/proc/{number}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                children += thread.read_text().split()
         for child in map(int, children):
             process = identify(child)
             if process is not None:

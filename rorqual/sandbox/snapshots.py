@@ -24,10 +24,12 @@ def names_of(spec: SandboxSpec) -> list[str]:
     return [*([spec.image] if spec.image is not None else []), *spec.layers]
 
 
-async def take(
-    sandbox: AsyncSandbox, kind: Literal["disk", "full"], name: str | None, *, keep: bool = True
-) -> Snapshot:
-    """See AsyncSandbox.snapshot; the sandbox stands still meanwhile. keep: also when the sandbox is gone."""
+async def take(sandbox: AsyncSandbox, kind: Literal["disk", "full"], name: str | None) -> Snapshot:
+    """See AsyncSandbox.snapshot; the sandbox stands still meanwhile.
+
+    With a name it stays until it is removed by that name; without one it may be collected once its sandbox is gone and
+    no open rollout log names it (docs/images.md).
+    """
     capabilities = sandbox._driver.capabilities()
     if not (capabilities.snapshot_disk if kind == "disk" else capabilities.snapshot_memory):
         raise Unsupported(
@@ -52,7 +54,7 @@ async def take(
         size = (await asyncio.to_thread(Store().layer, digest)).size
     sequence = sandbox._history().last
     chosen = name or f"{sandbox.id}-{secrets.token_hex(4)}"
-    await asyncio.to_thread(_record, sandbox, chosen, digest, kind, sequence, keep)
+    await asyncio.to_thread(_record, sandbox, chosen, digest, kind, sequence, name is not None)
     await sandbox._history().write("snapshot", {"id": chosen, "covers": sequence, "of": kind, "digest": digest})
     return Snapshot(chosen, kind, digest, size, sequence, name)
 
@@ -68,7 +70,7 @@ def _record(sandbox: AsyncSandbox, name: str, digest: str, kind: str, sequence: 
     }
     if kind == "full":  # its files lie with the driver; the name only leads there
         note["full"] = digest
-    layers = [*below, digest] if kind == "disk" else below
+    layers = store.collapsed([*below, digest]) if kind == "disk" else below
     try:
         store.name(name, layers, kind="snapshot", owner=sandbox.id, keep=keep, note=note)
     except OSError as error:

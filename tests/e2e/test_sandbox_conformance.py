@@ -374,31 +374,6 @@ def test_c15_async_is_the_same_and_many_calls_run_at_once(case: Case) -> None:
         assert sorted(results) == [f"{n}\n" for n in range(8)]
 
 
-def test_a_small_python_call(sandbox: Sandbox) -> None:
-    if sandbox.commands.run("command -v python3").exit_code:
-        with pytest.raises(SandboxError, match="needs python3"):
-            sandbox.call("1")
-        return
-    source = "def add(a, b):\n    print('adding')\n    open('seen', 'a').write('x')\n    return {'sum': a + b}\n"
-    result = sandbox.call(source, "add", [2], {"b": 3}, call="first")
-    assert (result.value, result.stdout, result.error) == ({"sum": 5}, "adding\n", None)
-    again = sandbox.call(source, "add", [2], {"b": 3}, call="first")
-    assert again.value == result.value and again.replayed and sandbox.files.read("seen") == "x"
-    failed = sandbox.call("def f():\n    raise KeyError('no')\n", "f")
-    assert not failed.ok and failed.error == "KeyError" and 'File "<call>", line 2, in f' in failed.traceback
-    stuck = sandbox.call(
-        "import os, time\nif not os.fork(): os.setsid()\nprint('on', flush=True)\ntime.sleep(1000)", timeout=0.5
-    )
-    assert stuck.timed_out and "on\n" in stuck.stdout
-    assert "sleep(1000)" not in sandbox.commands.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '").stdout
-    murdered = sandbox.call("import os, time\nos.kill(os.getppid(), 9)\ntime.sleep(1000)")
-    assert murdered.error == "WorkerEnded"
-    assert (
-        sandbox.call("import random\nx = random.random()\ndef f(): return x", "f").value
-        != sandbox.call("import random\nx = random.random()\ndef f(): return x", "f").value
-    )
-
-
 def test_a_port_inside_is_reached_from_loopback(sandbox: Sandbox) -> None:
     if sandbox.commands.run("command -v python3").exit_code:
         pytest.skip("no Python inside to listen with")

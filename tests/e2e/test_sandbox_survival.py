@@ -1,5 +1,6 @@
 """Whatever dies, nothing runs twice and nothing is left: clients, keepers and agents are killed at random moments."""
 
+import asyncio
 import contextlib
 import os
 import random
@@ -15,12 +16,12 @@ import sandbox_client
 from full import often
 from sandboxes import need, traces
 
-from rorqual import Sandbox
+from rorqual import AsyncSandbox, Sandbox
 from rorqual.errors import SandboxError
 from rorqual.sandbox import processes
 from rorqual.sandbox.drivers import bwrap
 from rorqual.sandbox.errors import Gone, OutcomeUnknown, ReplayDivergence, StaleEpoch
-from rorqual.sandbox.history import History
+from rorqual.sandbox.history import History, read
 from rorqual.sandbox.home import Home, all_homes, sandboxes_folder
 from rorqual.sandbox.sweep import sweep
 
@@ -167,8 +168,6 @@ def test_a_call_whose_client_died_goes_on_and_is_joined(sandbox: Sandbox) -> Non
         time.sleep(0.01)
     folder = sandboxes_folder() / sandbox.id / "history"
     while time.monotonic() < end:
-        from rorqual.sandbox.history import read
-
         with contextlib.suppress(Exception):
             if any(entry["kind"] == "call_accepted" and entry["key"] == "long" for entry in read(folder)):
                 break
@@ -199,8 +198,6 @@ def test_an_outcome_that_nobody_knows_is_not_guessed(sandbox: Sandbox) -> None:
 
 
 def test_the_log_knows_accepted_before_started_and_survives_reopening(tmp_path: Path) -> None:
-    import asyncio
-
     from rorqual.sandbox.spec import CommandResult
 
     async def fill() -> None:
@@ -231,12 +228,13 @@ def test_when_a_part_dies_all_of_it_is_gone(arguments: dict[str, str], victim: s
         chosen = {"keeper": parts[0], "holder": parts[1], "agent": parts[3]}[victim]
         assert len(parts) >= 5
         processes.send(chosen, signal.SIGKILL)
-        with pytest.raises(SandboxError):
-            sandbox.commands.run("true", timeout=5)
         end = time.monotonic() + 10
         while any(map(processes.alive, parts)) and time.monotonic() < end:
             time.sleep(0.02)
         assert [part for part in parts if processes.alive(part)] == []
+        with pytest.raises(Gone) as caught:
+            sandbox.commands.run("true", timeout=5)
+        assert caught.value.reason == "crashed"
     finally:
         sandbox.close()
     assert traces(sandbox.id) == []
@@ -279,3 +277,31 @@ def test_a_sweep_removes_the_dead_and_leaves_the_living(arguments: dict[str, str
     finally:
         Sandbox.end(dead.id)
         Sandbox.end(living.id)
+
+
+def test_a_cancelled_run_leaves_no_command_behind(arguments: dict[str, str]) -> None:
+    async def main() -> None:
+        async with await AsyncSandbox.create(**arguments) as sandbox:  # type: ignore[arg-type]
+            running = asyncio.ensure_future(sandbox.commands.run("while :; do echo x >> beats; sleep 0.01; done"))
+            while not await sandbox.files.exists("beats"):
+                await asyncio.sleep(0.01)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            first = (await sandbox.files.stat("beats")).size
+            await asyncio.sleep(0.2)
+            assert (await sandbox.files.stat("beats")).size <= first + 2
+            keyed = asyncio.ensure_future(sandbox.commands.run("sleep 0.3; echo done", call="k"))
+            await asyncio.sleep(0.1)
+            keyed.cancel()
+            await asyncio.gather(keyed, return_exceptions=True)
+            assert (await sandbox.commands.run("sleep 0.3; echo done", call="k")).stdout == "done\n"
+
+    asyncio.run(main())
+
+
+def test_the_log_names_no_values_of_the_environment(sandbox: Sandbox) -> None:
+    sandbox.commands.run("true", env={"TOKEN": "canary-7f3a"})
+    entries = sandbox.history()
+    assert any("TOKEN" in str(entry) for entry in entries)
+    assert "canary-7f3a" not in str(entries)

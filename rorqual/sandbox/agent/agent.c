@@ -16,6 +16,7 @@ static int serve_arguments(int argc, char **argv) {
     else if (argc != 3 || strcmp(argv[2], "--stdio")) return 2;
     int in = -1, out = -1;
     if (listen_fd < 0) {
+        if (getuid() == 0 && chown("/home/agent", 1000, 1000)) {} /* gVisor shows the host's own user as root */
         in = fcntl(0, F_DUPFD_CLOEXEC, 10);
         out = fcntl(1, F_DUPFD_CLOEXEC, 10);
     } else {
@@ -23,7 +24,7 @@ static int serve_arguments(int argc, char **argv) {
     }
     for (int fd = 0; fd < 256; fd++)
         if (fd != in && fd != out && fd != listen_fd) close(fd);
-    syscall(SYS_close_range, 256u, ~0u, 0);
+    syscall(SYS_close_range, 256u, 0x7fffffffu, 0);
     if (listen_fd >= 0) prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* runc's child outlives runc otherwise */
     for (int fd = 0; fd < 3; fd++) open("/dev/null", O_RDWR);
     return serve(listen_fd, in, out);

@@ -144,11 +144,13 @@ int spawn(const Launch *launch, Launched *result, char *why, size_t why_size); /
 int descendants(pid_t root, pid_t *found, int room); /* without the root */
 void signal_all(pid_t root, int number);
 void kill_strays(void);
+void prepare_preference(void); /* while the process may still open its own files in /proc */
 
 /* ---- confine.c ---- */
 int confine_limits(void);
 int confine_filter(void);
 int become_user(const char *name, char *home, size_t home_size); /* 0 or an errno */
+void remember_user(void); /* the sandbox's own, before anything inside could change the list of users */
 int look_up_user(const char *name, uid_t *uid, gid_t *gid, char *home, size_t home_size);
 
 /* ---- files.c, ports.c ---- */

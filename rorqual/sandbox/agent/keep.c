@@ -9,11 +9,14 @@
  *
  *   agent keep --home DIR [--uid N --inner-uid N] --lower DIR... --disk-mb N --inodes N [--memory-mb N] [--cpus LIST] -- bwrap ARGS
  *
- *   agent keep --home DIR --plain CHANNEL [--memory-mb N] -- PROGRAM ARGS
+ *   agent keep --home DIR --plain yes -- PROGRAM ARGS
  *
- * starts a program that builds its own walls (a machine monitor, gVisor) without a user, layers or a socket of ours. Of
- * CHANNEL `fifos` it gets the FIFOs `in` and `out` of DIR as its input and output; `none` has no channel here. A machine
+ * starts a program that builds its own walls (a machine monitor), without a user, layers or a socket of ours. A machine
  * whose agent ends with code C leaves with 2 C + 1 (QEMU's isa-debug-exit), which is read as C.
+ *
+ * With `--channel fifos` the program gets the FIFOs `in` and `out` of DIR as its input and output and no socket; with
+ * `--show FOLDER` it finds that folder at /mnt/show, read-only, and one of its own at /mnt/run (and
+ * /mnt/up/own, for files, where the limits on the disk hold); gVisor is started so.
  *
  * In ARGS, @merged stands for the stacked root and @agent for this program. On standard output: one line
  * "keeper PID holder PID"; the holder goes on when a byte arrives on standard input (meanwhile it can be put into a
@@ -42,11 +45,11 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_LOWERS = 64, LISTEN_FD = 5, AGENT_FD = 6, MAX_TREE = 4096, BUSY_MS = 50, QUIET_MS = 1000 };
+enum { MAX_LOWERS = 64, LISTEN_FD = 5, AGENT_FD = 6, MAX_TREE = 4096, BUSY_MS = 50, QUIET_MS = 200 };
 #define STAGE "/mnt"
 
 static struct {
-    const char *home, *cpus, *plain, *lowers[MAX_LOWERS];
+    const char *home, *cpus, *plain, *channel, *show, *lowers[MAX_LOWERS];
     int lower_count;
     long uid, inner_uid, range, disk_mb, inodes, memory_mb;
     char **bwrap;
@@ -156,7 +159,9 @@ static void stage(void) {
     for (int i = 0; i < ask.lower_count; i++)
         if ((fds[i] = open(ask.lowers[i], O_PATH | O_DIRECTORY | O_CLOEXEC)) < 0) give_up("layer %s", ask.lowers[i]);
     int map = ask.uid >= 0 ? id_map() : -1;
-    if (mount("tmpfs", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "size=256k,mode=755")) give_up("tmpfs at " STAGE);
+    int show = ask.show ? open(ask.show, O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
+    if (ask.show && show < 0) give_up("folder %s", ask.show);
+    if (mount("tmpfs", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, ask.show ? "size=8m,mode=755" : "size=256k,mode=755")) give_up("tmpfs at " STAGE);
     for (int i = 0; i < ask.lower_count; i++) {
         char from[40];
         snprintf(path, sizeof path, STAGE "/l%d", i);
@@ -166,6 +171,14 @@ static void stage(void) {
         close(fds[i]);
     }
     if (map >= 0) close(map);
+    if (ask.show) {
+        char from[40];
+        snprintf(from, sizeof from, "/proc/self/fd/%d", show);
+        folder(STAGE "/show", 0755, -1);
+        folder(STAGE "/run", 0700, ask.uid);
+        if (mount(from, STAGE "/show", NULL, MS_BIND, NULL)) give_up("binding %s", ask.show);
+        close(show);
+    }
     folder(STAGE "/up", 0755, -1);
     folder(STAGE "/merged", 0755, -1);
     snprintf(options, sizeof options, "size=%ldm,nr_inodes=%ld,mode=755", ask.disk_mb, ask.inodes);
@@ -180,6 +193,7 @@ static void stage(void) {
     }
     machine_id(STAGE "/up/upper/etc/machine-id", ask.uid);
     folder(STAGE "/up/work", 0755, ask.uid);
+    if (ask.show) folder(STAGE "/up/own", 0700, ask.uid);
 }
 
 static void stack(void) {
@@ -207,27 +221,24 @@ static __attribute__((noreturn)) void start_bwrap(int listener, int agent) {
         snprintf(text, sizeof text, "/proc/self/fd/%d", AGENT_FD);
         if (!strcmp(*a, "@agent")) *a = strdup(text);
     }
-    dup2(listener, LISTEN_FD);
-    dup2(agent, AGENT_FD);
+    if (listener >= 0) dup2(listener, LISTEN_FD);
+    if (!ask.channel) dup2(agent, AGENT_FD);
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     execv(ask.bwrap[0], ask.bwrap);
     give_up("starting %s", ask.bwrap[0]);
 }
 
 static __attribute__((noreturn)) void start_plain(void) {
-    int in = open("/dev/null", O_RDWR), out = 2;
-    if (!strcmp(ask.plain, "fifos")) { /* both ways each, so that none of them ever ends */
-        in = open("in", O_RDWR);
-        out = open("out", O_RDWR);
-    }
-    if (in < 0 || out < 0) give_up("opening the channel in %s", ask.home);
-    dup2(in, 0);
-    dup2(out, 1);
-    if (in > 2) close(in);
-    if (out > 2) close(out);
+    dup2(2, 1);
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     execv(ask.bwrap[0], ask.bwrap);
     give_up("starting %s", ask.bwrap[0]);
+}
+
+static void open_fifos(int fds[2]) { /* both ways each, so that none of them ever ends */
+    fds[0] = open("in", O_RDWR | O_CLOEXEC);
+    fds[1] = open("out", O_RDWR | O_CLOEXEC);
+    if (fds[0] < 0 || fds[1] < 0) give_up("opening the channel in %s", ask.home);
 }
 
 static __attribute__((noreturn)) void hold(int listener, pid_t keeper) {
@@ -235,7 +246,7 @@ static __attribute__((noreturn)) void hold(int listener, pid_t keeper) {
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     prctl(PR_SET_NAME, "holder", 0, 0, 0);
     if (getppid() != keeper) _exit(50);
-    syscall(SYS_close_range, 3u, ~0u, 4u /* close on exec: the keeper alone has the locks on layers */);
+    syscall(SYS_close_range, 3u, 0x7fffffffu, 4u /* close on exec: the keeper alone has the locks on layers */);
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
@@ -245,6 +256,8 @@ static __attribute__((noreturn)) void hold(int listener, pid_t keeper) {
     if (read(0, &go, 1) != 1) _exit(50);
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
     dup2(null, 0);
+    int fifos[2] = {-1, -1};
+    if (ask.channel) open_fifos(fifos);
     if (!ask.plain && chdir("/")) give_up("chdir");
     umask(022);
     if (ask.cpus) use_cpus();
@@ -268,6 +281,10 @@ static __attribute__((noreturn)) void hold(int listener, pid_t keeper) {
     pid_t pid = fork();
     if (pid < 0) give_up("fork");
     if (pid == 0 && ask.plain) start_plain();
+    if (pid == 0 && ask.channel) {
+        dup2(fifos[0], 0);
+        dup2(fifos[1], 1);
+    }
     if (pid == 0) start_bwrap(listener, agent);
     if (listener >= 0) close(listener);
     close(agent);
@@ -300,16 +317,26 @@ static int64_t read_deadline(char *reason, size_t size) {
     return earliest;
 }
 
-static int tree(pid_t root, pid_t *list, int count) {
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%d/task/%d/children", root, root);
-    FILE *f = fopen(path, "re");
-    int pid;
-    while (f && count < MAX_TREE && fscanf(f, "%d", &pid) == 1) {
-        list[count++] = pid;
-        count = tree(pid, list, count);
+/* All below `root`, parents first; a child may have been forked by any thread. */
+static int tree(pid_t root, pid_t *list) {
+    int count = 0;
+    for (int i = -1; i < count; i++) {
+        pid_t parent = i < 0 ? root : list[i];
+        char path[64];
+        snprintf(path, sizeof path, "/proc/%d/task", parent);
+        DIR *threads = opendir(path);
+        struct dirent *thread;
+        while (threads && (thread = readdir(threads))) {
+            char children[400];
+            if (thread->d_name[0] == '.') continue;
+            snprintf(children, sizeof children, "/proc/%d/task/%s/children", parent, thread->d_name);
+            FILE *f = fopen(children, "re");
+            int pid;
+            while (f && count < MAX_TREE && fscanf(f, "%d", &pid) == 1) list[count++] = pid;
+            if (f) fclose(f);
+        }
+        if (threads) closedir(threads);
     }
-    if (f) fclose(f);
     return count;
 }
 
@@ -328,7 +355,7 @@ static long private_kib(pid_t pid) { /* what is its own: anonymous and shared me
 static int guard_memory(pid_t holder) {
     static pid_t list[MAX_TREE];
     static int killed;
-    int count = tree(holder, list, 0);
+    int count = tree(holder, list);
     if (count <= 2) return QUIET_MS; /* bwrap and the agent alone */
     long sum = 0, largest = 0;
     pid_t victim = 0;
@@ -442,6 +469,8 @@ static bool parse(int argc, char **argv) {
         if (!strcmp(name, "--home")) ask.home = value;
         else if (!strcmp(name, "--cpus")) ask.cpus = value;
         else if (!strcmp(name, "--plain")) ask.plain = value;
+        else if (!strcmp(name, "--channel") && !strcmp(value, "fifos")) ask.channel = value;
+        else if (!strcmp(name, "--show")) ask.show = value;
         else if (!strcmp(name, "--uid")) ask.uid = atol(value);
         else if (!strcmp(name, "--inner-uid")) ask.inner_uid = atol(value);
         else if (!strcmp(name, "--range")) ask.range = atol(value);
@@ -463,7 +492,7 @@ int keep(int argc, char **argv) {
         return 2;
     }
     if (chdir(ask.home)) give_up("entering %s", ask.home);
-    int socket_fd = ask.plain ? -1 : listener();
+    int socket_fd = ask.plain || ask.channel ? -1 : listener();
     pid_t first = fork();
     if (first < 0) give_up("fork");
     if (first > 0) _exit(0); /* whoever started it does not have to wait for it */

@@ -91,6 +91,7 @@ void provision(Slice p) {
     settings.cpu_locked = find_number(p, F_CPU_LOCKED, 0);
     keep_text(&settings.user, find_text(p, F_USER));
     keep_text(&settings.cwd, find_text(p, F_CWD));
+    remember_user();
     Cursor c = {.rest = p};
     int count = 0;
     while (next_field(&c)) count += c.tag == F_ENV;
@@ -203,7 +204,13 @@ void dispatch(Header *h, Slice p) {
     case PING: status(h->request); break;
     case PAUSE: set_pause(true); send_ok(h->request); break;
     case RESUME: set_pause(false); send_ok(h->request); break;
-    case SYNC: sync(); send_ok(h->request); break;
+    case SYNC: {
+        int root = open("/", O_RDONLY | O_CLOEXEC); /* its own file system: the machine's others are not its affair */
+        if (root >= 0 && syncfs(root) == 0) send_ok(h->request);
+        else send_error(h->request, errno, "the files could not be synced");
+        if (root >= 0) close(root);
+        break;
+    }
     case REKEY: renew(p); send_ok(h->request); break;
     case SET_TTL:
         settings.idle_ms = find_number(p, F_IDLE_MS, settings.idle_ms);
@@ -271,6 +278,7 @@ static void handle(Watch *w, uint32_t events, int listen_fd) {
 }
 
 int serve(int listen_fd, int in_fd, int out_fd) {
+    prepare_preference();
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0); /* memory and descriptors are out of reach of its own user too */
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
     prctl(PR_SET_NAME, "agent", 0, 0, 0);

@@ -20,7 +20,7 @@
 #include <termios.h>
 #include <unistd.h>
 
-enum { MAX_PROCESSES = 32768, BEGIN_STEP_MS = 50, BEGIN_MS = 10000 };
+enum { PREFERRED = 300, MAX_PROCESSES = 32768, BEGIN_STEP_MS = 50, BEGIN_MS = 10000 };
 
 typedef struct { int error; char what[60]; } Failure;
 
@@ -40,7 +40,7 @@ static void keep_only(const int *kept, int count) {
         if (next > from) close_range_of((unsigned)from, (unsigned)next - 1);
         from = next + 1;
     }
-    close_range_of((unsigned)from, ~0u);
+    close_range_of((unsigned)from, 0x7fffffffu);
 }
 
 static __attribute__((noreturn)) void fail(int report, const char *what) {
@@ -184,6 +184,22 @@ static int pipes(const Launch *l, Launched *r, int theirs[4]) {
     return 0;
 }
 
+/* When memory is used up the kernel ends the largest process, and memory may belong to files that no process has mapped:
+ * then that would be the agent, and the sandbox with it. A value is inherited, and only raising it is free to all. */
+static int preference = -1, usual;
+
+void prepare_preference(void) {
+    char text[16] = "";
+    preference = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
+    if (preference >= 0 && read(preference, text, sizeof text - 1) > 0) usual = atoi(text);
+}
+
+static void prefer(int value) {
+    char text[16];
+    int size = snprintf(text, sizeof text, "%d", value);
+    if (preference >= 0) (void)!pwrite(preference, text, (size_t)size, 0);
+}
+
 /* Waits until the program begins or says why not. What runs inside may stop the process before that, for the same user
  * may signal it: it is continued again and again, and ended if that does not help. */
 static int begun(int report, pid_t supervisor, Failure *f) {
@@ -214,7 +230,9 @@ int spawn(const Launch *l, Launched *r, char *why, size_t why_size) {
     if (error) {
         snprintf(f.what, sizeof f.what, "%s", l->pty ? "opening a terminal" : "opening its pipes");
     } else {
+        prefer(usual > PREFERRED ? usual : PREFERRED);
         r->supervisor = fork();
+        if (r->supervisor) prefer(usual);
         if (r->supervisor == 0) supervise(l, theirs, control[1], report[1]);
         if (r->supervisor < 0) {
             error = errno;

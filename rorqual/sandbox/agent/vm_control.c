@@ -10,11 +10,12 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/signalfd.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { LINE = 200, PATIENCE_MS = 30000 };
+enum { LINE = 200, PATIENCE_MS = 30000, AGENT_THREADS = 16 };
 
 static int port = -1;
 
@@ -42,7 +43,7 @@ static void say(const char *text) {
     control_write("\n", 1);
 }
 
-/* All threads of the machine count, the kernel's too: the bound is what runs now and N more. */
+/* All threads of the machine count, the kernel's too: the bound is what runs now, N more, and the agent's own few. */
 static bool bound_threads(long n) {
     char text[200], *slash;
     int fd = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
@@ -52,7 +53,7 @@ static bool bound_threads(long n) {
     text[got] = 0;
     slash = strchr(text, '/');
     if (!slash) return false;
-    snprintf(text, sizeof text, "%ld", atol(slash + 1) + n);
+    snprintf(text, sizeof text, "%ld", atol(slash + 1) + n + AGENT_THREADS);
     fd = open("/proc/sys/kernel/threads-max", O_WRONLY | O_CLOEXEC);
     bool done = fd >= 0 && write(fd, text, strlen(text)) > 0;
     if (fd >= 0) close(fd);
@@ -86,7 +87,7 @@ static void answer(const char *line) {
     }
 }
 
-static void take_lines(void) {
+static ssize_t take_lines(void) { /* what the last read said */
     static char line[LINE];
     static size_t used;
     char chunk[256];
@@ -101,22 +102,38 @@ static void take_lines(void) {
                 line[used++] = chunk[i];
             }
         }
+    return n;
 }
 
-int control_loop(int the_port, pid_t agent, int children) {
+/* One client after the other on a listening socket; the machine's end is noticed between them. */
+static void serve_client(int listener) {
+    port = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (port < 0) return;
+    say("ready");
+    for (;;) {
+        struct pollfd wait = {.fd = port, .events = POLLIN};
+        if (poll(&wait, 1, PATIENCE_MS) <= 0) break;
+        ssize_t n = take_lines();
+        if (n == 0 || (n < 0 && errno != EAGAIN)) break;
+    }
+    close(port);
+}
+
+int control_loop(int the_port, bool listening, pid_t agent, int children) {
     port = the_port;
     int epoll = epoll_create1(EPOLL_CLOEXEC);
-    struct epoll_event on_port = {.events = EPOLLIN | EPOLLET, .data.fd = port}; /* a shut port would wake us for ever */
+    struct epoll_event on_port = {.events = EPOLLIN | (listening ? 0 : EPOLLET), .data.fd = the_port}; /* a shut port would wake us for ever */
     struct epoll_event on_child = {.events = EPOLLIN, .data.fd = children};
-    epoll_ctl(epoll, EPOLL_CTL_ADD, port, &on_port);
+    epoll_ctl(epoll, EPOLL_CTL_ADD, the_port, &on_port);
     epoll_ctl(epoll, EPOLL_CTL_ADD, children, &on_child);
-    say("ready");
+    if (!listening) say("ready");
     for (;;) {
         struct epoll_event ready[4];
         int n = epoll_wait(epoll, ready, 4, -1);
         for (int i = 0; i < n; i++) {
-            if (ready[i].data.fd == port) {
-                take_lines();
+            if (ready[i].data.fd == the_port) {
+                if (listening) serve_client(the_port);
+                else take_lines();
                 continue;
             }
             struct signalfd_siginfo info;

@@ -12,7 +12,10 @@
  *   oom           processes ended for want of memory         -> a number
  *   sync          everything to the disk                     -> "ok"
  *
- * "ready" is said once, unasked. When the agent ends, the machine does, with the agent's code (isa-debug-exit).
+ * Where the monitor has no such ports and no serial names (rorqual.channel=vsock: Firecracker), the two are vsock ports
+ * 1024 and 1025, listened on, and the disks are taken in order, the writable one last.
+ *
+ * "ready" is said unasked, once or to each who connects. When the agent ends, the machine does, with the agent's code (isa-debug-exit).
  */
 #include "agent.h"
 
@@ -20,7 +23,8 @@
 #include "vm_init.h"
 #include <dirent.h>
 #include <fcntl.h>
-#include <linux/capability.h>
+#include <linux/vm_sockets.h>
+#include <net/if.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -29,10 +33,12 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/io.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/reboot.h>
 #include <sys/signalfd.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
@@ -115,6 +121,24 @@ static void attach(const char *from, const char *to, const char *type, unsigned 
     if (mount(from, to, type, flags, options)) give_up("mounting %s (%s) at %s", from, type, to);
 }
 
+static bool over_vsock;
+
+static int listen_vsock(unsigned number) {
+    struct sockaddr_vm a = {.svm_family = AF_VSOCK, .svm_port = number, .svm_cid = VMADDR_CID_ANY};
+    int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0 || bind(fd, (struct sockaddr *)&a, sizeof a) || listen(fd, 8)) give_up("vsock port %u", number);
+    return fd;
+}
+
+static void find_disk(const char *serial, int number, char *node, size_t size) {
+    if (over_vsock) {
+        snprintf(node, size, "/dev/vd%c", 'a' + number);
+        for (int tries = 0; tries < WAIT_MS / 5 && access(node, F_OK); tries++) usleep(5000);
+    } else if (!find_device("/sys/block", "serial", serial, node, size)) {
+        give_up("disk %s", serial);
+    }
+}
+
 /* Layers and upper become one root at /merged. */
 static void build_root(int layers) {
     char node[80], name[20], place[40], options[2048] = "lowerdir=";
@@ -124,11 +148,11 @@ static void build_root(int layers) {
     for (int i = layers - 1; i >= 0; i--) {
         snprintf(name, sizeof name, "layer%d", i);
         snprintf(place, sizeof place, "/layers/%d", i);
-        if (!find_device("/sys/block", "serial", name, node, sizeof node)) give_up("disk %s", name);
+        find_disk(name, i, node, sizeof node);
         attach(node, place, "erofs", MS_RDONLY | MS_NODEV, NULL);
         used += (size_t)snprintf(options + used, sizeof options - used, "%s%s", place, i ? ":" : "");
     }
-    if (!find_device("/sys/block", "serial", "upper", node, sizeof node)) give_up("disk upper");
+    find_disk("upper", layers, node, sizeof node);
     attach(node, "/upper", "ext4", MS_NODEV | MS_NOATIME, "noinit_itable,errors=remount-ro");
     if ((mkdir(UPPER, 0755) || mkdir("/upper/work", 0755)) && errno != EEXIST) give_up("folders of the writable layer");
     snprintf(options + used, sizeof options - used,
@@ -187,14 +211,21 @@ static __attribute__((noreturn)) void become_agent(int port) {
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     syscall(SYS_close_range, 3u, (unsigned)port - 1, 0);
-    syscall(SYS_close_range, (unsigned)port + 1, ~0u, 0);
+    syscall(SYS_close_range, (unsigned)port + 1, 0x7fffffffu, 0);
     for (int fd = 0; fd < 3; fd++) close(fd);
     for (int fd = 0; fd < 3; fd++) open("/dev/null", O_RDWR);
-    _exit(serve(-1, port, port));
+    _exit(over_vsock ? serve(port, -1, -1) : serve(-1, port, port));
+}
+
+static void loopback(void) {
+    struct ifreq request = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING};
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 || ioctl(fd, SIOCSIFFLAGS, &request)) printf("rorqual: no loopback: %s\n", strerror(errno));
+    if (fd >= 0) close(fd);
 }
 
 static pid_t start_agent(void) {
-    int port = fcntl(open_port("rorqual.agent"), F_DUPFD_CLOEXEC, 10);
+    int port = fcntl(over_vsock ? listen_vsock(1024) : open_port("rorqual.agent"), F_DUPFD_CLOEXEC, 10);
     pid_t pid = (pid_t)syscall(SYS_clone, CLONE_NEWPID | CLONE_NEWNS | SIGCHLD, 0, 0, 0, 0);
     if (pid < 0) give_up("starting the agent");
     if (pid == 0) become_agent(port);
@@ -205,6 +236,7 @@ static pid_t start_agent(void) {
 static int layers_asked(void) {
     char line[4096];
     if (!read_line("/proc/cmdline", line, sizeof line)) return 0;
+    over_vsock = strstr(line, "rorqual.channel=vsock") != NULL;
     const char *at = strstr(line, "rorqual.layers=");
     return at ? atoi(at + strlen("rorqual.layers=")) : 0;
 }
@@ -222,10 +254,11 @@ int guest_init(int argc, char **argv) {
     sigaddset(&children, SIGCHLD);
     sigprocmask(SIG_BLOCK, &children, NULL);
     load_modules();
+    loopback();
     build_root(layers_asked());
-    int control = open_port("rorqual.control");
+    int control = over_vsock ? listen_vsock(1025) : open_port("rorqual.control");
     pid_t agent = start_agent();
-    int ended = control_loop(control, agent, signalfd(-1, &children, SFD_CLOEXEC | SFD_NONBLOCK));
+    int ended = control_loop(control, over_vsock, agent, signalfd(-1, &children, SFD_CLOEXEC | SFD_NONBLOCK));
     switch_off(WIFEXITED(ended) ? WEXITSTATUS(ended) : BROKEN);
 }
 #endif

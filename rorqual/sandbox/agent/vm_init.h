@@ -6,7 +6,7 @@
 #define UPPER "/upper/files"
 
 /* ---- vm_control.c ---- */
-int control_loop(int port, pid_t agent, int children); /* until the agent ends; its wait status */
+int control_loop(int port, bool listening, pid_t agent, int children); /* until the agent ends; its wait status */
 void control_write(const void *data, size_t size);     /* to the host; waits while the port is full */
 
 /* ---- vm_tar.c ---- */

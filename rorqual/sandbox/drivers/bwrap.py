@@ -9,6 +9,7 @@ Does not isolate: the kernel is the host's, so a hole in it is a hole here. Use 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import math
 import os
@@ -16,7 +17,9 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 from rorqual.errors import SandboxError
 from rorqual.sandbox import cgroups, processes
@@ -31,6 +34,7 @@ from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Kind, SandboxSpec
 from rorqual.sandbox.threads import in_thread
 
+OWN_PROCESSES = 32  # so that a sandbox whose own are used up still starts a command that ends them
 FIRST_UID, LAST_UID = 200_000, 1_000_000
 _MASKED_FILES = (
     *("kcore", "kmsg", "keys", "key-users", "sysrq-trigger", "timer_list", "sched_debug", "kallsyms", "config.gz"),
@@ -43,8 +47,8 @@ _MASKED_FOLDERS = ("acpi", "scsi", "asound", "driver", "fs", "bus", "irq")
 class Bwrap(Driver):
     """Containers through bubblewrap."""
 
-    kind: Kind = "container"  # type: ignore[misc]
-    name = "bwrap"
+    kind: ClassVar[Kind] = "container"
+    name: ClassVar[str] = "bwrap"
 
     def missing(self) -> str | None:
         """What plainly lacks here."""
@@ -102,7 +106,7 @@ class Bwrap(Driver):
             command += ["--lower", str(lower)]
         command += ["--disk-mb", str(limits.disk_mb), "--inodes", str(limits.inodes)]
         enforced |= {"disk": "tmpfs size", "inodes": "tmpfs inodes", "open_files": "rlimit", "file_mb": "rlimit"}
-        group = cgroups.create(home.name, limits)
+        group = cgroups.create(home.name, replace(limits, pids=limits.pids + OWN_PROCESSES))
         extra: dict[str, object] = {"uid": outer, "layers": names}
         if group is None:
             cpus = choose_cpus(limits.cpu)
@@ -115,6 +119,9 @@ class Bwrap(Driver):
             extra |= {"data_limit_mb": 2 * limits.memory_mb, "nproc": limits.pids, "cpu_locked": True}
         else:
             enforced |= group.describe()
+            enforced["pids"] = (
+                f"rlimit in its user namespace, and {enforced['pids']} with {OWN_PROCESSES} more for ours"
+            )
         command += ["--", shutil.which("bwrap") or "bwrap", *self._bwrap(spec, shown, home.name)]
         try:
             keeper, holder = launch(command, home, group, store.local.locks())
@@ -267,6 +274,7 @@ def launch(
     with open(log, "ab") as errors:
         child = subprocess.Popen(
             command,
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -280,11 +288,11 @@ def launch(
         if len(words) == 4:
             keeper, holder = processes.identify(int(words[1])), processes.identify(int(words[3]))
             if keeper is not None and holder is not None:
-                if group is not None:
-                    group.attach(holder.pid)
-                child.stdin.write(b"g")
-                child.stdin.close()
-                return keeper, holder
+                with contextlib.suppress(ProcessLookupError, BrokenPipeError):  # it was killed in this moment
+                    if group is not None:
+                        group.attach(holder.pid)
+                    child.stdin.write(b"g")
+                    return keeper, holder
     said = log.read_text(errors="replace").strip()[-1000:]
     raise SandboxError(
         f"the sandbox's keeper did not start: {said or 'it said nothing'}. See `rorqual sandbox doctor`."

@@ -115,7 +115,7 @@ def refused_ioctls() -> tuple[int, ...]:
 def _block(name: str) -> str:
     """What stands between the braces of a table in confine.c, without comments and conditions."""
     text = (FOLDER / "confine.c").read_text().partition(f" {name}[] = {{")[2].partition("};")[0]
-    return re.sub(r"/\*(?! mount_setattr).*?\*/|^#.*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^#.*$", "", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL), flags=re.MULTILINE)
 
 
 def seccomp() -> dict[str, Any]:

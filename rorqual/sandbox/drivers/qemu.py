@@ -1,4 +1,4 @@
-"""Virtual machines by QEMU: small ones (`microvm` board) and full ones (`q35`), with KVM or emulated.
+"""Virtual machines by QEMU: small ones (`microvm` or `pc` board) and full ones (`q35`), with KVM or emulated.
 
 Isolates: the sandbox has a kernel of its own; what it could attack is QEMU, which runs in its own namespaces, without
 capabilities, under a uid of its own when root starts it, with a system call filter. With KVM this is "vm-hw", emulated
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rorqual.errors import SandboxError
+from rorqual.folders import cache_folder
 from rorqual.sandbox.channel import Channel
 from rorqual.sandbox.drivers.base import Driver, Running
 from rorqual.sandbox.drivers.bwrap import pss, tree_of
@@ -37,7 +38,7 @@ from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Isolation, Kind, SandboxSpec
 from rorqual.sandbox.vm import boot, guest_root, kernel, qcow2, saved, snapshot, template
 from rorqual.sandbox.vm.control import Control
-from rorqual.sandbox.vm.initramfs import build_initramfs
+from rorqual.sandbox.vm.initramfs import PCI_MODULES, build_initramfs
 from rorqual.sandbox.vm.machine import (
     BINARY,
     MAX_LAYERS,
@@ -50,9 +51,9 @@ from rorqual.sandbox.vm.machine import (
 from rorqual.sandbox.vm.qmp import QMP
 from rorqual.sandbox.wire import Tag, Type, Value
 
-BOOT_S = {"kvm": 30.0, "tcg": 120.0}
+BOOT_S = {"kvm": 8.0, "tcg": 120.0}
+"""With KVM a boot takes a second where it works, and never ends where /dev/kvm is not what it seems."""
 LOAD_S = 30.0
-MONITOR_S = 15.0
 
 
 class Qemu(Driver):
@@ -60,20 +61,28 @@ class Qemu(Driver):
 
     board: ClassVar[Board]
     accelerator: ClassVar[Accelerator]
+    modules: ClassVar[tuple[str, ...]] = PCI_MODULES
 
     def missing(self) -> str | None:
         """What plainly lacks here."""
-        if os.uname().machine != "x86_64":
-            return f"this driver starts x86-64 machines only, and this is {os.uname().machine}"
         if shutil.which(BINARY) is None:
             return f"{BINARY} is not installed; `apt install qemu-system-x86` brings it"
+        return self._missing_for_machines()
+
+    def _missing_for_machines(self) -> str | None:
+        if os.uname().machine != "x86_64":
+            return f"this driver starts x86-64 machines only, and this is {os.uname().machine}"
         if os.geteuid() == 0 and not (shutil.which("bwrap") and shutil.which("setpriv")):
-            return "started by root, QEMU needs bubblewrap and setpriv around it: `apt install bubblewrap util-linux`"
+            return (
+                "started by root, a monitor needs bubblewrap and setpriv around it: `apt install bubblewrap util-linux`"
+            )
         if self.accelerator == "kvm":
             if not Path("/dev/kvm").exists():
                 return "there is no /dev/kvm: this machine (or the machine it runs in) offers no virtualization"
             if not os.access("/dev/kvm", os.R_OK | os.W_OK):
                 return "/dev/kvm may not be opened by this user; an administrator can add it to the group kvm"
+            if _hung().exists():
+                return f"with KVM no guest booted ({_hung().read_text()}); remove {_hung()} to try again"
         return kernel.missing() or template.missing() or guest_root.missing()
 
     def capabilities(self) -> Capabilities:
@@ -104,7 +113,7 @@ class Qemu(Driver):
             state, parents = full.folder / "state", [full.folder / name for name in full.disks]
             disk_mb, secret = full.disk_mb, full.secret
         else:
-            made = await template.obtain(machine, digests, spec.limits, BOOT_S[self.accelerator])
+            made = await self._template(machine, digests, spec)
             state, parents, disk_mb, secret = made.state, [made.disk], spec.limits.disk_mb, ""
         running = await self._launch(machine, spec, home, state, parents, disk_mb)
         running.extra["fingerprint"] = fingerprint(machine, *digests)
@@ -114,6 +123,15 @@ class Qemu(Driver):
             await asyncio.shield(asyncio.to_thread(boot.end, running.processes, running.cgroups))
             raise
         return running
+
+    async def _template(self, machine: Machine, digests: tuple[str, str], spec: SandboxSpec) -> template.Template:
+        try:
+            return await template.obtain(machine, digests, spec.limits, BOOT_S[self.accelerator])
+        except SandboxError as error:
+            if self.accelerator == "kvm":  # remembered until the next boot: finding out again costs seconds each time
+                _hung().parent.mkdir(parents=True, exist_ok=True)
+                _hung().write_text(str(error).splitlines()[0][:300])
+            raise
 
     async def _launch(
         self, machine: Machine, spec: SandboxSpec, home: Path, state: Path, parents: Sequence[Path], disk_mb: int
@@ -137,13 +155,23 @@ class Qemu(Driver):
     async def _run(self, machine: Machine, spec: SandboxSpec, home: Path, state: Path, uid: int | None) -> Running:
         started = await asyncio.to_thread(boot.start, machine, home, uid, home.name, spec.limits.cpu)
         try:
-            async with await boot.monitor(machine.folder, home, MONITOR_S) as qmp:
+            async with await boot.monitor(machine.folder, home, boot.MONITOR_WAIT_S) as qmp:
                 await saved.load(qmp, state, LOAD_S)
         except BaseException:
             await asyncio.shield(boot.end_later(started))
             raise
-        enforced = {
-            **started.enforced,
+        return Running(
+            started.processes,
+            {"unix": "vm/agent"},
+            secrets.token_hex(32),
+            cgroups=started.cgroups,
+            enforced={**self._enforced(), **started.enforced},
+            extra={"uid": uid, "nproc": spec.limits.pids},
+        )
+
+    @staticmethod
+    def _enforced() -> dict[str, str]:
+        return {
             "memory": "the machine's memory size",
             "disk": "size of the virtual disk",
             "inodes": "inodes of the virtual disk",
@@ -151,16 +179,10 @@ class Qemu(Driver):
             "open_files": "rlimit",
             "file_mb": "rlimit",
         }
-        return Running(
-            started.processes,
-            {"unix": "vm/agent"},
-            secrets.token_hex(32),
-            cgroups=started.cgroups,
-            enforced=enforced,
-            extra={"uid": uid, "nproc": spec.limits.pids},
-        )
 
-    def _machine(self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None) -> tuple[Machine, tuple[str, str]]:
+    def _machine(
+        self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None
+    ) -> tuple[Machine, tuple[str, str]]:
         """The machine asked for, without its disk; digests of kernel and initramfs."""
         store = Store()
         digests = store.resolve(names_of(spec))
@@ -173,7 +195,7 @@ class Qemu(Driver):
                 "layers",
             )
         found = kernel.obtain()
-        initramfs, initramfs_digest = build_initramfs(found)
+        initramfs, initramfs_digest = build_initramfs(found, self.modules)
         machine = Machine(
             board=self.board,
             accelerator=self.accelerator,
@@ -192,7 +214,7 @@ class Qemu(Driver):
 
         secret: the key of a restored sandbox's agent; empty for a template's, which belongs to nobody yet.
         """
-        async with await Control.open(home / "vm") as control:
+        async with await self._control(home) as control:
             await control.ask(f"threads {spec.limits.pids}")
         fields = None if secret else provision_fields(spec, running, time.time())
         key = bytes.fromhex(secret or running.secret)
@@ -243,7 +265,7 @@ class Qemu(Driver):
         else:
             async with await self._monitor(home) as qmp:
                 await qmp.execute("cont")
-        async with await Control.open(home / "vm") as control:
+        async with await self._control(home) as control:
             await control.ask(f"clock {time.time_ns() // 1000}")
         return running
 
@@ -263,7 +285,7 @@ class Qemu(Driver):
         """The writable layer, sent by the machine itself as a tar: the host never mounts a disk a guest wrote."""
         spec = Home(home).read().spec
         with tempfile.NamedTemporaryFile(dir=home, prefix="tar-") as file:
-            async with await Control.open(home / "vm") as control:
+            async with await self._control(home) as control:
                 await control.receive_tar(Path(file.name), (spec.limits.disk_mb + 64) << 21)
 
             def build(writer: Any) -> None:
@@ -300,15 +322,18 @@ class Qemu(Driver):
 
     async def oom_kills(self, running: Running, home: Path) -> int:
         """How many processes the guest's kernel ended for memory."""
-        async with await Control.open(home / "vm") as control:
+        async with await self._control(home) as control:
             return await control.number("oom")
 
     async def memory_bytes(self, running: Running) -> int:
         """The proportional share of QEMU and its keeper."""
         return await asyncio.to_thread(lambda: sum(pss(process.pid) for process in tree_of(running)))
 
+    async def _control(self, home: Path) -> Control:
+        return await Control.open(home / "vm")
+
     async def _monitor(self, home: Path) -> QMP:
-        return await boot.monitor(home / "vm", home, MONITOR_S)
+        return await boot.monitor(home / "vm", home, boot.MONITOR_WAIT_S)
 
 
 class QemuMicrovmKvm(Qemu):
@@ -322,11 +347,11 @@ class QemuMicrovmKvm(Qemu):
 
 
 class QemuMicrovmTcg(Qemu):
-    """Small machines, emulated."""
+    """Small machines, emulated: the `pc` board, see vm/machine.py for why not `microvm`."""
 
     kind: ClassVar[Kind] = "microvm"
     name = "qemu-tcg"
-    board = "microvm"
+    board = "pc"
     accelerator = "tcg"
     probe_timeout_s = 120.0
 
@@ -351,6 +376,12 @@ class QemuTcg(Qemu):
     probe_timeout_s = 120.0
 
 
+def _hung() -> Path:
+    """Where it is noted that KVM let no guest boot, for this boot of the host."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return cache_folder() / "probes" / f"kvm-{boot_id}"
+
+
 def fresh_identity(name: str) -> list[tuple[Tag, Value]]:
     """What two copies of one memory must not share: random numbers, names, the time."""
     return [
@@ -373,5 +404,3 @@ def _full_snapshot(spec: SandboxSpec) -> snapshot.Manifest | None:
 def _virtual_size(path: Path) -> int:
     with open(path, "rb") as file:
         return int.from_bytes(file.read(32)[24:32], "big")
-
-

@@ -86,6 +86,7 @@ class Runc(Bwrap):
         )
 
     def _write_bundle(self, spec: SandboxSpec, home: Path, first_id: int, shown: list[str]) -> None:
+        shutil.rmtree(home / "runc", ignore_errors=True)  # what runc wrote down of the container before a rollback
         inside = f"/{cgroups.PARENT}/{home.name}/runc"
         made = oci.config(spec, home.name, first_id=first_id, shown=shown, cgroup=inside)
         (home / "bundle").mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ ready. Does not isolate: the kernel is the host's; calls of one lease share file
 from __future__ import annotations
 
 import shutil
+from typing import ClassVar
 
 from rorqual.sandbox.drivers.bwrap import Bwrap
 from rorqual.sandbox.spec import Kind
@@ -16,8 +17,8 @@ from rorqual.sandbox.spec import Kind
 class Zygote(Bwrap):
     """Functions: the same jail, with an interpreter that the SDK keeps warm (functions.py)."""
 
-    kind: Kind = "function"  # type: ignore[misc]
-    name = "zygote"
+    kind: ClassVar[Kind] = "function"
+    name: ClassVar[str] = "zygote"
 
     def missing(self) -> str | None:
         """What plainly lacks here: what bwrap needs, and a Python below /usr."""

@@ -45,12 +45,13 @@ def collect(
 ) -> Collected:
     """Remove what nothing needs any more, and say what.
 
-    home: the data folder whose `sandboxes/` are looked through; journals: folders of rollout logs that may still be
-    resumed; grace_s: younger layers and snapshots stay. Raises: SandboxError or JournalError when something that may
-    name a layer cannot be read; nothing is removed then.
+    home: the data folder whose `sandboxes/` and agents' runs are looked through; journals: folders of more rollout
+    logs that may still be resumed, besides those of `Store.protect`; grace_s: younger layers and snapshots stay.
+    Raises: SandboxError or JournalError when something that may name a layer cannot be read; nothing is removed then.
     """
     living = living_sandboxes(home)
-    pinned = set(words_of(living)) | set(open_snapshots(journals))
+    logs = [*journals, *store.protected(), *sorted((home or data_folder()).glob("agents/*/journal"))]
+    pinned = set(words_of(living)) | set(open_snapshots(logs))
     before = time.time() - grace_s
     names = [one for one in store.references() if _is_over(one, living, pinned, before)]
     over = {one.name for one in names}

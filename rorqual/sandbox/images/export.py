@@ -94,8 +94,9 @@ def export_image(store: Store, name: str, target: Path) -> int:
             described, plain = [], []
             for digest in digests:
                 packed = Path(folder) / "layer"
-                plain.append(f"sha256:{_pack(store.tree(digest), packed)}")
-                described.append(_put_file(archive, packed, _TYPE + "layer.v1.tar+gzip"))
+                inside, media_type = _pack(store.tree(digest), packed)
+                plain.append(f"sha256:{inside}")
+                described.append(_put_file(archive, packed, media_type))
             image = {"architecture": architecture, "os": "linux", "config": config}
             image["rootfs"] = {"type": "layers", "diff_ids": plain}
             manifest = {"schemaVersion": 2, "mediaType": _TYPE + "manifest.v1+json", "layers": described}
@@ -109,21 +110,29 @@ def export_image(store: Store, name: str, target: Path) -> int:
     return target.stat().st_size
 
 
-def _pack(image: Image, target: Path) -> str:
-    """A layer as tar.gz; returns the SHA-256 of the tar inside."""
+def _pack(image: Image, target: Path) -> tuple[str, str]:
+    """A layer as tar.gz; returns the SHA-256 of the tar inside, and the layer's media type.
+
+    One that shrinks so much that it looks like an archive bomb (here too, when it comes back) is left unpacked.
+    """
     with open(target, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as out:
         counting = _Hashing(out)
         write_tar(image, cast("BinaryIO", counting))
-    return counting.digest.hexdigest()
+    if counting.size < 50 * target.stat().st_size:
+        return counting.digest.hexdigest(), _TYPE + "layer.v1.tar+gzip"
+    with open(target, "wb") as raw:
+        write_tar(image, raw)
+    return counting.digest.hexdigest(), _TYPE + "layer.v1.tar"
 
 
 class _Hashing:
-    """Passes on what is written and keeps its SHA-256."""
+    """Passes on what is written and keeps its SHA-256 and size."""
 
     def __init__(self, out: gzip.GzipFile) -> None:
-        self._out, self.digest = out, hashlib.sha256()
+        self._out, self.digest, self.size = out, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
+        self.size += len(data)
         self.digest.update(data)
         return self._out.write(data)
 

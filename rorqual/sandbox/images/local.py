@@ -16,7 +16,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -67,7 +67,7 @@ class Local:
 
     def drop(self, digests: Iterable[str]) -> list[str]:
         """Unmount those of these layers that nobody holds any more; unpacked ones stay for the next sandbox."""
-        return self._remove(digest for digest in digests if self._place(digest).is_mount())
+        return self._remove([digest for digest in digests if self._place(digest).is_mount()])
 
     def is_verified(self, digest: str, file: Path) -> bool:
         """Whether this very file was verified before: its identity, size and times are as they were then."""
@@ -97,9 +97,13 @@ class Local:
         """
         known = sorted(lock.name.removesuffix(".lock") for lock in self.folder.glob("*.lock"))
         unpacked = {digest for digest in known if (self._place(digest).parent / "unpacked").exists()}
-        return self._remove(digest for digest in known if digest not in in_use and digest not in cached & unpacked)
+        gone = self._remove([digest for digest in known if digest not in in_use and digest not in cached & unpacked])
+        for digest in gone:
+            if digest not in cached:
+                (self.folder / f"{digest}.verified").unlink(missing_ok=True)
+        return gone
 
-    def _remove(self, digests: Iterable[str]) -> list[str]:
+    def _remove(self, digests: Sequence[str]) -> list[str]:
         """Take away what nobody holds; returns what went."""
         gone = []
         for digest in digests:
@@ -109,7 +113,6 @@ class Local:
                 continue
             with held:
                 self._unmake(digest)
-                (self.folder / f"{digest}.verified").unlink(missing_ok=True)
                 (self.folder / f"{digest}.lock").unlink(missing_ok=True)
             gone.append(digest)
         return gone

@@ -86,8 +86,10 @@ def _changed_links(before: dict[Path, Seen], upper: Image) -> set[Path]:
     kept: set[Path] = set()
     for files in old.values():
         paths = {file.entry.path for file in files}
-        now = [entry for entry in new.get(number.get(files[0].entry.path, -1), []) if entry.path in paths]
-        if len(now) == len(paths) and all(_same(before[entry.path], Seen(upper, entry)) for entry in now):
+        now = new.get(number.get(files[0].entry.path, -1), [])
+        if {entry.path for entry in now} == paths and all(
+            _same(before[entry.path], Seen(upper, entry)) for entry in now
+        ):
             kept |= paths
     return {entry.path for names in new.values() for entry in names} - kept
 

@@ -3,6 +3,7 @@
     objects/ab/<digest>         one EROFS image
     objects/ab/<digest>.json    its manifest: size and chunk digests; a layer is there once this is
     names/<name>.json           an image or snapshot: its layers from the bottom up, and what it is
+    logs/*.json                 rollout logs whose snapshots are kept
     tmp/                        being written; left only by a process that was killed
 
 Any folder will do, also one that several machines share; everything is written under another name, synced and renamed.
@@ -14,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -29,6 +31,7 @@ from rorqual.sandbox.images import pack
 from rorqual.sandbox.images.erofs import Writer
 from rorqual.sandbox.images.local import Local
 from rorqual.sandbox.images.objects import FolderObjects, Layer, VerifiedReader, chunks_of
+from rorqual.sandbox.images.stack import add_merged
 from rorqual.sandbox.images.tree import Image
 
 LayerKind = Literal["base", "workspace", "toolkit", "diff"]
@@ -249,6 +252,45 @@ class Store:
         if not _NAME.fullmatch(name) or self.objects.stat(f"names/{name}.json") is None:
             raise SandboxError(f"there is no image {name!r} in {self.folder}; `rorqual sandbox image list` shows them.")
         self.objects.delete(f"names/{name}.json")
+
+    def protect(self, journal: Path) -> None:
+        """Let snapshots named in a rollout log be as long as a request in it is open, wherever the log lies.
+
+        Those of `rorqual agent` are found without. A log that is deleted protects nothing any more.
+        """
+        note = json.dumps({"path": str(journal.absolute()), "machine": platform.node()}).encode()
+        self.objects.put(f"logs/{hashlib.sha256(note).hexdigest()[:24]}.json", io.BytesIO(note))
+
+    def protected(self) -> list[Path]:
+        """The rollout logs of `protect` that are still there. Raises: SandboxError for one of another machine."""
+        found = []
+        for key in self.objects.keys("logs/"):
+            note = json.loads((self.folder / key).read_text())
+            path = Path(note["path"])
+            if path.is_dir():
+                found.append(path)
+            elif note["machine"] != platform.node():
+                raise SandboxError(
+                    f"{path} on machine {note['machine']} is a rollout log that may need layers of {self.folder}, "
+                    f"and it cannot be read here. Collect there, or delete {self.folder / key} if that log is over."
+                )
+        return found
+
+    def collapsed(self, layers: Sequence[str], most: int = 32) -> list[str]:
+        """A stack as it is, or with its upper layers merged into one where there are more than `most`.
+
+        What stands below the diffs (base, workspace, toolkit) stays, since others share it.
+        """
+        if len(layers) <= most:
+            return list(layers)
+        shared = next((n for n, digest in enumerate(layers) if self.layer(digest).kind == "diff"), len(layers) - 1)
+        images = [self.tree(digest) for digest in layers[shared:]]
+
+        def build(writer: Writer) -> None:
+            add_merged(writer, images)
+            writer.finish()
+
+        return [*layers[:shared], self.add(build, note={"merged": str(len(images))})]
 
     def resolve(self, names: Sequence[str]) -> list[str]:
         """Layers from the bottom up, of images, snapshots and layers (whole digests) stacked in this order."""

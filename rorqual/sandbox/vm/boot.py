@@ -19,6 +19,8 @@ from rorqual.sandbox.vm.qmp import QMP
 MONITOR_MB = 384
 """Host memory beside the guest's own: QEMU itself, its buffers, and code translated under emulation."""
 MONITOR_THREADS = 256
+MONITOR_WAIT_S = 15.0
+"""How long a monitor may take until its control socket answers."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def start(machine: Machine, home: Path, uid: int | None, name: str, cpu: float) 
         (machine.folder / socket).unlink(missing_ok=True)
     limits = Limits(cpu=cpu, memory_mb=machine.memory_mb + MONITOR_MB, pids=MONITOR_THREADS)
     group = cgroups.create(name, limits)
-    keeper = [str(agent_binary()), "keep", "--home", str(home), "--plain", "none", "--", *words]
+    keeper = [str(agent_binary()), "keep", "--home", str(home), "--plain", "yes", "--", *words]
     try:
         running = list(launch(keeper, home, group))
     except BaseException:

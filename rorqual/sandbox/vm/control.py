@@ -1,4 +1,4 @@
-"""The driver's own line to pid 1 of a machine (agent/vm_control.c): limits, the clock, and the writable layer as a tar."""
+"""The driver's own line to pid 1 of a machine (agent/vm_control.c): limits, the clock, the writable layer as a tar."""
 
 from __future__ import annotations
 
@@ -44,14 +44,18 @@ class Control:
         except TimeoutError as error:
             raise TransportError(f"the machine did not answer {request!r} within {timeout_s:g} s.") from error
         if line.strip() != b"ok":
-            raise SandboxError(f"the machine answered {request!r} with {line[:200].decode(errors='replace').strip()!r}.")
+            raise SandboxError(
+                f"the machine answered {request!r} with {line[:200].decode(errors='replace').strip()!r}."
+            )
 
     async def number(self, request: str, timeout_s: float = 10.0) -> int:
         """Ask for one number. Raises: TransportError when there is no answer in time or it is none."""
         self._writer.write(request.encode() + b"\n")
         await self._writer.drain()
         try:
-            return int(await asyncio.wait_for(self._reader.readline(), timeout_s))
+            while (line := await asyncio.wait_for(self._reader.readline(), timeout_s)).strip() == b"ready":
+                pass
+            return int(line)
         except (TimeoutError, ValueError) as error:
             raise TransportError(f"the machine gave no number for {request!r}: {error}.") from error
 

@@ -1,8 +1,8 @@
 """The guest kernel: one the user names, one kept from before, this machine's own, or the distribution's package.
 
 A package is fetched with `apt-get download` and unpacked with `dpkg-deb`, neither of which needs root or installs
-anything. The kernel is kept uncompressed (an ELF file, entered through its PVH note): unpacking itself takes an emulated
-machine a second. No kernel is part of this repository; scripts/build_guest_kernel.sh builds a smaller one.
+anything. The kernel is kept uncompressed (an ELF file, entered through its PVH note): unpacking itself takes an
+emulated machine a second. No kernel is part of this repository; scripts/build_guest_kernel.sh builds a smaller one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rorqual.errors import SandboxError
-from rorqual.folders import data_folder
+from rorqual.folders import cache_folder
 from rorqual.sandbox.vm.modules import decompress_zstd
 
 PACKAGES = ("linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64", "linux-image-virtual", "linux-image-generic")
@@ -82,7 +82,7 @@ def missing() -> str | None:
 
 def kernels_folder() -> Path:
     """Where unpacked kernels are kept."""
-    return data_folder() / "kernels"
+    return cache_folder() / "kernels"
 
 
 def uncompressed(image: bytes) -> bytes:
@@ -117,7 +117,9 @@ def _prepared(image: Path, modules: Path | None) -> GuestKernel:
     try:
         raw = image.read_bytes()
     except OSError as error:
-        raise SandboxError(f"the guest kernel {image} cannot be read: {error.strerror}. Check RORQUAL_KERNEL.") from error
+        raise SandboxError(
+            f"the guest kernel {image} cannot be read: {error.strerror}. Check RORQUAL_KERNEL."
+        ) from error
     digest = hashlib.sha256(raw).hexdigest()
     target = kernels_folder() / f"named-{digest[:16]}"
     version = _version(raw) or image.name
@@ -148,8 +150,8 @@ def _download() -> GuestKernel:
                 break
         else:
             raise SandboxError(
-                f"apt knows none of the kernel packages {', '.join(PACKAGES)}. Run `apt-get update` as root once, or set "
-                "RORQUAL_KERNEL."
+                f"apt knows none of the kernel packages {', '.join(PACKAGES)}. Run `apt-get update` as root once, or "
+                "set RORQUAL_KERNEL."
             )
         wanted = [*built, *_depends(built[0], ("linux-modules-",))]
         extra = built[0].replace("linux-image-", "linux-modules-extra-")
@@ -167,7 +169,9 @@ def _keep(root: Path, package: str) -> GuestKernel:
         raise SandboxError(f"the package {package} holds no kernel at boot/vmlinuz-*. Set RORQUAL_KERNEL.")
     version = images[0].name.removeprefix("vmlinuz-")
     raw = images[0].read_bytes()
-    folder = next((path for path in (root / "lib/modules" / version, root / "usr/lib/modules" / version) if path.is_dir()), None)
+    folder = next(
+        (path for path in (root / "lib/modules" / version, root / "usr/lib/modules" / version) if path.is_dir()), None
+    )
     digest = hashlib.sha256(raw).hexdigest()
     target = kernels_folder() / version
 

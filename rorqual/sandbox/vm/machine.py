@@ -10,7 +10,6 @@ machine has, and no capability. Where bubblewrap is missing only the filter hold
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -20,17 +19,25 @@ from pathlib import Path
 from typing import Literal
 
 from rorqual.errors import SandboxError
+from rorqual.sandbox.vm.walls import can_wall, refuse_root, walled
 
-Board = Literal["microvm", "q35"]
+Board = Literal["microvm", "pc", "q35"]
 Accelerator = Literal["kvm", "tcg"]
 BINARY = "qemu-system-x86_64"
 MAX_LAYERS = 24
 EXIT_PORT = 0x501
+QBOOT = "/usr/share/qemu/qboot.rom"
+_BOARDS: dict[Board, str] = {
+    "microvm": "microvm,pcie=on,rtc=on,isa-serial=on",
+    "pc": "pc,vmport=off,usb=off",
+    "q35": "q35,smm=off,vmport=off,usb=off",
+}
+"""microvm has no timer that an emulated guest could measure its processor's clock against: every second boot of a
+distribution's kernel hung there. With KVM the hypervisor tells the clock's rate; emulated small machines are `pc`."""
 _FILTER = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-_MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 # 8250.nr_uarts, i8042, cryptomgr: work at boot that a machine without such devices can spare itself
 _KERNEL_LINE = "console=ttyS0 quiet panic=-1 reboot=t 8250.nr_uarts=1 i8042.noaux i8042.nokbd cryptomgr.notests"
-_EMULATED_LINE = "nokaslr mitigations=off tsc=reliable no_timer_check"
+_EMULATED_LINE = "mitigations=off tsc=reliable no_timer_check"
 """Only under emulation, which neither speculates nor has a clock of its own; with KVM the kernel keeps its defences."""
 
 
@@ -67,10 +74,7 @@ class Machine:
 
     def arguments(self, place: _Places) -> list[str]:
         """QEMU's arguments; `place` says under which path each file is found inside the walls."""
-        board = {
-            "microvm": "microvm,pcie=on,pit=on,pic=on,rtc=on,isa-serial=on",
-            "q35": "q35,smm=off,vmport=off,hpet=off" if self.accelerator == "tcg" else "q35,smm=off,vmport=off",
-        }[self.board]
+        board = _BOARDS[self.board]
         line = f"{_KERNEL_LINE} {_EMULATED_LINE}" if self.accelerator == "tcg" else _KERNEL_LINE
         arguments = [
             *("-name", "rorqual", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -85,8 +89,8 @@ class Machine:
             *("-object", "rng-builtin,id=random", "-device", "virtio-rng-pci,rng=random"),
             *("-device", "virtio-serial-pci,id=ports,max_ports=4"),
         ]
-        if self.board == "q35":
-            arguments += ["-vga", "none"]
+        if self.board == "pc" and Path(QBOOT).exists():
+            arguments += ["-bios", "qboot.rom"]  # the usual firmware takes a second longer
         for number, name in enumerate(("agent", "control"), 1):
             socket = place(self.folder / name)
             arguments += ["-chardev", f"socket,id={name},path={socket},server=on,wait=off"]
@@ -149,51 +153,17 @@ class _Places:
 def command(machine: Machine, uid: int | None) -> tuple[list[str], str]:
     """The whole command, and what stands around QEMU in words. uid: the machine's own host user, when root starts it.
 
-    Raises: SandboxError when root would have to run it without walls.
+    Raises: SandboxError when QEMU is missing, or root would have to run it without walls.
     """
     binary = shutil.which(BINARY)
     if binary is None:
         raise SandboxError(f"{BINARY} is not installed; `apt install qemu-system-x86` brings it.")
-    bwrap = shutil.which("bwrap")
-    if bwrap is None or not _works(bwrap):
-        if os.geteuid() == 0:
-            raise SandboxError("started by root, QEMU needs bubblewrap around it: `apt install bubblewrap`.")
+    if not can_wall():
+        refuse_root()
         return [binary, *machine.arguments(_Places(machine, False))], "QEMU's system call filter (no bubblewrap here)"
     place = _Places(machine, True)
-    options = [
-        *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try", "--new-session"),
-        *("--die-with-parent", "--clearenv", "--setenv", "PATH", "/usr/bin", "--ro-bind", "/usr", "/usr"),
-        *("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--dev", "/dev", "--tmpfs", "/tmp"),
-    ]
-    for name in _MERGED:
-        path = Path("/", name)
-        if path.is_symlink():
-            options += ["--symlink", os.readlink(path), str(path)]
-        elif path.is_dir():
-            options += ["--ro-bind", str(path), str(path)]
-    if machine.accelerator == "kvm":
-        options += ["--dev-bind", "/dev/kvm", "/dev/kvm"]
-    options += [*place.binds(), "--chdir", "/"]
-    inner = [binary, *machine.arguments(place)]
-    if uid is None:
-        return [bwrap, "--unshare-user", "--cap-drop", "ALL", *options, "--", *inner], "bubblewrap and QEMU's filter"
-    setpriv = shutil.which("setpriv")
-    if setpriv is None:
-        raise SandboxError("started by root, QEMU needs setpriv to become another user: `apt install util-linux`.")
-    drop = [
-        *(setpriv, f"--reuid={uid}", f"--regid={uid}", "--clear-groups" if machine.accelerator == "tcg" else "--groups"),
-        *([] if machine.accelerator == "tcg" else [str(os.stat("/dev/kvm").st_gid)]),
-        *("--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"),
-    ]
-    walls = f"bubblewrap, uid {uid} without capabilities, QEMU's filter"
-    return [bwrap, *options, "--", *drop, *inner], walls
-
-
-@lru_cache
-def _works(bwrap: str) -> bool:
-    """Whether bubblewrap may build walls here (a user namespace may be forbidden)."""
-    test = [bwrap, "--unshare-pid", "--ro-bind", "/", "/", "--", "/bin/true"]
-    return subprocess.run(test, capture_output=True, check=False).returncode == 0
+    kvm = machine.folder.parent if machine.accelerator == "kvm" else None
+    return walled([binary, *machine.arguments(place)], place.binds(), kvm, uid, "QEMU")
 
 
 @lru_cache

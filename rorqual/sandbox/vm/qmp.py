@@ -8,14 +8,15 @@ from __future__ import annotations
 import array
 import asyncio
 import json
+import os
 import socket
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rorqual.sandbox.errors import TransportError
 from rorqual.errors import SandboxError
+from rorqual.sandbox.errors import TransportError
 
 MAX_LINE = 1 << 20
 """Bytes of one message; QEMU is not trusted more than the guest it runs."""
@@ -48,7 +49,7 @@ class QMP:
         while True:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
-                connection.connect(_short(path))
+                _connect(connection, path)
                 break
             except OSError as error:
                 connection.close()
@@ -152,12 +153,10 @@ class QMP:
         return message
 
 
-def _short(path: Path) -> str:
-    """A name that fits into a socket address (108 bytes): long ones are reached through the folder's descriptor."""
-    text = str(path)
-    if len(text.encode()) < 104:
-        return text
-    import os
-
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)  # stays open as long as the process: few and small
-    return f"/proc/self/fd/{folder}/{path.name}"
+def _connect(connection: socket.socket, path: Path) -> None:
+    """Connect to a socket however long the name of its folder is (an address holds 108 bytes)."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        connection.connect(f"/proc/self/fd/{folder}/{path.name}")
+    finally:
+        os.close(folder)

@@ -1,6 +1,6 @@
 """Full snapshots: a machine's memory, its disk as a chain of images, and one manifest that names both by digest.
 
-    <data>/snapshots/<id>/      manifest.json (mode 0600: it holds the agent's key), state, disk0 (raw), disk1 ... (qcow2)
+    <data>/snapshots/<id>/      manifest.json (mode 0600: it has the agent's key), state, disk0 (raw), disk1 ... (qcow2)
 
 A snapshot is there once its manifest is. It is restored only where the fingerprint is the same: QEMU's version, board,
 processor model, kernel, initramfs, layers. Its files are never written to; copies work on overlays.
@@ -8,6 +8,7 @@ processor model, kernel, initramfs, layers. Its files are never written to; copi
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -23,12 +24,13 @@ from rorqual.folders import data_folder
 from rorqual.sandbox.errors import SnapshotFailed
 
 MAX_CHAIN = 24
+_BLOCK = 1 << 16
 _ID = re.compile(r"full-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a full snapshot is. files: name -> SHA-256; disks: names from the lowest up; secret: key of its agent."""
+    """What a full snapshot is. files: name -> `digest_of`; disks: names from the lowest up; secret: its agent's key."""
 
     id: str
     fingerprint: dict[str, str]
@@ -70,7 +72,9 @@ def check(manifest: Manifest, here: dict[str, str]) -> None:
     """Whether this machine may restore it. Raises: SandboxError naming every difference of the fingerprints."""
     theirs = manifest.fingerprint
     names = sorted(set(theirs) | set(here))
-    differences = [f"{name}: {theirs.get(name)} then, {here.get(name)} now" for name in names if theirs.get(name) != here.get(name)]
+    differences = [
+        f"{name}: {theirs.get(name)} then, {here.get(name)} now" for name in names if theirs.get(name) != here.get(name)
+    ]
     if differences:
         raise SandboxError(
             f"full snapshot {manifest.id} was taken under other conditions and is not restored:\n  "
@@ -104,7 +108,13 @@ def verify(manifest: Manifest) -> None:
 
 
 def store(
-    state: Path, disks: Sequence[Path], fingerprint: dict[str, str], disk_mb: int, secret: str, *, copy_last: bool = True
+    state: Path,
+    disks: Sequence[Path],
+    fingerprint: dict[str, str],
+    disk_mb: int,
+    secret: str,
+    *,
+    copy_last: bool = True,
 ) -> Manifest:
     """Take the files of a machine that stands still into a new snapshot, durable and verified.
 
@@ -113,8 +123,8 @@ def store(
     """
     if len(disks) > MAX_CHAIN:
         raise SnapshotFailed(
-            f"this machine's disk is a chain of {len(disks)} snapshots, more than {MAX_CHAIN}. Take a disk snapshot and "
-            "go on from that."
+            f"this machine's disk is a chain of {len(disks)} snapshots, more than {MAX_CHAIN}. Take a disk snapshot "
+            "and go on from that."
         )
     identity = f"full-{secrets.token_hex(8)}"
     target = folder() / identity
@@ -163,17 +173,29 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """SHA-256 over the size and every 64 KiB block that has anything in it, with its place: holes cost nothing."""
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        found.update(size.to_bytes(8, "little"))
+        at = 0
+        while at < size:
+            try:
+                at = max(at, os.lseek(file.fileno(), at, os.SEEK_DATA) // _BLOCK * _BLOCK)
+            except OSError:
+                break  # a hole up to the end
+            block = os.pread(file.fileno(), _BLOCK, at)
+            if block.count(0) != len(block):
+                found.update(at.to_bytes(8, "little"))
+                found.update(block)
+            at += _BLOCK
+    return found.hexdigest()
 
 
 def _copy(source: Path, target: Path) -> None:
     """A copy that keeps holes; shares blocks where the file system can."""
     with open(source, "rb") as old, open(target, "xb") as new:
         try:
-            import fcntl
-
             fcntl.ioctl(new, 0x40049409, old.fileno())  # FICLONE
             return
         except OSError:

@@ -3,7 +3,7 @@
 Every sandbox with the same kernel, layers, memory, processors and disk starts from it in a fraction of the boot's time.
 No code of a user ever ran in it, it has no secret, and its agent belongs to nobody yet.
 
-    <data>/templates/<key>/     manifest.json, disk (raw, sparse), state; a template is there once the manifest is
+    <cache>/templates/<key>/     manifest.json, disk (raw, sparse), state; a template is there once the manifest is
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from rorqual import log
 from rorqual.errors import SandboxError
-from rorqual.folders import data_folder
+from rorqual.folders import cache_folder
 from rorqual.sandbox.spec import Limits
 from rorqual.sandbox.vm import boot, saved
 from rorqual.sandbox.vm.control import Control
@@ -57,7 +57,7 @@ class Template:
 
 def folder() -> Path:
     """Where templates are kept."""
-    return data_folder() / "templates"
+    return cache_folder() / "templates"
 
 
 def missing() -> str | None:
@@ -98,11 +98,15 @@ async def _make(machine: Machine, marks: dict[str, str], limits: Limits, place: 
     try:
         inside = boot.own_folder(home, uid)
         disk = inside / "disk"
-        await asyncio.to_thread(_make_disk, disk, limits)
+        await asyncio.to_thread(make_disk, disk, limits)
         boot.hand_over(disk, uid)
-        (home / "lifetime").write_text(f"{int((time.clock_gettime(time.CLOCK_BOOTTIME) + timeout_s + 30) * 1000)} lifetime\n")
+        (home / "lifetime").write_text(
+            f"{int((time.clock_gettime(time.CLOCK_BOOTTIME) + timeout_s + 30) * 1000)} lifetime\n"
+        )
         booting = replace(machine, folder=inside, disk=Disk((disk,), None), incoming=False, console=True)
-        started = await asyncio.to_thread(boot.start, booting, home, uid, f"template-{home.name[5:]}", float(machine.cpus))
+        started = await asyncio.to_thread(
+            boot.start, booting, home, uid, f"template-{home.name[5:]}", float(machine.cpus)
+        )
         qmp = await boot.monitor(inside, home, 15.0)
         async with qmp:
             await _wait(inside, home, timeout_s)
@@ -161,7 +165,8 @@ def _read(place: Path) -> Template | None:
         return None
 
 
-def _make_disk(path: Path, limits: Limits) -> None:
+def make_disk(path: Path, limits: Limits) -> None:
+    """A new disk image with an empty ext4 file system of the limits' size and number of files. Raises: SandboxError."""
     mkfs = _mkfs()
     if mkfs is None:
         raise SandboxError(f"{missing()}.")
@@ -205,7 +210,9 @@ def _forget_old() -> None:
     for path in folder().glob(".new-*"):
         if time.time() - path.stat().st_mtime > 3600:
             shutil.rmtree(path, ignore_errors=True)
-    ours = sorted((path for path in folder().iterdir() if (path / "manifest.json").exists()), key=lambda p: p.stat().st_mtime)
+    ours = sorted(
+        (path for path in folder().iterdir() if (path / "manifest.json").exists()), key=lambda p: p.stat().st_mtime
+    )
     for path in ours[: max(0, len(ours) - KEPT + 1)]:
         (path / "manifest.json").unlink(missing_ok=True)  # running machines keep the files open
         shutil.rmtree(path, ignore_errors=True)

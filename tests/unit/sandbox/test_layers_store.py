@@ -2,13 +2,15 @@
 
 import hashlib
 import io
+import multiprocessing
 import os
 import shutil
 import signal
 import stat
 import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import overlay
@@ -250,6 +252,22 @@ def test_an_overlay_outlives_what_provided_it(tmp_path: Path) -> None:
     assert child.communicate("\n")[0] == "still here"
 
 
+def test_a_layer_is_verified_once_and_again_when_its_file_changes(tmp_path: Path) -> None:
+    store = new_store(tmp_path)
+    digest = store.pack(make_tree(tmp_path / "tree"))
+    for _ in range(3):
+        store.objects.counters.bytes_read = 0
+        store.lowerdirs([digest])
+        store.release()
+        store.local.drop([digest])
+        assert store.objects.counters.bytes_read == 0
+    os.utime(object_file(store, digest))
+    store.lowerdirs([digest])
+    assert store.objects.counters.bytes_read >= store.layer(digest).size
+    close(store)
+    assert not list(store.local.folder.glob("*.verified"))
+
+
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
 def test_a_flipped_byte_is_refused_with_its_chunk(tmp_path: Path, where: str) -> None:
     store = new_store(tmp_path)
@@ -464,24 +482,27 @@ def test_names_stand_for_stacks(tmp_path: Path) -> None:
         store.forget("debian-12")
 
 
-PACKER = """
-import sys
-from pathlib import Path
-from rorqual.sandbox.images.store import Store
-store = Store(Path(sys.argv[1]), Path(sys.argv[2]))
-print("ready", flush=True)
-for line in sys.stdin:
-    digest = store.pack(Path(line.strip()))
-    store.name("made-" + digest[:8], [digest])
-    print(digest, flush=True)
-"""
+FORK = multiprocessing.get_context("fork")  # a fresh interpreter would only cost time
 
 
-def packer(folder: Path, number: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PACKER, str(folder / "store"), str(folder / f"local{number}")]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None and child.stdout.readline() == "ready\n"
-    return child
+def pack_and_name(folder: Path, number: int, trees: list[Path], line: Connection) -> None:
+    """What a process does that stores trees one after the other."""
+    store = Store(folder / "store", folder / f"local{number}")
+    line.send("ready")
+    digests = []
+    for tree in trees:
+        digests.append(store.pack(tree))
+        store.name("made-" + digests[-1][:8], digests[-1:])
+    line.send(digests)
+
+
+def packer(folder: Path, number: int, trees: list[Path]) -> tuple[BaseProcess, Connection]:
+    ours, theirs = FORK.Pipe()
+    child = FORK.Process(target=pack_and_name, args=(folder, number, trees, theirs))
+    child.start()
+    theirs.close()
+    assert ours.recv() == "ready"
+    return child, ours
 
 
 def test_processes_store_the_same_and_other_layers_at_once(tmp_path: Path) -> None:
@@ -490,18 +511,13 @@ def test_processes_store_the_same_and_other_layers_at_once(tmp_path: Path) -> No
         (tmp_path / f"t{number}/f").write_bytes(hashlib.sha256(b"%d" % (number // 2)).digest() * 20_000)
         os.utime(tmp_path / f"t{number}/f", ns=(0, 0))
         os.utime(tmp_path / f"t{number}", ns=(0, 0))
-    children = [packer(tmp_path, number) for number in range(3)]
-    lines = [f"{tmp_path}/t{number}\n" for number in range(6)]
-    answers = []
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("".join(lines))
-        child.stdin.close()
-    for child in children:
-        assert child.stdout is not None
-        answers.append(child.stdout.read().split())
-        child.stdout.close()
-        assert child.wait() == 0
+    trees = [tmp_path / f"t{number}" for number in range(6)]
+    children = [packer(tmp_path, number, trees) for number in range(3)]
+    answers = [line.recv() for _, line in children]
+    for child, line in children:
+        child.join()
+        line.close()
+        assert child.exitcode == 0
     assert answers[0] == answers[1] == answers[2]
     store = new_store(tmp_path)
     assert {layer.digest for layer in store.layers()} == set(answers[0]) and len(set(answers[0])) == 3
@@ -514,20 +530,17 @@ def test_processes_store_the_same_and_other_layers_at_once(tmp_path: Path) -> No
 def test_a_packer_killed_at_any_moment_leaves_nothing_half_made(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
-    (tree / "big").write_bytes(os.urandom(24 << 20))
+    (tree / "big").write_bytes(os.urandom(16 << 20))
     store = new_store(tmp_path)
     killed = 0
-    for number in range(often(6, 60)):
+    for number in range(often(8, 100)):
         (tree / "number").write_text(str(number))
-        child = packer(tmp_path, number)
-        assert child.stdin is not None and child.stdout is not None
-        child.stdin.write(f"{tree}\n")
-        child.stdin.flush()
-        time.sleep(0.012 * (number % 6))
+        child, line = packer(tmp_path, number, [tree])
+        time.sleep(0.01 * (number % 8))
         child.kill()
-        killed += child.wait() == -signal.SIGKILL
-        child.stdin.close()
-        child.stdout.close()
+        child.join()
+        line.close()
+        killed += child.exitcode == -signal.SIGKILL
         for layer in store.layers():
             store.reader(layer.digest).verify()
         for reference in store.references():
@@ -538,26 +551,31 @@ def test_a_packer_killed_at_any_moment_leaves_nothing_half_made(tmp_path: Path) 
     store.objects.sweep_temporary()
     assert list((store.folder / "tmp").iterdir()) == []
     present = {layer.digest for layer in store.layers()}
-    assert set(store.collectable(present, float("inf"))) >= set()
-    for leftover in store.collectable(present, float("inf")):
+    for leftover in list(store.collectable(present, float("inf"))):
         store.remove_if_old(leftover, float("inf"))
-    assert {
-        path.name.removesuffix(".json") for path in (store.folder / "objects").rglob("*") if path.is_file()
-    } == present
+    files = {path.name.removesuffix(".json") for path in (store.folder / "objects").rglob("*") if path.is_file()}
+    assert files == present
 
 
 def test_processes_that_need_a_layer_make_it_once(tmp_path: Path) -> None:
     store = new_store(tmp_path, mount=False)
     digest = store.pack(make_tree(tmp_path / "tree"))
-    code = (
-        "import sys; from pathlib import Path; from rorqual.sandbox.images.store import Store\n"
-        "s = Store(Path(sys.argv[1]), Path(sys.argv[2]), mount=False)\n"
-        "(f,) = s.lowerdirs([sys.argv[3]]); print(f, sum(1 for _ in f.rglob('*')), (f / 'etc').stat().st_ino)\n"
-    )
-    command = [sys.executable, "-c", code, str(store.folder), str(store.local.folder), digest]
-    children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    answers = {child.communicate()[0] for child in children}
-    assert len(answers) == 1 and answers.pop().split()[1] == str(len(list((tmp_path / "tree").rglob("*"))))
+
+    def provide(line: Connection) -> None:
+        (folder,) = Store(store.folder, store.local.folder, mount=False).lowerdirs([digest])
+        line.send((str(folder), len(list(folder.rglob("*"))), (folder / "etc").stat().st_ino))
+
+    answers = []
+    pairs = [FORK.Pipe() for _ in range(4)]
+    children = [FORK.Process(target=provide, args=(theirs,)) for _, theirs in pairs]
+    for child in children:
+        child.start()
+    for child, (ours, theirs) in zip(children, pairs, strict=True):
+        answers.append(ours.recv())
+        child.join()
+        ours.close()
+        theirs.close()
+    assert len(set(answers)) == 1 and answers[0][1] == len(list((tmp_path / "tree").rglob("*")))
     close(store)
 
 

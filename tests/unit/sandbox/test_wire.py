@@ -90,7 +90,7 @@ class Peer:
         return fields.bytes(Tag.OUT_DATA) == b"hi\n"
 
     def is_silent(self) -> bool:
-        self.link.settimeout(0.3)
+        self.link.settimeout(0.15)
         try:
             return self.link.recv(1) == b""
         except TimeoutError:
