@@ -169,9 +169,15 @@ def assault(kind: Kind, driver: str) -> dict[str, Any]:
     with Sandbox.create(kind, driver=driver, pids=64, memory_mb=128, disk_mb=32) as sandbox:
         arm(sandbox)
         found["enforced"] = dict(sandbox.info().enforced)
-        tried = [attack(sandbox, "kernel"), attack(sandbox, "channel"), attack(sandbox, "network", "tcp:169.254.169.254:80")]
+        tried = [
+            attack(sandbox, "kernel"),
+            attack(sandbox, "channel"),
+            attack(sandbox, "network", "tcp:169.254.169.254:80"),
+        ]
         found["attempts"] = sum(map(len, tried))
-        found["breaches"] = {name: seen for part in tried for name, seen in breaches(part, ALLOWED.get(driver, ())).items()}
+        found["breaches"] = {
+            name: seen for part in tried for name, seen in breaches(part, ALLOWED.get(driver, ())).items()
+        }
         memory = 256 if "watched" in found["enforced"].get("memory", "") else 160  # looking now and then is not exact
         for what, limit, asked in (
             ("forks", 64, ["200"]),

@@ -1,5 +1,6 @@
 """A real mail server on loopback that keeps what it is given."""
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ from aiosmtpd.controller import Controller
 
 @dataclass
 class MailServer:
-    """Handler and inbox. refuse: addresses it will not take mail for."""
+    """Handler and inbox. refuse: addresses it will not take mail for. delay_s: how long it looks at a content."""
 
     port: int = 0
     inbox: list[EmailMessage] = field(default_factory=list)
     refuse: tuple[str, ...] = ()
+    delay_s: float = 0.0
 
     @property
     def address(self) -> str:
@@ -31,6 +33,7 @@ class MailServer:
         return "250 OK"
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
+        await asyncio.sleep(self.delay_s)
         message = message_from_bytes(envelope.content, policy=default)
         assert isinstance(message, EmailMessage)
         self.inbox.append(message)

@@ -41,6 +41,7 @@ def test_a_mail_goes_out_once_however_often_it_is_sent(server: MailServer, tmp_p
 
 
 def test_many_senders_at_once_are_one(server: MailServer, tmp_path: Path) -> None:
+    server.delay_s = 0.5
     with ThreadPoolExecutor(4) as pool:
         receipts = list(pool.map(lambda _: send(tmp_path, KEY, mail(server.port)), range(4)))
     assert len(server.inbox) == 1 and receipts == receipts[:1] * 4
@@ -131,6 +132,7 @@ def test_a_courier_killed_in_the_wrong_moment_is_never_followed_by_another(tmp_p
 
 def test_a_courier_outlives_who_sent_it(server: MailServer, tmp_path: Path) -> None:
     """The sender is killed with its whole group as soon as the courier runs."""
+    server.delay_s = 0.3
     code = (
         "import sys, json\nfrom pathlib import Path\nfrom rorqual.agents.courier import *\n"
         f"send(Path({str(tmp_path)!r}), {KEY!r}, Mail(Server('127.0.0.1', {server.port}), 'a@example.org',"
@@ -143,6 +145,9 @@ def test_a_courier_outlives_who_sent_it(server: MailServer, tmp_path: Path) -> N
         time.sleep(0.002)
     os.killpg(sender.pid, signal.SIGKILL)
     sender.wait()
+    while not (tmp_path / f"{KEY}.done").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
     receipt = send(tmp_path, KEY, mail(server.port))
     assert receipt["reply"].startswith("250") and len(server.inbox) == 1
 

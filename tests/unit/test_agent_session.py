@@ -438,6 +438,19 @@ def test_d4_budgets_count_what_was_logged(tmp_path: Path, tokenizer: Tokenizer) 
     assert sum(session._mask) == 100
 
 
+def test_a_turn_that_ran_out_is_over_in_the_replay_too(bench: Bench, tokenizer: Tokenizer) -> None:
+    """A loop may go on after such a turn; the record must give the same two turns again."""
+    seen = []
+    for _ in range(2):
+        with Journal(bench.folder / "journal") as journal:
+            session = bench.session(Geometric(tokenizer, 1e9), journal, limits=Limits(10, 1000))
+            session.open(TASK)
+            seen.append(
+                [session.generate().finish_reason, session.now(), session.generate().finish_reason, session.ids]
+            )
+    assert seen[0] == seen[1] and seen[0][0] == "length"
+
+
 def test_d5_new_weights_are_on_record_where_they_begin(tmp_path: Path, one_thread: None) -> None:
     from mock_model import HashModel
 
