@@ -102,7 +102,7 @@ def test_modules_come_after_what_they_depend_on(tmp_path: Path) -> None:
         in_order(tmp_path, ("erofs",))
 
 
-@pytest.mark.parametrize("data", [b"", b"#!/bin/sh\n", module("x")[:200]])
+@pytest.mark.parametrize("data", [b"", b"#!/bin/sh\n", module("x")[:200]], ids=["empty", "script", "cut"])
 def test_a_damaged_module_is_named(data: bytes) -> None:
     with pytest.raises(SandboxError, match="kernel module bad is damaged"):
         dependencies(data, "bad")
@@ -111,6 +111,7 @@ def test_a_damaged_module_is_named(data: bytes) -> None:
 @pytest.mark.parametrize(
     "packed",
     [lzma.compress(b"\x7fELF rest"), gzip.compress(b"\x7fELF rest"), lzma.compress(b"\x7fELF rest", lzma.FORMAT_ALONE)],
+    ids=["xz", "gzip", "lzma"],
 )
 def test_a_compressed_kernel_is_taken_out_of_its_image(packed: bytes) -> None:
     image = bytearray(0x400 + len(packed))
