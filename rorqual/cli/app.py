@@ -24,7 +24,9 @@ class Command:
     group: str
 
 
-TALK, RUN, LEARN, LOOK = "Talk to a model", "Run a server for others", "Train", "Look inside"
+TALK, ACT, RUN, LEARN, LOOK = (
+    "Talk to a model", "Let a model work", "Run a server for others", "Train", "Look inside",
+)  # fmt: skip
 
 COMMANDS: dict[str, Command] = {
     "up": Command("Start the bundled model, its server and the web page; works offline.", TALK),
@@ -32,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "ask": Command("Ask a question about a long text file, up to a million tokens.", TALK),
     "complete": Command("Complete code or text, before a cursor or between two pieces.", TALK),
     "serve": Command("Serve any checkpoint over HTTP, with the web page.", TALK),
+    "agent": Command("Do a task with tools in a sandbox; survives being killed.", ACT),
     "keys": Command("Make, list, top up and revoke API keys with budgets and limits.", RUN),
     "usage": Command("Show requests, tokens and cost by day, key and model.", RUN),
     "train": Command("Train a model from a recipe.", LEARN),

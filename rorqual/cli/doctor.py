@@ -16,6 +16,7 @@ EXTRAS = {
     "plots": ("matplotlib",),
     "hub": ("huggingface_hub",),
     "gguf": ("gguf",),
+    "agents": ("pypdf", "openpyxl", "mcp"),
     "gpu": ("triton",),
     "test": ("pytest", "hypothesis", "httpx2", "openai", "transformers", "deepseek_recipe"),
 }

@@ -1,0 +1,154 @@
+"""One run from its folder: opens everything, goes through the loop, hands over the files, and puts all away again.
+
+The same call starts a run and goes on with it, whatever killed it before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rorqual.agents.environment import Environment, EnvironmentSettings, SandboxMaker
+from rorqual.agents.errors import InfraFailed
+from rorqual.agents.log import TrajectoryLog
+from rorqual.agents.loop import Answer, converse
+from rorqual.agents.models.base import Backend
+from rorqual.agents.models.choose import open_backend
+from rorqual.agents.observer import Observer
+from rorqual.agents.prompt import opening
+from rorqual.agents.runs import RunFolder
+from rorqual.agents.session import Limits, Session, SessionParts
+from rorqual.agents.settings import RunSettings
+from rorqual.agents.skills import Skill, find_skills
+from rorqual.agents.tools import Tool, ToolBox, standard_tools
+from rorqual.journal import Journal
+from rorqual.sandbox.errors import ReplayDivergence
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. files: what it made, where it now lies."""
+
+    answer: Answer
+    files: list[Path]
+    folder: Path
+
+
+@dataclass
+class RunHooks:
+    """What a caller may put in: who watches, when to stop, and for tests another journal, sandbox or model."""
+
+    observer: Observer = field(default_factory=Observer)
+    stop: Callable[[], bool] = lambda: False
+    journal: Callable[..., Journal] = Journal
+    maker: SandboxMaker | None = None
+    backend: Callable[[RunSettings, ToolBox], Backend] = open_backend
+    more_tools: tuple[Tool, ...] = ()
+    accept_new_weights: bool = False
+    take_over: bool = False
+
+
+def run_agent(folder: RunFolder, hooks: RunHooks | None = None) -> RunResult:
+    """Run, or go on with, the run in this folder until it ends.
+
+    Raises: Preempted when it was asked to stop; InfraFailed when the platform ended it; ReplayDivergence when the
+    record and the loop disagree; ConfigError, MissingExtraError for what cannot begin; other RorqualErrors after
+    which `--resume` goes on.
+    """
+    hooks = hooks or RunHooks()
+    settings = folder.settings
+    with contextlib.ExitStack() as stack:
+        skills = find_skills([Path(skill) for skill in settings.skills])
+        toolbox = ToolBox([*stack.enter_context(_tools(folder, settings, skills)), *hooks.more_tools])
+        journal = stack.enter_context(hooks.journal(folder.journal, take_over=hooks.take_over))
+        log = TrajectoryLog(journal)
+        _check_not_failed(log)
+        if log.facts.closed is None:
+            log.attach(f"{socket.gethostname()}:{os.getpid()}")
+        backend = hooks.backend(settings, toolbox)
+        stack.callback(backend.close)
+        environment = Environment(_maker(hooks), _environment(settings, hooks), log, folder.name)
+        stack.callback(environment.release)
+        session = Session(
+            SessionParts(
+                log, backend, toolbox, environment, folder.outbox, folder.name, settings.seed,
+                limits=Limits(settings.turn_tokens, settings.total_tokens), observer=hooks.observer,
+                stop=hooks.stop, accept_new_weights=hooks.accept_new_weights,
+            )
+        )  # fmt: skip
+        messages = opening(settings.task, skills, settings.mail_to[0] if settings.mail_to else None)
+        try:
+            answer = converse(session, messages, settings.max_turns)
+        except (InfraFailed, ReplayDivergence) as error:
+            _fail(log, session, error)
+            raise
+        return _finish(folder, log, session, environment, answer)
+
+
+def _finish(
+    folder: RunFolder, log: TrajectoryLog, session: Session, environment: Environment, answer: Answer
+) -> RunResult:
+    """Hand over the files, then say on record that this is done, then let the sandbox go."""
+    out = folder.out()
+    if log.facts.closed is None:
+        files = environment.download(out) if environment.id else []
+        session.close(answer.ending, files=[path.relative_to(out).as_posix() for path in files])
+    else:
+        files = [out / name for name in log.facts.closed.totals.get("files", ())]
+    environment.end()
+    return RunResult(answer, files, folder.path)
+
+
+def _fail(log: TrajectoryLog, session: Session, error: Exception) -> None:
+    """Put on record that the platform ended the run, and why."""
+    evidence = {name: str(value) for name, value in getattr(error, "evidence", {}).items()}
+    log.write(log.event("infra_failed", error=type(error).__name__, message=str(error), evidence=evidence))
+    session.close("infra_failed")
+
+
+def _check_not_failed(log: TrajectoryLog) -> None:
+    closed = log.facts.closed
+    if closed is not None and closed.stop_reason == "infra_failed":
+        raise InfraFailed(
+            "this run ended as INFRA_FAILED and is not gone on with; `rorqual agent show` has the evidence. Begin a "
+            "new run."
+        )
+
+
+@contextlib.contextmanager
+def _tools(folder: RunFolder, settings: RunSettings, skills: dict[str, Skill]) -> Iterator[list[Tool]]:
+    tools = standard_tools()
+    server = settings.mail_server()
+    if server is not None:
+        from rorqual.agents.tools.mail import mail_tool
+
+        tools.append(mail_tool(server, settings.mail_from or settings.mail_to[0], settings.mail_to))
+    if skills:
+        from rorqual.agents.tools.skill import skill_tool
+
+        tools.append(skill_tool(skills))
+    if settings.mcp is None:
+        yield tools
+        return
+    from rorqual.agents.tools.mcp import McpTools, read_servers
+
+    with McpTools(read_servers(Path(settings.mcp)), folder.path / "mcp.log") as connected:
+        yield [*tools, *connected.tools]
+
+
+def _environment(settings: RunSettings, hooks: RunHooks) -> EnvironmentSettings:
+    files = None if settings.files is None else Path(settings.files)
+    return EnvironmentSettings(settings.kind, files, dict(settings.sandbox), hooks.take_over)
+
+
+def _maker(hooks: RunHooks) -> Any:
+    if hooks.maker is not None:
+        return hooks.maker
+    from rorqual.sandbox import Sandbox
+
+    return Sandbox

@@ -1,0 +1,168 @@
+"""The courier: one mail a key, whatever is killed, and a plain word when nobody can know."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mail_server import MailServer, mail_server
+
+from rorqual.agents.courier import Mail, Outbox, Server, deliver, message_id, send
+from rorqual.agents.errors import CallFailed, InfraFailed
+
+KEY = "0123456789abcdef0123456789abcdef"
+CONTENT = b"From: a@example.org\r\nTo: b@example.org\r\nMessage-ID: <x@y>\r\n\r\nHello.\r\n"
+
+
+@pytest.fixture
+def server() -> Iterator[MailServer]:
+    with mail_server() as found:
+        yield found
+
+
+def mail(port: int) -> Mail:
+    return Mail(Server("127.0.0.1", port), "a@example.org", ("b@example.org",), CONTENT)
+
+
+def test_a_mail_goes_out_once_however_often_it_is_sent(server: MailServer, tmp_path: Path) -> None:
+    receipts = [send(tmp_path, KEY, mail(server.port)) for _ in range(2)]
+    assert receipts[0] == receipts[1] and receipts[0]["message_id"] == message_id(KEY)
+    assert len(server.inbox) == 1
+    assert {path.suffix for path in tmp_path.iterdir()} == {".mail", ".lock", ".started", ".done"}
+
+
+def test_many_senders_at_once_are_one(server: MailServer, tmp_path: Path) -> None:
+    server.delay_s = 0.5
+    with ThreadPoolExecutor(4) as pool:
+        receipts = list(pool.map(lambda _: send(tmp_path, KEY, mail(server.port)), range(4)))
+    assert len(server.inbox) == 1 and receipts == receipts[:1] * 4
+
+
+def test_a_refusal_is_the_callers_and_final(server: MailServer, tmp_path: Path) -> None:
+    server.refuse = ("b@example.org",)
+    for _ in range(2):
+        with pytest.raises(CallFailed, match="refused b@example.org: 550 no such user"):
+            send(tmp_path, KEY, mail(server.port))
+        server.refuse = ()  # it is still the same call, whose answer is known
+    assert server.inbox == [] and not (tmp_path / f"{KEY}.started").exists()
+
+
+def test_no_mail_server(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(CallFailed, match=f"no mail server at 127.0.0.1:{port}"):
+        send(tmp_path, KEY, mail(port))
+
+
+class Silent:
+    """A mail server that takes the content and never says what became of it."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.contents: list[bytes] = []
+        self.hung = threading.Event()
+        self._connections: list[Any] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self._connections.append(connection)
+            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
+
+    def _talk(self, connection: Any) -> None:
+        file = connection.makefile("rwb")
+
+        def say(text: bytes) -> None:
+            file.write(text + b"\r\n")
+            file.flush()
+
+        say(b"220 here")
+        for line in file:
+            if line.upper().startswith(b"DATA"):
+                say(b"354 go on")
+                content = b""
+                while not content.endswith(b"\r\n.\r\n"):
+                    content += file.readline()
+                self.contents.append(content)
+                self.hung.set()
+                return
+            say(b"250 fine")
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        self._listener.close()
+
+
+def test_a_courier_killed_in_the_wrong_moment_is_never_followed_by_another(tmp_path: Path) -> None:
+    silent = Silent()
+    try:
+        fields = {
+            "host": "127.0.0.1", "port": silent.port, "user": None, "security": "none", "sender": "a@example.org",
+            "recipients": ["b@example.org"], "content": CONTENT.decode(),
+        }  # fmt: skip
+        Outbox(tmp_path, KEY).write("mail", fields)
+        courier = subprocess.Popen([sys.executable, "-m", "rorqual.agents.courier", str(tmp_path), KEY])
+        assert silent.hung.wait(30)
+        os.kill(courier.pid, signal.SIGKILL)
+        courier.wait()
+        for _ in range(2):
+            with pytest.raises(InfraFailed, match="may have arrived or not") as failed:
+                send(tmp_path, KEY, mail(silent.port))
+            assert failed.value.evidence["message_id"] == message_id(KEY)
+        assert deliver(tmp_path, KEY) == 3
+        assert len(silent.contents) == 1
+    finally:
+        silent.close()
+
+
+def test_a_courier_outlives_who_sent_it(server: MailServer, tmp_path: Path) -> None:
+    """The sender is killed with its whole group as soon as the courier runs."""
+    server.delay_s = 0.3
+    code = (
+        "import sys, json\nfrom pathlib import Path\nfrom rorqual.agents.courier import *\n"
+        f"send(Path({str(tmp_path)!r}), {KEY!r}, Mail(Server('127.0.0.1', {server.port}), 'a@example.org',"
+        f" ('b@example.org',), {CONTENT!r}))"
+    )
+    sender = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    end = time.monotonic() + 30
+    while not (tmp_path / f"{KEY}.lock").exists():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    os.killpg(sender.pid, signal.SIGKILL)
+    sender.wait()
+    while not (tmp_path / f"{KEY}.done").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    receipt = send(tmp_path, KEY, mail(server.port))
+    assert receipt["reply"].startswith("250") and len(server.inbox) == 1
+
+
+def test_what_is_on_file_has_no_password(server: MailServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RORQUAL_SMTP_PASSWORD", "s3cret")
+    monkeypatch.setenv("ANOTHER_SECRET", "token")
+    send(tmp_path, KEY, mail(server.port))
+    everything = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"s3cret" not in everything and json.loads((tmp_path / f"{KEY}.mail").read_text())["user"] is None
+
+
+def test_the_courier_needs_no_torch_and_no_tokenizer() -> None:
+    code = (
+        "import rorqual.agents.courier, sys; print([m for m in ('torch', 'tokenizers', 'numpy') if m in sys.modules])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
