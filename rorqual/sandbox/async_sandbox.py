@@ -163,6 +163,7 @@ class AsyncSandbox:
             self._log.discard()
         with contextlib.suppress(SandboxError):
             await end_home(self._home, "closed", self._driver, self._record.running)
+        self._home.unlock()  # what could not be ended is left to a sweep
 
     @classmethod
     async def connect(cls, sandbox_id: str, *, takeover: bool = False, home: str | Path | None = None) -> AsyncSandbox:
@@ -177,6 +178,11 @@ class AsyncSandbox:
             await asyncio.to_thread(sweep, home)
             raise gone(sandbox_id, reason)
         held = place.lock()
+        for _ in range(0 if takeover else 20):  # a sweep that looks at it holds the lock for a moment
+            if held:
+                break
+            await asyncio.sleep(0.01)
+            held = place.lock()
         if not held and not takeover:
             raise SandboxError(
                 f"process {place.read().owner} drives sandbox {sandbox_id}. Close it there, or connect with "
@@ -478,12 +484,14 @@ class AsyncSandbox:
 
     async def detach(self) -> None:
         """Let go of it without ending it: its commands go on and another process may connect."""
-        await self.ports.close()
-        await self._link.close(for_good=True)
-        if self._log is not None:
-            await asyncio.to_thread(self._log.close)
-        self._home.unlock()
-        self._ended = "detached"
+        try:
+            await self.ports.close()
+            await self._link.close(for_good=True)
+            if self._log is not None:
+                await asyncio.to_thread(self._log.close)
+        finally:
+            self._home.unlock()
+            self._ended = "detached"
 
     async def __aenter__(self) -> AsyncSandbox:
         return self

@@ -120,6 +120,8 @@ class Channel:
             raise self._break(TransportError(f"the connection to the sandbox's agent broke: {error}")) from error
         finally:
             self._waiting.pop(number, None)
+            if future.done() and not future.cancelled():
+                future.exception()  # said by another error already, perhaps
 
     async def _read(self) -> None:
         try:

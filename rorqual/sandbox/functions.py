@@ -140,6 +140,7 @@ class Functions:
             ) from error
         finally:
             self._waiting.pop("", None)
+            _drop(ready)
 
     def _take(self, data: bytes) -> None:
         """What came on its standard output: reports, and whatever the code inside wrote there."""
@@ -221,10 +222,17 @@ class Functions:
             ) from error
         finally:
             self._waiting.pop(number, None)
+            _drop(future)
 
 
 def _is_interpreter(entry: Mapping[str, object]) -> bool:
     return str(entry["id"]).startswith(PREFIX) and bool(entry["running"])
+
+
+def _drop(future: asyncio.Future[Any]) -> None:
+    """Nobody waits for it any more, so its exception is not one that went unnoticed."""
+    if not future.cancel() and not future.cancelled():
+        future.exception()
 
 
 def _result(report: Mapping[str, Any]) -> FunctionResult:

@@ -6,6 +6,7 @@
         lifetime       when the keeper ends it, in milliseconds since boot; SIGHUP makes the keeper read it again
         exit.json      why it ended, written by the keeper
         channel, keeper, keeper.log, oom, history/
+    <data>/sandboxes/.making        flock held while a folder is made and not yet locked
     <data>/sandboxes/.gone/<id>     why a sandbox that is no more ended, kept for a day
 
 No daemon: each client drives its sandboxes itself, and `sweep` takes away what dead ones left.
@@ -35,6 +36,8 @@ from rorqual.sandbox.errors import Gone
 from rorqual.sandbox.spec import Kind, Lifetimes, Limits, SandboxSpec
 
 TOMBSTONE_S = 86400.0
+LOOK_AT_NOTES_S = 600.0
+_looked: dict[Path, float] = {}
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{2,62}")
 
 
@@ -89,9 +92,11 @@ class Home:
         parent = sandboxes_folder(base)
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         home = cls(parent / f"{kind}-{secrets.token_hex(6)}")
-        home.path.mkdir(mode=0o700)
-        while not home.lock():
-            time.sleep(0.001)  # a sweep is looking at the new folder
+        with open(parent / ".making", "a") as making:
+            fcntl.flock(making, fcntl.LOCK_SH)
+            home.path.mkdir(mode=0o700)
+            while not home.lock():
+                time.sleep(0.001)  # a sweep is looking at the new folder
         return home
 
     @classmethod
@@ -187,6 +192,14 @@ class Home:
         self.unlock()
 
 
+@contextlib.contextmanager
+def no_new_ones(base: Path | str | None = None) -> Iterator[None]:
+    """Meanwhile no folder is made, and every one that is there is locked if its maker lives."""
+    with open(sandboxes_folder(base) / ".making", "a") as making:
+        fcntl.flock(making, fcntl.LOCK_EX)
+        yield
+
+
 def reason_of(parent: Path, sandbox_id: str) -> str:
     """Why a sandbox whose folder is gone ended."""
     try:
@@ -217,8 +230,12 @@ def all_homes(base: Path | str | None = None) -> list[Home]:
 
 
 def forget_old_notes(base: Path | str | None = None) -> None:
-    """Drop notes about sandboxes that ended more than a day ago."""
+    """Drop notes about sandboxes that ended more than a day ago; looks once in ten minutes, since there may be many."""
     notes = sandboxes_folder(base) / ".gone"
+    last = _looked.get(notes)
+    if last is not None and time.monotonic() - last < LOOK_AT_NOTES_S:
+        return
+    _looked[notes] = time.monotonic()
     for path in notes.iterdir() if notes.is_dir() else ():
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > TOMBSTONE_S:

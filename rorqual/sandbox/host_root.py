@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 from rorqual.folders import cache_folder
@@ -41,8 +42,7 @@ def host_root() -> tuple[Path, list[str]]:
         path = Path("/", name)
         if path.is_dir() and not path.is_symlink():
             options += ["--ro-bind", str(path), str(path)]
-    plan = _plan()
-    digest = hashlib.sha256(repr(plan).encode()).hexdigest()[:24]
+    plan, digest = _plan_of(_marks())
     target = cache_folder() / "host-root" / digest
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +55,24 @@ def host_root() -> tuple[Path, list[str]]:
             if not target.exists():  # another process was quicker
                 raise
     return target, options
+
+
+def _marks() -> tuple[int, ...]:
+    """Changes when the plan may have changed."""
+    marks = []
+    for path in ("/", *(f"/{name}" for name in (*_COPIED, *_LINK_FOLDERS))):
+        try:
+            marks.append(os.stat(path).st_mtime_ns)
+        except OSError:
+            marks.append(0)
+    return tuple(marks)
+
+
+@lru_cache(maxsize=1)
+def _plan_of(marks: tuple[int, ...]) -> tuple[list[tuple[str, str, bytes]], str]:
+    """The plan and its digest; reading it takes longer than all else of a start."""
+    plan = _plan()
+    return plan, hashlib.sha256(repr(plan).encode()).hexdigest()[:24]
 
 
 def _plan() -> list[tuple[str, str, bytes]]:

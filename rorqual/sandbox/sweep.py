@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 from rorqual import log
@@ -12,9 +11,8 @@ from rorqual.sandbox import cgroups, processes
 from rorqual.sandbox.drivers import driver as driver_named
 from rorqual.sandbox.drivers.base import Driver, Running
 from rorqual.sandbox.errors import Gone
-from rorqual.sandbox.home import Home, all_homes, forget_old_notes
+from rorqual.sandbox.home import Home, all_homes, forget_old_notes, no_new_ones
 
-UNFINISHED_S = 120.0
 _logger = log.get(__name__)
 
 
@@ -55,24 +53,36 @@ def _end_group(name: str) -> list[str]:
 
 def sweep(base: str | Path | None = None) -> list[str]:
     """Remove every sandbox that is dead and that no process drives; returns their ids. Living ones are left alone."""
-    removed = []
+    removed, unfinished = [], []
     for home in all_homes(base):
-        try:
-            if not home.lock():
-                continue
-        except FileNotFoundError:
-            continue  # another process was quicker
-        try:
-            reason = _dead(home)
-            if reason is not None:
-                asyncio.run(end_home(home, reason))
-                removed.append(home.id)
-        except (SandboxError, OSError) as error:
-            _logger.warning("sandbox %s could not be swept: %s", home.id, error)
-        finally:
-            home.unlock()
+        if (home.path / "spec.json").exists() or (home.path / "exit.json").exists():
+            removed += _remove_dead(home)
+        else:
+            unfinished.append(home)
+    if unfinished:
+        with no_new_ones(base):  # so that a free lock means that its maker is dead
+            for home in unfinished:
+                removed += _remove_dead(home)
     forget_old_notes(base)
     return removed
+
+
+def _remove_dead(home: Home) -> list[str]:
+    try:
+        if not home.lock():
+            return []
+    except FileNotFoundError:
+        return []  # another process was quicker
+    try:
+        reason = _dead(home)
+        if reason is not None:
+            asyncio.run(end_home(home, reason))
+            return [home.id]
+    except (SandboxError, OSError) as error:
+        _logger.warning("sandbox %s could not be swept: %s", home.id, error)
+    finally:
+        home.unlock()
+    return []
 
 
 def _dead(home: Home) -> str | None:
@@ -82,12 +92,8 @@ def _dead(home: Home) -> str | None:
         return reason
     try:
         record = home.read()
-        running = record.running
-        age = time.time() - record.created
     except (Gone, ValueError, KeyError, TypeError):
-        running, age = None, time.time() - home.path.stat().st_mtime
-    if running is not None:
-        return None if any(processes.alive(process) for process in running.processes) else "crashed"
-    if any(processes.alive(process) for process in home.keeper()):
-        return "crashed"  # its client died between starting it and writing it down
-    return "crashed" if age > UNFINISHED_S or running is None and (home.path / "spec.json").exists() else None
+        return "crashed"
+    if record.running is None or record.state == "preparing":
+        return "crashed"  # only its maker could have told the agent inside who it is
+    return None if any(processes.alive(process) for process in record.running.processes) else "crashed"

@@ -156,11 +156,13 @@ class Warm:
         """Make warm sandboxes until there are as many as wanted, one after the other."""
         wait_s = FIRST_WAIT_S
         try:
-            while self._open and len(self._ready[template]) < self._wanted[template]:
+            while len(self._ready[template]) < self._wanted[template]:
                 try:
                     self._ready[template].append(await self._new(template))
                     wait_s = FIRST_WAIT_S
                 except SandboxError as error:
+                    if not self._open:
+                        return
                     _logger.warning(
                         "no warm %s sandbox could be made, again in %.1f s: %s", template.kind, wait_s, error
                     )

@@ -33,12 +33,12 @@ def descriptors() -> int:
 def ids_below(home: Path) -> list[str]:
     """Every sandbox that ever had its folder there."""
     top = home / "sandboxes"
-    return [path.name for folder in (top, top / ".gone") if folder.is_dir() for path in folder.iterdir()]
+    return [path.name for folder in (top, top / ".gone") if folder.is_dir() for path in folder.glob("[!.]*")]
 
 
 def _processes(home: Path) -> Iterable[str]:
     """Those that name a folder or a sandbox of this home, or work in it; and agents without a keeper."""
-    names = [str(home), *(name for name in ids_below(home) if name != ".gone")]
+    names = [str(home), *(name for name in ids_below(home))]
     for path in Path("/proc").glob("[0-9]*"):
         try:
             text = (path / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
@@ -82,7 +82,7 @@ def _files(home: Path) -> Iterable[Path]:
     """All but the notes about sandboxes that were, which are dropped after a day."""
     top = home / "sandboxes"
     for path in top.rglob("*") if top.is_dir() else ():
-        if path.relative_to(top).parts[0] != ".gone":
+        if path.relative_to(top).parts[0] not in (".gone", ".making"):
             yield path
 
 

@@ -9,6 +9,7 @@ Does not isolate: the kernel is the host's, so a hole in it is a hole here. Use 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import math
 import os
@@ -273,6 +274,7 @@ def launch(
     with open(log, "ab") as errors:
         child = subprocess.Popen(
             command,
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -286,11 +288,11 @@ def launch(
         if len(words) == 4:
             keeper, holder = processes.identify(int(words[1])), processes.identify(int(words[3]))
             if keeper is not None and holder is not None:
-                if group is not None:
-                    group.attach(holder.pid)
-                child.stdin.write(b"g")
-                child.stdin.close()
-                return keeper, holder
+                with contextlib.suppress(ProcessLookupError, BrokenPipeError):  # it was killed in this moment
+                    if group is not None:
+                        group.attach(holder.pid)
+                    child.stdin.write(b"g")
+                    return keeper, holder
     said = log.read_text(errors="replace").strip()[-1000:]
     raise SandboxError(
         f"the sandbox's keeper did not start: {said or 'it said nothing'}. See `rorqual sandbox doctor`."
