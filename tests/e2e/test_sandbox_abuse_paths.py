@@ -88,7 +88,7 @@ def test_s4_set_id_bits_and_hard_links_do_not_come_back(sandbox: Sandbox, tmp_pa
 
 
 def test_s4_deep_and_long_trees_are_refused_not_followed(sandbox: Sandbox, tmp_path: Path) -> None:
-    sandbox.commands.run("cd /tmp; rm -rf t; mkdir t; cd t; i=0; while [ $i -lt 90 ]; do mkdir d; cd d; i=$((i+1)); done")
+    sandbox.commands.run("cd /tmp; rm -rf t; mkdir -p " + "t/" + "d/" * 90)
     with pytest.raises(SandboxError):
         sandbox.files.download("/tmp/t", tmp_path / "here")
     assert not (tmp_path / "here").exists()
@@ -149,8 +149,9 @@ exit 0
 """
 
 
-def test_s8_replaced_programs_do_not_fool_the_agent(case: Case) -> None:
-    """Root inside replaces all it can; what the host asks of the agent needs none of it, and the next sandbox has none."""
+def test_s8_replaced_programs_fool_neither_the_agent_nor_another_sandbox(case: Case, sandbox: Sandbox) -> None:
+    """Root inside replaces all it can; what the host asks of the agent needs none of it, and no other sandbox has any."""
+    neighbour, before = sandbox, Path("/bin/bash").stat()
     with Sandbox.create(**need(case), user="root") as sandbox:
         arm(sandbox)
         sandbox.files.write("/tmp/truth", "yes")
@@ -163,17 +164,11 @@ def test_s8_replaced_programs_do_not_fool_the_agent(case: Case) -> None:
         assert sandbox.files.exists("/tmp/made/after")
         static = sandbox.commands.run([PLACE, "descriptors", "10"])
         assert static.stdout == "descriptors\t10\n"
+    assert neighbour.commands.run(["bash", "-c", "echo mine"]).stdout == "mine\n"
     with Sandbox.create(**need(case)) as fresh:
         assert fresh.commands.run("ls /tmp /etc/ld.so.preload; id -un").stdout.split()[-1] in ("agent", "root")
         assert not fresh.files.exists("/etc/ld.so.preload")
         assert "FOOLED" not in fresh.commands.run("bash -c 'echo real'; cat /bin/sh | head -c 30").stdout
-
-
-def test_s8_an_overwritten_shell_stays_in_its_sandbox(case: Case) -> None:
-    before = Path("/bin/bash").stat()
-    with Sandbox.create(**need(case), user="root") as one, Sandbox.create(**need(case)) as two:
-        one.commands.run("(printf 'echo taken' >/bin/bash) 2>/dev/null; (cp /bin/true /usr/bin/bash) 2>/dev/null; true")
-        assert two.commands.run(["bash", "-c", "echo mine"]).stdout == "mine\n"
     after = Path("/bin/bash").stat()
     assert (before.st_size, before.st_mtime_ns, before.st_ino) == (after.st_size, after.st_mtime_ns, after.st_ino)
 
