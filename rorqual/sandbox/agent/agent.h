@@ -148,6 +148,7 @@ void prepare_preference(void); /* while the process may still open its own files
 
 /* ---- confine.c ---- */
 int confine_limits(void);
+int confine_powers(void); /* leaves root inside what installing packages takes */
 int confine_filter(void);
 int become_user(const char *name, char *home, size_t home_size); /* 0 or an errno */
 void remember_user(void); /* the sandbox's own, before anything inside could change the list of users */

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <linux/audit.h>
+#include <linux/capability.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <stdio.h>
@@ -144,6 +145,25 @@ static int limit(int which, uint64_t value) {
     if (getrlimit(which, &now)) return errno;
     if (now.rlim_max != RLIM_INFINITY && now.rlim_max < value) wanted.rlim_cur = wanted.rlim_max = now.rlim_max;
     return setrlimit(which, &wanted) ? errno : 0;
+}
+
+/* Of a whole root (in a machine of its own) as of one with a range of ids: never what reaches the kernel or the agent.
+ * What is given up here no program gives back, for no_new_privs follows. */
+int confine_powers(void) {
+    static const int kept[] = {CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_FSETID, CAP_KILL, CAP_SETGID, CAP_SETUID};
+    uint64_t keep = 0;
+    for (size_t i = 0; i < sizeof kept / sizeof *kept; i++) keep |= 1ull << kept[i];
+    for (int power = 0; power < 64; power++)
+        if (!(keep >> power & 1)) prctl(PR_CAPBSET_DROP, power, 0, 0, 0); /* refused where the set is small already */
+    struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
+    struct __user_cap_data_struct set[2] = {{0}};
+    if (syscall(SYS_capget, &head, set)) return errno;
+    for (int i = 0; i < 2; i++) {
+        set[i].effective &= (uint32_t)(keep >> (32 * i));
+        set[i].permitted &= (uint32_t)(keep >> (32 * i));
+        set[i].inheritable = 0;
+    }
+    return syscall(SYS_capset, &head, set) ? errno : 0;
 }
 
 int confine_limits(void) {

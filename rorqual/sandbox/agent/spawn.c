@@ -81,6 +81,7 @@ static __attribute__((noreturn)) void become_command(const Launch *l, int report
     const char *cwd = l->cwd ? l->cwd : settings.cwd ? settings.cwd : *home ? home : "/";
     if (chdir(cwd)) fail(report, "changing to its working directory");
     if ((errno = confine_limits())) fail(report, "setting its limits");
+    if ((errno = confine_powers())) fail(report, "giving up powers");
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) fail(report, "giving up privileges");
     for (int n = 1; n < NSIG; n++) signal(n, SIG_DFL);
     sigset_t none;

@@ -197,6 +197,22 @@ static void build_folders(void) {
     }
 }
 
+/* Root inside owns these files, and no capability is asked for: they would lead to the memory of the agent, to the first
+ * process (a program for core dumps runs there) and to the kernel, which is all that stands between the two. */
+static void hide_kernel_files(void) {
+    static const char *const hidden[] = {
+        "kcore", "kmsg", "kpagecgroup", "kpagecount", "kpageflags", "keys", "key-users", "kallsyms", "timer_list", "iomem",
+        "ioports", "vmallocinfo", "slabinfo", "sysrq-trigger", "sched_debug", "modules", "interrupts", "config.gz"};
+    char path[40];
+    for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++) {
+        snprintf(path, sizeof path, "proc/%s", hidden[i]);
+        if (access(path, F_OK) == 0 && mount("dev/null", path, NULL, MS_BIND, NULL)) give_up("hiding %s", path);
+    }
+    const unsigned long closed = MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
+    if (mount("proc/sys", "proc/sys", NULL, MS_BIND, NULL) || mount(NULL, "proc/sys", NULL, closed, NULL))
+        give_up("closing /proc/sys");
+}
+
 /* The agent's process: the new root becomes "/" of its own mount namespace, nothing of the old one stays in it. */
 static __attribute__((noreturn)) void become_agent(int port) {
     if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) give_up("private mounts");
@@ -204,6 +220,7 @@ static __attribute__((noreturn)) void become_agent(int port) {
     build_folders();
     build_devices();
     attach("proc", "proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
+    hide_kernel_files();
     /* the initramfs is the root of all mounts and cannot be left by pivot_root: it is covered, then entered anew */
     if (mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/")) give_up("changing the root");
     umask(022);

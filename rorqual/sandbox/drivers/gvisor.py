@@ -132,6 +132,13 @@ class Gvisor(Bwrap):
         mounts: list[dict[str, Any]] = [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "noexec", "mode=755"]},
+            # gVisor would put a tmpfs of its own there, without a bound
+            {
+                "destination": "/tmp",
+                "type": "tmpfs",
+                "source": "tmpfs",
+                "options": ["nosuid", "nodev", "mode=1777", f"size={spec.limits.disk_mb}m"],
+            },
             {"destination": "/.agent", "type": "bind", "source": "/mnt/show/agent", "options": ["ro"]},
         ]
         for source, target in zip(shown[1::3], shown[2::3], strict=True):  # bwrap's --ro-bind SOURCE TARGET

@@ -101,6 +101,17 @@ ATTEMPT(follow_descriptor) { /* their numbers may be seen; where they lead may n
         if (*e->d_name != '.' && readlinkat(dirfd(d), e->d_name, target, sizeof target) > 0) return note("%s", e->d_name), OPEN;
     return SHUT;
 }
+ATTEMPT(open_descriptors) { /* the channel, or the end of another command's pipe */
+    char path[100], target[100];
+    for (int fd = 3; fd < 64; fd++) {
+        snprintf(path, sizeof path, "%s/%d", argument, fd);
+        ssize_t n = readlink(path, target, sizeof target - 1);
+        if (n > 0 && !strncmp(target, "/proc/", 6)) continue; /* a file that has a name of its own */
+        for (int flags = O_RDONLY; n > 0 && flags <= O_RDWR; flags++)
+            if (open(path, flags | O_NONBLOCK) >= 0) return target[n] = 0, note("%s is %s", path, target), OPEN;
+    }
+    return SHUT;
+}
 /* A file of /proc or /sys that gives something; a mask of another file system in its place does not count. */
 static Verdict kernel_file(const char *path, int flags) {
     int fd = open(path, flags | O_NONBLOCK | O_CLOEXEC);
@@ -245,6 +256,7 @@ void kernel(void) {
         {"clone user", clone_user, 0}, {"clone3 user", clone3_user, 0}, {"ptrace child", trace_child, 0},
         {"ptrace init", trace_first, 0}, {"process_vm_readv init", read_first, 0}, {"kcmp init", compare_first, 0},
         {"pidfd_getfd init", steal_descriptor, 0}, {"descriptors of init", follow_descriptor, "/proc/1/fd"},
+        {"opening descriptors of init", open_descriptors, "/proc/1/fd"},
         {"environment of init", read_file, "/proc/1/environ"}, {"memory of init", open_file, "/proc/1/mem"},
         {"maps of init", read_file, "/proc/1/maps"}, {"root of init", list_folder, "/proc/1/root/"},
         {"bpf", load_bpf, 0}, {"io_uring", io_uring, 0}, {"userfaultfd", fault_handler, 0}, {"add_key", add_key, 0},
