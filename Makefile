@@ -74,7 +74,7 @@ docs: $(INSTALLED)
 
 bench: $(TESTABLE)
 	@for name in decode prefill serving prefix_cache index_scan matvec speculation quantised_quality exactness \
-		kill_disk_cache train_speed prefill_memory minke_quality plan_bounds; do \
+		kill_disk_cache train_speed prefill_memory minke_quality plan_bounds journal; do \
 		$(BIN)/python "benchmarks/$$name.py" --json --quick || exit 1; done
 
 clean:

@@ -26,6 +26,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -112,12 +113,13 @@ def append_bound(path: Path, batches: Batches) -> Rate:
 
 def measure_append(home: Path, repeats: int) -> Iterator[dict[str, Any]]:
     """A line for the clock and one for the processor at each batch size."""
+    turn = count()
     for size in BATCHES:
         note(f"append: batches of {size}")
-        batches, turn = batches_of(size, max(40, min(1500, 300_000 // size))), iter(range(10**6))
+        batches = batches_of(size, max(40, min(1500, 300_000 // size)))
         ours, peer = interleaved(
-            lambda b=batches, t=turn: append_ours(home / f"j{next(t)}", b),  # type: ignore[misc]
-            lambda b=batches, t=turn: append_peer(home / f"d{next(t)}", b),  # type: ignore[misc]
+            lambda b=batches: append_ours(home / f"j{next(turn)}", b),  # type: ignore[misc]
+            lambda b=batches: append_peer(home / f"d{next(turn)}", b),  # type: ignore[misc]
             repeats,
         )
         bounds = [append_bound(home / "bound", batches) for _ in range(repeats)]
@@ -168,9 +170,9 @@ class Decoder:
         self._products_per_s = max(self._speed() for _ in range(3))
 
     def _speed(self) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         self.work(1500)
-        return 1500 / (time.perf_counter() - start)
+        return 1500 / (time.thread_time() - start)
 
     def work(self, products: int) -> None:
         """So many products."""
@@ -206,7 +208,7 @@ Sink = tuple[Callable[[int], None], Callable[[], None], Callable[[], None]]
 """What follows a step, what waits until all of it is durable, and the end."""
 
 
-def overhead(decoder: Decoder, streams: int, sink: Sink, blocks: int = 8) -> Rate:
+def overhead(decoder: Decoder, streams: int, sink: Sink, blocks: int = 4) -> Rate:
     """What the sink adds to decoding, in percent: of the wall, by blocks with and without it; of the CPU, directly.
 
     The CPU time is what the sink's calls take in this thread and all that other threads take: the difference of two
@@ -360,16 +362,16 @@ def in_child(what: str, side: str, home: Path, number: int) -> None:
         last = journal.durable_lsn
     assert last == number, f"{last} of {number} records"
     found["open"] = figures(start, cpu, base)
-    start, cpu, count, total = time.perf_counter(), time.process_time(), 0, 0
+    start, cpu, seen, total = time.perf_counter(), time.process_time(), 0, 0
     if journal is not None:
         for _, record in journal.replay():
-            count += 1
+            seen += 1
             total += record.ids[0] if isinstance(record, Tokens) else 0
     elif database is not None:
         for _, _, payload in database.execute("SELECT lsn, type, payload FROM records ORDER BY lsn"):
-            count += 1
+            seen += 1
             total += decode_tokens(payload).ids[0]
-    assert count == number and total == sum(n % 129_280 for n in range(number))
+    assert seen == number and total == sum(n % 129_280 for n in range(number))
     found["replay"] = figures(start, cpu, base)
     print(json.dumps(found), flush=True)
     os._exit(0)  # as it was, for the next turn

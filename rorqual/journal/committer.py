@@ -4,6 +4,7 @@ It has no timer: it commits as soon as it is asked, and what is asked meanwhile 
 """
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -54,12 +55,14 @@ class Committer:
                 self.failure = None
             except JournalError as error:
                 result = self.failure = error
+            except Exception as error:  # our own mistake; those who wait must hear of it, too
+                result = self.failure = JournalError(f"the journal's thread failed to commit: {error!r}")
             waiting: dict[asyncio.AbstractEventLoop, list[asyncio.Future[int]]] = {}
             for one in asked:
                 if isinstance(one, tuple):
                     waiting.setdefault(one[0], []).append(one[1])
             for loop, futures in waiting.items():
-                if not loop.is_closed():
+                with contextlib.suppress(RuntimeError):  # the loop was closed; nobody waits there any more
                     loop.call_soon_threadsafe(_answer, futures, result)
             if False in asked:
                 return

@@ -242,7 +242,7 @@ class Journal:
         so a lone fast stream whose tokens nobody waits for asks with 16 or so, and ends with `commit`.
         Raises: JournalError when the newest such commit failed; what is queued is tried again nevertheless.
         """
-        if self._next_lsn - 1 - self._durable < at_least and self._broken is None:
+        if self._next_lsn - 1 - self._durable < at_least and self._broken is None and not self._is_closed:
             return
         committer = self._own_committer()
         committer.ask()
@@ -254,13 +254,12 @@ class Journal:
         return await self._own_committer().wait()
 
     def _own_committer(self) -> Committer:
-        if self._committer is None:
-            with self._lock:
-                if self._broken is not None:
-                    raise JournalError(self._broken)
-                if self._committer is None:
-                    self._committer = Committer(self.commit, self.path.name)
-        return self._committer
+        with self._lock:
+            if self._broken is not None or self._is_closed:
+                raise JournalError(self._broken or f"the journal {self.path} is closed. Open it anew to append.")
+            if self._committer is None:
+                self._committer = Committer(self.commit, self.path.name)
+            return self._committer
 
     def _take(self) -> _Batch:
         """Everything queued, as one batch. What is appended from now on belongs to the next one."""
@@ -292,18 +291,23 @@ class Journal:
         self._durable = batch.last_lsn
 
     def _check_owner(self) -> None:
+        self._broken = self._no_owner()
+        if self._broken is not None:
+            raise JournalError(self._broken)
+
+    def _no_owner(self) -> str | None:
+        """Why this is not the journal's writer any more; None while it is."""
         if self._state.epoch != self.epoch:
-            self._broken = (
+            return (
                 f"the journal {self.path} was taken over by another writer (epoch {self._state.epoch}; this one's is "
                 f"{self.epoch}). Nothing more is written here: stop this owner, its successor goes on."
             )
-        elif os.getpid() != self._pid:
-            self._broken = (
+        if os.getpid() != self._pid:
+            return (
                 f"the journal {self.path} was opened by process {self._pid} and this is its child {os.getpid()}. A "
                 f"journal has one writer: append in the process that opened it."
             )
-        if self._broken is not None:
-            raise JournalError(self._broken)
+        return None
 
     def _failed(self, error: OSError) -> JournalError:
         what = error.strerror or str(error)
@@ -390,7 +394,7 @@ class Journal:
             if self._broken is None:
                 self.commit()
                 with self._commit_lock:
-                    if self._file >= 0:
+                    if self._file >= 0 and self._no_owner() is None:
                         self._seal()
                     self._state.sync()
         except OSError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 from random import Random
 from shutil import rmtree
 
+import pytest
 from full import often
 from journal_disks import QuietDisk, RecordingDisk, lose_power, some_records
 
@@ -19,14 +20,20 @@ def recorded(folder: Path, disk: RecordingDisk, records: list[Record], random: R
     written = 0
     while written < len(records):
         journal = Journal(folder, segment_bytes=12_000, take_over=written > 0, disk=disk)
-        assert journal.durable_lsn == written
+        assert journal.durable_lsn >= written
+        written = journal.durable_lsn  # with what a failed sync left, which counts from now on
         disk.acknowledge(written)
         for _ in range(random.randint(1, 12)):
             batch = records[written : written + random.choice([1, 1, 2, 7, 30])]
             journal.append_many(batch)
             written = journal.commit()
             disk.acknowledge(written)
-        if random.random() < 0.5:
+        if written < len(records) and random.random() < 0.4:
+            disk.fails = True
+            journal.append_many(records[written : written + 9])
+            with pytest.raises(JournalError, match="failed to write or sync"):
+                journal.commit()
+        elif random.random() < 0.5:
             journal.close()
             disk.acknowledge(written)
         if random.random() < 0.7:
@@ -56,7 +63,7 @@ def test_k9_power_loss_with_unsynced_writes_dropped_or_reordered(tmp_path: Path)
         with Journal(folder, disk=QuietDisk()) as journal:
             assert journal.durable_lsn == len(found) + 1 == len(list(journal.replay(len(found)))) + len(found)
         rmtree(folder)
-    assert torn > 20, "the images have torn tails, or this shows nothing"
+    assert torn > 10, "the images have torn tails, or this shows nothing"
 
 
 def moments(log: Log, number: int, random: Random) -> list[int]:
@@ -72,7 +79,9 @@ def moments(log: Log, number: int, random: Random) -> list[int]:
 def test_k9_notices_a_writer_that_does_not_sync(tmp_path: Path) -> None:
     class Careless(RecordingDisk):
         def write(self, descriptor: int, data: bytes, offset: int, *, synced: bool) -> None:
-            super().write(descriptor, data, offset, synced=synced and not any(data[64:]))
+            super().write(descriptor, data, offset, synced=synced)
+            if synced and any(data[64:]):
+                del self.log[-1]  # it said so, and did not
 
     random, records = Random(2), some_records(60)
     log = recorded(tmp_path / "j", Careless(tmp_path / "j"), records, random)

@@ -36,8 +36,14 @@ from rorqual.sandbox.spec import Kind, SandboxSpec
 
 SOURCES = Path(__file__).parent / "abuse"
 PLACE = "/tmp/probe"
-ALLOWED: dict[str, set[str]] = {}
-"""For each driver what is no breach there, because its kernel is not the host's."""
+OWN_DEVICES = {"device nodes", "/dev/fuse", "/dev/net/tun"}
+ALLOWED: dict[str, set[str]] = {
+    "gvisor": {*OWN_DEVICES, "descriptors of init", "environment of init", "maps of init", "sysrq-trigger", "sysctl overcommit"}
+}
+"""For each driver what is no breach there: gVisor's kernel makes these files and devices up, and they lead nowhere.
+
+It lets the numbers of the agent's descriptors be seen, but not opened, and the agent's environment, which holds nothing.
+"""
 CASES = [
     pytest.param((kind, name), id=f"{kind}-{name}", marks=() if name == "bwrap" else pytest.mark.slow)
     for kind, drivers in ORDER.items()
@@ -108,6 +114,12 @@ def amount(sandbox: Sandbox, *arguments: str, timeout: float = 60.0) -> int:
     return int(result.stdout.split()[1])
 
 
+def memory_limit(sandbox: Sandbox, asked: int) -> int:
+    """MiB that may be had, by what holds them: more where the keeper only looks now and then, or where gVisor needs some."""
+    how = sandbox.info().enforced["memory"]
+    return 2 * asked if "watched" in how else asked + 32 + (192 if "gVisor" in how else 0)
+
+
 def on_host(*arguments: str, cwd: Path, privileged: bool = False, **more: Any) -> list[Row]:
     """The same with no sandbox at all: the control run.
 
@@ -172,11 +184,11 @@ def assault(kind: Kind, driver: str) -> dict[str, Any]:
         tried = [attack(sandbox, "kernel"), attack(sandbox, "channel"), attack(sandbox, "network", "tcp:169.254.169.254:80")]
         found["attempts"] = sum(map(len, tried))
         found["breaches"] = {name: seen for part in tried for name, seen in breaches(part, ALLOWED.get(driver, ())).items()}
-        memory = 256 if "watched" in found["enforced"].get("memory", "") else 160  # looking now and then is not exact
+        memory = memory_limit(sandbox, 128)
         for what, limit, asked in (
             ("forks", 64, ["200"]),
-            ("memory", memory, ["300"]),
-            ("hidden", 160, ["260"]),
+            ("memory", memory, ["400"]),
+            ("hidden", memory, ["400"]),
             ("disk", 32, ["48", "/tmp/fill"]),
             ("descriptors", 1024, ["3000"]),
         ):

@@ -1,5 +1,6 @@
 """Disks for a journal's tests: one that does not sync, one that fails or waits where told, one that remembers all."""
 
+import errno
 import mmap
 import os
 import threading
@@ -109,6 +110,8 @@ class RecordingDisk(Disk):
         self._files: dict[int, int] = {}
         self._num_files = 0
         self.log: list[tuple[object, ...]] = []
+        self.fails = False
+        """Whether the sync of the next frames fails, after they were written."""
 
     def create(self, path: Path) -> int:
         """See `Disk`."""
@@ -128,6 +131,9 @@ class RecordingDisk(Disk):
         """See `Disk`. A synced write says nothing about other writes, as with RWF_DSYNC."""
         self.log.append(("write", self._files[descriptor], offset, bytes(data)))
         super().write(descriptor, data, offset, synced=False)
+        if synced and self.fails and offset > 0 and any(data):
+            self.fails = False
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
         if synced:
             self.log.append(("written", self._files[descriptor], offset, bytes(data)))
 

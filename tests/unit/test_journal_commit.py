@@ -341,12 +341,30 @@ def test_without_sync_it_survives_the_process(tmp_path: Path) -> None:
     assert records_of(tmp_path / "j") == [token(0)]
 
 
-def test_a_closed_journal_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("had_thread", [True, False])
+def test_a_closed_journal_says_so(tmp_path: Path, had_thread: bool) -> None:
     journal = Journal(tmp_path / "j", disk=QuietDisk())
+    if had_thread:
+        journal.append(token(0))
+        journal.commit_soon()
     journal.close()
-    for call in (journal.commit, lambda: journal.append(token(0)), journal.commit_soon):
+    waited = lambda: asyncio.run(journal.acommit())  # noqa: E731
+    for call in (journal.commit, lambda: journal.append(token(0)), journal.commit_soon, waited):
         with pytest.raises(JournalError, match="is closed. Open it anew"):
             call()
+
+
+def test_commit_soon_waits_for_enough_records(tmp_path: Path) -> None:
+    disk = HookedDisk()
+    with Journal(tmp_path / "j", disk=disk) as journal:
+        for position in range(15):
+            journal.append(token(position))
+            journal.commit_soon(at_least=16)
+        assert journal._committer is None
+        journal.append(token(15))
+        journal.commit_soon(at_least=16)
+        assert asyncio.run(journal.acommit()) == 16
+    assert disk.num_synced in (1, 2)
 
 
 def test_a_folder_that_cannot_be_a_journal(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from full import often
 from journal_disks import QuietDisk, copy_cut, some_records
 
 from rorqual.errors import JournalError
-from rorqual.journal import Event, Journal, Record, Tokens, frames, replay_folder, verify
+from rorqual.journal import Event, Journal, Reader, Record, Tokens, frames, replay_folder, verify
 from rorqual.journal.recovery import recover
 from rorqual.journal.segments import list_segments
 from rorqual.journal.state import NAME as STATE
@@ -265,6 +265,20 @@ def test_a_thousand_crash_points(tmp_path: Path, copies: Copier) -> None:
         with pytest.raises(JournalError) as caught:
             opened(folder)
         assert (caught.value.segment, caught.value.offset) == (segment.name, place)
+
+
+@pytest.mark.parametrize("record", [Event("same size"), Tokens(1, 0, 0, (5,), (-1.0,))], ids=["event", "token"])
+def test_l3_frames_out_of_order_in_a_sealed_segment_are_refused(tmp_path: Path, record: Record) -> None:
+    write(tmp_path / "j", [record] * 9)
+    path = the_segment(tmp_path / "j")
+    starts = frame_starts(tmp_path / "j", path.name)
+    write(tmp_path / "j", [record])  # in a segment of its own
+    data = path.read_bytes()
+    path.write_bytes(data[: starts[3]] + data[starts[4] : starts[5]] + data[starts[3] : starts[4]] + data[starts[5] :])
+    for read in (lambda: opened(tmp_path / "j"), lambda: list(Reader(tmp_path / "j").poll())):
+        with pytest.raises(JournalError, match="it has LSN 5") as caught:
+            read()
+        assert caught.value.offset == starts[3]
 
 
 def test_a_segment_under_another_name_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from journal_disks import Gate, HookedDisk, QuietDisk
 from journal_process import record_of
 
 from rorqual.errors import JournalError
-from rorqual.journal import Event, Journal, Reader, Tokens, verify
+from rorqual.journal import Event, Journal, Reader, Tokens, frames, replay_folder, verify
+from rorqual.journal.records import encode
 from rorqual.journal.segments import list_segments
 
 PROGRAM = journal_process.__file__
@@ -153,7 +154,25 @@ def test_k6_a_batch_in_flight_when_the_journal_is_taken_over(tmp_path: Path, hoo
         assert again.durable_lsn == kept + 1
 
 
-def test_a_segment_that_a_fenced_writer_still_makes_counts_for_nothing(tmp_path: Path) -> None:
+def test_k6_a_writer_that_wakes_before_its_commit_does_not_touch_the_disk(tmp_path: Path) -> None:
+    disk = HookedDisk()
+    old = Journal(tmp_path / "j", disk=disk)
+    old.append(Event("old"))
+    old.commit()
+    old.append(Event("late"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "j").glob("*.seg")}
+    with Journal(tmp_path / "j", take_over=True, disk=QuietDisk()) as new:
+        with pytest.raises(JournalError, match="was taken over"):
+            old.commit()
+        assert disk.num_synced == 1
+        kept = {name: (tmp_path / "j" / name).read_bytes() for name in before}
+        assert all(before[name].startswith(data) for name, data in kept.items())
+        assert new.durable_lsn == 1
+    old.close()
+
+
+@pytest.mark.parametrize("first_lsn", [4, 9])
+def test_a_segment_that_a_fenced_writer_still_makes_counts_for_nothing(tmp_path: Path, first_lsn: int) -> None:
     old = Journal(tmp_path / "j", disk=QuietDisk())
     for n in range(3):
         old.append(Event("old", {"n": n}))
@@ -161,25 +180,60 @@ def test_a_segment_that_a_fenced_writer_still_makes_counts_for_nothing(tmp_path:
     new = Journal(tmp_path / "j", take_over=True, disk=QuietDisk())
     new.append(Event("new"))
     new.commit()
-    old._begin_segment(4)  # stopped between its check and here
+    old._begin_segment(first_lsn)  # stopped between its check and here
     old._disk.write(old._file, b"whatever", 64, synced=False)
     assert [segment.epoch for segment in list_segments(tmp_path / "j").segments] == [1, 2]
     assert [lsn for lsn, _ in new.replay()] == [1, 2, 3, 4]
     old.close()
     new.close()
-    assert verify(tmp_path / "j").stale == ["00000000000000000004-0000000001.seg"]
+    assert verify(tmp_path / "j").stale == [f"{first_lsn:020d}-0000000001.seg"]
     with Journal(tmp_path / "j", disk=QuietDisk()) as again:
         assert [lsn for lsn, _ in again.replay()] == [1, 2, 3, 4]
     assert verify(tmp_path / "j").stale == []
 
 
+def test_nor_does_one_made_before_the_successor_wrote_anything(tmp_path: Path) -> None:
+    old = Journal(tmp_path / "j", disk=QuietDisk())
+    for n in range(3):
+        old.append(Event("old", {"n": n}))
+    old.commit()
+    new = Journal(tmp_path / "j", take_over=True, disk=QuietDisk())
+    old._begin_segment(4)
+    late = frames.encode_frame(Event.TYPE, frames.FIRST_OF_COMMIT, 4, encode(Event("late")), old._seed)
+    old._disk.write(old._file, late, 64, synced=False)
+    assert len(list(replay_folder(tmp_path / "j"))) == 3
+    new.close()
+    old.close()
+    with Journal(tmp_path / "j", disk=QuietDisk()) as again:
+        assert again.durable_lsn == 3 == len(list(again.replay()))
+
+
 def test_a_child_process_may_not_write_its_parents_journal(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "j", disk=QuietDisk())
-    journal._pid += 1  # as it would be in a forked child
-    journal.append(Tokens(1, 0, 0, (1,)))
-    with pytest.raises(JournalError, match="append in the process that opened it"):
+    """Nor seal its file by closing it."""
+    with Journal(tmp_path / "j", disk=QuietDisk()) as journal:
+        journal.append(Event("parent"))
         journal.commit()
-    journal.close()
+        (segment,) = (tmp_path / "j").glob("*.seg")
+        size = segment.stat().st_size
+        for has_record in (False, True):
+            child = os.fork()
+            if not child:
+                code = 0 if has_record else 7
+                try:
+                    if has_record:
+                        journal.append(Event("child"))
+                        journal.commit()
+                    journal.close()
+                except JournalError as error:
+                    code = 7 if "append in the process that opened it" in str(error) else 1
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            assert segment.stat().st_size == size
+        with pytest.raises(JournalError, match="is being written by process"):
+            Journal(tmp_path / "j")
+        journal.append(Event("parent"))
+        assert journal.commit() == 2
 
 
 def test_threads_append_and_commit_side_by_side(tmp_path: Path) -> None:

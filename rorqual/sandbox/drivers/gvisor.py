@@ -44,7 +44,7 @@ _POWERS = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUI
 class Gvisor(Bwrap):
     """microvm sandboxes through runsc; keeper, layers and limits are those of the bwrap driver."""
 
-    kind = "microvm"  # type: ignore[misc]
+    kind = "microvm"
     name = "gvisor"
     probe_timeout_s = 30.0
 
