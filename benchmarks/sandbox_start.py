@@ -9,8 +9,9 @@ sandbox_start.snapshot   from a snapshot of a sandbox with files in it: a disk s
 sandbox_start.warm       a lease of a pool that has one ready (`rorqual.sandbox.Pool`).
 
 Each has two lines, the median and (`_p99`) the 99th percentile. The peer is the same runtime started by hand for that
-one command (`sandbox_runtimes.py`); for QEMU it is the boot of the same guest, up to its ready agent. bound: a bare
-process from fork to output. All three are measured by turns. `config.times` says how often.
+one command (`sandbox_runtimes.py`), started by turns with ours; for QEMU it is the boot of the same guest up to its
+ready agent, in the last cold start. bound: a bare process from fork to output, by turns too. `config.times` says how
+often.
 """
 
 import argparse

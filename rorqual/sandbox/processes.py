@@ -57,9 +57,10 @@ def below(pid: int) -> list[Process]:
     while todo:
         number = todo.pop(0)
         children: list[str] = []
-        for thread in Path(f"/proc/{number}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                children += thread.read_text().split()
+        with contextlib.suppress(OSError):  # it may end at any moment
+            for thread in os.listdir(f"/proc/{number}/task"):
+                with contextlib.suppress(OSError):
+                    children += Path(f"/proc/{number}/task/{thread}/children").read_text().split()
         for child in map(int, children):
             process = identify(child)
             if process is not None:

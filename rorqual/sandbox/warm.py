@@ -25,6 +25,8 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 30.0
 """Between tries to make a warm sandbox where it fails."""
 KEEP_S, LOOK_S = 300.0, 60.0
 """How long a warm sandbox lives without its pool, and how often the pool looks after it."""
+REFILL_AFTER_S = 0.1
+"""After a hand-out, so that the making of the next does not slow the first steps of whoever got this one."""
 ANSWER_S = 5.0
 """Within which a warm sandbox must answer, or is replaced."""
 
@@ -156,6 +158,7 @@ class Warm:
         """Make warm sandboxes until there are as many as wanted, one after the other."""
         wait_s = FIRST_WAIT_S
         try:
+            await asyncio.sleep(REFILL_AFTER_S)
             while len(self._ready[template]) < self._wanted[template]:
                 try:
                     self._ready[template].append(await self._new(template))

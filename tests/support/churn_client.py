@@ -69,7 +69,8 @@ async def one(home: Path, draw: random.Random, kinds: list[tuple[str, str, int]]
     )
     if draw.random() < 0.1:
         with contextlib.suppress(TimeoutError):
-            say("made", (await asyncio.wait_for(making, draw.uniform(0, 0.1))).id)
+            held.append(await asyncio.wait_for(making, draw.uniform(0, 0.1)))
+            say("made", held[-1].id)
         return
     sandbox = await making
     say("made", sandbox.id)
