@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from agent_documents import FOUND, HARBOUR, budget_folder, harbour_folder
+from full import often
 from mail_server import mail_server
 from openpyxl import load_workbook
 
@@ -43,7 +44,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def need(kind: Any) -> None:
-    """Skip where this machine can run no sandbox of the kind."""
+    """Skip where this machine can run no sandbox of the kind, or takes minutes for it."""
+    if kind in ("microvm", "vm") and not often(0, 1):
+        pytest.skip("an emulated machine takes minutes; RORQUAL_TEST_FULL=1 runs it")
     try:
         Sandbox.create(kind, create_timeout=120).close()
     except SandboxError as error:

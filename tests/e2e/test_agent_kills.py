@@ -90,7 +90,7 @@ def test_k3_killed_before_and_after_every_write_and_every_act(tmp_path: Path, se
     assert {f"{when} {what} of {record}" for when in ("before", "after") for what in ("append", "commit")
             for record in ("ToolCall", "ToolResult", "Request", "Close", "sandbox")} <= set(places)  # fmt: skip
     assert {"before run", "after run", "before create", "before download", "before kill"} <= set(places)
-    chosen = sorted(random.Random(3).sample(range(len(places)), often(6, len(places))))
+    chosen = sorted(random.Random(3).sample(range(len(places)), often(16, len(places))))
     for at in chosen:
         lab = new_lab(tmp_path / str(at), server)
         killed = lab.run(at=at)
