@@ -38,7 +38,15 @@ UID = 64_321
 S11 = {"TIOCSTI", "TIOCLINUX", "XFS_IOC_SWAPEXT", "XFS_IOC_EXCHANGE_RANGE", "EXT4_IOC_MOVE_EXT", "FIDEDUPERANGE"}
 OF_ROOT_ALONE = {"mount", "fsopen", "setns", "kpagecgroup", "sysctl core_pattern", "mknod", "AF_PACKET", "reboot"}
 OF_ANYBODY = {"capabilities", "filter", "no_new_privs", "clone user", "ptrace child", "device nodes", "memory of init"}
-OF_THE_FILTER = {"ptrace child", "add_key", "keyctl", "perf_event_open", "XFS_IOC_SWAPEXT", "EXT4_IOC_MOVE_EXT", "AF_VSOCK"}
+OF_THE_FILTER = {
+    "ptrace child",
+    "add_key",
+    "keyctl",
+    "perf_event_open",
+    "XFS_IOC_SWAPEXT",
+    "EXT4_IOC_MOVE_EXT",
+    "AF_VSOCK",
+}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -77,7 +85,9 @@ def test_s1_s11_control_without_a_sandbox_the_same_attempts_work(tmp_path: Path)
         return
     assert worked >= OF_ROOT_ALONE | S11
     refused = {row.name for row in found if row.verdict == "shut"}
-    assert refused <= {"/dev/vda", "/dev/sda", "iopl", "kcore", "/dev/mem"}, "attempts that no setting here lets through"
+    assert refused <= {"/dev/vda", "/dev/sda", "iopl", "kcore", "/dev/mem"}, (
+        "attempts that no setting here lets through"
+    )
 
 
 def test_s1_s11_control_without_the_filter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +174,9 @@ def test_s13_two_sandboxes_share_no_host_id(driver: str) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give sandboxes ids of their own")
 def test_s13_root_of_runc_can_make_users() -> None:
     with Sandbox.create(**need(("container", "runc")), user="root") as sandbox:
-        made = sandbox.commands.run("echo 'new:x:1234:1234::/home/new:/bin/sh' >>/etc/passwd; mkdir -p /home/new /opt/pkg")
+        made = sandbox.commands.run(
+            "echo 'new:x:1234:1234::/home/new:/bin/sh' >>/etc/passwd; mkdir -p /home/new /opt/pkg"
+        )
         made = sandbox.commands.run("chown 1234:1234 /home/new && chmod 700 /home/new && stat -c %u /home/new")
         assert made.stdout == "1234\n"
         assert sandbox.commands.run("id -u; cat /proc/1/mem", user="new").stdout == "1234\n"
@@ -212,6 +224,9 @@ def test_the_suite_reads_its_own_rows() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def host_unharmed() -> Iterator[None]:
     """What the attempts aim at is as it was."""
-    before = {path: Path(path).read_bytes() for path in ("/etc/passwd", "/proc/sys/kernel/core_pattern", "/proc/sys/kernel/hostname")}
+    before = {
+        path: Path(path).read_bytes()
+        for path in ("/etc/passwd", "/proc/sys/kernel/core_pattern", "/proc/sys/kernel/hostname")
+    }
     yield
     assert {path: Path(path).read_bytes() for path in before} == before

@@ -43,7 +43,9 @@ def test_s2_what_is_had_stays_within_the_limit(sandbox: Sandbox, what: str) -> N
     memory = memory_limit(sandbox, MEMORY)
     if what == "inodes" and what not in sandbox.info().enforced:
         pytest.skip("nothing counts files here; they take memory of the sandbox's own, which is bounded")
-    limit = {"forks": PIDS, "memory": memory, "hidden": memory, "disk": DISK, "inodes": INODES, "descriptors": 1024}[what]
+    limit = {"forks": PIDS, "memory": memory, "hidden": memory, "disk": DISK, "inodes": INODES, "descriptors": 1024}[
+        what
+    ]
     place = {"disk": ["/tmp/fill"], "inodes": ["/tmp/many"]}.get(what, [])
     got = amount(sandbox, what, str(ASKED[what]), *place)
     assert excess(got, limit) is None
@@ -118,7 +120,9 @@ def size_of(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("line", ["yes", "head -c 200000000 /dev/zero; sleep 9", "while :; do printf '\\033[2J\\033]0;x\\007'; done"])
+@pytest.mark.parametrize(
+    "line", ["yes", "head -c 200000000 /dev/zero; sleep 9", "while :; do printf '\\033[2J\\033]0;x\\007'; done"]
+)
 def test_s3_endless_output_is_cut_at_the_source(sandbox: Sandbox, line: str) -> None:
     home = sandboxes_folder() / sandbox.id
     memory, disk = growth(os.getpid()), size_of(home)

@@ -63,7 +63,9 @@ def test_s4_control_a_plain_copy_of_such_links_leads_out(tmp_path: Path) -> None
 
 
 def test_s4_an_honest_tree_with_links_comes_back(sandbox: Sandbox, tmp_path: Path) -> None:
-    sandbox.commands.run("cd /tmp; rm -rf t; mkdir -p t/a/b; echo 1 >t/a/f; ln -s ../f t/a/b/up; ln -s a/f t/down; ln -s a t/dir")
+    sandbox.commands.run(
+        "cd /tmp; rm -rf t; mkdir -p t/a/b; echo 1 >t/a/f; ln -s ../f t/a/b/up; ln -s a/f t/down; ln -s a t/dir"
+    )
     sandbox.files.download("/tmp/t", tmp_path / "here")
     assert leads_out(tmp_path / "here") == []
     for name in ("a/b/up", "down", "dir/f"):
@@ -173,9 +175,7 @@ def test_s8_replaced_programs_fool_neither_the_agent_nor_another_sandbox(case: C
     assert (before.st_size, before.st_mtime_ns, before.st_ino) == (after.st_size, after.st_mtime_ns, after.st_ino)
 
 
-LURK = (
-    "while :; do for f in /grade/* /tmp/grade/*; do [ -e $f ] && cp $f /tmp/stolen && echo pass >/tmp/verdict; done; sleep 0.02; done"
-)
+LURK = "while :; do for f in /grade/* /tmp/grade/*; do [ -e $f ] && cp $f /tmp/stolen && echo pass >/tmp/verdict; done; sleep 0.02; done"
 
 
 def graded(sandbox: Sandbox) -> tuple[str, int, bool]:

@@ -91,12 +91,23 @@ def test_fields_of_any_bytes_can_be_asked_for(payload: bytes) -> None:
     AgentRefusal(fields.number(Tag.ERRNO), fields.text(Tag.TEXT))
 
 
-VALUES = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 300), st.binary(max_size=40), st.sampled_from(["../x", "file", ""]))
+@pytest.mark.parametrize("number", [0, 5000, 2**31, 2**62])
+def test_error_numbers_that_no_kernel_has_are_one_that_it_has(number: int) -> None:
+    assert AgentRefusal(number, "x").number == 5
+    assert AgentRefusal(2, "x").number == 2
+
+
+VALUES = st.one_of(
+    st.integers(0, 2**64 - 1), st.integers(0, 300), st.binary(max_size=40), st.sampled_from(["../x", "file", ""])
+)
 PAYLOADS = st.lists(st.tuples(st.sampled_from(list(Tag)), VALUES), max_size=8).map(pack)
-SHAPED = st.fixed_dictionaries({tag: VALUES for tag in (Tag.OUT_TOTAL, Tag.OUT_LOST, Tag.STATUS, Tag.SIZE, Tag.DATA, Tag.KIND)})
+SHAPED = st.fixed_dictionaries(
+    {tag: VALUES for tag in (Tag.OUT_TOTAL, Tag.OUT_LOST, Tag.STATUS, Tag.SIZE, Tag.DATA, Tag.KIND)}
+)
 KINDS = st.sampled_from([Type.OK, Type.ERROR, Type.EXITED, Type.OUTPUT, Type.PORT_BYTES, Type.STALE, 1, 200])
 REPLIES = st.lists(
-    st.tuples(KINDS, st.booleans(), st.one_of(PAYLOADS, SHAPED.map(lambda found: pack(list(found.items()))))), max_size=3
+    st.tuples(KINDS, st.booleans(), st.one_of(PAYLOADS, SHAPED.map(lambda found: pack(list(found.items()))))),
+    max_size=3,
 )
 Operation = Callable[[AsyncSandbox, Path], Awaitable[object]]
 OPERATIONS: dict[str, Operation] = {
@@ -142,7 +153,8 @@ def test_any_answers_end_in_a_result_or_an_error_of_the_tree(
         nonlocal asked
         asked += 1
         return [
-            (kind, request.request if mine else 0, payload) for kind, mine, payload in replies[(asked - 1) % len(replies)]
+            (kind, request.request if mine else 0, payload)
+            for kind, mine, payload in replies[(asked - 1) % len(replies)]
         ]
 
     async def go() -> None:
@@ -187,7 +199,11 @@ def test_known_attacks_on_the_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     def answer(request: Frame) -> Rows:
         handle = request.fields.bytes(Tag.HANDLE)
         return [
-            (kind, request.request if at else 0, payload.replace(b"\4\4\0\0\0call", b"\4" + len(handle).to_bytes(4, "little") + handle))
+            (
+                kind,
+                request.request if at else 0,
+                payload.replace(b"\4\4\0\0\0call", b"\4" + len(handle).to_bytes(4, "little") + handle),
+            )
             for kind, at, payload in rows
         ]
 

@@ -38,7 +38,14 @@ SOURCES = Path(__file__).parent / "abuse"
 PLACE = "/tmp/probe"
 OWN_DEVICES = {"device nodes", "/dev/fuse", "/dev/net/tun"}
 ALLOWED: dict[str, set[str]] = {
-    "gvisor": {*OWN_DEVICES, "descriptors of init", "environment of init", "maps of init", "sysrq-trigger", "sysctl overcommit"}
+    "gvisor": {
+        *OWN_DEVICES,
+        "descriptors of init",
+        "environment of init",
+        "maps of init",
+        "sysrq-trigger",
+        "sysctl overcommit",
+    }
 }
 """For each driver what is no breach there: gVisor's kernel makes these files and devices up, and they lead nowhere.
 
@@ -181,9 +188,15 @@ def assault(kind: Kind, driver: str) -> dict[str, Any]:
     with Sandbox.create(kind, driver=driver, pids=64, memory_mb=128, disk_mb=32) as sandbox:
         arm(sandbox)
         found["enforced"] = dict(sandbox.info().enforced)
-        tried = [attack(sandbox, "kernel"), attack(sandbox, "channel"), attack(sandbox, "network", "tcp:169.254.169.254:80")]
+        tried = [
+            attack(sandbox, "kernel"),
+            attack(sandbox, "channel"),
+            attack(sandbox, "network", "tcp:169.254.169.254:80"),
+        ]
         found["attempts"] = sum(map(len, tried))
-        found["breaches"] = {name: seen for part in tried for name, seen in breaches(part, ALLOWED.get(driver, ())).items()}
+        found["breaches"] = {
+            name: seen for part in tried for name, seen in breaches(part, ALLOWED.get(driver, ())).items()
+        }
         memory = memory_limit(sandbox, 128)
         for what, limit, asked in (
             ("forks", 64, ["200"]),
