@@ -12,6 +12,7 @@ from rorqual.sandbox.drivers import driver as driver_named
 from rorqual.sandbox.drivers.base import Driver, Running
 from rorqual.sandbox.errors import Gone
 from rorqual.sandbox.home import Home, all_homes, forget_old_notes, no_new_ones
+from rorqual.sandbox.images.store import Store
 
 _logger = log.get(__name__)
 
@@ -46,9 +47,10 @@ async def end_home(home: Home, reason: str, driver: Driver | None = None, runnin
 def _end_group(name: str) -> list[str]:
     """A control group whose maker died before it wrote it down."""
     group = cgroups.find(name)
-    if group is None:
-        return []
-    return [f"process {pid}" for pid in group.kill()] + [f"control group {path}" for path in group.remove()]
+    left = []
+    if group is not None:
+        left = [f"process {pid}" for pid in group.kill()] + [f"control group {path}" for path in group.remove()]
+    return left + [f"control group {path}" for path in cgroups.remove_everywhere(name)]
 
 
 def sweep(base: str | Path | None = None) -> list[str]:
@@ -64,6 +66,7 @@ def sweep(base: str | Path | None = None) -> list[str]:
             for home in unfinished:
                 removed += _remove_dead(home)
     forget_old_notes(base)
+    Store().local.drop()  # layers that a sandbox stood on whose client died before it wrote that down
     return removed
 
 

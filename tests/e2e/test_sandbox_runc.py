@@ -16,6 +16,7 @@ from rorqual.sandbox.drivers import oci
 from rorqual.sandbox.drivers.runc import FIRST_ID, LAST_ID, Runc, fresh_range
 from rorqual.sandbox.sweep import sweep
 
+pytestmark = pytest.mark.slow
 needs_runc = pytest.mark.skipif(Runc().missing() is not None, reason=f"runc: {Runc().missing()}")
 
 
@@ -64,7 +65,8 @@ def test_s13_root_inside_has_users_and_owns_nothing_outside(rooted: Sandbox, hom
     assert refused.stdout == "1000\n" and "ada/f: Permission denied" in refused.stderr
     running = json.loads(next((home / "sandboxes").glob("container-*/spec.json")).read_text())["running"]
     uids = [uid_of(one.pid) for one in processes.below(running["processes"][1]["pid"])]
-    assert sorted(uid for uid in uids if uid) == [first], "the agent; runc itself is root"
+    inside = [uid for uid in uids if uid]  # runc itself is root
+    assert inside and all(first <= uid < first + count for uid in inside)
 
 
 @needs_runc

@@ -127,6 +127,8 @@ class Bwrap(Driver):
             keeper, holder = launch(command, home, group, store.local.locks())
             store.release()
         except BaseException:
+            store.release()
+            store.local.drop(names)
             if group is not None:
                 group.kill()
                 group.remove()

@@ -71,6 +71,8 @@ class Runc(Bwrap):
             keeper, holder = launch(command, home, group, store.local.locks())
             store.release()
         except BaseException:
+            store.release()
+            store.local.drop(names)
             group.kill()
             group.remove()
             cgroups.remove_everywhere(home.name)

@@ -16,6 +16,7 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Iterable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
@@ -65,9 +66,18 @@ class Local:
         """Handles of what is held: a process that inherits them, as a keeper does, holds it as long as it lives."""
         return [held.fileno() for held in self._held.values()]
 
-    def drop(self, digests: Iterable[str]) -> list[str]:
-        """Unmount those of these layers that nobody holds any more; unpacked ones stay for the next sandbox."""
-        return self._remove([digest for digest in digests if self._place(digest).is_mount()])
+    def drop(self, digests: Iterable[str] | None = None) -> list[str]:
+        """Unmount those of these layers (None: of all) that nobody holds; unpacked ones stay for the next sandbox."""
+        chosen = self._known() if digests is None else digests
+        mounted = [digest for digest in chosen if self._place(digest).is_mount()]
+        gone = self._remove(mounted)
+        if len(gone) < len(mounted):  # another that tries it at the same time may have been in the way
+            time.sleep(0.005)
+            gone += self._remove([digest for digest in mounted if digest not in gone])
+        return gone
+
+    def _known(self) -> list[str]:
+        return sorted(lock.name.removesuffix(".lock") for lock in self.folder.glob("*.lock"))
 
     def is_verified(self, digest: str, file: Path) -> bool:
         """Whether this very file was verified before: its identity, size and times are as they were then."""
@@ -95,7 +105,7 @@ class Local:
         An unpacked layer under a running overlay must be in `in_use`; a mounted one lives on until the overlay goes.
         cached: unpacked ones to be kept for the next sandbox.
         """
-        known = sorted(lock.name.removesuffix(".lock") for lock in self.folder.glob("*.lock"))
+        known = self._known()
         unpacked = {digest for digest in known if (self._place(digest).parent / "unpacked").exists()}
         gone = self._remove([digest for digest in known if digest not in in_use and digest not in cached & unpacked])
         for digest in gone:

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +32,15 @@ from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.images.tree import Image, image_of
 
 needs_overlay = pytest.mark.skipif(overlay.missing() is not None, reason=f"{overlay.missing()}")
+
+
+@pytest.fixture(autouse=True)
+def unmounted(tmp_path: Path) -> Iterator[None]:
+    """A test that fails leaves no mount behind either."""
+    yield
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if str(tmp_path) in line.split()[4]:
+            subprocess.run(["umount", line.split()[4]], check=True)
 
 
 def new_store(folder: Path, mount: bool = True) -> Store:
@@ -250,6 +260,22 @@ def test_an_overlay_outlives_what_provided_it(tmp_path: Path) -> None:
     assert store.local.sweep(set()) == [digest]
     assert not lower.exists()
     assert child.communicate("\n")[0] == "still here"
+
+
+def test_a_mount_that_nobody_holds_is_dropped(tmp_path: Path) -> None:
+    store, other = new_store(tmp_path), new_store(tmp_path)
+    digest = store.pack(make_tree(tmp_path / "tree"))
+    (folder,) = store.lowerdirs([digest])
+    if not folder.is_mount():
+        pytest.skip("layers are not mounted for this user")
+    lock = os.dup(store.local.locks()[0])  # as a keeper inherits it
+    store.release()
+    assert other.local.drop() == [] and folder.is_mount()
+    os.close(lock)
+    assert other.local.drop() == [digest] and not folder.exists()
+    store.lowerdirs([digest])
+    store.release()
+    assert other.local.drop([digest]) == [digest]
 
 
 def test_a_layer_is_verified_once_and_again_when_its_file_changes(tmp_path: Path) -> None:
