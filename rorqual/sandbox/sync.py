@@ -65,16 +65,34 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
+MAX_UNTAKEN = 4 << 20
+"""Characters or bytes of output that wait for callbacks at most; what comes beyond is not handed to them."""
+
+
 class _Calls:
-    """Takes callbacks of the background loop to the thread that waits."""
+    """Takes callbacks of the background loop to the thread that waits.
+
+    The loop may not wait for that thread, and a program inside can write faster than any callback takes: so what waits
+    has a bound. The command's result is not touched by it.
+    """
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[Callable[[Any], None], Any] | None] = queue.SimpleQueue()
+        self._untaken = 0
+        self._counting = threading.Lock()
 
     def wrap(self, function: Callable[[Any], None] | None) -> Callable[[Any], None] | None:
         if function is None:
             return None
-        return lambda value: self._queue.put((function, value))
+
+        def later(value: Any) -> None:
+            with self._counting:
+                if self._untaken + len(value) > MAX_UNTAKEN:
+                    return
+                self._untaken += len(value)
+            self._queue.put((function, value))
+
+        return later
 
     def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         async def whole() -> T:
@@ -92,6 +110,8 @@ class _Calls:
         future = asyncio.run_coroutine_threadsafe(whole(), _background())
         try:
             while (item := self._queue.get()) is not None:
+                with self._counting:
+                    self._untaken -= len(item[1])
                 item[0](item[1])
             return future.result()
         except BaseException:

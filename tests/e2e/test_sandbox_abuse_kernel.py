@@ -8,6 +8,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from abuse import (
@@ -202,11 +203,11 @@ def test_s1_s2_s6_s7_as_an_ordinary_user(kind: str, driver: str) -> None:
         path = os.pathsep.join([*map(str, (Path(__file__).parents[2], SUPPORT)), sysconfig.get_paths()["purelib"]])
         environment = {"HOME": folder, "RORQUAL_HOME": f"{folder}/data", "TMPDIR": folder, "PYTHONPATH": path}
         environment |= {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": f"{folder}/cache", "PYTHONDONTWRITEBYTECODE": "1"}
-        script = SUPPORT / "abuse.py"
+        command = [python_for_all(), str(SUPPORT / "abuse.py"), kind, driver]
+        rights: dict[str, Any] = {"user": UID, "group": UID, "extra_groups": []}
         ran = subprocess.run(
-            [python_for_all(), str(script), kind, driver],
-            user=UID, group=UID, extra_groups=[], env=environment, cwd=folder, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            command, env=environment, cwd=folder, capture_output=True, text=True, check=False, **rights
+        )
     if ran.returncode and "sandbox can be made here" in ran.stderr:
         pytest.skip(ran.stderr.strip().splitlines()[-2])
     assert ran.returncode == 0, ran.stderr

@@ -92,6 +92,8 @@ def test_s2_fork_bomb_is_contained_and_ended(sandbox: Sandbox) -> None:
 
 
 def test_s2_memory_hog_is_told_apart_from_a_failing_program(sandbox: Sandbox) -> None:
+    if "machine" in sandbox.info().enforced["memory"] or "gVisor" in sandbox.info().enforced["memory"]:
+        pytest.skip("memory is a machine's own there, or gVisor's; what is had of it is measured above")
     hog = sandbox.commands.run("head -c 200000000 /dev/zero | tail >/dev/null", timeout=60)
     assert hog.exit_code != 0 and not hog.timed_out
     assert sandbox.commands.run("exit 3").oom_killed is False
@@ -99,7 +101,7 @@ def test_s2_memory_hog_is_told_apart_from_a_failing_program(sandbox: Sandbox) ->
 
 @pytest.mark.slow
 def test_s2_a_spinning_sandbox_leaves_its_neighbour_time() -> None:
-    """Half a processor each: a crowd of spinning processes next door, and the count goes on at a good part of its pace."""
+    """Half a processor each: a crowd spins next door, and the count goes on at a good part of its pace."""
     arguments = need(("container", "bwrap"))
     with Sandbox.create(**arguments, cpu=0.5) as quiet, Sandbox.create(**arguments, cpu=0.5) as loud:
         alone = amount(arm(quiet), "count", "400", "1")

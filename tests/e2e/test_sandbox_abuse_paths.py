@@ -1,4 +1,4 @@
-"""S4, S8, S10 and S12: paths that lead astray, replaced programs, what the agent's stage leaves for the grader, clones."""
+"""S4, S8, S10 and S12: paths that lead astray, replaced programs, what is left for the grader, clones."""
 
 import os
 from collections.abc import Iterator
@@ -22,6 +22,8 @@ Case = tuple[Kind, str]
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
+    if found in (("vm", "qemu-tcg"), ("function", "zygote")) and not often(0, 1):
+        pytest.skip("another kind through the same driver has this; RORQUAL_TEST_FULL=1 runs it here too")
     need(found)
     return found
 
@@ -105,8 +107,8 @@ def test_s4_symlink_races_never_reach_a_path_of_the_host(sandbox: Sandbox, case:
     target = f"{tmp_path}/canary"
     sandbox.commands.run(f"mkdir -p /tmp/r {tmp_path}; echo of the sandbox >{target}")
     flip = (
-        f"cd /tmp/r; while :; do echo a >n; ln -sf {target} m; mv -T m n 2>/dev/null; rm -rf n; ln -s {tmp_path} n; rm -f n; "
-        "mkdir n; echo b >n/canary; rm -rf n; done"
+        f"cd /tmp/r; while :; do echo a >n; ln -sf {target} m; mv -T m n 2>/dev/null; rm -rf n; "
+        f"ln -s {tmp_path} n; rm -f n; mkdir n; echo b >n/canary; rm -rf n; done"
     )
     racing = sandbox.commands.start(flip)
     seen = set()
@@ -141,9 +143,12 @@ def test_s4_control_a_host_that_joins_paths_loses_the_race(tmp_path: Path) -> No
 
 
 REPLACE = r"""
-fake() { rm -f "$1" 2>/dev/null; printf '#!%s loop\necho FOOLED\nexit 0\n' /usr/bin/env >"$1" 2>/dev/null && chmod 755 "$1"; }
+fake() {
+    rm -f "$1" 2>/dev/null
+    printf '#!%s loop\necho FOOLED\nexit 0\n' /usr/bin/env >"$1" 2>/dev/null && chmod 755 "$1"
+}
 rm -f /bin 2>/dev/null && mkdir /bin 2>/dev/null
-for name in sh bash ls cat stat id; do fake /bin/$name; fake /usr/bin/$name; fake /usr/local/bin/$name; fake /root/$name; done
+for name in sh bash ls cat stat id; do fake /bin/$name; fake /usr/bin/$name; fake /usr/local/bin/$name; done
 echo /tmp/evil.so >/etc/ld.so.preload
 echo 'agent:x:0:0::/nowhere:/bin/false' >/etc/passwd
 echo 'LD_PRELOAD=/tmp/evil.so' >/etc/environment
@@ -152,7 +157,7 @@ exit 0
 
 
 def test_s8_replaced_programs_fool_neither_the_agent_nor_another_sandbox(case: Case, sandbox: Sandbox) -> None:
-    """Root inside replaces all it can; what the host asks of the agent needs none of it, and no other sandbox has any."""
+    """Root inside replaces all it can; what the host asks of the agent needs none of it, no other sandbox has any."""
     neighbour, before = sandbox, Path("/bin/bash").stat()
     with Sandbox.create(**need(case), user="root") as sandbox:
         arm(sandbox)
@@ -175,7 +180,12 @@ def test_s8_replaced_programs_fool_neither_the_agent_nor_another_sandbox(case: C
     assert (before.st_size, before.st_mtime_ns, before.st_ino) == (after.st_size, after.st_mtime_ns, after.st_ino)
 
 
-LURK = "while :; do for f in /grade/* /tmp/grade/*; do [ -e $f ] && cp $f /tmp/stolen && echo pass >/tmp/verdict; done; sleep 0.02; done"
+LURK = """
+while :; do
+    for f in /grade/* /tmp/grade/*; do [ -e $f ] && cp $f /tmp/stolen && echo pass >/tmp/verdict; done
+    sleep 0.02
+done
+"""
 
 
 def graded(sandbox: Sandbox) -> tuple[str, int, bool]:
@@ -203,7 +213,7 @@ def test_s10_a_process_left_behind_cannot_touch_the_verification(sandbox: Sandbo
 
 def identity(sandbox: Sandbox) -> dict[str, str]:
     """What two clones must not share."""
-    look = "head -c 16 /dev/urandom | od -An -tx1; cat /etc/machine-id; cat /proc/sys/kernel/random/uuid; hostname || uname -n"
+    look = "head -c 16 /dev/urandom | od -An -tx1; cat /etc/machine-id /proc/sys/kernel/random/uuid; uname -n"
     lines = sandbox.commands.run(look).stdout.split("\n")
     running = Home.find(sandbox.id).read().running
     assert running is not None

@@ -116,6 +116,7 @@ def test_s7_signals_to_everything_do_not_stop_the_agent(sandbox: Sandbox) -> Non
     sandbox.commands.run("true", timeout=1)
     sandbox.files.write("/tmp/storm", "over")
     storm.kill()
+    storm.wait(timeout=20)
     assert sandbox.commands.run("cat /tmp/storm", timeout=20).stdout == "over"
 
 

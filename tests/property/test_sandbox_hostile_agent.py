@@ -102,7 +102,7 @@ VALUES = st.one_of(
 )
 PAYLOADS = st.lists(st.tuples(st.sampled_from(list(Tag)), VALUES), max_size=8).map(pack)
 SHAPED = st.fixed_dictionaries(
-    {tag: VALUES for tag in (Tag.OUT_TOTAL, Tag.OUT_LOST, Tag.STATUS, Tag.SIZE, Tag.DATA, Tag.KIND)}
+    dict.fromkeys((Tag.OUT_TOTAL, Tag.OUT_LOST, Tag.STATUS, Tag.SIZE, Tag.DATA, Tag.KIND), VALUES)
 )
 KINDS = st.sampled_from([Type.OK, Type.ERROR, Type.EXITED, Type.OUTPUT, Type.PORT_BYTES, Type.STALE, 1, 200])
 REPLIES = st.lists(

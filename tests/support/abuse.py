@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 """For each driver what is no breach there: gVisor's kernel makes these files and devices up, and they lead nowhere.
 
-It lets the numbers of the agent's descriptors be seen, but not opened, and the agent's environment, which holds nothing.
+It lets the numbers of the agent's descriptors be seen, but not opened, and its environment, which holds nothing.
 """
 CASES = [
     pytest.param((kind, name), id=f"{kind}-{name}", marks=() if name == "bwrap" else pytest.mark.slow)
@@ -122,7 +122,7 @@ def amount(sandbox: Sandbox, *arguments: str, timeout: float = 60.0) -> int:
 
 
 def memory_limit(sandbox: Sandbox, asked: int) -> int:
-    """MiB that may be had, by what holds them: more where the keeper only looks now and then, or where gVisor needs some."""
+    """MiB that may be had: more where the keeper only looks now and then, or where gVisor needs some itself."""
     how = sandbox.info().enforced["memory"]
     return 2 * asked if "watched" in how else asked + 32 + (192 if "gVisor" in how else 0)
 
@@ -136,7 +136,7 @@ def on_host(*arguments: str, cwd: Path, privileged: bool = False, **more: Any) -
     command = [str(program()), *arguments]
     if privileged:
         own = [] if os.geteuid() == 0 else ["--map-root-user"]
-        shell = ["sh", "-c", '"$@"; true', "sh"]  # it is process 1, which the program attacks
+        shell = ["sh", "-c", 'exec 9</etc/passwd; "$@"; true', "sh"]  # it is process 1, which the program attacks
         command = ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", *own, *shell, *command]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **more)
     assert result.returncode == 0, result.stderr
