@@ -115,6 +115,7 @@ static int id_map(void) {
         _exit(0);
     }
     int made = -1;
+    close(ready[1]); /* so that the end of the child is an end of file */
     if (child > 0 && read(ready[0], &byte, 1) == 1 && byte) {
         int n = 0;
         if (ask.range) snprintf(map, sizeof map, "0 %ld %ld\n", ask.uid, ask.range);
@@ -131,7 +132,6 @@ static int id_map(void) {
     close(done[1]);
     close(done[0]);
     close(ready[0]);
-    close(ready[1]);
     if (child > 0) waitpid(child, NULL, 0);
     return made;
 }
