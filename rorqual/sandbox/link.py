@@ -77,7 +77,7 @@ class Link:
         while True:
             try:
                 left = max(0.05, end - time.monotonic())
-                self._channel = await asyncio.wait_for(self._connect(first), left)
+                self._channel = await asyncio.wait_for(self._connect_while_alive(first), left)
                 return
             except (TransportError, OSError, TimeoutError) as error:
                 reason = self._over()
@@ -89,6 +89,18 @@ class Link:
                     ) from error
             await asyncio.sleep(pause)
             pause = min(2 * pause, 0.1)
+
+    async def _connect_while_alive(self, first: bool) -> Channel:
+        """Connect, but not wait for an answer of a sandbox that died meanwhile: what is left of it may hold its socket."""
+        connecting = asyncio.ensure_future(self._connect(first))
+        try:
+            while not (await asyncio.wait({connecting}, timeout=0.2))[0]:
+                if self._over() is not None:
+                    raise TransportError("it ended before it answered.")
+            return await connecting
+        finally:
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
 
     async def _connect(self, first: bool) -> Channel:
         reader, writer = await self.driver.connect(self.running, self.home.path)

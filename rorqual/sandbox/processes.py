@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from rorqual.sandbox.drivers.base import Process
@@ -66,6 +67,24 @@ def below(pid: int) -> list[Process]:
             if process is not None:
                 found.append(process)
                 todo.append(child)
+    return found
+
+
+def half_made(sandbox_id: str) -> list[Process]:
+    """Children of bwrap that wait for ever for a parent that was killed before they could ask for a death signal.
+
+    They belong to nobody's tree any more, but the command line is still bwrap's, with the sandbox's host name in it.
+    """
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0].endswith(b"bwrap") and (b"--hostname", sandbox_id.encode()) in pairwise(words):
+            process = identify(int(path.parent.name))
+            if process is not None:
+                found.append(process)
     return found
 
 

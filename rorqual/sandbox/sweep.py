@@ -26,8 +26,10 @@ async def end_home(home: Home, reason: str, driver: Driver | None = None, runnin
         home.unlock()
         return
     left: list[str] = []
+    is_whole = False
     try:
         record = home.read()
+        is_whole = record.state != "preparing" and home.ended() != "crashed" and reason != "crashed"
         driver = driver or driver_named(record.spec.kind, record.driver)
         running = record.running or running
     except (Gone, ValueError, KeyError, TypeError):
@@ -38,6 +40,9 @@ async def end_home(home: Home, reason: str, driver: Driver | None = None, runnin
     if driver is not None and running is not None:
         left += await driver.stop(running, home.path)
     left += [f"process {process.pid}" for process in await asyncio.to_thread(processes.end_all, strays)]
+    if not is_whole:
+        orphans = await asyncio.to_thread(processes.half_made, home.id)
+        left += [f"process {process.pid}" for process in await asyncio.to_thread(processes.end_all, orphans)]
     left += await asyncio.to_thread(_end_group, home.id)
     if left:
         raise SandboxError(f"sandbox {home.id} could not be ended wholly; left are: {', '.join(left)}. Try again.")

@@ -1,6 +1,7 @@
 """Many sandboxes made, used and ended at once while processes of all sorts are killed -9: nothing is left of them."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -19,8 +20,10 @@ from churn_client import IDLE_S
 from full import often
 from host_traces import descriptors, settled, traces_of
 
+from rorqual.errors import SandboxError
 from rorqual.sandbox import processes
-from rorqual.sandbox.drivers import drivers
+from rorqual.sandbox.async_sandbox import AsyncSandbox
+from rorqual.sandbox.drivers import driver, drivers
 from rorqual.sandbox.home import all_homes
 from rorqual.sandbox.probe import probe
 from rorqual.sandbox.sweep import sweep
@@ -105,11 +108,11 @@ def victims(home: Path) -> Iterator[tuple[str, processes.Process]]:
 def test_nothing_is_left_after_many_lives_and_kills(tmp_path: Path) -> None:
     target, draw, tally = often(60, 500), random.Random(5), Tally()
     weights = LIGHT | (HEAVY if target >= 500 else {})
-    found = [driver for kind in ("function", "container", "microvm") for driver in drivers(kind)]  # type: ignore[arg-type]
+    found = [one for kind in ("function", "container", "microvm") for one in drivers(kind)]  # type: ignore[arg-type]
     kinds = [
-        (driver.kind, driver.name, weights[driver.name])
-        for driver in found
-        if driver.name in weights and asyncio.run(probe(driver)).works
+        (one.kind, one.name, weights[one.name])
+        for one in found
+        if one.name in weights and asyncio.run(probe(one)).works
     ]
     if not kinds:
         pytest.skip("neither function nor container sandboxes can be made here; `rorqual sandbox doctor` says why")
@@ -139,3 +142,36 @@ def test_nothing_is_left_after_many_lives_and_kills(tmp_path: Path) -> None:
     assert {"keeper", "holder", "inside", "client"} <= set(tally.killed) and tally.used > target / 4
     assert descriptors() <= before
     assert os.listdir(home) == ["sandboxes"] and sorted(os.listdir(home / "sandboxes")) == [".gone", ".making"]
+
+
+def test_no_child_outlives_a_runtime_killed_while_it_starts(tmp_path: Path) -> None:
+    """bwrap is killed as soon as it is seen, when its child may not yet have asked to die with it."""
+    found = asyncio.run(probe(driver("container", "bwrap")))
+    if not found.works:
+        pytest.skip(f"containers through bwrap: {found.why}")
+    draw, killed = random.Random(1), Counter[str]()
+
+    async def start_and_kill() -> None:
+        making = asyncio.create_task(
+            AsyncSandbox.create("container", driver="bwrap", home=tmp_path, memory_mb=64, disk_mb=16)
+        )
+        await asyncio.sleep(draw.uniform(0.005, 0.05))
+        end = time.monotonic() + 1
+        while not making.done() and time.monotonic() < end:
+            for name, process in victims(tmp_path):
+                if name == "inside":
+                    killed[name] += processes.send(process, signal.SIGKILL)
+            await asyncio.sleep(0.001)
+        outcome = (await asyncio.gather(making, return_exceptions=True))[0]
+        if isinstance(outcome, AsyncSandbox):
+            with contextlib.suppress(SandboxError):
+                await outcome.close()
+        else:
+            assert isinstance(outcome, SandboxError), outcome
+
+    async def scene() -> None:
+        for _ in range(often(25, 200)):
+            await asyncio.wait_for(start_and_kill(), 30)
+
+    asyncio.run(scene())
+    assert killed["inside"] > 0 and settled(lambda: [*sweep(tmp_path), *traces_of(tmp_path)]) == []

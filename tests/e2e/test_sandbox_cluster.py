@@ -35,8 +35,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         small = {"num_cpus": 1, "object_store_memory": 80 << 20}
-        own = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie in it
-        cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False, "temp_dir": own})
+        own = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets lie in it
+        (own / "ray").mkdir()
+        patch.setenv("RAY_TMPDIR", str(own))
+        cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
         started = list(cluster.list_all_nodes())
         try:
             started.append(cluster.add_node(**small))

@@ -45,7 +45,7 @@ def _processes(home: Path) -> Iterable[str]:
             folder = os.readlink(path / "cwd") if os.access(path / "cwd", os.R_OK) else ""
         except OSError:
             continue
-        orphan = text.endswith("serve --listen 5") and not _kept(int(path.name))
+        orphan = " serve --listen " in text and not _kept(int(path.name))
         if int(path.name) != os.getpid() and (orphan or any(name in text or name in folder for name in names)):
             yield f"{path.name} {text[:300]}"
 

@@ -9,11 +9,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* serve --listen FD | serve --stdio: everything but the channel is closed before anything else happens. */
+/* serve --listen FD [--life FD] | serve --stdio: everything but the channel is closed before anything else happens. */
 static int serve_arguments(int argc, char **argv) {
-    int listen_fd = -1;
+    int listen_fd = -1, life_fd = -1;
     if (argc == 4 && !strcmp(argv[2], "--listen")) listen_fd = atoi(argv[3]);
-    else if (argc != 3 || strcmp(argv[2], "--stdio")) return 2;
+    else if (argc == 6 && !strcmp(argv[2], "--listen") && !strcmp(argv[4], "--life")) {
+        listen_fd = atoi(argv[3]);
+        life_fd = fcntl(atoi(argv[5]), F_DUPFD_CLOEXEC, 10);
+    } else if (argc != 3 || strcmp(argv[2], "--stdio")) return 2;
     int in = -1, out = -1;
     if (listen_fd < 0) {
         if (getuid() == 0 && chown("/home/agent", 1000, 1000)) {} /* gVisor shows the host's own user as root */
@@ -23,17 +26,18 @@ static int serve_arguments(int argc, char **argv) {
         listen_fd = fcntl(listen_fd, F_DUPFD_CLOEXEC, 10);
     }
     for (int fd = 0; fd < 256; fd++)
-        if (fd != in && fd != out && fd != listen_fd) close(fd);
+        if (fd != in && fd != out && fd != listen_fd && fd != life_fd) close(fd);
     syscall(SYS_close_range, 256u, 0x7fffffffu, 0);
     if (listen_fd >= 0) prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0); /* runc's child outlives runc otherwise */
     for (int fd = 0; fd < 3; fd++) open("/dev/null", O_RDWR);
+    if (life_fd >= 0) live_while_open(life_fd);
     return serve(listen_fd, in, out);
 }
 
 int main(int argc, char **argv) {
     if (argc >= 2 && !strcmp(argv[1], "serve")) {
         int code = serve_arguments(argc, argv);
-        if (code == 2) fprintf(stderr, "usage: agent serve --listen FD | agent serve --stdio\n");
+        if (code == 2) fprintf(stderr, "usage: agent serve --listen FD [--life FD] | agent serve --stdio\n");
         return code;
     }
     if (argc >= 2 && !strcmp(argv[1], "keep")) return keep(argc, argv);

@@ -100,7 +100,7 @@ typedef struct {
     int env_count;
 } Settings;
 extern Settings settings;
-enum WatchKind { W_LISTEN, W_CONNECTION, W_STREAM, W_STATUS, W_STDIN, W_PORT, W_CHILD, W_JOB };
+enum WatchKind { W_LISTEN, W_CONNECTION, W_STREAM, W_STATUS, W_STDIN, W_PORT, W_CHILD, W_JOB, W_LIFE };
 typedef struct { enum WatchKind kind; void *owner; int fd, which; uint32_t events; } Watch;
 void watch_add(Watch *w, int fd, enum WatchKind kind, void *owner, int which, uint32_t events);
 void watch_change(Watch *w, uint32_t events);
@@ -111,6 +111,7 @@ void touch(void);              /* what counts as use, for the idle clock */
 void dispatch(Header *h, Slice payload);
 void provision(Slice payload);
 int serve(int listen_fd, int in_fd, int out_fd);
+void live_while_open(int fd); /* before serve: a pipe whose other end is the keeper's alone */
 void set_pause(bool pause);
 void agent_is_machine(void);
 void end(const char *reason) __attribute__((noreturn));

@@ -45,7 +45,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_LOWERS = 64, LISTEN_FD = 5, AGENT_FD = 6, MAX_TREE = 4096, BUSY_MS = 50, QUIET_MS = 200 };
+enum { MAX_LOWERS = 64, LISTEN_FD = 5, AGENT_FD = 6, LIFE_FD = 7, MAX_TREE = 4096, BUSY_MS = 50, QUIET_MS = 200 };
 #define STAGE "/mnt"
 
 static struct {
@@ -115,6 +115,7 @@ static int id_map(void) {
         _exit(0);
     }
     int made = -1;
+    close(ready[1]); /* so that the end of the child is an end of file */
     if (child > 0 && read(ready[0], &byte, 1) == 1 && byte) {
         int n = 0;
         if (ask.range) snprintf(map, sizeof map, "0 %ld %ld\n", ask.uid, ask.range);
@@ -131,7 +132,6 @@ static int id_map(void) {
     close(done[1]);
     close(done[0]);
     close(ready[0]);
-    close(ready[1]);
     if (child > 0) waitpid(child, NULL, 0);
     return made;
 }
@@ -214,6 +214,8 @@ static void use_cpus(void) {
     if (sched_setaffinity(0, sizeof set, &set)) give_up("processors %s", ask.cpus);
 }
 
+static int life[2]; /* the agent reads the end of it when the keeper is gone, whatever became of those between them */
+
 static __attribute__((noreturn)) void start_bwrap(int listener, int agent) {
     char text[64];
     for (char **a = ask.bwrap; *a; a++) {
@@ -223,6 +225,7 @@ static __attribute__((noreturn)) void start_bwrap(int listener, int agent) {
     }
     if (listener >= 0) dup2(listener, LISTEN_FD);
     if (!ask.channel) dup2(agent, AGENT_FD);
+    if (listener >= 0) dup2(life[0], LIFE_FD);
     prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
     execv(ask.bwrap[0], ask.bwrap);
     give_up("starting %s", ask.bwrap[0]);
@@ -253,6 +256,8 @@ static __attribute__((noreturn)) void hold(int listener, pid_t keeper) {
     int agent = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
     agent = fcntl(agent, F_DUPFD_CLOEXEC, 10);
     if (listener >= 0) listener = fcntl(listener, F_DUPFD_CLOEXEC, 10);
+    close(life[1]);
+    life[0] = fcntl(life[0], F_DUPFD_CLOEXEC, 10);
     if (read(0, &go, 1) != 1) _exit(50);
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
     dup2(null, 0);
@@ -499,9 +504,11 @@ int keep(int argc, char **argv) {
     setsid();
     prctl(PR_SET_NAME, "keeper", 0, 0, 0);
     signal(SIGPIPE, SIG_IGN);
+    if (pipe2(life, O_CLOEXEC)) give_up("pipe");
     pid_t self = getpid(), holder = fork();
     if (holder < 0) give_up("fork");
     if (holder == 0) hold(socket_fd, self);
+    close(life[0]);
     if (socket_fd >= 0) close(socket_fd);
     note(self, holder);
     printf("keeper %d holder %d\n", self, holder);

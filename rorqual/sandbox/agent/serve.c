@@ -263,6 +263,7 @@ static void reap(void) {
 
 static void handle(Watch *w, uint32_t events, int listen_fd) {
     switch (w->kind) {
+    case W_LIFE: end("broken"); /* a death signal may be lost where its sender died before it was asked for */
     case W_LISTEN: connection_accept(listen_fd); break;
     case W_CONNECTION: connection_ready(w->owner, events); break;
     case W_STREAM: case W_STATUS: case W_STDIN: command_event(w, events); break;
@@ -277,6 +278,10 @@ static void handle(Watch *w, uint32_t events, int listen_fd) {
     }
 }
 
+static int life_fd = -1;
+
+void live_while_open(int fd) { life_fd = fd; }
+
 int serve(int listen_fd, int in_fd, int out_fd) {
     prepare_preference();
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0); /* memory and descriptors are out of reach of its own user too */
@@ -290,7 +295,8 @@ int serve(int listen_fd, int in_fd, int out_fd) {
     epoll = epoll_create1(EPOLL_CLOEXEC);
     settings.born_ms = now_us() / 1000;
     settings.filter = true;
-    Watch child, listener;
+    Watch child, listener, life;
+    if (life_fd >= 0) watch_add(&life, life_fd, W_LIFE, NULL, 0, EPOLLHUP);
     watch_add(&child, signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK), W_CHILD, NULL, 0, EPOLLIN);
     if (listen_fd >= 0) {
         fcntl(listen_fd, F_SETFD, FD_CLOEXEC);

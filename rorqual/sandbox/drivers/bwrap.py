@@ -163,7 +163,7 @@ class Bwrap(Driver):
         for masked in _MASKED_FOLDERS:
             if Path("/proc", masked).is_dir():
                 options += ["--size", "4096", "--tmpfs", f"/proc/{masked}", "--remount-ro", f"/proc/{masked}"]
-        return [*options, "--chdir", "/", "--", "@agent", "serve", "--listen", "5"]
+        return [*options, "--chdir", "/", "--", "@agent", "serve", "--listen", "5", "--life", "7"]
 
     async def connect(self, running: Running, home: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A stream to the agent's socket, which lies in the sandbox's folder on the host."""
