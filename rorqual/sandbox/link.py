@@ -17,7 +17,7 @@ from rorqual.sandbox.wire import Fields, Tag, Type, Value
 Listener = Callable[[int, Fields], None]
 PATIENCE_S = 120.0
 """Seconds until an agent that does not answer what it can answer at once is given up."""
-_UNBOUNDED = {Type.WAIT, Type.START, Type.PORT_OPEN, Type.PORT_DATA, Type.SYNC}
+_UNBOUNDED = {Type.WAIT, Type.PORT_OPEN, Type.PORT_DATA, Type.SYNC}
 BREAK = 0
 """Kind of the event that tells a listener that the connection broke."""
 
