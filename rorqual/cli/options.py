@@ -52,7 +52,7 @@ Speculate = Annotated[
     bool,
     typer.Option(
         "--speculate/--no-speculate",
-        help="Draft tokens with the model's MTP module: the same output, sooner where it is easily foretold.",
+        help="Draft tokens, from the text so far and with an MTP module: the same output, sooner where it is easily foretold.",
         rich_help_panel=MODEL,
     ),
 ]

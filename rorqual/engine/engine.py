@@ -35,7 +35,7 @@ from rorqual.engine.params import SamplingParams
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.engine.request import Listener, Progress, Request
 from rorqual.engine.scheduler import Round, Scheduler
-from rorqual.engine.speculation import MOST_DRAFTS, OwnDrafter, Speculation, choose
+from rorqual.engine.speculation import MOST_REPEATED, OwnDrafter, Speculation, choose
 from rorqual.engine.stats import EngineStats, Meter, StepRecord
 from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
@@ -63,8 +63,9 @@ class Engine:
     max_state_bytes: most memory of all running requests' states; no limit unless given. Requests that do not fit wait,
         and when running ones outgrow it, the lowest-ranked give up their states and are computed again later.
     log_steps: how many of the last steps `step_log` remembers.
-    speculate: draft tokens with the model's MTP module and verify several in a step (`speculation.py`), which changes
-        no token. A function from the tokens so far and a number to at most so many drafts takes the module's place.
+    speculate: draft tokens, from the text so far and with the model's MTP module, and verify several in a step
+        (`speculation.py`), which changes no token. A function from the tokens so far and a number to at most so many
+        drafts takes the place of both.
 
     Use as a context manager or call `close()`. A failure while running a request ends that request with a
     RequestError; the engine goes on.
@@ -332,7 +333,7 @@ class Engine:
             drafts = None
         self._stepper.watch = None if drafts is None else drafts.remember
         if drafts is not None and decoding:
-            drafts.propose(plan.work, self._scheduler.room_for_drafts(plan.work, MOST_DRAFTS))
+            drafts.propose(plan.work, self._scheduler.room_for_drafts(plan.work, MOST_REPEATED))
         drafted = self._meter.drafted_tokens
         read = 0  # less than planned where the prefix cache knew the beginning
         for outcome in self._stepper.run(plan.work):

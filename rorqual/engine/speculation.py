@@ -1,4 +1,7 @@
-"""Speculative decoding: tokens drafted by the MTP module are verified as further rows of the same step.
+"""Speculative decoding: drafted tokens are verified as further rows of the same step.
+
+Drafts are what followed the same tokens earlier in the request's own text (`own_text.py`), where there are some that
+promise enough, and otherwise the MTP module's, if the model has one.
 
 A request's next token and its drafts are read in one step. From the scores behind each of these rows the sampler
 chooses with the random number that belongs to the position; while its choice is the draft that was read, the next row
@@ -21,12 +24,16 @@ from rorqual.engine import sampler
 from rorqual.engine.draft_policy import Policy, Terms, Trial
 from rorqual.engine.grammar import Constraint
 from rorqual.engine.job import Job
+from rorqual.engine.own_text import OwnText
 from rorqual.engine.stepper import Outcome, Work
 from rorqual.errors import CacheError, ConfigError, RequestError
 from rorqual.model.drafting import DraftMemory
 
 MOST_DRAFTS = 5
-"""Drafts of a request at a time."""
+"""Drafts of a request at a time that a module or a function makes."""
+
+MOST_REPEATED = 15
+"""Tokens at a time from the text itself: with the one before them what a step reads token by token."""
 
 MOST_READ = 16
 """Tokens of a prompt, or of a pause, that the module reads before it drafts: a part of its window, as for short outputs
@@ -39,8 +46,15 @@ OwnDrafter = Callable[[Sequence[int], int], Sequence[int]]
 class Drafts:
     """What speculation keeps for a running request."""
 
-    def __init__(self, kind: Trial) -> None:
+    def __init__(self, kind: Trial, text_kind: Trial) -> None:
         self.kind, self.trial = kind, Trial()
+        self.text_kind, self.text_trial = text_kind, Trial()
+        self.text: OwnText | None = None
+        self.repeated: list[int] = []
+        """What the text itself offered in this round, verified or not, behind a match of this length."""
+        self.match = 0
+        self.is_text = False
+        """Whether that is what is verified."""
         self.memory: DraftMemory | None = None
         """Made when there is something to remember: a request in a pause has none."""
         self.ids: list[int] = []
@@ -51,28 +65,35 @@ class Drafts:
 
     @property
     def wait(self) -> int:
-        """Tokens before drafts are tried."""
+        """Tokens before the module's drafts are tried."""
         return max(self.kind.wait, self.trial.wait)
+
+    @property
+    def text_wait(self) -> int:
+        """Tokens before those of the text itself are."""
+        return max(self.text_kind.wait, self.text_trial.wait)
 
     def pass_by(self, tokens: int = 1) -> None:
         """Count tokens of a pause."""
-        self.kind.wait = max(0, self.kind.wait - tokens)
-        self.trial.wait = max(0, self.trial.wait - tokens)
+        for trial in (self.kind, self.trial, self.text_kind, self.text_trial):
+            if trial.wait:
+                trial.wait = max(0, trial.wait - tokens)
 
 
 class Speculation:
     """Drafts for the requests of one engine.
 
-    drafter: makes drafts in place of the MTP module; all of them are then verified in every round.
-    Raises ConfigError when the model has no MTP module and there is no drafter, or cannot verify drafts.
+    drafter: makes drafts in place of the text and the module; all of them are then verified in every round.
+    Raises ConfigError when the model cannot verify drafts.
     """
 
     def __init__(self, model: Any, num_choices: int, drafter: OwnDrafter | None = None) -> None:  # Any: LanguageModel
-        if not can_verify(model) or (drafter is None and not has_mtp(model)):
+        if not can_verify(model):
             raise ConfigError(
-                "speculate=True needs a model with an MTP module, and this one has none, so nothing drafts tokens. "
-                "Load a checkpoint with mtp.* tensors (num_nextn_predict_layers), or leave speculation off."
+                f"speculate needs a model that reads several tokens of a sequence in a step and takes some back, and "
+                f"{type(model).__name__} does not (it has no `next_scores`). Leave speculation off."
             )
+        self._has_module = drafter is None and has_mtp(model)
         self._model, self._num_choices, self._drafter = model, num_choices, drafter
         self.policy = Policy(MOST_DRAFTS)
         self._draft_s = 0.0
@@ -98,11 +119,15 @@ class Speculation:
         if self._drafter is not None or any(job.is_prefilling for job in jobs):
             return False
         # a kind's pause is shorter for many requests, and a memory fills before the first draft
-        rounds = (min((self.of(job).wait for job in jobs), default=0) - MOST_READ) // max(1, len(jobs))
+        rounds = min((self._rest_of(self.of(job)) for job in jobs), default=0) // max(1, len(jobs))
         self.is_resting = rounds > 0
         if self.is_resting:
             self._resting, self._rest, self._passed = jobs, rounds - 1, 1
         return self.is_resting
+
+    def _rest_of(self, mine: Drafts) -> int:
+        """Tokens in which nothing needs to be done for a request."""
+        return min(mine.text_wait, mine.wait - MOST_READ) if self._has_module else mine.text_wait
 
     def _count_rest(self) -> None:
         for job in self._resting:
@@ -113,45 +138,62 @@ class Speculation:
         """Put drafts on decoding jobs of a round, at most `room` in all."""
         self._draft_s, self._is_odd, self._requests = 0.0, False, len(work)
         jobs = [job for job, _ in work if not job.is_prefilling]
-        terms = None
-        if self._drafter is None:
-            is_mixed = len(jobs) < len(work)
-            jobs = [job for job in jobs if self._is_on(job)]
-            terms = self.policy.terms(len(work)) if jobs and not is_mixed else None
-            if terms is None:
-                return
+        if self._drafter is not None:
+            for job in jobs:
+                most = _most(job, room, MOST_DRAFTS)
+                if most > 0 and self._can_draft(job, most):
+                    job.drafts = self._own_drafts(self._drafter, job, most)
+                    room -= len(job.drafts)
+            return
+        is_mixed = len(jobs) < len(work)
         for job in jobs:
-            most = min(room, MOST_DRAFTS, job.request.max_tokens - len(job.ids) - 1)
-            if most < 1 or not self._can_draft(job):
-                continue
-            if self._drafter is not None:
-                known = (*job.request.prompt_ids, *job.ids)
-                found = list(self._drafter(known, most))[:most]
-                job.drafts = tuple(token for token in found if 0 <= token < self._num_choices)
-            elif terms is not None:
-                job.drafts = self._draft(job, min(most, terms.most), terms)
-            room -= len(job.drafts)
+            mine = self.of(job)
+            mine.pass_by()
+            if not is_mixed:
+                job.drafts = self._drafts_of(job, mine, room)
+                room -= len(job.drafts)
 
-    def _is_on(self, job: Job) -> bool:
-        """Whether drafts are tried for a job now; called once a round while it decodes."""
-        mine = self.of(job)
-        mine.pass_by()
-        return mine.wait == 0
+    def _own_drafts(self, drafter: OwnDrafter, job: Job, most: int) -> tuple[int, ...]:
+        found = list(drafter((*job.request.prompt_ids, *job.ids), most))[:most]
+        return tuple(token for token in found if 0 <= token < self._num_choices)
 
-    def _can_draft(self, job: Job) -> bool:
-        """Whether the job's state can take drafts in and give them back."""
+    def _drafts_of(self, job: Job, mine: Drafts, room: int) -> tuple[int, ...]:
+        """From the text itself where it promises enough, or else from the module."""
+        greedy, mine.is_text, mine.match = job.request.params.temperature == 0, False, 0
+        can_module = self._has_module and mine.wait == 0
+        if mine.text_wait == 0:
+            if mine.text is None:
+                mine.text = OwnText(job)
+            mine.match, mine.repeated = mine.text.repeat(job, MOST_REPEATED)
+        if not mine.match and not can_module:
+            return ()
+        terms = self.policy.terms(self._requests)
+        if terms is None:
+            return ()
+        most = _most(job, room, MOST_REPEATED)
+        if mine.match:
+            count = self.policy.text_odds[greedy].keep(mine.match, most, terms.to_verify)
+            if count and self._can_draft(job, count):
+                mine.is_text = True
+                return tuple(mine.repeated[:count])
+        most = min(most, MOST_DRAFTS, terms.most)
+        return self._draft(job, most, terms) if can_module and most > 0 and self._can_draft(job, most) else ()
+
+    def _can_draft(self, job: Job, most: int) -> bool:
+        """Whether the job's state can take so many drafts in and give them back."""
         state = job.state
         if state is None or not job.may_draft or job.num_read < job.alone_until or not state.is_exact:
             return False
-        if state.rewind < MOST_DRAFTS or state.lengths[0] - state.floor[0] < 0:
+        if state.rewind < most or state.lengths[0] - state.floor[0] < 0:
             return False
         try:
-            state.reserve(1 + MOST_DRAFTS)
+            state.reserve(1 + most)
         except CacheError:  # no pages to spare for drafts
             return False
         return True
 
     def _draft(self, job: Job, most: int, terms: Terms) -> tuple[int, ...]:
+        """By the module."""
         mine, greedy = self.of(job), job.request.params.temperature == 0
         begin, end = (0, 0) if mine.memory is None else mine.memory.waiting
         if mine.memory is None or begin == end or end != job.num_read:
@@ -171,35 +213,48 @@ class Speculation:
     def of(self, job: Job) -> Drafts:
         """What is kept for a job; made when it is asked for."""
         if job.drafting is None:
-            job.drafting = Drafts(self.policy.kinds[job.request.params.temperature == 0])
+            greedy = job.request.params.temperature == 0
+            job.drafting = Drafts(self.policy.kinds[greedy], self.policy.text_kinds[greedy])
         drafts: Drafts = job.drafting
         return drafts
 
     def remember(self, job: Job, streams: Any) -> None:
         """The trunk's streams [n, N, D] of what a job has just read."""
         mine = self.of(job)
-        if self._drafter is None and mine.wait <= MOST_READ:
+        if self._has_module and mine.wait <= MOST_READ:
             if mine.memory is None:
                 mine.memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ, torch.bfloat16)
             mine.memory.remember(streams, job.num_read)
 
     def count(self, job: Job, tokens: Sequence[int], verified: int) -> None:
         """Learn from what a job's drafts came to: the tokens chosen in this round, after `verified` of its drafts."""
-        if self._drafter is None and job.drafting is not None and job.drafting.ids:
-            mine, greedy = self.of(job), job.request.params.temperature == 0
+        mine: Drafts | None = job.drafting
+        if mine is None or not (mine.match or mine.ids):
+            return
+        greedy, right = job.request.params.temperature == 0, len(tokens) - 1
+        if mine.match:
+            self.policy.text_odds[greedy].learn(mine.match, mine.repeated, tokens)
+        if mine.is_text:
+            self.policy.judge(mine.text_trial, greedy, self._requests, 0, verified, right, is_first=False, is_text=True)
+        elif mine.ids:
             self.policy.learn(mine.ids, mine.chances, tokens, greedy)
             self.policy.judge(
-                mine.trial, greedy, self._requests, len(mine.ids), verified, len(tokens) - 1, is_first=mine.is_first
+                mine.trial, greedy, self._requests, len(mine.ids), verified, right, is_first=mine.is_first
             )
-            mine.ids, mine.chances = [], []
+        mine.ids, mine.chances, mine.match, mine.is_text = [], [], 0, False
 
     def end_round(self, work: Work, extra: int, seconds: float) -> None:
         """Account for a round in which all jobs decoded, with `extra` drafts among its rows."""
         costs = self.policy.costs(len(work))
-        if not self._draft_s:
+        if not self._draft_s and not extra:
             costs.add_plain(seconds)
         elif not self._is_odd:
             costs.add_rows(extra, seconds - self._draft_s)
+
+
+def _most(job: Job, room: int, most: int) -> int:
+    """Most drafts that a round may hold for a job: behind them comes one token more."""
+    return min(room, most, job.request.max_tokens - len(job.ids) - 1)
 
 
 def has_mtp(model: Any) -> bool:
