@@ -2,23 +2,53 @@
  * type, behind the scan. */
 
 #ifndef ELEMENT_BF16
-/* Cuts the n keys named by `order` in two halves, [lower, upper], along the channel in which they differ most. Each half
- * keeps the order of its keys, and of equal values the first ones go up. */
-static void halve(const float *rows, long width, uint16_t *order, long n) {
-    float sum[width], square[width], most = -1.0f;
-    long widest = 0, up = 0, down = 0, room = n / 2;
+#define WAYS 6 /* steps towards the direction of largest spread */
+#define RADIUS 0.3f /* of a group's radius: what its best keys may lie nearer to a query than its mean */
+
+/* The direction in which the rows x [n][wide], whose mean is zero, spread most: by repeated products with their covariance,
+ * begun along the channel of largest spread -> along [wide]. */
+static void widest_direction(const float *x, long n, long wide, float *along) {
+    float next[wide];
+    memset(next, 0, sizeof(next));
+    for (long i = 0; i < n; i++)
+        for (long c = 0; c < wide; c++) next[c] += x[i * wide + c] * x[i * wide + c];
+    long widest = 0;
+    for (long c = 1; c < wide; c++) widest = next[c] > next[widest] ? c : widest;
+    for (long c = 0; c < wide; c++) along[c] = c == widest;
+    for (int way = 0; way < WAYS; way++) {
+        memset(next, 0, sizeof(next));
+        for (long i = 0; i < n; i++) {
+            const float *row = x + i * wide;
+            Vector sum = {0};
+            for (long c = 0; c < wide; c += VECTOR) sum += load(row + c, VECTOR) * load(along + c, VECTOR);
+            float dot = sum_lanes(sum);
+            for (long c = 0; c < wide; c += VECTOR)
+                store(next + c, VECTOR, load(next + c, VECTOR) + dot * load(row + c, VECTOR));
+        }
+        float most = 0.0f;
+        for (long c = 0; c < wide; c++) most = fabsf(next[c]) > most ? fabsf(next[c]) : most;
+        for (long c = 0; c < wide && most > 0.0f; c++) along[c] = next[c] / most;
+    }
+}
+
+/* Cuts the n keys named by `order` (rows [SEGMENT][wide]) in two halves, [lower, upper], along the direction in which they
+ * spread most. Each half keeps the order of its keys, and of equal values the first ones go up. `x` has room for n rows. */
+static void halve(const float *rows, long wide, uint16_t *order, long n, float *x) {
+    float mean[wide], along[wide];
+    long up = 0, down = 0, room = n / 2;
     uint32_t value[SEGMENT], limit = 0;
     uint16_t upper[SEGMENT];
-    memset(sum, 0, sizeof(sum)), memset(square, 0, sizeof(square));
+    memset(mean, 0, sizeof(mean));
+    for (long i = 0; i < n; i++)
+        for (long c = 0; c < wide; c++) mean[c] += rows[order[i] * wide + c];
+    for (long i = 0; i < n; i++)
+        for (long c = 0; c < wide; c++) x[i * wide + c] = rows[order[i] * wide + c] - mean[c] / (float)n;
+    widest_direction(x, n, wide, along);
     for (long i = 0; i < n; i++) {
-        const float *x = rows + order[i] * width;
-        for (long c = 0; c < width; c++) sum[c] += x[c], square[c] += x[c] * x[c];
+        Vector sum = {0};
+        for (long c = 0; c < wide; c += VECTOR) sum += load(x + i * wide + c, VECTOR) * load(along + c, VECTOR);
+        value[i] = order_of(sum_lanes(sum));
     }
-    for (long c = 0; c < width; c++) {
-        float variance = square[c] - sum[c] * sum[c] / (float)n;
-        if (variance > most) most = variance, widest = c;
-    }
-    for (long i = 0; i < n; i++) value[i] = order_of(rows[order[i] * width + widest]);
     for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
         uint32_t least = limit | bit, count = 0;
         for (long i = 0; i < n; i++) count += value[i] >= least;
@@ -31,6 +61,45 @@ static void halve(const float *rows, long width, uint16_t *order, long n) {
         else order[down++] = order[i];
     }
     memcpy(order + down, upper, sizeof(uint16_t) * up);
+}
+
+/* Mean and radius of the keys named by `members`, into lane `lane` of a block [width + 1][VECTOR]. */
+static void put_mean(const float *rows, long wide, long width, const uint16_t *members, float *block, long lane) {
+    float radius = 0.0f;
+    for (long c = 0; c < width; c++) {
+        float sum = 0.0f;
+        for (long m = 0; m < MEMBERS; m++) sum += rows[members[m] * wide + c];
+        float mean = block[c * VECTOR + lane] = sum / (float)MEMBERS;
+        for (long m = 0; m < MEMBERS; m++) {
+            float far = rows[members[m] * wide + c] - mean;
+            radius += far * far;
+        }
+    }
+    block[width * VECTOR + lane] = RADIUS * sqrtf(radius / (float)MEMBERS);
+}
+
+/* Scores of `blocks` blocks of VECTOR groups each: q [heads][width] and its heads' lengths -> score. */
+static void score_groups(const float *q, const float *length, const float *weights, long heads, long width,
+                         const float *means, long blocks, float *score) {
+    for (long b = 0; b < blocks; b++) {
+        const float *block = means + b * (width + 1) * VECTOR;
+        Vector total = {0}, radius = load(block + width * VECTOR, VECTOR);
+        for (long j = 0; j < heads; j += 4) {
+            Vector sum[4];
+            const float *mine[4];
+            for (int i = 0; i < 4; i++) {
+                mine[i] = q + (j + i < heads ? j + i : j) * width;
+                sum[i] = radius * length[j + i < heads ? j + i : j];
+            }
+            for (long c = 0; c < width; c++) {
+                Vector mean = load(block + c * VECTOR, VECTOR);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) sum[i] += mine[i][c] * mean;
+            }
+            for (int i = 0; i < 4 && j + i < heads; i++) total += weights[j + i] * larger(sum[i], 0.0f);
+        }
+        store(score + b * VECTOR, VECTOR, total);
+    }
 }
 
 /* The keys of the chosen groups and those behind the segments, in ascending order. */
@@ -53,50 +122,51 @@ static long candidates(const Best *groups, const uint16_t *order, int64_t tail, 
 #endif
 
 /* Segments [first, last) of one sequence's keys (see index_scan) -> order [last][SEGMENT] uint16: of each segment the
- * places of its keys, group by group, ascending within a group; means [last][groups][bytes of a row]: packed FP4. */
+ * places of its keys, group by group, ascending within a group; means [last][groups / VECTOR][width + 1][VECTOR]: the
+ * groups' means and, in the last row, a part of their radius. */
 void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *table, long width, long per_page, long first,
-                        long last, uint8_t *order, uint8_t *means) {
+                        long last, uint8_t *order, float *means) {
     Scan s = NAME(scan_of)(keys, packed, table, 1, width, per_page);
-    float *rows = malloc(sizeof(float) * SEGMENT * width), *mean = malloc(sizeof(float) * width + 64);
+    long wide = whole(width), groups = SEGMENT / MEMBERS;
+    float *rows = calloc(2 * SEGMENT * wide, sizeof(float)), *x = rows + SEGMENT * wide;
     for (long segment = first; segment < last; segment++) {
         uint16_t *mine = (uint16_t *)order + segment * SEGMENT;
         for (long i = 0; i < SEGMENT; i++) {
             int64_t run;
             const uint8_t *row = row_at(&s, segment * SEGMENT + i, &run);
-            if (s.is_packed) decode_key(row, width, rows + i * width);
+            if (s.is_packed) decode_key(row, width, rows + i * wide);
             else
-                for (long c = 0; c < width; c++) rows[i * width + c] = GET((const T *)row, c);
+                for (long c = 0; c < width; c++) rows[i * wide + c] = GET((const T *)row, c);
             mine[i] = (uint16_t)i;
         }
         for (long size = SEGMENT; size > MEMBERS; size /= 2)
-            for (long at = 0; at < SEGMENT; at += size) halve(rows, width, mine + at, size);
-        for (long group = 0; group < SEGMENT / MEMBERS; group++) {
-            memset(mean, 0, sizeof(float) * width);
-            for (long m = 0; m < MEMBERS; m++)
-                for (long c = 0; c < width; c++) mean[c] += rows[mine[group * MEMBERS + m] * width + c];
-            for (long c = 0; c < width; c++) mean[c] /= (float)MEMBERS;
-            encode_key(mean, width, means + (segment * (SEGMENT / MEMBERS) + group) * key_row_bytes(width));
-        }
+            for (long at = 0; at < SEGMENT; at += size) halve(rows, wide, mine + at, size, x);
+        for (long g = 0; g < groups; g++)
+            put_mean(rows, wide, width, mine + g * MEMBERS,
+                     means + (segment * groups + g) / VECTOR * (width + 1) * VECTOR, g % VECTOR);
     }
-    free(rows), free(mean);
+    free(rows);
 }
 
-/* The `budget` best groups of a query, by their means; the query is rounded to FP4 for it. */
-static Best NAME(best_groups)(const Scan *s, const T *q, const float *weights, const uint8_t *means, int64_t groups,
+/* The `budget` best groups of a query, ascending. */
+static Best NAME(best_groups)(const Scan *s, const T *q, const float *weights, const float *means, int64_t groups,
                               long budget) {
-    Scan by_means = NAME(scan_of)(NULL, means, NULL, s->heads, s->width, 1);
-    T *rounded = malloc(sizeof(T) * s->heads * s->width);
-    float *row = malloc(sizeof(float) * s->width + 64);
-    uint8_t *codes = malloc(key_row_bytes(s->width) + 64);
+    float *score = malloc(sizeof(float) * (groups + s->heads * (s->width + 1)) + 64), *floats = score + groups;
+    float *length = floats + s->heads * s->width;
     for (long j = 0; j < s->heads; j++) {
-        for (long c = 0; c < s->width; c++) row[c] = GET(q, j * s->width + c);
-        encode_key(row, s->width, codes);
-        decode_key(codes, s->width, row);
-        for (long c = 0; c < s->width; c++) PUT(rounded, j * s->width + c, row[c]);
+        float sum = 0.0f;
+        for (long c = 0; c < s->width; c++) {
+            float x = floats[j * s->width + c] = GET(q, j * s->width + c);
+            sum += x * x;
+        }
+        length[j] = sqrtf(sum);
     }
-    Best best;
-    NAME(scan_part)(&by_means, rounded, weights, NULL, &groups, 1, 0, groups, budget, &best);
-    free(rounded), free(row), free(codes);
+    score_groups(floats, length, weights, s->heads, s->width, means, groups / VECTOR, score);
+    Best best = {.list = malloc(sizeof(uint64_t) * 2 * groups), .k = budget, .threshold = -INFINITY};
+    best.scratch = best.list + groups;
+    for (long g = 0; g < groups; g++) best.list[best.size++] = rank_of(score[g], g);
+    keep_best(&best);
+    free(score);
     return best;
 }
 
@@ -136,7 +206,7 @@ static void NAME(best_of_some)(const Scan *s, const T *q, const float *weights, 
  * `budget` score that many groups' keys, and the newest ones, in place of all. order and means: what `index_groups` made of
  * the segments that any of them needs. Every query is searched by itself, so its picks depend on nothing else. */
 void NAME(index_search)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
-                        const uint8_t *order, const uint8_t *means, const int64_t *end, long queries, long heads, long width,
+                        const uint8_t *order, const float *means, const int64_t *end, long queries, long heads, long width,
                         long per_page, long k, long budget, long threads, int64_t *picks) {
     const long per_segment = SEGMENT / MEMBERS;
     long plain = 0;
