@@ -217,6 +217,10 @@ void NAME(index_search)(const T *q, const float *weights, const T *keys, const u
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && queries - plain > 1)
     for (long row = plain; row < queries; row++) {
         int64_t segments = grouped_segments(end[row]), tail = segments * SEGMENT;
+        if (end[row] <= k) {
+            for (long i = 0; i < k; i++) picks[row * k + i] = i < end[row] ? i : -1;
+            continue;
+        }
         Best groups = NAME(best_groups)(&s, q + row * heads * width, weights + row * heads, means, segments * per_segment,
                                         budget);
         int64_t *ids = malloc(sizeof(int64_t) * (budget * MEMBERS + end[row] - tail + 1));
