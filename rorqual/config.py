@@ -110,8 +110,8 @@ class ModelConfig:
     `fp4-keys`, index keys (and queries) in FP4; `fp8`, that and entries in FP8 with bf16 rope, as in the released
     system; `auto`, as much of this as `activation_rounding` makes free of loss."""
     index_search: str = "exact"
-    """How the indexer finds its entries in inference: `exact`, by the scores of all; `grouped`, an approximation for very
-    long texts (`ops/index_groups.py`), the same up to 22,527 tokens."""
+    """How the indexer finds its entries in inference: `exact`, by the scores of all; `grouped`, an approximation for
+    very long texts (`ops/index_groups.py`), the same up to 22,527 tokens."""
     engram: EngramConfig | None = None
     """Memory of token runs in some blocks; V4 has none. A mapping of its settings is taken too."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -14,10 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rorqual import log
 from rorqual.engine.aside import Asides, Work
@@ -41,6 +41,7 @@ from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
 from rorqual.engine.watch import RequestView, view_of
 from rorqual.errors import ConfigError, RequestError
+from rorqual.model.index_groups import search_index_by
 
 logger = log.get(__name__)
 
@@ -66,6 +67,7 @@ class Engine:
     speculate: draft tokens, from the text so far and with the model's MTP module, and verify several in a step
         (`speculation.py`), which changes no token. A function from the tokens so far and a number to at most so many
         drafts takes the place of both.
+    index_search: `exact` or `grouped` (`ModelConfig.index_search`), set on the model; as the model has it unless given.
 
     Use as a context manager or call `close()`. A failure while running a request ends that request with a
     RequestError; the engine goes on.
@@ -86,7 +88,16 @@ class Engine:
         log_steps: int = 120,
         prefix_cache: PrefixCache | None = None,
         speculate: bool | OwnDrafter = False,
+        index_search: str | None = None,
     ) -> None:
+        if index_search is not None and index_search != model.cfg.index_search:
+            if prefix_cache is not None:
+                raise ConfigError(
+                    f"index_search={index_search!r} was given with a prefix cache that was made for a model with "
+                    f"{model.cfg.index_search!r}, whose contents mean nothing then. Call search_index_by(model, ...) "
+                    "of rorqual.model.index_groups before making the cache, or use EngineSettings."
+                )
+            search_index_by(cast(nn.Module, model), index_search)
         if prefix_cache is not None and prefix_cache.model is not model:
             raise ConfigError(
                 "The prefix cache was made for another model object, whose state means nothing here. Make it with "

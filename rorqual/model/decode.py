@@ -246,7 +246,12 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _signature(model: "Transformer") -> list[Any]:
     """Changes with whatever would make a plan wrong: weights that moved, modules that changed."""
-    out: list[Any] = [model.compute_dtype, model.cfg.cache_format, model.cfg.index_search, model.cfg.activation_rounding]
+    out: list[Any] = [
+        model.compute_dtype,
+        model.cfg.cache_format,
+        model.cfg.index_search,
+        model.cfg.activation_rounding,
+    ]
     for module in model.modules():
         out.append((type(module), _is_plain(module)))
         for tensor in (*module._parameters.values(), *module._buffers.values()):

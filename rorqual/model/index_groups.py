@@ -1,10 +1,10 @@
 """What a layer's memory keeps for the grouped index search: the groups of its complete segments of index keys.
 
-They are made from the keys when a step needs them, and follow from nothing else: a state that is copied, restored or put
-on pages makes them again, and one that is cut back forgets those of keys it dropped. Snapshots and pages do not hold
-them. Where to switch the search on: `ModelConfig.index_search`.
+They are made from the keys when a step needs them, and follow from nothing else: a state that is copied, restored or
+put on pages makes them again, and one that is cut back forgets those of keys it dropped. Snapshots and pages do not
+hold them. Where to switch the search on: `ModelConfig.index_search`.
 
-B batch rows, C entries.
+B batch rows.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class IndexGroups:
 
 
 def search_index_by(model: nn.Module, index_search: str) -> None:
-    """Make `model` compute with `ModelConfig.index_search`. States and prefix caches made before cannot be used any more.
+    """Make `model` compute with `ModelConfig.index_search`. States and prefix caches made before are of no use then.
 
     Raises: ConfigError for another word.
     """

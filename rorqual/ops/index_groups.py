@@ -46,7 +46,8 @@ BUDGET = 128
 @dataclass(frozen=True)
 class Groups:
     """Of one sequence. order uint8 [G, 2 SEGMENT]: uint16 places of keys in their segment, group by group, ascending
-    within a group. means fp32 [G, PER_SEGMENT / LANES, K + 1, LANES]: of each group the mean and what counts of its radius.
+    within a group. means fp32 [G, PER_SEGMENT / LANES, K + 1, LANES]: of each group the mean, and of its radius what
+    counts.
     """
 
     order: Tensor
@@ -78,8 +79,13 @@ def make_groups(keys: IndexKeys, groups: Groups, first: int, last: int) -> None:
         registry.pick("index_groups", keys.rows)(keys, groups, first, last)
 
 
-def index_search(q: Tensor, weights: Tensor, keys: IndexKeys, groups: Groups, end: Tensor, top_k: int, budget: int) -> Tensor:
-    """As `index_scan`, for queries that see entries [0, end), ends ascending, by groups that are made as far as needed."""
+def index_search(
+    q: Tensor, weights: Tensor, keys: IndexKeys, groups: Groups, end: Tensor, top_k: int, budget: int
+) -> Tensor:
+    """As `index_scan`, for queries that see entries [0, end) of a sequence, by groups that are made as far as needed.
+
+    Ends are best in ascending order: those that see few entries are then scanned together.
+    """
     return registry.pick("index_search", q)(q, weights, keys, groups, end, top_k, budget)
 
 

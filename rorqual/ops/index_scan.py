@@ -107,9 +107,10 @@ def _index_scan_native(
 ) -> Tensor:
     r, j, k = q.shape
     picks = torch.empty(r, top_k, dtype=torch.int64)
+    first = None if start is None else start.contiguous()
     call(
-        "index_scan", *scan_arguments(q, weights, keys), None if start is None else start.contiguous(), end.contiguous(),
-        r, j, k, keys.rows.shape[-2], top_k, torch.get_num_threads(), picks,
+        "index_scan", *scan_arguments(q, weights, keys), first, end.contiguous(), r, j, k,
+        keys.rows.shape[-2], top_k, torch.get_num_threads(), picks,
     )  # fmt: skip
     return picks
 
