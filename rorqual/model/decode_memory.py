@@ -74,4 +74,5 @@ def memory_columns(layer: LayerState) -> list[tuple[int, int]]:
     if layer.groups is not None:
         put("group_order", layer.groups.groups.order)
         put("group_means", layer.groups.groups.means)
+        put("group_fine", layer.groups.groups.fine)
     return [values.get(name, (0, 0)) for name in columns("Memory")]

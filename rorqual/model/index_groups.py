@@ -38,11 +38,11 @@ class IndexGroups:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.groups.order.nbytes + self.groups.means.nbytes
+        return sum(part.nbytes for part in self.groups)
 
     def row(self, row: int) -> Groups:
         """Those of one row."""
-        return Groups(self.groups.order[row], self.groups.means[row])
+        return Groups(*(part[row] for part in self.groups))
 
     def cut(self, entries: Sequence[int]) -> None:
         """Forget what was made of keys behind so many entries a row."""
@@ -93,8 +93,9 @@ def _with_room(layer: "LayerState", state: "State", segments: int) -> IndexGroup
     room = max(segments, 4, 0 if old is None else 2 * old.capacity)
     with torch.inference_mode(False):
         flat = room_for(batch * room, state.model.cfg.index_head_dim, state.tokens.device)
-        groups = Groups(flat.order.unflatten(0, (batch, room)), flat.means.unflatten(0, (batch, room)))
+        groups = Groups(*(part.unflatten(0, (batch, room)) for part in flat))
     if old is not None:
-        groups.order[:, : old.capacity], groups.means[:, : old.capacity] = old.groups.order, old.groups.means
+        for mine, theirs in zip(groups, old.groups, strict=True):
+            mine[:, : old.capacity] = theirs
     layer.groups = IndexGroups(groups, [0] * batch if old is None else old.made)
     return layer.groups

@@ -17,11 +17,11 @@ from rorqual.model.index_groups import search_index_by
 from rorqual.model.pages import PagePool
 from rorqual.ops import index_groups as op
 from rorqual.ops.cache_codec import decode_index_keys, encode_index_keys
-from rorqual.ops.index_groups import LAG, MEMBERS, PER_SEGMENT, SEGMENT, Groups, room_for
+from rorqual.ops.index_groups import FINE, LAG, PARTS, PER_SEGMENT, SEGMENT, Groups, room_for
 from rorqual.ops.index_scan import IndexKeys, index_scan, scan_scores
 
 TOKENIZER = byte_tokenizer()
-BUDGET = 24
+BUDGET = 96
 """Groups a query scores here, so that short texts do."""
 LONG = 4 * (2 * SEGMENT + LAG) + 37
 """Tokens that leave two segments in groups."""
@@ -62,13 +62,15 @@ def test_groups_are_those_of_the_reference(kind: str) -> None:
     assert (places[:, 1:] > places[:, :-1]).all()
     members = keys.gather(3 * SEGMENT).float()[places]
     flat = mine.means.flatten(0, 1).transpose(1, 2).flatten(0, 1)
-    assert torch.allclose(flat[:, :-1], members.mean(1), atol=1e-4)
-    spread = ((members - members.mean(1, keepdim=True)) ** 2).sum(-1).mean(1).sqrt()
-    assert torch.allclose(flat[:, -1], op.RADIUS * spread, atol=1e-3)
+    fine = mine.fine.view(torch.bfloat16).flatten(0, 1).transpose(1, 2).flatten(0, 1).float()
+    for found, parts, near in ((flat, members.unflatten(0, (-1, PARTS)).flatten(1, 2), 1e-4), (fine, members, 0.03)):
+        assert torch.allclose(found[:, :-1], parts.mean(1), atol=near, rtol=near)
+        spread = ((parts - parts.mean(1, keepdim=True)) ** 2).sum(-1).mean(1).sqrt()
+        assert torch.allclose(found[:, -1], op.RADIUS * spread, atol=10 * near)
     later = room_for(3, 32, keys.rows.device)
     for first in range(3):  # one after the other
         op.make_groups(keys, later, first, first + 1)
-    assert torch.equal(later.order, mine.order) and torch.equal(later.means, mine.means)
+    assert all(map(torch.equal, later, mine))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "packed", "pages"])
@@ -88,8 +90,7 @@ def test_picks_are_the_best_of_the_best_groups(kind: str) -> None:
     assert torch.equal(found[:2], exact[:2]), "too few for groups"
     for row in range(2, 6):
         segments = op.grouped_segments(int(end[row]))
-        of_groups = op.score_groups(q[row : row + 1], weights[row : row + 1], groups, segments * PER_SEGMENT)[0]
-        best = groups.places()[of_groups.topk(BUDGET).indices].flatten()
+        best = groups.places()[op.best_parts(q[row], weights[row], groups, segments * PER_SEGMENT, BUDGET)].flatten()
         allowed = torch.cat([best, torch.arange(segments * SEGMENT, int(end[row]))])
         wanted = allowed[scores[row, allowed].topk(16).indices].sort().values
         assert torch.equal(found[row], wanted)
@@ -97,8 +98,8 @@ def test_picks_are_the_best_of_the_best_groups(kind: str) -> None:
             q[row : row + 1], weights[row : row + 1], keys, groups, end[row : row + 1], 16, BUDGET
         )  # fmt: skip
         assert torch.equal(again[0], found[row]), "neighbours do not matter"
-    whole = op.index_search(q, weights, keys, groups, end, 16, 4 * PER_SEGMENT)
-    assert torch.equal(whole, exact), "with every group it is the exact scan"
+    whole = op.index_search(q, weights, keys, groups, end, 16, 4 * PER_SEGMENT * PARTS)
+    assert torch.equal(whole, exact), "with every part it is the exact scan"
 
 
 def test_a_broken_key_shows_and_nothing_hangs() -> None:
@@ -112,7 +113,7 @@ def test_a_broken_key_shows_and_nothing_hangs() -> None:
 
 def test_equal_keys_are_cut_by_their_order() -> None:
     groups = groups_of(IndexKeys(torch.ones(SEGMENT, 32), 32), 1)
-    assert groups.places()[-1].tolist() == list(range(MEMBERS)), "the first ones go up every time"
+    assert groups.places()[-1].tolist() == list(range(FINE)), "the first ones go up every time"
 
 
 # States

@@ -256,7 +256,7 @@ static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const flo
         const int64_t *table = (const int64_t *)(uintptr_t)s->tables[row];
         if (n[GROUP_BUDGET] && mine[GROUP_ORDER])
             NAME(index_search)(queries, s->head_weights + row * heads, plain, packed, table, PLACE(mine, GROUP_ORDER),
-                               PLACE(mine, GROUP_MEANS), ends, count, heads, width, mine[KEY_ROWS], n[TOP_K],
+                               PLACE(mine, GROUP_MEANS), PLACE(mine, GROUP_FINE), ends, count, heads, width, mine[KEY_ROWS], n[TOP_K],
                                n[GROUP_BUDGET], threads, s->picks + row * n[TOP_K]);
         else
             NAME(index_scan)(queries, s->head_weights + row * heads, plain, packed, table, NULL, ends, count, heads, width,

@@ -3,6 +3,7 @@
 
 #ifndef ELEMENT_BF16
 #define WAYS 6 /* steps towards the direction of largest spread */
+#define PARTS (MEMBERS / FINE)
 #define RADIUS 0.3f /* of a group's radius: what its best keys may lie nearer to a query than its mean */
 
 /* The direction in which the rows x [n][wide], whose mean is zero, spread most: by repeated products with their covariance,
@@ -63,19 +64,19 @@ static void halve(const float *rows, long wide, uint16_t *order, long n, float *
     memcpy(order + down, upper, sizeof(uint16_t) * up);
 }
 
-/* Mean and radius of the keys named by `members`, into lane `lane` of a block [width + 1][VECTOR]. */
-static void put_mean(const float *rows, long wide, long width, const uint16_t *members, float *block, long lane) {
+/* The mean of the n keys named by `members`, and what counts of their radius -> out [width + 1]. */
+static void mean_of(const float *rows, long wide, long width, const uint16_t *members, long n, float *out) {
     float radius = 0.0f;
     for (long c = 0; c < width; c++) {
         float sum = 0.0f;
-        for (long m = 0; m < MEMBERS; m++) sum += rows[members[m] * wide + c];
-        float mean = block[c * VECTOR + lane] = sum / (float)MEMBERS;
-        for (long m = 0; m < MEMBERS; m++) {
+        for (long m = 0; m < n; m++) sum += rows[members[m] * wide + c];
+        float mean = out[c] = sum / (float)n;
+        for (long m = 0; m < n; m++) {
             float far = rows[members[m] * wide + c] - mean;
             radius += far * far;
         }
     }
-    block[width * VECTOR + lane] = RADIUS * sqrtf(radius / (float)MEMBERS);
+    out[width] = RADIUS * sqrtf(radius / (float)n);
 }
 
 /* Scores of `blocks` blocks of VECTOR groups each: q [heads][width] and its heads' lengths -> score. */
@@ -102,15 +103,22 @@ static void score_groups(const float *q, const float *length, const float *weigh
     }
 }
 
-/* The keys of the chosen groups and those behind the segments, in ascending order. */
+/* Ranks of n scores into `best`, which keeps the best of them. */
+static void rank_all(Best *best, const float *score, const int64_t *ids, long n) {
+    best->size = 0;
+    for (long i = 0; i < n; i++) best->list[best->size++] = rank_of(score[i], ids ? ids[i] : i);
+    keep_best(best);
+}
+
+/* The keys of the chosen parts of groups and those behind the segments, in ascending order. */
 static long candidates(const Best *groups, const uint16_t *order, int64_t tail, int64_t end, int64_t *ids) {
-    long n = 0, per_segment = SEGMENT / MEMBERS;
+    long n = 0, per_segment = SEGMENT / FINE;
     for (long i = 0; i < groups->size;) {
         uint64_t chosen[SEGMENT / 64] = {0};
         int64_t segment = index_of(groups->list[i]) / per_segment;
         for (; i < groups->size && index_of(groups->list[i]) / per_segment == segment; i++) {
-            const uint16_t *members = order + index_of(groups->list[i]) * MEMBERS;
-            for (long m = 0; m < MEMBERS; m++) chosen[members[m] / 64] |= (uint64_t)1 << members[m] % 64;
+            const uint16_t *members = order + index_of(groups->list[i]) * FINE;
+            for (long m = 0; m < FINE; m++) chosen[members[m] / 64] |= (uint64_t)1 << members[m] % 64;
         }
         for (long word = 0; word < SEGMENT / 64; word++)
             for (uint64_t left = chosen[word]; left; left &= left - 1)
@@ -122,13 +130,15 @@ static long candidates(const Best *groups, const uint16_t *order, int64_t tail, 
 #endif
 
 /* Segments [first, last) of one sequence's keys (see index_scan) -> order [last][SEGMENT] uint16: of each segment the
- * places of its keys, group by group, ascending within a group; means [last][groups / VECTOR][width + 1][VECTOR]: the
- * groups' means and, in the last row, a part of their radius. */
+ * places of its keys, group by group and part by part, ascending within a part; means [last][groups / VECTOR][width + 1]
+ * [VECTOR]: the groups' means and, in the last row, a part of their radius; fine [last][groups][width + 1][parts] bf16: the
+ * same of each group's parts. */
 void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *table, long width, long per_page, long first,
-                        long last, uint8_t *order, float *means) {
+                        long last, uint8_t *order, float *means, uint8_t *fine) {
     Scan s = NAME(scan_of)(keys, packed, table, 1, width, per_page);
     long wide = whole(width), groups = SEGMENT / MEMBERS;
-    float *rows = calloc(2 * SEGMENT * wide, sizeof(float)), *x = rows + SEGMENT * wide;
+    float *rows = calloc(2 * SEGMENT * wide + width + 1, sizeof(float)), *x = rows + SEGMENT * wide;
+    float *mean = x + SEGMENT * wide;
     for (long segment = first; segment < last; segment++) {
         uint16_t *mine = (uint16_t *)order + segment * SEGMENT;
         for (long i = 0; i < SEGMENT; i++) {
@@ -139,34 +149,59 @@ void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *tab
                 for (long c = 0; c < width; c++) rows[i * wide + c] = GET((const T *)row, c);
             mine[i] = (uint16_t)i;
         }
-        for (long size = SEGMENT; size > MEMBERS; size /= 2)
+        for (long size = SEGMENT; size > FINE; size /= 2)
             for (long at = 0; at < SEGMENT; at += size) halve(rows, wide, mine + at, size, x);
-        for (long g = 0; g < groups; g++)
-            put_mean(rows, wide, width, mine + g * MEMBERS,
-                     means + (segment * groups + g) / VECTOR * (width + 1) * VECTOR, g % VECTOR);
+        for (long g = 0; g < groups; g++) {
+            long at = segment * groups + g;
+            uint16_t *parts = (uint16_t *)fine + at * (width + 1) * PARTS;
+            mean_of(rows, wide, width, mine + g * MEMBERS, MEMBERS, mean);
+            for (long c = 0; c <= width; c++) means[(at / VECTOR * (width + 1) + c) * VECTOR + at % VECTOR] = mean[c];
+            for (long part = 0; part < PARTS; part++) {
+                mean_of(rows, wide, width, mine + g * MEMBERS + part * FINE, FINE, mean);
+                for (long c = 0; c <= width; c++) parts[c * PARTS + part] = to_bf16(mean[c]);
+            }
+        }
     }
     free(rows);
 }
 
-/* The `budget` best groups of a query, ascending. */
-static Best NAME(best_groups)(const Scan *s, const T *q, const float *weights, const float *means, int64_t groups,
-                              long budget) {
-    float *score = malloc(sizeof(float) * (groups + s->heads * (s->width + 1)) + 64), *floats = score + groups;
-    float *length = floats + s->heads * s->width;
-    for (long j = 0; j < s->heads; j++) {
+/* The `budget` best parts of the `budget` best groups of a query, ascending. */
+static Best NAME(best_parts)(const Scan *s, const T *q, const float *weights, const float *means, const uint8_t *fine,
+                             int64_t groups, long budget) {
+    long heads = s->heads, width = s->width, size = (width + 1) * PARTS;
+    long most = groups > (budget + 1) * PARTS ? groups : (budget + 1) * PARTS;
+    float *score = malloc(sizeof(float) * (most + heads * (width + 1) + (width + 1) * VECTOR) + 64);
+    float *floats = score + most, *length = floats + heads * width, *block = length + heads;
+    int64_t *ids = malloc(sizeof(int64_t) * most);
+    for (long j = 0; j < heads; j++) {
         float sum = 0.0f;
-        for (long c = 0; c < s->width; c++) {
-            float x = floats[j * s->width + c] = GET(q, j * s->width + c);
+        for (long c = 0; c < width; c++) {
+            float x = floats[j * width + c] = GET(q, j * width + c);
             sum += x * x;
         }
         length[j] = sqrtf(sum);
     }
-    score_groups(floats, length, weights, s->heads, s->width, means, groups / VECTOR, score);
-    Best best = {.list = malloc(sizeof(uint64_t) * 2 * groups), .k = budget, .threshold = -INFINITY};
-    best.scratch = best.list + groups;
-    for (long g = 0; g < groups; g++) best.list[best.size++] = rank_of(score[g], g);
-    keep_best(&best);
-    free(score);
+    Best best = {.list = malloc(sizeof(uint64_t) * 2 * most), .k = budget, .threshold = -INFINITY};
+    best.scratch = best.list + most;
+    score_groups(floats, length, weights, heads, width, means, groups / VECTOR, score);
+    rank_all(&best, score, NULL, groups);
+    long count = best.size;
+    for (long i = 0; i < count; i += VECTOR / PARTS) { /* parts of some groups side by side */
+        for (long side = 0; side < VECTOR / PARTS; side++) {
+            int64_t group = index_of(best.list[i + side < count ? i + side : i]);
+            for (long part = 0; part < PARTS; part++) ids[(i + side) * PARTS + part] = group * PARTS + part;
+        }
+        for (long c = 0; c <= width; c++) {
+            uint16_t lanes[VECTOR];
+            for (long side = 0; side < VECTOR / PARTS; side++)
+                memcpy(lanes + side * PARTS, (const uint16_t *)fine + ids[(i + side) * PARTS] / PARTS * size + c * PARTS,
+                       sizeof(uint16_t) * PARTS);
+            store(block + c * VECTOR, VECTOR, load_bf16(lanes, VECTOR));
+        }
+        score_groups(floats, length, weights, heads, width, block, 1, score + i * PARTS);
+    }
+    rank_all(&best, score, ids, count * PARTS);
+    free(score), free(ids);
     return best;
 }
 
@@ -202,15 +237,16 @@ static void NAME(best_of_some)(const Scan *s, const T *q, const float *weights, 
     free(best.list), free(row), free_query(&query), free_keys(&keys);
 }
 
-/* As `index_scan`, for queries that see entries [0, end) of one sequence, ends ascending: those that see more groups than
- * `budget` score that many groups' keys, and the newest ones, in place of all. order and means: what `index_groups` made of
- * the segments that any of them needs. Every query is searched by itself, so its picks depend on nothing else. */
+/* As `index_scan`, for queries that see entries [0, end) of one sequence, best with ends ascending: those that see many
+ * groups score all groups, all parts of the `budget` best of these, the keys of the `budget` best of those, and the newest
+ * keys. order, means and fine: what `index_groups` made of the segments that any of them needs. Every query is searched by
+ * itself, so its picks depend on nothing else. */
 void NAME(index_search)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
-                        const uint8_t *order, const float *means, const int64_t *end, long queries, long heads, long width,
-                        long per_page, long k, long budget, long threads, int64_t *picks) {
+                        const uint8_t *order, const float *means, const uint8_t *fine, const int64_t *end, long queries,
+                        long heads, long width, long per_page, long k, long budget, long threads, int64_t *picks) {
     const long per_segment = SEGMENT / MEMBERS;
     long plain = 0;
-    while (plain < queries && grouped_segments(end[plain]) * per_segment <= budget) plain++;
+    while (plain < queries && PLAIN * grouped_segments(end[plain]) * per_segment <= budget) plain++;
     if (plain)
         NAME(index_scan)(q, weights, keys, packed, table, NULL, end, plain, heads, width, per_page, k, threads, picks);
     Scan s = NAME(scan_of)(keys, packed, table, heads, width, per_page);
@@ -221,11 +257,11 @@ void NAME(index_search)(const T *q, const float *weights, const T *keys, const u
             for (long i = 0; i < k; i++) picks[row * k + i] = i < end[row] ? i : -1;
             continue;
         }
-        Best groups = NAME(best_groups)(&s, q + row * heads * width, weights + row * heads, means, segments * per_segment,
-                                        budget);
-        int64_t *ids = malloc(sizeof(int64_t) * (budget * MEMBERS + end[row] - tail + 1));
-        long n = candidates(&groups, (const uint16_t *)order, tail, end[row], ids);
+        Best parts = NAME(best_parts)(&s, q + row * heads * width, weights + row * heads, means, fine,
+                                      segments * per_segment, budget);
+        int64_t *ids = malloc(sizeof(int64_t) * (budget * FINE + end[row] - tail + 1));
+        long n = candidates(&parts, (const uint16_t *)order, tail, end[row], ids);
         NAME(best_of_some)(&s, q + row * heads * width, weights + row * heads, ids, n, k, picks + row * k);
-        free(ids), free(groups.list);
+        free(ids), free(parts.list);
     }
 }
