@@ -4,6 +4,8 @@
 #ifndef ELEMENT_BF16
 #define WAYS 6 /* steps towards the direction of largest spread */
 #define PARTS (MEMBERS / FINE)
+#define SIDE 8 /* heads */
+#define COARSE_BIT (1u << 20) /* up to it, limits are sought among all scores */
 #define RADIUS 0.3f /* of a group's radius: what its best keys may lie nearer to a query than its mean */
 
 /* The direction in which the rows x [n][wide], whose mean is zero, spread most: by repeated products with their covariance,
@@ -85,39 +87,78 @@ static void score_groups(const float *q, const float *length, const float *weigh
     for (long b = 0; b < blocks; b++) {
         const float *block = means + b * (width + 1) * VECTOR;
         Vector total = {0}, radius = load(block + width * VECTOR, VECTOR);
-        for (long j = 0; j < heads; j += 4) {
-            Vector sum[4];
-            const float *mine[4];
-            for (int i = 0; i < 4; i++) {
+        for (long j = 0; j < heads; j += SIDE) { /* as many as hide the time of a product */
+            Vector sum[SIDE];
+            const float *mine[SIDE];
+#pragma GCC unroll 8
+            for (int i = 0; i < SIDE; i++) {
                 mine[i] = q + (j + i < heads ? j + i : j) * width;
                 sum[i] = radius * length[j + i < heads ? j + i : j];
             }
             for (long c = 0; c < width; c++) {
                 Vector mean = load(block + c * VECTOR, VECTOR);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) sum[i] += mine[i][c] * mean;
+#pragma GCC unroll 8
+                for (int i = 0; i < SIDE; i++) sum[i] += mine[i][c] * mean;
             }
-            for (int i = 0; i < 4 && j + i < heads; i++) total += weights[j + i] * larger(sum[i], 0.0f);
+#pragma GCC unroll 8
+            for (int i = 0; i < SIDE; i++)
+                if (j + i < heads) total += weights[j + i] * larger(sum[i], 0.0f);
         }
         store(score + b * VECTOR, VECTOR, total);
     }
 }
 
-/* Ranks of n scores into `best`, which keeps the best of them. */
-static void rank_all(Best *best, const float *score, const int64_t *ids, long n) {
-    best->size = 0;
-    for (long i = 0; i < n; i++) best->list[best->size++] = rank_of(score[i], ids ? ids[i] : i);
-    keep_best(best);
+/* The places of the best k of n scores, ascending; of equal ones the first. A NaN counts as the largest number, and what is
+ * -INFINITY is not chosen. `order` has room for n; -> how many. */
+static long best_places(const float *score, long n, long k, uint32_t *order, int64_t *places) {
+    const uint32_t none = 0x007fffffu; /* -INFINITY */
+    uint32_t limit = 0;
+    long count = 0, kept = 0, room = k;
+    for (long i = 0; i < n; i++) {
+        uint32_t bits = bits_of(score[i] == score[i] ? score[i] + 0.0f : INFINITY);
+        order[i] = bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+    }
+    for (uint32_t bit = 1u << 31; bit >= COARSE_BIT; bit >>= 1) { /* as `keep_best`, over all */
+        uint32_t least = limit | bit, above = 0;
+        for (long i = 0; i < n; i++) above += order[i] >= least;
+        if ((long)above >= k) limit = least;
+    }
+    for (long at = 0; at < n; at += VECTOR) {
+        uint32_t hits = 0;
+        if (n - at >= VECTOR) {
+#ifdef __AVX512F__
+            hits = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(order + at), _mm512_set1_epi32((int)limit));
+#else
+            for (int i = 0; i < VECTOR; i++) hits |= (uint32_t)(order[at + i] >= limit) << i;
+#endif
+        } else
+            for (long i = 0; at + i < n; i++) hits |= (uint32_t)(order[at + i] >= limit) << i;
+        for (; hits; hits &= hits - 1) places[count++] = at + __builtin_ctz(hits);
+    }
+    for (long i = 0; i < count; i++) order[i] = order[places[i]]; /* of the few that are left; a place is never before i */
+    for (uint32_t bit = COARSE_BIT >> 1; bit; bit >>= 1) {
+        uint32_t least = limit | bit, above = 0;
+        for (long i = 0; i < count; i++) above += order[i] >= least;
+        if (above >= k) limit = least;
+    }
+    for (long i = 0; i < count; i++) room -= order[i] > limit;
+    for (long i = 0; i < count; i++) {
+        int is_equal = order[i] == limit;
+        places[kept] = places[i];
+        kept += order[i] > none && (order[i] > limit || (is_equal && room > 0));
+        room -= is_equal;
+    }
+    return kept;
 }
 
 /* The keys of the chosen parts of groups and those behind the segments, in ascending order. */
-static long candidates(const Best *groups, const uint16_t *order, int64_t tail, int64_t end, int64_t *ids) {
+static long candidates(const int64_t *parts, long count, const uint16_t *order, int64_t tail, int64_t end, int64_t *ids) {
     long n = 0, per_segment = SEGMENT / FINE;
-    for (long i = 0; i < groups->size;) {
+    for (long i = 0; i < count;) {
         uint64_t chosen[SEGMENT / 64] = {0};
-        int64_t segment = index_of(groups->list[i]) / per_segment;
-        for (; i < groups->size && index_of(groups->list[i]) / per_segment == segment; i++) {
-            const uint16_t *members = order + index_of(groups->list[i]) * FINE;
+        int64_t segment = parts[i] / per_segment;
+        for (; i < count && parts[i] / per_segment == segment; i++) {
+            const uint16_t *members = order + parts[i] * FINE;
             for (long m = 0; m < FINE; m++) chosen[members[m] / 64] |= (uint64_t)1 << members[m] % 64;
         }
         for (long word = 0; word < SEGMENT / 64; word++)
@@ -165,14 +206,15 @@ void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *tab
     free(rows);
 }
 
-/* The `budget` best parts of the `budget` best groups of a query, ascending. */
-static Best NAME(best_parts)(const Scan *s, const T *q, const float *weights, const float *means, const uint8_t *fine,
-                             int64_t groups, long budget) {
-    long heads = s->heads, width = s->width, size = (width + 1) * PARTS;
+/* The `budget` best parts of the `budget` best groups of a query, ascending, to `parts`; -> how many. */
+static long NAME(best_parts)(const Scan *s, const T *q, const float *weights, const float *means, const uint8_t *fine,
+                             int64_t groups, long budget, int64_t *parts) {
+    long heads = s->heads, width = s->width, size = (width + 1) * PARTS, side_by_side = VECTOR / PARTS;
     long most = groups > (budget + 1) * PARTS ? groups : (budget + 1) * PARTS;
-    float *score = malloc(sizeof(float) * (most + heads * (width + 1) + (width + 1) * VECTOR) + 64);
-    float *floats = score + most, *length = floats + heads * width, *block = length + heads;
-    int64_t *ids = malloc(sizeof(int64_t) * most);
+    float *score = malloc(sizeof(float) * (2 * most + heads * (width + 1) + (width + 1) * VECTOR) + 64);
+    float *floats = score + 2 * most, *length = floats + heads * width, *block = length + heads;
+    uint32_t *order = (uint32_t *)(score + most);
+    int64_t *best = malloc(sizeof(int64_t) * 2 * most), *places = best + most;
     for (long j = 0; j < heads; j++) {
         float sum = 0.0f;
         for (long c = 0; c < width; c++) {
@@ -181,28 +223,24 @@ static Best NAME(best_parts)(const Scan *s, const T *q, const float *weights, co
         }
         length[j] = sqrtf(sum);
     }
-    Best best = {.list = malloc(sizeof(uint64_t) * 2 * most), .k = budget, .threshold = -INFINITY};
-    best.scratch = best.list + most;
     score_groups(floats, length, weights, heads, width, means, groups / VECTOR, score);
-    rank_all(&best, score, NULL, groups);
-    long count = best.size;
-    for (long i = 0; i < count; i += VECTOR / PARTS) { /* parts of some groups side by side */
-        for (long side = 0; side < VECTOR / PARTS; side++) {
-            int64_t group = index_of(best.list[i + side < count ? i + side : i]);
-            for (long part = 0; part < PARTS; part++) ids[(i + side) * PARTS + part] = group * PARTS + part;
-        }
+    long count = best_places(score, groups, budget, order, best);
+    for (long i = 0; i < count; i += side_by_side) { /* parts of some groups side by side */
+        const uint16_t *from[VECTOR / PARTS];
+        for (long side = 0; side < side_by_side; side++)
+            from[side] = (const uint16_t *)fine + best[i + side < count ? i + side : i] * size;
         for (long c = 0; c <= width; c++) {
             uint16_t lanes[VECTOR];
-            for (long side = 0; side < VECTOR / PARTS; side++)
-                memcpy(lanes + side * PARTS, (const uint16_t *)fine + ids[(i + side) * PARTS] / PARTS * size + c * PARTS,
-                       sizeof(uint16_t) * PARTS);
+            for (long side = 0; side < side_by_side; side++)
+                memcpy(lanes + side * PARTS, from[side] + c * PARTS, sizeof(uint16_t) * PARTS);
             store(block + c * VECTOR, VECTOR, load_bf16(lanes, VECTOR));
         }
         score_groups(floats, length, weights, heads, width, block, 1, score + i * PARTS);
     }
-    rank_all(&best, score, ids, count * PARTS);
-    free(score), free(ids);
-    return best;
+    count = best_places(score, count * PARTS, budget, order, places);
+    for (long i = 0; i < count; i++) parts[i] = best[places[i] / PARTS] * PARTS + places[i] % PARTS;
+    free(score), free(best);
+    return count;
 }
 
 /* Scores of the entries in `ids` [n] -> the best k of them, ascending. */
@@ -210,31 +248,27 @@ static void NAME(best_of_some)(const Scan *s, const T *q, const float *weights, 
                                int64_t *picks) {
     Query query;
     Keys keys;
-    Best best = {.list = malloc(sizeof(uint64_t) * 2 * (n + 1)), .k = k, .threshold = -INFINITY};
-    const uint8_t **row = malloc(sizeof(*row) * (n + TILE));
-    best.scratch = best.list + n + 1;
+    const uint8_t **row = malloc(sizeof(*row) * (n + 2 * TILE));
+    float *score = malloc(sizeof(float) * 2 * (n + TILE));
+    int64_t *places = malloc(sizeof(int64_t) * n);
     make_keys(s, &keys), make_query(s, &query);
     if (s->has_tiles) tiles_begin();
     NAME(read_query)(s, q, &query);
     NAME(weigh_heads)(s, weights, &query);
-    for (long i = 0; i < n + TILE; i++) {
+    for (long i = 0; i < n + 2 * TILE; i++) {
         int64_t run;
-        row[i] = row_at(s, ids[i < n ? i : n - 1], &run);
+        row[i] = i < n ? row_at(s, ids[i], &run) : row[n - 1];
     }
     for (long at = 0; at < n; at += TILE) {
-        float score[TILE];
         Ahead ahead = {.bytes = s->row_bytes};
-        int is_more = at + TILE < n;
-        for (long r = 0; is_more && r < TILE; r++) ahead.row[r] = row[at + TILE + (at + TILE + r < n + TILE ? r : 0)];
+        memcpy(ahead.row, row + at + TILE, sizeof(ahead.row));
         NAME(fill_rows)(s, row + at, query.kernel, &keys);
-        score_tile(s, &query, weights, &keys, is_more ? &ahead : NULL, score);
-        for (long r = 0; r < TILE && at + r < n; r++)
-            if (!(score[r] <= -INFINITY)) best.list[best.size++] = rank_of(score[r], ids[at + r]);
+        score_tile(s, &query, weights, &keys, at + TILE < n ? &ahead : NULL, score + at);
     }
     if (s->has_tiles) tiles_end();
-    keep_best(&best);
-    for (long i = 0; i < k; i++) picks[i] = i < best.size ? index_of(best.list[i]) : -1;
-    free(best.list), free(row), free_query(&query), free_keys(&keys);
+    long count = best_places(score, n, k, (uint32_t *)(score + n + TILE), places);
+    for (long i = 0; i < k; i++) picks[i] = i < count ? ids[places[i]] : -1;
+    free(row), free(score), free(places), free_query(&query), free_keys(&keys);
 }
 
 /* As `index_scan`, for queries that see entries [0, end) of one sequence, best with ends ascending: those that see many
@@ -257,11 +291,12 @@ void NAME(index_search)(const T *q, const float *weights, const T *keys, const u
             for (long i = 0; i < k; i++) picks[row * k + i] = i < end[row] ? i : -1;
             continue;
         }
-        Best parts = NAME(best_parts)(&s, q + row * heads * width, weights + row * heads, means, fine,
-                                      segments * per_segment, budget);
-        int64_t *ids = malloc(sizeof(int64_t) * (budget * FINE + end[row] - tail + 1));
-        long n = candidates(&parts, (const uint16_t *)order, tail, end[row], ids);
+        int64_t *ids = malloc(sizeof(int64_t) * (budget * (FINE + 1) + end[row] - tail + 1));
+        int64_t *parts = ids + budget * FINE + end[row] - tail + 1;
+        long count = NAME(best_parts)(&s, q + row * heads * width, weights + row * heads, means, fine,
+                                      segments * per_segment, budget, parts);
+        long n = candidates(parts, count, (const uint16_t *)order, tail, end[row], ids);
         NAME(best_of_some)(&s, q + row * heads * width, weights + row * heads, ids, n, k, picks + row * k);
-        free(ids), free(parts.list);
+        free(ids);
     }
 }
