@@ -5,6 +5,7 @@
 #define WAYS 6 /* steps towards the direction of largest spread */
 #define PARTS (MEMBERS / FINE)
 #define SIDE 8 /* heads */
+#define FETCHED 8 /* groups or parts ahead, whose places in memory nothing foretells */
 #define COARSE_BIT (1u << 20) /* up to it, limits are sought among all scores */
 #define RADIUS 0.3f /* of a group's radius: what its best keys may lie nearer to a query than its mean */
 
@@ -159,6 +160,7 @@ static long candidates(const int64_t *parts, long count, const uint16_t *order, 
         int64_t segment = parts[i] / per_segment;
         for (; i < count && parts[i] / per_segment == segment; i++) {
             const uint16_t *members = order + parts[i] * FINE;
+            if (i + FETCHED < count) __builtin_prefetch(order + parts[i + FETCHED] * FINE, 0, 2);
             for (long m = 0; m < FINE; m++) chosen[members[m] / 64] |= (uint64_t)1 << members[m] % 64;
         }
         for (long word = 0; word < SEGMENT / 64; word++)
@@ -227,6 +229,8 @@ static long NAME(best_parts)(const Scan *s, const T *q, const float *weights, co
     long count = best_places(score, groups, budget, order, best);
     for (long i = 0; i < count; i += side_by_side) { /* parts of some groups side by side */
         const uint16_t *from[VECTOR / PARTS];
+        for (long next = i + FETCHED; next < i + FETCHED + side_by_side && next < count; next++)
+            for (long at = 0; at < size; at += 32) __builtin_prefetch((const uint16_t *)fine + best[next] * size + at, 0, 2);
         for (long side = 0; side < side_by_side; side++)
             from[side] = (const uint16_t *)fine + best[i + side < count ? i + side : i] * size;
         for (long c = 0; c <= width; c++) {
