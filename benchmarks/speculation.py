@@ -1,4 +1,7 @@
-"""Speculative decoding by the MTP module, on and off by turns: seconds a token on code, chat, random text and sampling.
+"""Speculative decoding, on and off by turns: seconds a token on code, chat, random text and sampling.
+
+Drafts come from the text itself and from the MTP module. Greedy continuations of a model as small as this one soon
+repeat themselves, which is much of what is gained on `code`; `config` says what part of the tokens came by drafts.
 
 Both sides are the engine on the same bundled model in one process, one request at a time and by turns, and must give
 the same tokens. A line is one kind of prompt: `ours` is tokens per second between the first and the last token with
@@ -12,6 +15,8 @@ in such rounds.
 * `code-t1`: the same beginnings, sampled at temperature 1
 * `random`: prompts of random tokens, sampled at temperature 1: nothing here can be foretold
 
+The model is measured in fp32, in bf16 and with packed weights (`fp4`: experts in MXFP4, the rest in FP8).
+
     python benchmarks/speculation.py --json
     python benchmarks/speculation.py --quick --threads 1
 
@@ -19,6 +24,7 @@ The target is at least 1.2 on code and never below 0.98.
 """
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -34,6 +40,10 @@ from rorqual.data import python_corpus
 from rorqual.data.tasks import ChatFamily, CodeFamily
 from rorqual.engine.stats import EngineStats
 
+FORMATS: dict[str, dict[str, Any]] = {
+    "fp32": {"dtype": torch.float32}, "bf16": {"dtype": torch.bfloat16},
+    "fp4": {"dtype": torch.bfloat16, "weights": "fp4"},
+}  # fmt: skip
 HELD_OUT = 0.02
 """Share of the Python files that the recipe of Minke sets aside."""
 
@@ -112,7 +122,7 @@ def turn(on: Engine, off: Engine, case: Case, number: int) -> tuple[Side, Side]:
     return with_drafts, without
 
 
-def measure_case(on: Engine, off: Engine, case: Case, repeats: int) -> dict[str, Any]:
+def measure_case(on: Engine, off: Engine, case: Case, kind: str, repeats: int) -> dict[str, Any]:
     """One line; the first turn is thrown away."""
     turns = [turn(on, off, case, 0)]
     before = on.stats()
@@ -127,7 +137,7 @@ def measure_case(on: Engine, off: Engine, case: Case, repeats: int) -> dict[str,
     costs = on.speculation.policy.costs(1)
     return {
         "name": "speculation",
-        "case": f"{case.name}/minke/{torch.get_num_threads()}t/fp32",
+        "case": f"{case.name}/minke/{torch.get_num_threads()}t/{kind}",
         "unit": "tokens/s",
         "ours": measure.middle(mine),
         "peer": measure.middle(theirs),
@@ -174,20 +184,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="counted pairs of turns")
     parser.add_argument("--prompts", type=int, default=6, help="prompts of a kind")
     parser.add_argument("--tokens", type=int, default=160, help="most tokens to decode after each")
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), help="of the weights")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="code, chat, code-t1, random")
     options = parser.parse_args()
     if options.quick:
         options.repeats, options.prompts, options.tokens = 1, 2, 80
     began = time.perf_counter()
-    model, tokenizer = rorqual.load("minke")
-    chosen = cases(tokenizer, options.prompts, options.tokens)
-    for threads in options.threads:
+    for threads, kind in itertools.product(options.threads, options.formats):
         torch.set_num_threads(threads)
+        model, tokenizer = rorqual.load("minke", **FORMATS[kind])
         with Engine(model, tokenizer, speculate=True) as on, Engine(model, tokenizer) as off:
-            for case in chosen:
+            for case in cases(tokenizer, options.prompts, options.tokens):
                 if not options.only or case.name in options.only:
-                    measure.note(f"{case.name}, {threads} threads ({time.perf_counter() - began:.0f} s)")
-                    print_line(measure_case(on, off, case, options.repeats), as_json=options.json)
+                    measure.note(f"{case.name}, {kind}, {threads} threads ({time.perf_counter() - began:.0f} s)")
+                    print_line(measure_case(on, off, case, kind, options.repeats), as_json=options.json)
 
 
 if __name__ == "__main__":
