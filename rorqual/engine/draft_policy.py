@@ -36,7 +36,7 @@ START = 2.0
 """Drafts that the module's own probability counts for."""
 MEMORY = 128.0
 """Drafts that a class's share of right ones looks back at."""
-MARGIN = 1.1
+MARGIN = 1.2
 """How much more a draft has to promise than it costs: costs and odds are estimates."""
 SAMPLES = 32
 """Rounds of a kind that its cost is taken from."""
@@ -52,6 +52,8 @@ STALE = 1024
 """Rounds without drafts after which what rows cost is measured anew."""
 ROW, DRAFT, READING = 0.45, 0.3, 0.7
 """What a row, a draft, and drafts behind a text that is read first may cost in rounds, until it is known."""
+ASIDE = 0.06
+"""What looking, remembering and counting cost in rounds, where nothing is measured without them."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048
 """Tokens."""
 PATIENCE, CREDIT = 2.0, 4.0
@@ -227,6 +229,8 @@ class Policy:
     text_odds: dict[bool, MatchOdds] = field(default_factory=lambda: {True: MatchOdds(), False: MatchOdds()})
     """The same for drafts from the text itself."""
     text_kinds: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(), False: Trial()})
+    misses: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    """Rounds since the text of the request that was looked at last offered something: the next one begins with half."""
     _costs: dict[int, Costs] = field(default_factory=dict)
 
     def costs(self, requests: int) -> Costs:
@@ -272,7 +276,7 @@ class Policy:
         is_text: the drafts are from the text itself, and `made` counts those of the module beside them.
         """
         costs = self.costs(requests)
-        spent = verified * costs.row + costs.drafts(made, is_first=is_first)
+        spent = verified * costs.row + costs.drafts(made, is_first=is_first) + ASIDE
         kind = (self.text_kinds if is_text else self.kinds)[greedy]
         for one in (trial, kind):
             one.add(right - spent * requests)

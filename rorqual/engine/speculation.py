@@ -35,6 +35,10 @@ MOST_DRAFTS = 5
 MOST_REPEATED = 15
 """Tokens at a time from the text itself: with the one before them what a step reads token by token."""
 
+MISSES, LONGEST_LOOK = 4, 12
+"""Rounds in a row in which the text offers nothing make the next look at it a token later, up to so many: a look costs
+little, but where nothing repeats itself it is all that a round has to spare."""
+
 MOST_READ = 16
 """Tokens of a prompt, or of a pause, that the module reads before it drafts: a part of its window, as for short outputs
 reading all of it would cost more than better drafts save."""
@@ -55,6 +59,8 @@ class Drafts:
         self.match = 0
         self.is_text = False
         """Whether that is what is verified."""
+        self.misses = self.look_in = 0
+        """Rounds since the text offered something, and tokens before the next look at it."""
         self.memory: DraftMemory | None = None
         """Made when there is something to remember: a request in a pause has none."""
         self.ids: list[int] = []
@@ -71,13 +77,14 @@ class Drafts:
     @property
     def text_wait(self) -> int:
         """Tokens before those of the text itself are."""
-        return max(self.text_kind.wait, self.text_trial.wait)
+        return max(self.text_kind.wait, self.text_trial.wait, self.look_in)
 
     def pass_by(self, tokens: int = 1) -> None:
         """Count tokens of a pause."""
         for trial in (self.kind, self.trial, self.text_kind, self.text_trial):
             if trial.wait:
                 trial.wait = max(0, trial.wait - tokens)
+        self.look_in = max(0, self.look_in - tokens)
 
 
 class Speculation:
@@ -109,9 +116,11 @@ class Speculation:
 
         A pause of many rounds is found out once, so that these cost as little as without speculation.
         """
-        if self._rest and len(work) == len(self._resting):
+        if self._rest:
             self._rest -= 1
-            if all(one[0] is job for one, job in zip(work, self._resting, strict=True)):
+            known, count = self._resting, len(work)
+            is_same = count == len(known) and work[0][0] is known[0]
+            if is_same and (count == 1 or all(one[0] is job for one, job in zip(work, known, strict=True))):
                 self._passed += 1
                 return True
         self._count_rest()
@@ -165,6 +174,8 @@ class Speculation:
             if mine.text is None:
                 mine.text = OwnText(job)
             mine.match, mine.repeated = mine.text.repeat(job, MOST_REPEATED)
+            mine.misses = self.policy.misses[greedy] = mine.misses + 1  # taken back when there is something to verify
+            mine.look_in = min(mine.misses // MISSES, LONGEST_LOOK)
         if not mine.match and not can_module:
             return ()
         terms = self.policy.terms(self._requests)
@@ -174,7 +185,7 @@ class Speculation:
         if mine.match:
             count = self.policy.text_odds[greedy].keep(mine.match, most, terms.to_verify)
             if count and self._can_draft(job, count):
-                mine.is_text = True
+                mine.is_text, mine.misses, mine.look_in, self.policy.misses[greedy] = True, 0, 0, 0
                 return tuple(mine.repeated[:count])
         most = min(most, MOST_DRAFTS, terms.most)
         return self._draft(job, most, terms) if can_module and most > 0 and self._can_draft(job, most) else ()
@@ -215,6 +226,7 @@ class Speculation:
         if job.drafting is None:
             greedy = job.request.params.temperature == 0
             job.drafting = Drafts(self.policy.kinds[greedy], self.policy.text_kinds[greedy])
+            job.drafting.misses = min(self.policy.misses[greedy], MISSES * LONGEST_LOOK) // 2
         drafts: Drafts = job.drafting
         return drafts
 
