@@ -52,7 +52,7 @@ STALE = 1024
 """Rounds without drafts after which what rows cost is measured anew."""
 ROW, DRAFT, READING = 0.45, 0.3, 0.7
 """What a row, a draft, and drafts behind a text that is read first may cost in rounds, until it is known."""
-ASIDE = 0.06
+ASIDE = 0.1
 """What looking, remembering and counting cost in rounds, where nothing is measured without them."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048
 """Tokens."""
@@ -230,7 +230,7 @@ class Policy:
     """The same for drafts from the text itself."""
     text_kinds: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(), False: Trial()})
     misses: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
-    """Rounds since the text of the request that was looked at last offered something: the next one begins with half."""
+    """Rounds since the text of the request that was looked at last offered something: the next one begins with as many."""
     _costs: dict[int, Costs] = field(default_factory=dict)
 
     def costs(self, requests: int) -> Costs:

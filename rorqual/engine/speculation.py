@@ -226,7 +226,8 @@ class Speculation:
         if job.drafting is None:
             greedy = job.request.params.temperature == 0
             job.drafting = Drafts(self.policy.kinds[greedy], self.policy.text_kinds[greedy])
-            job.drafting.misses = min(self.policy.misses[greedy], MISSES * LONGEST_LOOK) // 2
+            job.drafting.misses = min(self.policy.misses[greedy], MISSES * LONGEST_LOOK)
+            job.drafting.look_in = job.drafting.misses // MISSES
         drafts: Drafts = job.drafting
         return drafts
 
