@@ -7,8 +7,9 @@ Both sides are the engine on the same bundled model in one process, one request 
 the same tokens. A line is one kind of prompt: `ours` is tokens per second between the first and the last token with
 speculation, `peer` without, `ratio` how many times better on is than off (the middle of the turns' ratios; `spread` has
 the least and the greatest). `config` has the mean accepted length (tokens from a step with drafts), tokens a step over
-all steps, drafted and accepted tokens of a turn, a round's time without drafts, and what a further row and a draft cost
-in such rounds.
+all steps, the ratio by processor time of this process (which a busy machine disturbs less, and which on several threads
+counts their waiting for each other), drafted and accepted tokens of a turn, a round's time without drafts, and what a
+further row and a draft cost in such rounds.
 
 * `code`: beginnings of functions of Python files that training set aside, completed greedily
 * `chat`: questions of the chat and code tasks' test items, answered greedily
@@ -96,14 +97,23 @@ class Side:
     """What one engine did in a turn."""
 
     seconds: float = 0.0
+    cpu_s: float = 0.0
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
 
     def run(self, engine: Engine, case: Case, prompt: Sequence[int]) -> tuple[int, ...]:
         """Answer one prompt; the clock runs from the first token to the last."""
-        [out] = engine.generate(prompt, case.params)
+        clock: list[float] = []
+
+        def note(event: Any) -> None:
+            if not clock or event.finish_reason is not None:
+                clock.append(time.process_time())
+
+        request = engine.submit(prompt, case.params, listener=note)
+        out = request.result()
         self.seconds += out.timing.decode_s
+        self.cpu_s += clock[-1] - clock[0]
         self.tokens += len(out.ids) - 1
         self.drafted += out.usage.drafted_tokens
         self.accepted += out.usage.accepted_tokens
@@ -131,6 +141,7 @@ def measure_case(on: Engine, off: Engine, case: Case, kind: str, repeats: int) -
     mine = [side.tokens / side.seconds for side, _ in turns[1:]]
     theirs = [side.tokens / side.seconds for _, side in turns[1:]]
     ratios = sorted(a / b for a, b in zip(mine, theirs, strict=True))
+    cpu_ratios = sorted(b.cpu_s / a.cpu_s for a, b in turns[1:])
     last = turns[-1][0]
     steps = last.tokens - last.accepted
     assert on.speculation is not None
@@ -150,6 +161,7 @@ def measure_case(on: Engine, off: Engine, case: Case, kind: str, repeats: int) -
             "prompts": len(case.prompts), "tokens": last.tokens, "repeats": repeats, "steps": steps,
             "drafted": last.drafted, "accepted": last.accepted, "tokens_per_step": last.tokens / max(1, steps),
             "accepted_length": _accepted_length(before, after), "temperature": case.params.temperature,
+            "cpu_ratio": measure.middle(cpu_ratios), "cpu_ratio_spread": [cpu_ratios[0], cpu_ratios[-1]],
             "round_ms": 1e3 * (costs.plain or 0.0), "row_rounds": costs.row, "draft_rounds": costs.drafts(1),
             **measure.machine(),
         },

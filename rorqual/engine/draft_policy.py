@@ -126,7 +126,7 @@ def _median(values: deque[float]) -> float:
 class Costs:
     """What rounds of one number of decoding requests cost: seconds without drafts, and in such rounds the rest.
 
-    Rows are verified drafts, whichever request they belong to.
+    Seconds are of whatever clock. Rows are verified drafts, whichever request they belong to.
     """
 
     def __init__(self) -> None:
@@ -230,7 +230,7 @@ class Policy:
     """The same for drafts from the text itself."""
     text_kinds: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(), False: Trial()})
     misses: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
-    """Rounds since the text of the request that was looked at last offered something: the next one begins with as many."""
+    """Rounds since the text of the latest request offered something: the next one begins with as many."""
     _costs: dict[int, Costs] = field(default_factory=dict)
 
     def costs(self, requests: int) -> Costs:
