@@ -56,8 +56,9 @@ ASIDE = 0.1
 """What looking, remembering and counting cost in rounds, where nothing is measured without them."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048
 """Tokens."""
-PATIENCE, CREDIT = 2.0, 4.0
-"""A try ends when so many rounds are lost; what it gained before counts for no more than the other."""
+PATIENCE, TEXT_PATIENCE = 2.0, 4.0
+"""A try ends when so many rounds are lost; what it gained before counts for no more than twice that. One wrong guess of
+many tokens from the text is no reason to stop."""
 
 
 class Odds:
@@ -193,19 +194,21 @@ class Costs:
 class Trial:
     """How drafting goes for a request, or for a kind of them.
 
-    gain: rounds saved in this try. wait: tokens until the next try; pause: what it will be if that fails.
+    patience: rounds that a try may lose. gain: rounds saved in this try. wait: tokens until the next try; pause: what it
+    will be if that fails.
     """
 
+    patience: float = PATIENCE
     gain: float = 0.0
     wait: int = 0
     pause: int = SHORTEST_PAUSE
 
     def add(self, gained: float) -> None:
         """Count what a round gained, in rounds."""
-        self.gain = min(self.gain + gained, CREDIT)
-        if self.gain == CREDIT:
+        self.gain = min(self.gain + gained, 2 * self.patience)
+        if self.gain == 2 * self.patience:
             self.pause = SHORTEST_PAUSE
-        elif self.gain < -PATIENCE:
+        elif self.gain < -self.patience:
             self.gain, self.wait = 0.0, self.pause
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
@@ -228,7 +231,9 @@ class Policy:
     kinds: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(), False: Trial()})
     text_odds: dict[bool, MatchOdds] = field(default_factory=lambda: {True: MatchOdds(), False: MatchOdds()})
     """The same for drafts from the text itself."""
-    text_kinds: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(), False: Trial()})
+    text_kinds: dict[bool, Trial] = field(
+        default_factory=lambda: {True: Trial(TEXT_PATIENCE), False: Trial(TEXT_PATIENCE)}
+    )
     misses: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
     """Rounds since the text of the latest request offered something: the next one begins with as many."""
     _costs: dict[int, Costs] = field(default_factory=dict)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rorqual.engine import sampler
-from rorqual.engine.draft_policy import Policy, Terms, Trial
+from rorqual.engine.draft_policy import LONGEST_PAUSE, TEXT_PATIENCE, Policy, Terms, Trial
 from rorqual.engine.grammar import Constraint
 from rorqual.engine.job import Job
 from rorqual.engine.own_text import OwnText
@@ -35,8 +35,11 @@ MOST_DRAFTS = 5
 MOST_REPEATED = 15
 """Tokens at a time from the text itself: with the one before them what a step reads token by token."""
 
+FEWEST = 3
+"""Of them at first, and after wrong ones."""
+
 MISSES, LONGEST_LOOK = 4, 12
-"""Rounds in a row in which the text offers nothing make the next look at it a token later, up to so many: a look costs
+"""So many looks in a row at which the text offers nothing make the next one a token later, up to so many: a look costs
 little, but where nothing repeats itself it is all that a round has to spare."""
 
 MOST_READ = 16
@@ -50,17 +53,21 @@ OwnDrafter = Callable[[Sequence[int], int], Sequence[int]]
 class Drafts:
     """What speculation keeps for a running request."""
 
-    def __init__(self, kind: Trial, text_kind: Trial) -> None:
-        self.kind, self.trial = kind, Trial()
-        self.text_kind, self.text_trial = text_kind, Trial()
+    def __init__(self, policy: Policy, greedy: bool) -> None:
+        self.greedy = greedy
+        self.kind, self.trial = policy.kinds[greedy], Trial()
+        self.text_kind, self.text_trial = policy.text_kinds[greedy], Trial(TEXT_PATIENCE)
         self.text: OwnText | None = None
         self.repeated: list[int] = []
         """What the text itself offered in this round, verified or not, behind a match of this length."""
         self.match = 0
         self.is_text = False
         """Whether that is what is verified."""
-        self.misses = self.look_in = 0
-        """Rounds since the text offered something, and tokens before the next look at it."""
+        self.misses = min(policy.misses[greedy], MISSES * LONGEST_LOOK)
+        self.look_in = self.misses // MISSES
+        """Looks since the text offered something worth verifying, and tokens before the next one."""
+        self.most_repeated = FEWEST
+        """Drafts from the text at a time: more when all of them were right, fewer when some were not."""
         self.memory: DraftMemory | None = None
         """Made when there is something to remember: a request in a pause has none."""
         self.ids: list[int] = []
@@ -68,6 +75,11 @@ class Drafts:
         self.chances: list[float] = []
         self.is_first = False
         """The module has read a part of the text before these drafts, which says nothing about the cost of others."""
+
+    def miss(self, misses: dict[bool, int]) -> None:
+        """The text offered nothing worth verifying; `misses`: of the kinds."""
+        self.misses = misses[self.greedy] = self.misses + 1
+        self.look_in = min(self.misses // MISSES, LONGEST_LOOK)
 
     @property
     def wait(self) -> int:
@@ -131,15 +143,32 @@ class Speculation:
         if self._drafter is not None or any(job.is_prefilling for job in jobs):
             return False
         # a kind's pause is shorter for many requests, and a memory fills before the first draft
-        rounds = min((self._rest_of(self.of(job)) for job in jobs), default=0) // max(1, len(jobs))
+        rounds = min((self._rest_of(job) for job in jobs), default=0) // max(1, len(jobs))
         self.is_resting = rounds > 0
         if self.is_resting:
             self._resting, self._rest, self._passed = jobs, rounds - 1, 1
         return self.is_resting
 
-    def _rest_of(self, mine: Drafts) -> int:
-        """Tokens in which nothing needs to be done for a request."""
-        return min(mine.text_wait, mine.wait - MOST_READ) if self._has_module else mine.text_wait
+    def _rest_of(self, job: Job) -> int:
+        """Tokens in which nothing needs to be done for a request; its text is looked at if that is due."""
+        mine = self.of(job)
+        rest = mine.wait - MOST_READ if self._has_module else LONGEST_PAUSE
+        if rest <= 0:
+            return 0
+        if wait := mine.text_wait:
+            return min(rest, wait)
+        if self._look(job, mine, 1):
+            return 0
+        return min(rest, max(1, mine.look_in))
+
+    def _look(self, job: Job, mine: Drafts, most: int) -> bool:
+        """Whether the text offers something, at most so many tokens."""
+        if mine.text is None:
+            mine.text = OwnText(job)
+        mine.match, mine.repeated = mine.text.repeat(job, most)
+        if not mine.match:
+            mine.miss(self.policy.misses)
+        return mine.match > 0
 
     def _count_rest(self) -> None:
         for job in self._resting:
@@ -174,11 +203,7 @@ class Speculation:
         greedy, mine.is_text, mine.match = job.request.params.temperature == 0, False, 0
         can_module = self._has_module and mine.wait == 0
         if mine.text_wait == 0:
-            if mine.text is None:
-                mine.text = OwnText(job)
-            mine.match, mine.repeated = mine.text.repeat(job, MOST_REPEATED)
-            mine.misses = self.policy.misses[greedy] = mine.misses + 1  # taken back when there is something to verify
-            mine.look_in = min(mine.misses // MISSES, LONGEST_LOOK)
+            self._look(job, mine, MOST_REPEATED)
         if not mine.match and not can_module:
             return ()
         terms = self.policy.terms(self._requests)
@@ -186,10 +211,11 @@ class Speculation:
             return ()
         most = _most(job, room, MOST_REPEATED)
         if mine.match:
-            count = self.policy.text_odds[greedy].keep(mine.match, most, terms.to_verify)
+            count = self.policy.text_odds[greedy].keep(mine.match, min(most, mine.most_repeated), terms.to_verify)
             if count and self._can_draft(job, count):
-                mine.is_text, mine.misses, mine.look_in, self.policy.misses[greedy] = True, 0, 0, 0
+                mine.is_text, mine.misses, self.policy.misses[greedy] = True, 0, 0
                 return tuple(mine.repeated[:count])
+            mine.miss(self.policy.misses)
         most = min(most, MOST_DRAFTS, terms.most)
         return self._draft(job, most, terms) if can_module and most > 0 and self._can_draft(job, most) else ()
 
@@ -227,10 +253,7 @@ class Speculation:
     def of(self, job: Job) -> Drafts:
         """What is kept for a job; made when it is asked for."""
         if job.drafting is None:
-            greedy = job.request.params.temperature == 0
-            job.drafting = Drafts(self.policy.kinds[greedy], self.policy.text_kinds[greedy])
-            job.drafting.misses = min(self.policy.misses[greedy], MISSES * LONGEST_LOOK)
-            job.drafting.look_in = job.drafting.misses // MISSES
+            job.drafting = Drafts(self.policy, job.request.params.temperature == 0)
         drafts: Drafts = job.drafting
         return drafts
 
@@ -251,6 +274,7 @@ class Speculation:
         if mine.match:
             self.policy.text_odds[greedy].learn(mine.match, mine.repeated, tokens)
         if mine.is_text:
+            mine.most_repeated = min(MOST_REPEATED, 2 * verified) if right == verified else max(FEWEST, right + 1)
             self.policy.judge(mine.text_trial, greedy, self._requests, 0, verified, right, is_first=False, is_text=True)
         elif mine.ids:
             self.policy.learn(mine.ids, mine.chances, tokens, greedy)
