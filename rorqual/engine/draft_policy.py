@@ -52,11 +52,11 @@ STALE = 1024
 """Rounds without drafts after which what rows cost is measured anew."""
 ROW, DRAFT, READING = 0.45, 0.3, 0.7
 """What a row, a draft, and drafts behind a text that is read first may cost in rounds, until it is known."""
-ASIDE = 0.1
+ASIDE = 0.15
 """What looking, remembering and counting cost in rounds, where nothing is measured without them."""
-SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048
+SHORTEST_PAUSE, LONGEST_PAUSE = 256, 4096
 """Tokens."""
-PATIENCE, TEXT_PATIENCE = 2.0, 4.0
+PATIENCE, TEXT_PATIENCE = 1.0, 4.0
 """A try ends when so many rounds are lost; what it gained before counts for no more than twice that. One wrong guess of
 many tokens from the text is no reason to stop."""
 
@@ -135,6 +135,8 @@ class Costs:
         self._age = self._rows_age = 0
         self._rows: dict[int, Times] = {}
         self._row: float | None = None
+        self.terms: Terms | None = None
+        """What follows from these, until something is added."""
         self._drafts: dict[int, Times] = {}
         self._reading = Times()
 
@@ -143,17 +145,18 @@ class Costs:
         self._plain.append(seconds)
         self._age, self._rows_age = 0, self._rows_age + 1
         if self._rows_age == STALE:
-            self._rows, self._row = {}, None
+            self._rows, self._row, self.terms = {}, None, None
 
     def add_rows(self, count: int, seconds: float) -> None:
         """A round with `count` further rows, without the time for making drafts."""
         self._age, self._rows_age = self._age + 1, 0
         if count and self._plain:
             self._rows.setdefault(count, Times()).add(seconds / _median(self._plain) - 1)
-            self._row = None
+            self._row = self.terms = None
 
     def add_drafts(self, count: int, seconds: float, *, is_first: bool) -> None:
         """One call that made `count` drafts; is_first: and read a part of the text before."""
+        self.terms = None
         if self._plain and is_first:
             self._reading.add(seconds / _median(self._plain))
         elif self._plain:
@@ -161,7 +164,7 @@ class Costs:
 
     def forget(self) -> None:
         """Measure what drafts cost from the start; rows, which drafts from the text need too, are measured on."""
-        self._drafts = {}
+        self._drafts, self.terms = {}, None
 
     @property
     def plain(self) -> float | None:
@@ -194,8 +197,8 @@ class Costs:
 class Trial:
     """How drafting goes for a request, or for a kind of them.
 
-    patience: rounds that a try may lose. gain: rounds saved in this try. wait: tokens until the next try; pause: what it
-    will be if that fails.
+    patience: rounds that a try may lose. gain: rounds saved in this try. wait: tokens until the next try; pause: what
+    it will be if that fails.
     """
 
     patience: float = PATIENCE
@@ -250,9 +253,12 @@ class Policy:
         costs = self.costs(requests)
         if costs.plain is None:
             return None
+        if costs.terms is not None and costs.terms.most == self.most:
+            return costs.terms
         row, further = costs.row, max(0.0, costs.drafts(2) - costs.drafts(1))
         worth = 1 / requests / MARGIN
-        return Terms(self.most, min(1.0, (row + further) / worth), min(1.0, row / worth))
+        costs.terms = Terms(self.most, min(1.0, (row + further) / worth), min(1.0, row / worth))
+        return costs.terms
 
     def keep(self, terms: Terms, chances: Sequence[float], greedy: bool) -> int:
         """How many of the drafts to verify."""

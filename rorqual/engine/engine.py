@@ -342,7 +342,7 @@ class Engine:
         drafts = self.speculation
         if drafts is not None and decoding == len(plan.work) and drafts.rests(plan.work):
             drafts = None
-        self._stepper.watch = None if drafts is None else drafts.remember
+        self._stepper.watch = drafts.remember if drafts is not None and drafts.watches(plan.work) else None
         if drafts is not None and decoding:
             drafts.propose(plan.work, self._scheduler.room_for_drafts(plan.work, MOST_REPEATED))
         drafted = self._meter.drafted_tokens

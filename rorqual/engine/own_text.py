@@ -67,15 +67,17 @@ class MatchOdds:
         self._right[length] += is_right
         self._all[length] += 1
 
-    def keep(self, length: int, most: int, least: float) -> int:
-        """How many of `most` drafts behind a match to verify: as long as all are right with probability `least`."""
-        product, count = 1.0, 0
+    def keep(self, length: int, most: int, least: float, aside: float = 0.0) -> int:
+        """How many of `most` drafts behind a match to verify: as long as all are right with probability `least`, which
+        is what one costs; none when together they do not promise `aside` more than they cost.
+        """
+        product, count, gain = 1.0, 0, 0.0
         while count < most:
             product *= self.of(length + count)
             if product < least:
                 break
-            count += 1
-        return count
+            count, gain = count + 1, gain + product - least
+        return count if gain > aside else 0
 
     def learn(self, length: int, ids: Sequence[int], tokens: Sequence[int]) -> None:
         """Drafts, verified or not, against the tokens that came, as far as both go."""

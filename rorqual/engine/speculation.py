@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rorqual.engine import sampler
-from rorqual.engine.draft_policy import LONGEST_PAUSE, TEXT_PATIENCE, Policy, Terms, Trial
+from rorqual.engine.draft_policy import ASIDE, LONGEST_PAUSE, TEXT_PATIENCE, Policy, Terms, Trial
 from rorqual.engine.grammar import Constraint
 from rorqual.engine.job import Job
 from rorqual.engine.own_text import OwnText
@@ -175,6 +175,10 @@ class Speculation:
             self.of(job).pass_by(self._passed)
         self._resting, self._rest, self._passed, self.is_resting = [], 0, 0, False
 
+    def watches(self, work: Work) -> bool:
+        """Whether the module needs the streams of what some job reads in this round."""
+        return self._has_module and any(self.of(job).wait <= MOST_READ for job, _ in work)
+
     def propose(self, work: Work, room: int) -> None:
         """Put drafts on decoding jobs of a round, at most `room` in all."""
         self._began, self._draft_s, self._is_odd, self._requests = self._clock(), 0.0, False, len(work)
@@ -211,7 +215,9 @@ class Speculation:
             return ()
         most = _most(job, room, MOST_REPEATED)
         if mine.match:
-            count = self.policy.text_odds[greedy].keep(mine.match, min(most, mine.most_repeated), terms.to_verify)
+            count = self.policy.text_odds[greedy].keep(
+                mine.match, min(most, mine.most_repeated), terms.to_verify, ASIDE
+            )
             if count and self._can_draft(job, count):
                 mine.is_text, mine.misses, self.policy.misses[greedy] = True, 0, 0
                 return tuple(mine.repeated[:count])
