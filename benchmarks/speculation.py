@@ -145,7 +145,7 @@ def measure_case(on: Engine, off: Engine, case: Case, kind: str, repeats: int) -
     last = turns[-1][0]
     steps = last.tokens - last.accepted
     assert on.speculation is not None
-    costs = on.speculation.policy.costs(1)
+    costs = on.speculation.policy.costs(1 if case.params.temperature == 0 else -1)
     return {
         "name": "speculation",
         "case": f"{case.name}/minke/{torch.get_num_threads()}t/{kind}",

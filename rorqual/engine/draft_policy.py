@@ -242,7 +242,9 @@ class Policy:
     _costs: dict[int, Costs] = field(default_factory=dict)
 
     def costs(self, requests: int) -> Costs:
-        """Of rounds in which so many requests decode."""
+        """Of rounds in which so many requests decode; the number is negative where some of them sample, which takes longer
+        for every row.
+        """
         found = self._costs.get(requests)
         if found is None:
             found = self._costs[requests] = Costs()
@@ -256,7 +258,7 @@ class Policy:
         if costs.terms is not None and costs.terms.most == self.most:
             return costs.terms
         row, further = costs.row, max(0.0, costs.drafts(2) - costs.drafts(1))
-        worth = 1 / requests / MARGIN
+        worth = 1 / abs(requests) / MARGIN
         costs.terms = Terms(self.most, min(1.0, (row + further) / worth), min(1.0, row / worth))
         return costs.terms
 
@@ -290,6 +292,6 @@ class Policy:
         spent = verified * costs.row + costs.drafts(made, is_first=is_first) + ASIDE
         kind = (self.text_kinds if is_text else self.kinds)[greedy]
         for one in (trial, kind):
-            one.add(right - spent * requests)
+            one.add(right - spent * abs(requests))
         if kind.wait == LONGEST_PAUSE and not is_text:
             costs.forget()

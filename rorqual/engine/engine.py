@@ -354,7 +354,7 @@ class Engine:
         self._record(plan, decoding, max(0, read - decoding), seconds)
         self._asides.after_round(seconds)
         if drafts is not None and decoding == len(plan.work) == read:
-            drafts.end_round(plan.work, self._meter.drafted_tokens - drafted)
+            drafts.end_round(self._meter.drafted_tokens - drafted)
         return True
 
     def _record(self, plan: Round, decoding: int, prompt_tokens: int, seconds: float) -> None:

@@ -61,6 +61,8 @@ class Drafts:
         self.repeated: list[int] = []
         """What the text itself offered in this round, verified or not, behind a match of this length."""
         self.match = 0
+        self.bet: tuple[int, int, int] | None = None
+        """A match that promised too little, the token behind it and the place where that would come: to learn from."""
         self.is_text = False
         """Whether that is what is verified."""
         self.misses = min(policy.misses[greedy], MISSES * LONGEST_LOOK)
@@ -143,13 +145,13 @@ class Speculation:
         if self._drafter is not None or any(job.is_prefilling for job in jobs):
             return False
         # a kind's pause is shorter for many requests, and a memory fills before the first draft
-        rounds = min((self._rest_of(job) for job in jobs), default=0) // max(1, len(jobs))
+        rounds = min((self._rest_of(job, _kind_of(work)) for job in jobs), default=0) // max(1, len(jobs))
         self.is_resting = rounds > 0
         if self.is_resting:
             self._resting, self._rest, self._passed = jobs, rounds - 1, 1
         return self.is_resting
 
-    def _rest_of(self, job: Job) -> int:
+    def _rest_of(self, job: Job, requests: int) -> int:
         """Tokens in which nothing needs to be done for a request; its text is looked at if that is due."""
         mine = self.of(job)
         rest = mine.wait - MOST_READ if self._has_module else LONGEST_PAUSE
@@ -157,18 +159,28 @@ class Speculation:
             return 0
         if wait := mine.text_wait:
             return min(rest, wait)
-        if self._look(job, mine, 1):
-            return 0
+        self._look(job, mine, 1)
+        if mine.match:
+            terms, odds = self.policy.terms(requests), self.policy.text_odds[mine.greedy]
+            if terms is None or odds.keep(mine.match, mine.most_repeated, terms.to_verify, ASIDE):
+                return 0
+            mine.bet = mine.match, mine.repeated[0], len(job.ids)
+            mine.match = 0
+            mine.miss(self.policy.misses)
         return min(rest, max(1, mine.look_in))
 
-    def _look(self, job: Job, mine: Drafts, most: int) -> bool:
-        """Whether the text offers something, at most so many tokens."""
+    def _look(self, job: Job, mine: Drafts, most: int) -> None:
+        """What the text offers, at most so many tokens."""
         if mine.text is None:
             mine.text = OwnText(job)
+        if mine.bet is not None:
+            length, token, at = mine.bet
+            if at < len(job.ids):
+                self.policy.text_odds[mine.greedy].count(length, job.ids[at] == token)
+            mine.bet = None
         mine.match, mine.repeated = mine.text.repeat(job, most)
         if not mine.match:
             mine.miss(self.policy.misses)
-        return mine.match > 0
 
     def _count_rest(self) -> None:
         for job in self._resting:
@@ -181,7 +193,7 @@ class Speculation:
 
     def propose(self, work: Work, room: int) -> None:
         """Put drafts on decoding jobs of a round, at most `room` in all."""
-        self._began, self._draft_s, self._is_odd, self._requests = self._clock(), 0.0, False, len(work)
+        self._began, self._draft_s, self._is_odd, self._requests = self._clock(), 0.0, False, _kind_of(work)
         jobs = [job for job, _ in work if not job.is_prefilling]
         if self._drafter is not None:
             for job in jobs:
@@ -289,13 +301,18 @@ class Speculation:
             )
         mine.ids, mine.chances, mine.match, mine.is_text = [], [], 0, False
 
-    def end_round(self, work: Work, extra: int) -> None:
+    def end_round(self, extra: int) -> None:
         """Account for a round in which all jobs decoded, with `extra` drafts among its rows."""
-        costs, seconds = self.policy.costs(len(work)), self._clock() - self._began
+        costs, seconds = self.policy.costs(self._requests), self._clock() - self._began
         if not self._draft_s and not extra:
             costs.add_plain(seconds)
         elif not self._is_odd:
             costs.add_rows(extra, seconds - self._draft_s)
+
+
+def _kind_of(work: Work) -> int:
+    """What the costs of a round are kept by: its requests, negative where some of them sample."""
+    return len(work) if all(job.request.params.temperature == 0 for job, _ in work) else -len(work)
 
 
 def _most(job: Job, room: int, most: int) -> int:
