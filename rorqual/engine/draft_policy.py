@@ -242,8 +242,8 @@ class Policy:
     _costs: dict[int, Costs] = field(default_factory=dict)
 
     def costs(self, requests: int) -> Costs:
-        """Of rounds in which so many requests decode; the number is negative where some of them sample, which takes longer
-        for every row.
+        """Of rounds in which so many requests decode; the number is negative where some of them sample, which takes
+        longer for every row.
         """
         found = self._costs.get(requests)
         if found is None:

@@ -38,7 +38,7 @@ MOST_REPEATED = 15
 FEWEST = 3
 """Of them at first, and after wrong ones."""
 
-MISSES, LONGEST_LOOK = 4, 12
+MISSES, LONGEST_LOOK = 2, 24
 """So many looks in a row at which the text offers nothing make the next one a token later, up to so many: a look costs
 little, but where nothing repeats itself it is all that a round has to spare."""
 
@@ -57,6 +57,7 @@ class Drafts:
         self.greedy = greedy
         self.kind, self.trial = policy.kinds[greedy], Trial()
         self.text_kind, self.text_trial = policy.text_kinds[greedy], Trial(TEXT_PATIENCE)
+        self._trials = (self.kind, self.trial, self.text_kind, self.text_trial)
         self.text: OwnText | None = None
         self.repeated: list[int] = []
         """What the text itself offered in this round, verified or not, behind a match of this length."""
@@ -95,10 +96,11 @@ class Drafts:
 
     def pass_by(self, tokens: int = 1) -> None:
         """Count tokens of a pause."""
-        for trial in (self.kind, self.trial, self.text_kind, self.text_trial):
+        for trial in self._trials:
             if trial.wait:
                 trial.wait = max(0, trial.wait - tokens)
-        self.look_in = max(0, self.look_in - tokens)
+        if self.look_in:
+            self.look_in = max(0, self.look_in - tokens)
 
 
 class Speculation:
@@ -141,11 +143,13 @@ class Speculation:
                 self._passed += 1
                 return True
         self._count_rest()
-        jobs = [job for job, _ in work]
-        if self._drafter is not None or any(job.is_prefilling for job in jobs):
+        if self._drafter is not None:
             return False
-        # a kind's pause is shorter for many requests, and a memory fills before the first draft
-        rounds = min((self._rest_of(job, _kind_of(work)) for job in jobs), default=0) // max(1, len(jobs))
+        jobs, requests = [job for job, _ in work], _kind_of(work)
+        rounds = LONGEST_PAUSE * len(jobs)
+        for job in jobs:
+            rounds = min(rounds, 0 if job.is_prefilling or not rounds else self._rest_of(job, requests))
+        rounds //= max(1, len(jobs))  # a kind's pause is shorter for many requests
         self.is_resting = rounds > 0
         if self.is_resting:
             self._resting, self._rest, self._passed = jobs, rounds - 1, 1
@@ -154,6 +158,7 @@ class Speculation:
     def _rest_of(self, job: Job, requests: int) -> int:
         """Tokens in which nothing needs to be done for a request; its text is looked at if that is due."""
         mine = self.of(job)
+        # a memory fills before the first draft
         rest = mine.wait - MOST_READ if self._has_module else LONGEST_PAUSE
         if rest <= 0:
             return 0
@@ -312,7 +317,10 @@ class Speculation:
 
 def _kind_of(work: Work) -> int:
     """What the costs of a round are kept by: its requests, negative where some of them sample."""
-    return len(work) if all(job.request.params.temperature == 0 for job, _ in work) else -len(work)
+    for job, _ in work:
+        if job.request.params.temperature != 0:
+            return -len(work)
+    return len(work)
 
 
 def _most(job: Job, room: int, most: int) -> int:
