@@ -58,7 +58,7 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 256, 4096
 """Tokens."""
 PATIENCE, TEXT_PATIENCE = 1.0, 4.0
 """A try ends when so many rounds are lost; what it gained before counts for no more than twice that. One wrong guess of
-many tokens from the text is no reason to stop."""
+many tokens from the text is no reason to stop where they are chosen greedily."""
 
 
 class Odds:
@@ -234,9 +234,7 @@ class Policy:
     kinds: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(), False: Trial()})
     text_odds: dict[bool, MatchOdds] = field(default_factory=lambda: {True: MatchOdds(), False: MatchOdds()})
     """The same for drafts from the text itself."""
-    text_kinds: dict[bool, Trial] = field(
-        default_factory=lambda: {True: Trial(TEXT_PATIENCE), False: Trial(TEXT_PATIENCE)}
-    )
+    text_kinds: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(TEXT_PATIENCE), False: Trial()})
     misses: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
     """Rounds since the text of the latest request offered something: the next one begins with as many."""
     _costs: dict[int, Costs] = field(default_factory=dict)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rorqual.engine import sampler
-from rorqual.engine.draft_policy import ASIDE, LONGEST_PAUSE, TEXT_PATIENCE, Policy, Terms, Trial
+from rorqual.engine.draft_policy import ASIDE, LONGEST_PAUSE, Policy, Terms, Trial
 from rorqual.engine.grammar import Constraint
 from rorqual.engine.job import Job
 from rorqual.engine.own_text import OwnText
@@ -56,7 +56,7 @@ class Drafts:
     def __init__(self, policy: Policy, greedy: bool) -> None:
         self.greedy = greedy
         self.kind, self.trial = policy.kinds[greedy], Trial()
-        self.text_kind, self.text_trial = policy.text_kinds[greedy], Trial(TEXT_PATIENCE)
+        self.text_kind, self.text_trial = policy.text_kinds[greedy], Trial(policy.text_kinds[greedy].patience)
         self._trials = (self.kind, self.trial, self.text_kind, self.text_trial)
         self.text: OwnText | None = None
         self.repeated: list[int] = []
