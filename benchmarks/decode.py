@@ -169,6 +169,7 @@ def measure_context(
         "spread": measure.spread(*walls),
         "config": {
             "batch": 1, "new_tokens": count, "repeats": len(a), "model": name, "step_ms": 1e3 / mine_s,
+            "step_cpu_ms": 1e3 / measure.middle([rate.cpu for rate in a]),
             "bytes_per_step": touched, "state": "read" if length <= PEER_UP_TO else "random", **measure.machine(),
         },
     }  # fmt: skip
@@ -207,8 +208,8 @@ def measure_engine(model: Transformer, name: str, length: int, dtype: str, count
     }
 
 
-def growth(name: str, dtype: str, way: str, steps: dict[int, float]) -> dict[str, Any]:
-    """How much longer a step takes at 1M tokens than at 8K."""
+def growth(name: str, dtype: str, way: str, steps: dict[int, float], cpu: dict[int, float]) -> dict[str, Any]:
+    """How much longer a step takes at 1M tokens than at 8K; `cpu`: by processor time."""
     short, long = steps[PEER_UP_TO], steps[CONTEXTS[-1]]
     return {
         "name": "decode.growth",
@@ -221,7 +222,12 @@ def growth(name: str, dtype: str, way: str, steps: dict[int, float]) -> dict[str
         "peer_failure": "not run: it cannot hold 1M tokens here",
         "bound": 3.0,
         "bound_share": 3.0 * short / long,
-        "config": {"step_ms": steps, **measure.machine()},
+        "config": {
+            "step_ms": steps,
+            "step_cpu_ms": cpu,
+            "cpu_growth": cpu[CONTEXTS[-1]] / cpu[PEER_UP_TO],
+            **measure.machine(),
+        },
     }
 
 
@@ -252,7 +258,8 @@ def measure_way(
         lines[length] = measure_context(ours, rival, name, length, dtype, way, count, repeats)
         measure.print_line(lines[length], as_json=as_json)
     steps = {length: line["config"]["step_ms"] for length, line in lines.items()}
-    measure.print_line(growth(name, dtype, way, steps), as_json=as_json)
+    cpu = {length: line["config"]["step_cpu_ms"] for length, line in lines.items()}
+    measure.print_line(growth(name, dtype, way, steps, cpu), as_json=as_json)
     return lines
 
 
@@ -274,18 +281,23 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="one repeat of each case, one thread")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="to keep and search index keys")
+    parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads to measure with")
     options = parser.parse_args()
     repeats = 1 if options.quick else options.repeats
-    for threads in (1,) if options.quick else (1, 2):
+    for threads in options.threads or ((1,) if options.quick else (1, 2)):
         torch.set_num_threads(threads)
         shared: dict[str, list[dict[str, Any]]] = {}
         for dtype in DTYPES:
             for name, ours, peer in models(dtype):
                 with torch.inference_mode():
-                    for way in WAYS:
+                    for way in options.ways:
                         lines = measure_way(ours, peer, name, dtype, way, repeats, as_json=options.json)
                         if way == "exact":
                             shared.setdefault(name, []).append(lines[PEER_UP_TO])
+                    if "exact" not in options.ways:
+                        continue
+                    keep_cache_as(ours, "exact")
                     search_index_by(ours, "exact")
                     line = measure_engine(ours, name, 8192, dtype, 128, repeats)
                     measure.print_line(line, as_json=options.json)
