@@ -4,9 +4,10 @@ Every complete segment of `SEGMENT` keys is cut in halves again and again, each 
 keys spread most, into groups of `MEMBERS` and further into parts of `FINE`. A query scores a group by its mean, as if
 that were a key, with a part of the group's radius added to each head's product, as the group's best keys lie nearer to
 the query than its mean; then all parts of the `budget` best groups in the same way; then the keys of the `budget` best
-parts, and all of the newest ones, exactly. The best of those are its picks. While it sees few groups, a fourth of the
-budget, it scores every key, as `index_scan` does. Which keys a query misses is a matter of measurement
-(`benchmarks/index_recall.py`); that its picks depend on nothing but itself and the keys holds as there.
+parts, and all of the newest ones, exactly. The best of those are its picks, of equal ones those of earlier parts. While
+it sees few groups, a fourth of the budget, it scores every key, as `index_scan` does. Which keys a query misses is a
+matter of measurement (`benchmarks/index_recall.py`); that its picks depend on nothing but itself and the keys holds as
+there.
 
 A group index is made of keys and nothing else, so it can be dropped and made again at any time.
 
@@ -156,12 +157,12 @@ def index_search_reference(
             continue
         best = best_parts(mine[0], one[0], groups, count, budget)
         tail = torch.arange(count * MEMBERS, length, device=q.device)
-        ids = torch.cat([places[best].flatten(), tail]).sort().values
+        ids = torch.cat([places[best.sort().values].flatten(), tail])
         rows = IndexKeys(keys.gather(length)[ids], keys.width)
         scores = scan_scores_reference(mine, one, rows, len(ids))[0]
         scores = torch.where(scores.isnan(), torch.inf, scores)
         found = torch.sort(scores, descending=True, stable=True).indices[:top_k]
-        found = ids[found[scores[found] > -torch.inf].sort().values]
+        found = ids[found[scores[found] > -torch.inf]].sort().values
         picks.append(torch.nn.functional.pad(found, (0, top_k - len(found)), value=-1))
     return torch.stack(picks)
 

@@ -281,6 +281,16 @@ static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, long row, 
                                                  : s->kv_turned + (row - (position - t)) * width;
     long used = NAME(used_entries)(s, layer, row);
     int is_choice = used && layer[INDEX_WKV] && (position + 1) / layer[RATIO] > n[TOP_K];
+    if (!is_choice && !n[ENTRY_BYTES]) { /* all of them: runs of rows */
+        long run = table ? memory[ENTRY_ROWS] : used;
+        for (long first = 0; first < used; first += run) {
+            const T *row = entries + entry_row(table, memory[ENTRY_ROWS], first) * width;
+            long many = used - first < run ? used - first : run;
+            for (long i = 0; i < many; i++) keys[count + i] = row + i * width;
+            count += many;
+        }
+        return count;
+    }
     for (long i = 0; i < used; i++) {
         long entry = is_choice ? s->picks[row * n[TOP_K] + i] : i;
         if (entry < 0) continue;

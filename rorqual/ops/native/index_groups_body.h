@@ -152,23 +152,22 @@ static long best_places(const float *score, long n, long k, uint32_t *order, int
     return kept;
 }
 
-/* The keys of the chosen parts of groups and those behind the segments, in ascending order. */
+/* The keys of the chosen parts of groups, part by part, and those behind the segments. */
 static long candidates(const int64_t *parts, long count, const uint16_t *order, int64_t tail, int64_t end, int64_t *ids) {
-    long n = 0, per_segment = SEGMENT / FINE;
-    for (long i = 0; i < count;) {
-        uint64_t chosen[SEGMENT / 64] = {0};
-        int64_t segment = parts[i] / per_segment;
-        for (; i < count && parts[i] / per_segment == segment; i++) {
-            const uint16_t *members = order + parts[i] * FINE;
-            if (i + FETCHED < count) __builtin_prefetch(order + parts[i + FETCHED] * FINE, 0, 2);
-            for (long m = 0; m < FINE; m++) chosen[members[m] / 64] |= (uint64_t)1 << members[m] % 64;
-        }
-        for (long word = 0; word < SEGMENT / 64; word++)
-            for (uint64_t left = chosen[word]; left; left &= left - 1)
-                ids[n++] = segment * SEGMENT + word * 64 + __builtin_ctzll(left);
+    long n = 0;
+    for (long i = 0; i < count; i++) {
+        const uint16_t *members = order + parts[i] * FINE;
+        int64_t first = parts[i] * FINE / SEGMENT * SEGMENT;
+        if (i + FETCHED < count) __builtin_prefetch(order + parts[i + FETCHED] * FINE, 0, 2);
+        for (long m = 0; m < FINE; m++) ids[n++] = first + members[m];
     }
     for (int64_t id = tail; id < end; id++) ids[n++] = id;
     return n;
+}
+
+static int by_size(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
 }
 #endif
 
@@ -247,7 +246,7 @@ static long NAME(best_parts)(const Scan *s, const T *q, const float *weights, co
     return count;
 }
 
-/* Scores of the entries in `ids` [n] -> the best k of them, ascending. */
+/* Scores of the entries in `ids` [n] -> the best k of them, of equal ones those that come first in `ids`; ascending. */
 static void NAME(best_of_some)(const Scan *s, const T *q, const float *weights, const int64_t *ids, long n, long k,
                                int64_t *picks) {
     Query query;
@@ -272,6 +271,7 @@ static void NAME(best_of_some)(const Scan *s, const T *q, const float *weights, 
     if (s->has_tiles) tiles_end();
     long count = best_places(score, n, k, (uint32_t *)(score + n + TILE), places);
     for (long i = 0; i < k; i++) picks[i] = i < count ? ids[places[i]] : -1;
+    qsort(picks, count, sizeof(*picks), by_size);
     free(row), free(score), free(places), free_query(&query), free_keys(&keys);
 }
 
