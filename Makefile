@@ -69,7 +69,7 @@ docs: $(INSTALLED)
 	$(BIN)/python docs/make_cli.py
 
 bench: $(TESTABLE)
-	@for name in decode prefill serving prefix_cache index_scan matvec speculation quantised_quality exactness \
+	@for name in decode prefill serving prefix_cache index_scan index_recall matvec speculation quantised_quality exactness \
 		kill_disk_cache train_speed prefill_memory minke_quality plan_bounds; do \
 		$(BIN)/python "benchmarks/$$name.py" --json --quick || exit 1; done
 

@@ -46,6 +46,9 @@ MOST_READ = 16
 """Tokens of a prompt, or of a pause, that the module reads before it drafts: a part of its window, as for short outputs
 reading all of it would cost more than better drafts save."""
 
+NEW_MEMORY = 0.5
+"""What making a memory for the module costs in rounds, which short answers have to pay each."""
+
 OwnDrafter = Callable[[Sequence[int], int], Sequence[int]]
 """From the tokens of a request so far and a number to at most so many drafts."""
 
@@ -286,6 +289,8 @@ class Speculation:
         if self._has_module and mine.wait <= MOST_READ:
             if mine.memory is None:
                 mine.memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ, torch.bfloat16)
+                for trial in (mine.kind, mine.trial):
+                    trial.add(-NEW_MEMORY)
             mine.memory.remember(streams, job.num_read)
 
     def count(self, job: Job, tokens: Sequence[int], verified: int) -> None:
