@@ -9,15 +9,17 @@ The line `decode.engine` is the engine itself, from submitting a prompt to its t
   filled with random entries, keys and windows of the sizes that so many tokens leave: a step reads and computes as
   much whatever the values are, and nothing is said about what it answers.
 
-Both cache formats are measured: `exact` keeps what is computed; `fp4-keys` packs index keys, of which a step reads
-all, into FP4 (what that costs in quality: `quantised_quality.py`). The line `decode.growth` is the step at 1M over the
-step at 8K of the same format.
+Three ways to keep and search index keys are measured: `exact` keeps what is computed; `fp4-keys` packs index keys, of
+which a step reads all, into FP4 (what that costs in quality: `quantised_quality.py`); `grouped` keeps them as they are
+and searches them by groups (what it misses: `index_recall.py`). The line `decode.growth` is the step at 1M over the
+step at 8K of the same way.
 
 The line `decode.best` is our faster dtype against the peer's faster one at 8K.
 
 The bound of a line is the measured rate of reading memory over the bytes that a step cannot do without: every matrix a
-token is multiplied with, all index keys, all entries of heavily compressed layers, picked entries and windows of the
-others. The rate is that of matrix-vector products over a matrix of that size, so caches count for both.
+token is multiplied with, all index keys (a grouped search reads fewer, and is held to the same bound), all entries of
+heavily compressed layers, picked entries and windows of the others. The rate is that of matrix-vector products over a
+matrix of that size, so caches count for both.
 """
 
 import argparse
@@ -36,13 +38,14 @@ import rorqual
 from rorqual.engine.selftest.subject import IdsOnly
 from rorqual.model import Segment, State, Transformer
 from rorqual.model.cache_format import row_of
+from rorqual.model.index_groups import search_index_by
 from rorqual.model.quantised import keep_cache_as
 from rorqual.ops.cache_codec import encode_entries, encode_index_keys
 
 CONTEXTS = (1024, 8192, 32768, 262144, 1048576)
 PEER_UP_TO = 8192
 CHUNK = 2048
-CACHES = ("exact", "fp4-keys")
+WAYS = ("exact", "fp4-keys", "grouped")
 PARTS = ("entries", "index_keys")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -126,7 +129,7 @@ def decoded(step: Callable[[int], int], count: int, place: dict[str, Any]) -> me
 
 
 def measure_context(
-    ours: Transformer, peer: Any, name: str, length: int, dtype: str, count: int, repeats: int
+    ours: Transformer, peer: Any, name: str, length: int, dtype: str, way: str, count: int, repeats: int
 ) -> dict[str, Any]:
     """One line."""
     prompt = torch.randint(0, ours.cfg.vocab_size, (1, length), generator=torch.Generator().manual_seed(2))
@@ -154,7 +157,7 @@ def measure_context(
     mine_s, peer_s = measure.middle(walls[0]), measure.middle(walls[1]) if b else None
     return {
         "name": "decode",
-        "case": f"{length_name(length)}/{name}/{torch.get_num_threads()}t/{dtype}/{ours.cfg.cache_format}",
+        "case": f"{length_name(length)}/{name}/{torch.get_num_threads()}t/{dtype}/{way}",
         "unit": "tokens/s",
         "ours": mine_s,
         "peer": peer_s,
@@ -166,6 +169,7 @@ def measure_context(
         "spread": measure.spread(*walls),
         "config": {
             "batch": 1, "new_tokens": count, "repeats": len(a), "model": name, "step_ms": 1e3 / mine_s,
+            "step_cpu_ms": 1e3 / measure.middle([rate.cpu for rate in a]),
             "bytes_per_step": touched, "state": "read" if length <= PEER_UP_TO else "random", **measure.machine(),
         },
     }  # fmt: skip
@@ -204,12 +208,12 @@ def measure_engine(model: Transformer, name: str, length: int, dtype: str, count
     }
 
 
-def growth(name: str, dtype: str, cache: str, steps: dict[int, float]) -> dict[str, Any]:
-    """How much longer a step takes at 1M tokens than at 8K."""
+def growth(name: str, dtype: str, way: str, steps: dict[int, float], cpu: dict[int, float]) -> dict[str, Any]:
+    """How much longer a step takes at 1M tokens than at 8K; `cpu`: by processor time."""
     short, long = steps[PEER_UP_TO], steps[CONTEXTS[-1]]
     return {
         "name": "decode.growth",
-        "case": f"{name}/{torch.get_num_threads()}t/{dtype}/{cache}",
+        "case": f"{name}/{torch.get_num_threads()}t/{dtype}/{way}",
         "unit": "times the step at 8K",
         "ours": long / short,
         "peer": None,
@@ -218,7 +222,12 @@ def growth(name: str, dtype: str, cache: str, steps: dict[int, float]) -> dict[s
         "peer_failure": "not run: it cannot hold 1M tokens here",
         "bound": 3.0,
         "bound_share": 3.0 * short / long,
-        "config": {"step_ms": steps, **measure.machine()},
+        "config": {
+            "step_ms": steps,
+            "step_cpu_ms": cpu,
+            "cpu_growth": cpu[CONTEXTS[-1]] / cpu[PEER_UP_TO],
+            **measure.machine(),
+        },
     }
 
 
@@ -236,19 +245,21 @@ def models(dtype: str) -> Iterator[tuple[str, Transformer, Any]]:
         yield name, ours.eval().to(DTYPES[dtype]), peer.eval().to(DTYPES[dtype])
 
 
-def measure_format(
-    ours: Transformer, peer: Any, name: str, dtype: str, cache: str, repeats: int, *, as_json: bool
+def measure_way(
+    ours: Transformer, peer: Any, name: str, dtype: str, way: str, repeats: int, *, as_json: bool
 ) -> dict[int, dict[str, Any]]:
-    """The lines of one cache format by context, printed as they come; the last tells how a step grows."""
-    keep_cache_as(ours, cache)
+    """The lines of one of `WAYS` by context, printed as they come; the last tells how a step grows."""
+    keep_cache_as(ours, "exact" if way == "grouped" else way)
+    search_index_by(ours, "grouped" if way == "grouped" else "exact")
     lines = {}
-    for length in CONTEXTS if cache == "exact" else CONTEXTS[1:]:
+    for length in CONTEXTS if way == "exact" else CONTEXTS[1:]:
         count = 64 if length <= PEER_UP_TO else 32
-        rival = peer if cache == "exact" else None
-        lines[length] = measure_context(ours, rival, name, length, dtype, count, repeats)
+        rival = peer if way == "exact" else None
+        lines[length] = measure_context(ours, rival, name, length, dtype, way, count, repeats)
         measure.print_line(lines[length], as_json=as_json)
     steps = {length: line["config"]["step_ms"] for length, line in lines.items()}
-    measure.print_line(growth(name, dtype, cache, steps), as_json=as_json)
+    cpu = {length: line["config"]["step_cpu_ms"] for length, line in lines.items()}
+    measure.print_line(growth(name, dtype, way, steps, cpu), as_json=as_json)
     return lines
 
 
@@ -270,19 +281,24 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="one repeat of each case, one thread")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="to keep and search index keys")
+    parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads to measure with")
     options = parser.parse_args()
     repeats = 1 if options.quick else options.repeats
-    for threads in (1,) if options.quick else (1, 2):
+    for threads in options.threads or ((1,) if options.quick else (1, 2)):
         torch.set_num_threads(threads)
         shared: dict[str, list[dict[str, Any]]] = {}
         for dtype in DTYPES:
             for name, ours, peer in models(dtype):
                 with torch.inference_mode():
-                    for cache in CACHES:
-                        lines = measure_format(ours, peer, name, dtype, cache, repeats, as_json=options.json)
-                        if cache == "exact":
+                    for way in options.ways:
+                        lines = measure_way(ours, peer, name, dtype, way, repeats, as_json=options.json)
+                        if way == "exact":
                             shared.setdefault(name, []).append(lines[PEER_UP_TO])
+                    if "exact" not in options.ways:
+                        continue
                     keep_cache_as(ours, "exact")
+                    search_index_by(ours, "exact")
                     line = measure_engine(ours, name, 8192, dtype, 128, repeats)
                     measure.print_line(line, as_json=options.json)
         for lines_of_name in shared.values():

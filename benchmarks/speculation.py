@@ -1,16 +1,22 @@
-"""Speculative decoding by the MTP module, on and off by turns: seconds a token on code, chat, random text and sampling.
+"""Speculative decoding, on and off by turns: seconds a token on code, chat, random text and sampling.
+
+Drafts come from the text itself and from the MTP module. Greedy continuations of a model as small as this one soon
+repeat themselves, which is much of what is gained on `code`; `config` says what part of the tokens came by drafts.
 
 Both sides are the engine on the same bundled model in one process, one request at a time and by turns, and must give
 the same tokens. A line is one kind of prompt: `ours` is tokens per second between the first and the last token with
 speculation, `peer` without, `ratio` how many times better on is than off (the middle of the turns' ratios; `spread` has
 the least and the greatest). `config` has the mean accepted length (tokens from a step with drafts), tokens a step over
-all steps, drafted and accepted tokens of a turn, a round's time without drafts, and what a further row and a draft cost
-in such rounds.
+all steps, the ratio by processor time of this process (which a busy machine disturbs less, and which on several threads
+counts their waiting for each other), drafted and accepted tokens of a turn, a round's time without drafts, and what a
+further row and a draft cost in such rounds.
 
 * `code`: beginnings of functions of Python files that training set aside, completed greedily
 * `chat`: questions of the chat and code tasks' test items, answered greedily
 * `code-t1`: the same beginnings, sampled at temperature 1
 * `random`: prompts of random tokens, sampled at temperature 1: nothing here can be foretold
+
+The model is measured in fp32, in bf16 and with packed weights (`fp4`: experts in MXFP4, the rest in FP8).
 
     python benchmarks/speculation.py --json
     python benchmarks/speculation.py --quick --threads 1
@@ -19,6 +25,7 @@ The target is at least 1.2 on code and never below 0.98.
 """
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -34,6 +41,10 @@ from rorqual.data import python_corpus
 from rorqual.data.tasks import ChatFamily, CodeFamily
 from rorqual.engine.stats import EngineStats
 
+FORMATS: dict[str, dict[str, Any]] = {
+    "fp32": {"dtype": torch.float32}, "bf16": {"dtype": torch.bfloat16},
+    "fp4": {"dtype": torch.bfloat16, "weights": "fp4"},
+}  # fmt: skip
 HELD_OUT = 0.02
 """Share of the Python files that the recipe of Minke sets aside."""
 
@@ -86,14 +97,23 @@ class Side:
     """What one engine did in a turn."""
 
     seconds: float = 0.0
+    cpu_s: float = 0.0
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
 
     def run(self, engine: Engine, case: Case, prompt: Sequence[int]) -> tuple[int, ...]:
         """Answer one prompt; the clock runs from the first token to the last."""
-        [out] = engine.generate(prompt, case.params)
+        clock: list[float] = []
+
+        def note(event: Any) -> None:
+            if not clock or event.finish_reason is not None:
+                clock.append(time.process_time())
+
+        request = engine.submit(prompt, case.params, listener=note)
+        out = request.result()
         self.seconds += out.timing.decode_s
+        self.cpu_s += clock[-1] - clock[0]
         self.tokens += len(out.ids) - 1
         self.drafted += out.usage.drafted_tokens
         self.accepted += out.usage.accepted_tokens
@@ -112,7 +132,7 @@ def turn(on: Engine, off: Engine, case: Case, number: int) -> tuple[Side, Side]:
     return with_drafts, without
 
 
-def measure_case(on: Engine, off: Engine, case: Case, repeats: int) -> dict[str, Any]:
+def measure_case(on: Engine, off: Engine, case: Case, kind: str, repeats: int) -> dict[str, Any]:
     """One line; the first turn is thrown away."""
     turns = [turn(on, off, case, 0)]
     before = on.stats()
@@ -121,13 +141,14 @@ def measure_case(on: Engine, off: Engine, case: Case, repeats: int) -> dict[str,
     mine = [side.tokens / side.seconds for side, _ in turns[1:]]
     theirs = [side.tokens / side.seconds for _, side in turns[1:]]
     ratios = sorted(a / b for a, b in zip(mine, theirs, strict=True))
+    cpu_ratios = sorted(b.cpu_s / a.cpu_s for a, b in turns[1:])
     last = turns[-1][0]
     steps = last.tokens - last.accepted
     assert on.speculation is not None
-    costs = on.speculation.policy.costs(1)
+    costs = on.speculation.policy.costs(1 if case.params.temperature == 0 else -1)
     return {
         "name": "speculation",
-        "case": f"{case.name}/minke/{torch.get_num_threads()}t/fp32",
+        "case": f"{case.name}/minke/{torch.get_num_threads()}t/{kind}",
         "unit": "tokens/s",
         "ours": measure.middle(mine),
         "peer": measure.middle(theirs),
@@ -140,6 +161,7 @@ def measure_case(on: Engine, off: Engine, case: Case, repeats: int) -> dict[str,
             "prompts": len(case.prompts), "tokens": last.tokens, "repeats": repeats, "steps": steps,
             "drafted": last.drafted, "accepted": last.accepted, "tokens_per_step": last.tokens / max(1, steps),
             "accepted_length": _accepted_length(before, after), "temperature": case.params.temperature,
+            "cpu_ratio": measure.middle(cpu_ratios), "cpu_ratio_spread": [cpu_ratios[0], cpu_ratios[-1]],
             "round_ms": 1e3 * (costs.plain or 0.0), "row_rounds": costs.row, "draft_rounds": costs.drafts(1),
             **measure.machine(),
         },
@@ -174,20 +196,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="counted pairs of turns")
     parser.add_argument("--prompts", type=int, default=6, help="prompts of a kind")
     parser.add_argument("--tokens", type=int, default=160, help="most tokens to decode after each")
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), help="of the weights")
     parser.add_argument("--only", nargs="+", metavar="CASE", help="code, chat, code-t1, random")
     options = parser.parse_args()
     if options.quick:
         options.repeats, options.prompts, options.tokens = 1, 2, 80
     began = time.perf_counter()
-    model, tokenizer = rorqual.load("minke")
-    chosen = cases(tokenizer, options.prompts, options.tokens)
-    for threads in options.threads:
+    for threads, kind in itertools.product(options.threads, options.formats):
         torch.set_num_threads(threads)
+        model, tokenizer = rorqual.load("minke", **FORMATS[kind])
         with Engine(model, tokenizer, speculate=True) as on, Engine(model, tokenizer) as off:
-            for case in chosen:
+            for case in cases(tokenizer, options.prompts, options.tokens):
                 if not options.only or case.name in options.only:
-                    measure.note(f"{case.name}, {threads} threads ({time.perf_counter() - began:.0f} s)")
-                    print_line(measure_case(on, off, case, options.repeats), as_json=options.json)
+                    measure.note(f"{case.name}, {kind}, {threads} threads ({time.perf_counter() - began:.0f} s)")
+                    print_line(measure_case(on, off, case, kind, options.repeats), as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rorqual.errors import ConfigError
 
 CSA_RATIO = 4
 CACHE_FORMATS = ("auto", "exact", "fp4-keys", "fp8")
+INDEX_SEARCHES = ("exact", "grouped")
 """Checkpoint behaviour: compression ratio 4 means overlapping windows and an indexer; any other ratio has neither."""
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
@@ -108,6 +109,9 @@ class ModelConfig:
     """How memory keeps compressed entries and index keys, and so to what they are rounded: `exact`, as computed;
     `fp4-keys`, index keys (and queries) in FP4; `fp8`, that and entries in FP8 with bf16 rope, as in the released
     system; `auto`, as much of this as `activation_rounding` makes free of loss."""
+    index_search: str = "exact"
+    """How the indexer finds its entries in inference: `exact`, by the scores of all; `grouped`, an approximation for
+    very long texts (`ops/index_groups.py`), the same up to 22,527 tokens."""
     engram: EngramConfig | None = None
     """Memory of token runs in some blocks; V4 has none. A mapping of its settings is taken too."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -208,6 +212,8 @@ class ModelConfig:
             del out["residual"]
         if self.cache_format == "auto":
             del out["cache_format"]
+        if self.index_search == "exact":
+            del out["index_search"]
         if self.engram is None:
             del out["engram"]
         else:
@@ -349,6 +355,8 @@ def _check(cfg: ModelConfig) -> None:
         raise ConfigError(f"activation_rounding is {cfg.activation_rounding!r}; use 'none', 'v4' or 'v4-inputs'.")
     if cfg.cache_format not in CACHE_FORMATS:
         raise ConfigError(f"cache_format is {cfg.cache_format!r}; use one of {', '.join(CACHE_FORMATS)}.")
+    if cfg.index_search not in INDEX_SEARCHES:
+        raise ConfigError(f"index_search is {cfg.index_search!r}; use one of {', '.join(INDEX_SEARCHES)}.")
     need(
         cfg.cache_format in ("auto", "exact") or cfg.index_head_dim % 2 == 0,
         f"cache_format is {cfg.cache_format!r}, but index_head_dim {cfg.index_head_dim} is odd and two FP4 channels "

@@ -16,6 +16,7 @@ from rorqual.cli.options import (
     OUTPUT,
     CacheFormat,
     EffortOption,
+    IndexSearch,
     Json,
     MaxTokens,
     Memory,
@@ -72,6 +73,7 @@ def ask(
     weights: Weights = None,
     memory: Memory = None,
     cache_format: CacheFormat = None,
+    index_search: IndexSearch = "exact",
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.6,
     top_p: TopP = 1.0,
@@ -112,7 +114,7 @@ def ask(
     prompt = render(tokenizer, [*opening, {"role": "user", "content": content}], effort)
     check_length(file, len(prompt.ids), max_tokens, model, network.cfg.max_position_embeddings)
     del text, content
-    with reader(network, tokenizer, cache, speculate) as engine:
+    with reader(network, tokenizer, cache, speculate, index_search) as engine:
         bar = ReadingBar(sys.stderr, is_shown=not quiet and sys.stderr.isatty())
         began = time.perf_counter()
         reply = Reply(engine, tokenizer, prompt, params, on_progress=bar)
@@ -171,7 +173,9 @@ def check_length(file: str, num_tokens: int, max_tokens: int, model: str, limit:
 
 
 @contextlib.contextmanager
-def reader(network: Any, tokenizer: Any, cache: str | None, speculate: bool = False) -> Iterator["Engine"]:
+def reader(
+    network: Any, tokenizer: Any, cache: str | None, speculate: bool = False, index_search: str = "exact"
+) -> Iterator["Engine"]:
     """An engine for one long prompt; with a cache folder it starts from what was read before and keeps what it reads.
 
     Raises: ConfigError when the folder cannot be used.
@@ -179,7 +183,7 @@ def reader(network: Any, tokenizer: Any, cache: str | None, speculate: bool = Fa
     from rorqual.engine import CacheSettings, EngineSettings
 
     store = None if cache is None else CacheSettings(folder=Path(cache).expanduser())
-    settings = EngineSettings(max_running=1, chunk=CHUNK, cache=store, speculate=speculate)
+    settings = EngineSettings(max_running=1, chunk=CHUNK, cache=store, speculate=speculate, index_search=index_search)
     try:
         with settings.open(network, tokenizer) as engine:
             yield engine

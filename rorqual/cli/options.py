@@ -39,6 +39,14 @@ CacheFormat = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+IndexSearch = Annotated[
+    Literal["exact", "grouped"],
+    typer.Option(
+        "--index-search",
+        help="How the indexer finds entries: exact, or grouped, an approximation that is faster beyond 22,527 tokens.",
+        rich_help_panel=MODEL,
+    ),
+]
 EffortOption = Annotated[
     Effort | None,
     typer.Option("--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL),
@@ -52,7 +60,7 @@ Speculate = Annotated[
     bool,
     typer.Option(
         "--speculate/--no-speculate",
-        help="Draft tokens with the model's MTP module: the same output, sooner where it is easily foretold.",
+        help="Draft tokens, from the text and with an MTP module: the same output, sooner where it is easily foretold.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -48,6 +48,7 @@ from rorqual.cli.options import (
     MODEL,
     NETWORK,
     CacheFormat,
+    IndexSearch,
     Json,
     Memory,
     ModelArgument,
@@ -161,6 +162,7 @@ def serve(
     weights: Weights = None,
     memory: Memory = None,
     cache_format: CacheFormat = None,
+    index_search: IndexSearch = "exact",
     api_key: ApiKeys = None,
     key_file: KeyFile = None,
     no_auth: NoAuth = False,
@@ -201,7 +203,7 @@ def serve(
         )
     settings = _settings(
         max_running, max_queue, context, state_bytes, cache_bytes, cache_dir, cache_disk_bytes, cache_writes,
-        cache_policy, cache_period, speculate,
+        cache_policy, cache_period, speculate, index_search,
     )  # fmt: skip
     require_server()
     elsewhere = Elsewhere(
@@ -259,6 +261,7 @@ def _settings(
     cache_policy: Policy,
     cache_period: int | None,
     speculate: bool,
+    index_search: str,
 ) -> "EngineSettings":
     """The options as the engine takes them. Raises: ConfigError for sizes that are none, or options that clash."""
     from rorqual.engine import CacheSettings, EngineSettings
@@ -284,4 +287,5 @@ def _settings(
         max_state_bytes=None if state_bytes is None else parse_bytes(state_bytes, "--state-bytes"),
         cache=cache if memory_bytes else None,
         speculate=speculate,
+        index_search=index_search,
     )

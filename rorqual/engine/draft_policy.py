@@ -4,14 +4,14 @@ A draft costs the time of making it and of one more row in the step, which depen
 context and, with experts on the CPU, on where the rows are routed; so both are measured while the engine runs, never
 assumed for long. They are measured in rounds: against rounds without drafts of the same moment, as a machine's speed
 moves by more than a draft costs, and by medians. How likely a draft is to be right is counted by the probability that
-the MTP module gave it, apart for greedy and sampled requests. A further draft is made, and verified, as long as the
-time it saves on average exceeds the time it costs.
+the MTP module gave it, or, for drafts from the text itself, by the length of the match, apart for greedy and sampled
+requests. A further draft is made, and verified, as long as the time it saves on average exceeds the time it costs.
 
 What drafting gained is added up, for each request and for all of its kind together: the rounds that right drafts
 saved less what rows and drafts cost. A request, or a kind, that has lost `PATIENCE` rounds stops and tries again after
 a pause that doubles with each failure. So what can be lost is bounded: `PATIENCE` in the first `SHORTEST_PAUSE` tokens,
-as much again in the next twice as many, and so on. After the longest pauses costs are measured anew, so that a bad
-moment is not held on to for ever.
+as much again in the next twice as many, and so on. After the longest pauses, and when no rows were verified for long,
+costs are measured anew, so that a bad moment is not held on to for ever.
 
 Source: serving practice: drafts of a fixed length often lose where the experts are on the CPU.
 """
@@ -21,9 +21,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from rorqual.engine.own_text import MatchOdds
 
 BINS = 8
 """Classes of the module's probability."""
@@ -33,7 +36,7 @@ START = 2.0
 """Drafts that the module's own probability counts for."""
 MEMORY = 128.0
 """Drafts that a class's share of right ones looks back at."""
-MARGIN = 1.1
+MARGIN = 1.2
 """How much more a draft has to promise than it costs: costs and odds are estimates."""
 SAMPLES = 32
 """Rounds of a kind that its cost is taken from."""
@@ -45,12 +48,17 @@ LATEST = 5
 """Rounds without drafts that stand for the present moment."""
 PLAIN_EVERY = 32
 """One round in so many is made without drafts, so that its time stays known."""
+STALE = 1024
+"""Rounds without drafts after which what rows cost is measured anew."""
 ROW, DRAFT, READING = 0.45, 0.3, 0.7
 """What a row, a draft, and drafts behind a text that is read first may cost in rounds, until it is known."""
-SHORTEST_PAUSE, LONGEST_PAUSE = 128, 2048
+ASIDE = 0.15
+"""What looking, remembering and counting cost in rounds, where nothing is measured without them."""
+SHORTEST_PAUSE, LONGEST_PAUSE = 256, 4096
 """Tokens."""
-PATIENCE, CREDIT = 2.0, 4.0
-"""A try ends when so many rounds are lost; what it gained before counts for no more than the other."""
+PATIENCE, TEXT_PATIENCE = 1.0, 4.0
+"""A try ends when so many rounds are lost; what it gained before counts for no more than twice that. One wrong guess of
+many tokens from the text is no reason to stop where they are chosen greedily."""
 
 
 class Odds:
@@ -119,37 +127,44 @@ def _median(values: deque[float]) -> float:
 class Costs:
     """What rounds of one number of decoding requests cost: seconds without drafts, and in such rounds the rest.
 
-    Rows are verified drafts, whichever request they belong to.
+    Seconds are of whatever clock. Rows are verified drafts, whichever request they belong to.
     """
 
     def __init__(self) -> None:
         self._plain: deque[float] = deque(maxlen=LATEST)
-        self._age = 0
+        self._age = self._rows_age = 0
         self._rows: dict[int, Times] = {}
+        self._row: float | None = None
+        self.terms: Terms | None = None
+        """What follows from these, until something is added."""
         self._drafts: dict[int, Times] = {}
         self._reading = Times()
 
     def add_plain(self, seconds: float) -> None:
         """A round without drafts."""
         self._plain.append(seconds)
-        self._age = 0
+        self._age, self._rows_age = 0, self._rows_age + 1
+        if self._rows_age == STALE:
+            self._rows, self._row, self.terms = {}, None, None
 
     def add_rows(self, count: int, seconds: float) -> None:
         """A round with `count` further rows, without the time for making drafts."""
-        self._age += 1
+        self._age, self._rows_age = self._age + 1, 0
         if count and self._plain:
             self._rows.setdefault(count, Times()).add(seconds / _median(self._plain) - 1)
+            self._row = self.terms = None
 
     def add_drafts(self, count: int, seconds: float, *, is_first: bool) -> None:
         """One call that made `count` drafts; is_first: and read a part of the text before."""
+        self.terms = None
         if self._plain and is_first:
             self._reading.add(seconds / _median(self._plain))
         elif self._plain:
             self._drafts.setdefault(count, Times()).add(seconds / _median(self._plain))
 
     def forget(self) -> None:
-        """Measure what drafts cost from the start."""
-        self._rows, self._drafts = {}, {}
+        """Measure what drafts cost from the start; rows, which drafts from the text need too, are measured on."""
+        self._drafts, self.terms = {}, None
 
     @property
     def plain(self) -> float | None:
@@ -159,10 +174,11 @@ class Costs:
     @property
     def row(self) -> float:
         """What a row costs, in rounds: the slope of a line through the round without drafts and those with some."""
-        known = [(count, times.typical) for count, times in self._rows.items() if len(times) >= ENOUGH]
-        if not known:
-            return ROW
-        return max(0.0, sum(count * extra for count, extra in known) / sum(count**2 for count, _ in known))
+        if self._row is None:
+            known = [(count, times.typical) for count, times in self._rows.items() if len(times) >= ENOUGH]
+            slope = sum(count * extra for count, extra in known) / sum(count**2 for count, _ in known) if known else ROW
+            self._row = max(0.0, slope)
+        return self._row
 
     def drafts(self, count: int, *, is_first: bool = False) -> float:
         """What a call of `count` drafts costs, in rounds; of counts not seen, in proportion to the nearest."""
@@ -181,25 +197,26 @@ class Costs:
 class Trial:
     """How drafting goes for a request, or for a kind of them.
 
-    gain: rounds saved in this try. wait: tokens until the next try; pause: what it will be if that fails.
+    patience: rounds that a try may lose. gain: rounds saved in this try. wait: tokens until the next try; pause: what
+    it will be if that fails.
     """
 
+    patience: float = PATIENCE
     gain: float = 0.0
     wait: int = 0
     pause: int = SHORTEST_PAUSE
 
     def add(self, gained: float) -> None:
         """Count what a round gained, in rounds."""
-        self.gain = min(self.gain + gained, CREDIT)
-        if self.gain == CREDIT:
+        self.gain = min(self.gain + gained, 2 * self.patience)
+        if self.gain == 2 * self.patience:
             self.pause = SHORTEST_PAUSE
-        elif self.gain < -PATIENCE:
+        elif self.gain < -self.patience:
             self.gain, self.wait = 0.0, self.pause
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """What a draft has to promise in this round: at least `to_draft` to make a further one, `to_verify` to keep it."""
 
     most: int
@@ -215,10 +232,17 @@ class Policy:
     odds: dict[bool, Odds] = field(default_factory=lambda: {True: Odds(), False: Odds()})
     """For greedy requests (True) and sampled ones; so are the trials."""
     kinds: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(), False: Trial()})
+    text_odds: dict[bool, MatchOdds] = field(default_factory=lambda: {True: MatchOdds(), False: MatchOdds()})
+    """The same for drafts from the text itself."""
+    text_kinds: dict[bool, Trial] = field(default_factory=lambda: {True: Trial(TEXT_PATIENCE), False: Trial()})
+    misses: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    """Rounds since the text of the latest request offered something: the next one begins with as many."""
     _costs: dict[int, Costs] = field(default_factory=dict)
 
     def costs(self, requests: int) -> Costs:
-        """Of rounds in which so many requests decode."""
+        """Of rounds in which so many requests decode; the number is negative where some of them sample, which takes
+        longer for every row.
+        """
         found = self._costs.get(requests)
         if found is None:
             found = self._costs[requests] = Costs()
@@ -229,9 +253,12 @@ class Policy:
         costs = self.costs(requests)
         if costs.plain is None:
             return None
+        if costs.terms is not None and costs.terms.most == self.most:
+            return costs.terms
         row, further = costs.row, max(0.0, costs.drafts(2) - costs.drafts(1))
-        worth = 1 / requests / MARGIN
-        return Terms(self.most, min(1.0, (row + further) / worth), min(1.0, row / worth))
+        worth = 1 / abs(requests) / MARGIN
+        costs.terms = Terms(self.most, min(1.0, (row + further) / worth), min(1.0, row / worth))
+        return costs.terms
 
     def keep(self, terms: Terms, chances: Sequence[float], greedy: bool) -> int:
         """How many of the drafts to verify."""
@@ -251,15 +278,18 @@ class Policy:
                 return
 
     def judge(
-        self, trial: Trial, greedy: bool, requests: int, made: int, verified: int, right: int, *, is_first: bool
-    ) -> None:
+        self, trial: Trial, greedy: bool, requests: int, made: int, verified: int, right: int, *, is_first: bool,
+        is_text: bool = False,
+    ) -> None:  # fmt: skip
         """What a round came to for a request: of `made` drafts some were `verified`, of which so many were `right`.
 
         By what such rounds take on the whole: one round's own time says more about the machine's other work.
+        is_text: the drafts are from the text itself, and `made` counts those of the module beside them.
         """
         costs = self.costs(requests)
-        spent = verified * costs.row + costs.drafts(made, is_first=is_first)
-        for one in (trial, self.kinds[greedy]):
-            one.add(right - spent * requests)
-        if self.kinds[greedy].wait == LONGEST_PAUSE:
+        spent = verified * costs.row + costs.drafts(made, is_first=is_first) + ASIDE
+        kind = (self.text_kinds if is_text else self.kinds)[greedy]
+        for one in (trial, kind):
+            one.add(right - spent * abs(requests))
+        if kind.wait == LONGEST_PAUSE and not is_text:
             costs.forget()

@@ -14,10 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rorqual import log
 from rorqual.engine.aside import Asides, Work
@@ -35,12 +35,13 @@ from rorqual.engine.params import SamplingParams
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.engine.request import Listener, Progress, Request
 from rorqual.engine.scheduler import Round, Scheduler
-from rorqual.engine.speculation import MOST_DRAFTS, OwnDrafter, Speculation, choose
+from rorqual.engine.speculation import MOST_REPEATED, OwnDrafter, Speculation, choose
 from rorqual.engine.stats import EngineStats, Meter, StepRecord
 from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
 from rorqual.engine.watch import RequestView, view_of
 from rorqual.errors import ConfigError, RequestError
+from rorqual.model.index_groups import search_index_by
 
 logger = log.get(__name__)
 
@@ -63,8 +64,10 @@ class Engine:
     max_state_bytes: most memory of all running requests' states; no limit unless given. Requests that do not fit wait,
         and when running ones outgrow it, the lowest-ranked give up their states and are computed again later.
     log_steps: how many of the last steps `step_log` remembers.
-    speculate: draft tokens with the model's MTP module and verify several in a step (`speculation.py`), which changes
-        no token. A function from the tokens so far and a number to at most so many drafts takes the module's place.
+    speculate: draft tokens, from the text so far and with the model's MTP module, and verify several in a step
+        (`speculation.py`), which changes no token. A function from the tokens so far and a number to at most so many
+        drafts takes the place of both.
+    index_search: `exact` or `grouped` (`ModelConfig.index_search`), set on the model; as the model has it unless given.
 
     Use as a context manager or call `close()`. A failure while running a request ends that request with a
     RequestError; the engine goes on.
@@ -85,7 +88,16 @@ class Engine:
         log_steps: int = 120,
         prefix_cache: PrefixCache | None = None,
         speculate: bool | OwnDrafter = False,
+        index_search: str | None = None,
     ) -> None:
+        if index_search is not None and index_search != model.cfg.index_search:
+            if prefix_cache is not None:
+                raise ConfigError(
+                    f"index_search={index_search!r} was given with a prefix cache that was made for a model with "
+                    f"{model.cfg.index_search!r}, whose contents mean nothing then. Call search_index_by(model, ...) "
+                    "of rorqual.model.index_groups before making the cache, or use EngineSettings."
+                )
+            search_index_by(cast(nn.Module, model), index_search)
         if prefix_cache is not None and prefix_cache.model is not model:
             raise ConfigError(
                 "The prefix cache was made for another model object, whose state means nothing here. Make it with "
@@ -330,9 +342,9 @@ class Engine:
         drafts = self.speculation
         if drafts is not None and decoding == len(plan.work) and drafts.rests(plan.work):
             drafts = None
-        self._stepper.watch = None if drafts is None else drafts.remember
+        self._stepper.watch = drafts.remember if drafts is not None and drafts.watches(plan.work) else None
         if drafts is not None and decoding:
-            drafts.propose(plan.work, self._scheduler.room_for_drafts(plan.work, MOST_DRAFTS))
+            drafts.propose(plan.work, self._scheduler.room_for_drafts(plan.work, MOST_REPEATED))
         drafted = self._meter.drafted_tokens
         read = 0  # less than planned where the prefix cache knew the beginning
         for outcome in self._stepper.run(plan.work):
@@ -342,7 +354,7 @@ class Engine:
         self._record(plan, decoding, max(0, read - decoding), seconds)
         self._asides.after_round(seconds)
         if drafts is not None and decoding == len(plan.work) == read:
-            drafts.end_round(plan.work, self._meter.drafted_tokens - drafted, seconds)
+            drafts.end_round(self._meter.drafted_tokens - drafted)
         return True
 
     def _record(self, plan: Round, decoding: int, prompt_tokens: int, seconds: float) -> None:

@@ -49,6 +49,9 @@ class Exactness:
     """What the prefix cache brought: nothing, or state that gives the bits of a fresh run, or not quite those."""
     speculation: Literal["none", "exact", "approximate"]
     """Whether drafts were checked for it, and whether checking them gives the bits of one token after the other."""
+    index_search: Literal["exact", "grouped"]
+    """`grouped`: beyond 22,527 tokens the indexer's entries are found by an approximation, so the model's definition
+    would give other tokens, though what is promised here holds."""
     operations: Operations
     kernels: str
     """The C library by its hash (of source, compiler and processor), or the version of torch: equal names promise equal
@@ -81,6 +84,7 @@ class Arithmetic:
     dtype: str
     weights: str
     why: str | None
+    index_search: Literal["exact", "grouped"] = "exact"
 
 
 def examine(model: Any) -> Arithmetic:  # Any: a LanguageModel
@@ -95,7 +99,8 @@ def examine(model: Any) -> Arithmetic:  # Any: a LanguageModel
     native_names = [name for name, by in found.items() if by == "native"]
     operations: Operations = "native" if len(native_names) == len(found) else "mixed" if native_names else "reference"
     return Arithmetic(
-        operations, arithmetic(), str(model.reference.device), _short(model.streams_dtype), weights_of(model), why
+        operations, arithmetic(), str(model.reference.device), _short(model.streams_dtype), weights_of(model), why,
+        "grouped" if model.cfg.index_search == "grouped" and found["index_scan"] == "native" else "exact",
     )  # fmt: skip
 
 
@@ -157,6 +162,7 @@ def describe(facts: Arithmetic, request: Request) -> Exactness:
         restart_invariant=holds,
         cache=kept if cached else "none",
         speculation=kept if request.drafted else "none",
+        index_search=facts.index_search,
         operations=facts.operations,
         kernels=facts.kernels,
         device=facts.device,

@@ -11,6 +11,7 @@ from typing import Any
 from rorqual.engine.engine import Engine
 from rorqual.engine.prefix_cache import PrefixCache, Windows
 from rorqual.errors import ConfigError
+from rorqual.model.index_groups import search_index_by
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ class EngineSettings:
     max_state_bytes: int | None = None
     cache: CacheSettings | None = None
     speculate: bool = False
+    index_search: str | None = None
 
     @contextmanager
     def open(self, model: Any, tokenizer: Any) -> Iterator[Engine]:  # Any: what Engine takes
         """The engine, closed with its cache afterwards. Raises: ConfigError for settings that cannot work, or when the
         cache's folder cannot be used.
         """
+        if self.index_search is not None and self.index_search != model.cfg.index_search:
+            search_index_by(model, self.index_search)  # before the cache, whose contents depend on it
         cache = self._cache(model, tokenizer)
         try:
             with Engine(
@@ -54,6 +58,7 @@ class EngineSettings:
                 max_state_bytes=self.max_state_bytes,
                 prefix_cache=cache,
                 speculate=self.speculate,
+                index_search=self.index_search,
             ) as engine:
                 yield engine
         finally:

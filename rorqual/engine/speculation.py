@@ -1,4 +1,7 @@
-"""Speculative decoding: tokens drafted by the MTP module are verified as further rows of the same step.
+"""Speculative decoding: drafted tokens are verified as further rows of the same step.
+
+Drafts are what followed the same tokens earlier in the request's own text (`own_text.py`), where there are some that
+promise enough, and otherwise the MTP module's, if the model has one.
 
 A request's next token and its drafts are read in one step. From the scores behind each of these rows the sampler
 chooses with the random number that belongs to the position; while its choice is the draft that was read, the next row
@@ -18,19 +21,33 @@ import torch
 from torch import Tensor
 
 from rorqual.engine import sampler
-from rorqual.engine.draft_policy import Policy, Terms, Trial
+from rorqual.engine.draft_policy import ASIDE, LONGEST_PAUSE, Policy, Terms, Trial
 from rorqual.engine.grammar import Constraint
 from rorqual.engine.job import Job
+from rorqual.engine.own_text import OwnText
 from rorqual.engine.stepper import Outcome, Work
 from rorqual.errors import CacheError, ConfigError, RequestError
 from rorqual.model.drafting import DraftMemory
 
 MOST_DRAFTS = 5
-"""Drafts of a request at a time."""
+"""Drafts of a request at a time that a module or a function makes."""
+
+MOST_REPEATED = 15
+"""Tokens at a time from the text itself: with the one before them what a step reads token by token."""
+
+FEWEST = 3
+"""Of them at first, and after wrong ones."""
+
+MISSES, LONGEST_LOOK = 2, 24
+"""So many looks in a row at which the text offers nothing make the next one a token later, up to so many: a look costs
+little, but where nothing repeats itself it is all that a round has to spare."""
 
 MOST_READ = 16
 """Tokens of a prompt, or of a pause, that the module reads before it drafts: a part of its window, as for short outputs
 reading all of it would cost more than better drafts save."""
+
+NEW_MEMORY = 0.5
+"""What making a memory for the module costs in rounds, which short answers have to pay each."""
 
 OwnDrafter = Callable[[Sequence[int], int], Sequence[int]]
 """From the tokens of a request so far and a number to at most so many drafts."""
@@ -39,8 +56,24 @@ OwnDrafter = Callable[[Sequence[int], int], Sequence[int]]
 class Drafts:
     """What speculation keeps for a running request."""
 
-    def __init__(self, kind: Trial) -> None:
-        self.kind, self.trial = kind, Trial()
+    def __init__(self, policy: Policy, greedy: bool) -> None:
+        self.greedy = greedy
+        self.kind, self.trial = policy.kinds[greedy], Trial()
+        self.text_kind, self.text_trial = policy.text_kinds[greedy], Trial(policy.text_kinds[greedy].patience)
+        self._trials = (self.kind, self.trial, self.text_kind, self.text_trial)
+        self.text: OwnText | None = None
+        self.repeated: list[int] = []
+        """What the text itself offered in this round, verified or not, behind a match of this length."""
+        self.match = 0
+        self.bet: tuple[int, int, int] | None = None
+        """A match that promised too little, the token behind it and the place where that would come: to learn from."""
+        self.is_text = False
+        """Whether that is what is verified."""
+        self.misses = min(policy.misses[greedy], MISSES * LONGEST_LOOK)
+        self.look_in = self.misses // MISSES
+        """Looks since the text offered something worth verifying, and tokens before the next one."""
+        self.most_repeated = FEWEST
+        """Drafts from the text at a time: more when all of them were right, fewer when some were not."""
         self.memory: DraftMemory | None = None
         """Made when there is something to remember: a request in a pause has none."""
         self.ids: list[int] = []
@@ -49,33 +82,50 @@ class Drafts:
         self.is_first = False
         """The module has read a part of the text before these drafts, which says nothing about the cost of others."""
 
+    def miss(self, misses: dict[bool, int]) -> None:
+        """The text offered nothing worth verifying; `misses`: of the kinds."""
+        self.misses = misses[self.greedy] = self.misses + 1
+        self.look_in = min(self.misses // MISSES, LONGEST_LOOK)
+
     @property
     def wait(self) -> int:
-        """Tokens before drafts are tried."""
+        """Tokens before the module's drafts are tried."""
         return max(self.kind.wait, self.trial.wait)
+
+    @property
+    def text_wait(self) -> int:
+        """Tokens before those of the text itself are."""
+        return max(self.text_kind.wait, self.text_trial.wait, self.look_in)
 
     def pass_by(self, tokens: int = 1) -> None:
         """Count tokens of a pause."""
-        self.kind.wait = max(0, self.kind.wait - tokens)
-        self.trial.wait = max(0, self.trial.wait - tokens)
+        for trial in self._trials:
+            if trial.wait:
+                trial.wait = max(0, trial.wait - tokens)
+        if self.look_in:
+            self.look_in = max(0, self.look_in - tokens)
 
 
 class Speculation:
     """Drafts for the requests of one engine.
 
-    drafter: makes drafts in place of the MTP module; all of them are then verified in every round.
-    Raises ConfigError when the model has no MTP module and there is no drafter, or cannot verify drafts.
+    drafter: makes drafts in place of the text and the module; all of them are then verified in every round.
+    Raises ConfigError when the model cannot verify drafts.
     """
 
     def __init__(self, model: Any, num_choices: int, drafter: OwnDrafter | None = None) -> None:  # Any: LanguageModel
-        if not can_verify(model) or (drafter is None and not has_mtp(model)):
+        if not can_verify(model):
             raise ConfigError(
-                "speculate=True needs a model with an MTP module, and this one has none, so nothing drafts tokens. "
-                "Load a checkpoint with mtp.* tensors (num_nextn_predict_layers), or leave speculation off."
+                f"speculate needs a model that reads several tokens of a sequence in a step and takes some back, and "
+                f"{type(model).__name__} does not (it has no `next_scores`). Leave speculation off."
             )
+        self._has_module = drafter is None and has_mtp(model)
         self._model, self._num_choices, self._drafter = model, num_choices, drafter
         self.policy = Policy(MOST_DRAFTS)
-        self._draft_s = 0.0
+        # on a CPU the thread's own time, which other programs of a busy machine do not count in
+        is_cpu = getattr(getattr(model, "reference", None), "is_cpu", False)
+        self._clock = time.thread_time if is_cpu else time.perf_counter
+        self._began = self._draft_s = 0.0
         self._is_odd = False
         self._requests = 1
         self.is_resting = False
@@ -88,80 +138,138 @@ class Speculation:
 
         A pause of many rounds is found out once, so that these cost as little as without speculation.
         """
-        if self._rest and len(work) == len(self._resting):
+        if self._rest:
             self._rest -= 1
-            if all(one[0] is job for one, job in zip(work, self._resting, strict=True)):
+            known, count = self._resting, len(work)
+            is_same = count == len(known) and work[0][0] is known[0]
+            if is_same and (count == 1 or all(one[0] is job for one, job in zip(work, known, strict=True))):
                 self._passed += 1
                 return True
         self._count_rest()
-        jobs = [job for job, _ in work]
-        if self._drafter is not None or any(job.is_prefilling for job in jobs):
+        if self._drafter is not None:
             return False
-        # a kind's pause is shorter for many requests, and a memory fills before the first draft
-        rounds = (min((self.of(job).wait for job in jobs), default=0) - MOST_READ) // max(1, len(jobs))
+        jobs, requests = [job for job, _ in work], _kind_of(work)
+        rounds = LONGEST_PAUSE * len(jobs)
+        for job in jobs:
+            rounds = min(rounds, 0 if job.is_prefilling or not rounds else self._rest_of(job, requests))
+        rounds //= max(1, len(jobs))  # a kind's pause is shorter for many requests
         self.is_resting = rounds > 0
         if self.is_resting:
             self._resting, self._rest, self._passed = jobs, rounds - 1, 1
         return self.is_resting
+
+    def _rest_of(self, job: Job, requests: int) -> int:
+        """Tokens in which nothing needs to be done for a request; its text is looked at if that is due."""
+        mine = self.of(job)
+        # a memory fills before the first draft
+        rest = mine.wait - MOST_READ if self._has_module else LONGEST_PAUSE
+        if rest <= 0:
+            return 0
+        if wait := mine.text_wait:
+            return min(rest, wait)
+        self._look(job, mine, 1)
+        if mine.match:
+            terms, odds = self.policy.terms(requests), self.policy.text_odds[mine.greedy]
+            if terms is None or odds.keep(mine.match, mine.most_repeated, terms.to_verify, ASIDE):
+                return 0
+            mine.bet = mine.match, mine.repeated[0], len(job.ids)
+            mine.match = 0
+            mine.miss(self.policy.misses)
+        return min(rest, max(1, mine.look_in))
+
+    def _look(self, job: Job, mine: Drafts, most: int) -> None:
+        """What the text offers, at most so many tokens."""
+        if mine.text is None:
+            mine.text = OwnText(job)
+        if mine.bet is not None:
+            length, token, at = mine.bet
+            if at < len(job.ids):
+                self.policy.text_odds[mine.greedy].count(length, job.ids[at] == token)
+            mine.bet = None
+        mine.match, mine.repeated = mine.text.repeat(job, most)
+        if not mine.match:
+            mine.miss(self.policy.misses)
 
     def _count_rest(self) -> None:
         for job in self._resting:
             self.of(job).pass_by(self._passed)
         self._resting, self._rest, self._passed, self.is_resting = [], 0, 0, False
 
+    def watches(self, work: Work) -> bool:
+        """Whether the module needs the streams of what some job reads in this round."""
+        return self._has_module and any(self.of(job).wait <= MOST_READ for job, _ in work)
+
     def propose(self, work: Work, room: int) -> None:
         """Put drafts on decoding jobs of a round, at most `room` in all."""
-        self._draft_s, self._is_odd, self._requests = 0.0, False, len(work)
+        self._began, self._draft_s, self._is_odd, self._requests = self._clock(), 0.0, False, _kind_of(work)
         jobs = [job for job, _ in work if not job.is_prefilling]
-        terms = None
-        if self._drafter is None:
-            is_mixed = len(jobs) < len(work)
-            jobs = [job for job in jobs if self._is_on(job)]
-            terms = self.policy.terms(len(work)) if jobs and not is_mixed else None
-            if terms is None:
-                return
+        if self._drafter is not None:
+            for job in jobs:
+                most = _most(job, room, MOST_DRAFTS)
+                if most > 0 and self._can_draft(job, most):
+                    job.drafts = self._own_drafts(self._drafter, job, most)
+                    room -= len(job.drafts)
+            return
+        is_mixed = len(jobs) < len(work)
         for job in jobs:
-            most = min(room, MOST_DRAFTS, job.request.max_tokens - len(job.ids) - 1)
-            if most < 1 or not self._can_draft(job):
-                continue
-            if self._drafter is not None:
-                known = (*job.request.prompt_ids, *job.ids)
-                found = list(self._drafter(known, most))[:most]
-                job.drafts = tuple(token for token in found if 0 <= token < self._num_choices)
-            elif terms is not None:
-                job.drafts = self._draft(job, min(most, terms.most), terms)
-            room -= len(job.drafts)
+            mine = self.of(job)
+            mine.pass_by()
+            if not is_mixed:
+                job.drafts = self._drafts_of(job, mine, room)
+                room -= len(job.drafts)
 
-    def _is_on(self, job: Job) -> bool:
-        """Whether drafts are tried for a job now; called once a round while it decodes."""
-        mine = self.of(job)
-        mine.pass_by()
-        return mine.wait == 0
+    def _own_drafts(self, drafter: OwnDrafter, job: Job, most: int) -> tuple[int, ...]:
+        found = list(drafter((*job.request.prompt_ids, *job.ids), most))[:most]
+        return tuple(token for token in found if 0 <= token < self._num_choices)
 
-    def _can_draft(self, job: Job) -> bool:
-        """Whether the job's state can take drafts in and give them back."""
+    def _drafts_of(self, job: Job, mine: Drafts, room: int) -> tuple[int, ...]:
+        """From the text itself where it promises enough, or else from the module."""
+        greedy, mine.is_text, mine.match = job.request.params.temperature == 0, False, 0
+        can_module = self._has_module and mine.wait == 0
+        if mine.text_wait == 0:
+            self._look(job, mine, MOST_REPEATED)
+        if not mine.match and not can_module:
+            return ()
+        terms = self.policy.terms(self._requests)
+        if terms is None:
+            return ()
+        most = _most(job, room, MOST_REPEATED)
+        if mine.match:
+            count = self.policy.text_odds[greedy].keep(
+                mine.match, min(most, mine.most_repeated), terms.to_verify, ASIDE
+            )
+            if count and self._can_draft(job, count):
+                mine.is_text, mine.misses, self.policy.misses[greedy] = True, 0, 0
+                return tuple(mine.repeated[:count])
+            mine.miss(self.policy.misses)
+        most = min(most, MOST_DRAFTS, terms.most)
+        return self._draft(job, most, terms) if can_module and most > 0 and self._can_draft(job, most) else ()
+
+    def _can_draft(self, job: Job, most: int) -> bool:
+        """Whether the job's state can take so many drafts in and give them back."""
         state = job.state
         if state is None or not job.may_draft or job.num_read < job.alone_until or not state.is_exact:
             return False
-        if state.rewind < MOST_DRAFTS or state.lengths[0] - state.floor[0] < 0:
+        if state.rewind < most or state.lengths[0] - state.floor[0] < 0:
             return False
         try:
-            state.reserve(1 + MOST_DRAFTS)
+            state.reserve(1 + most)
         except CacheError:  # no pages to spare for drafts
             return False
         return True
 
     def _draft(self, job: Job, most: int, terms: Terms) -> tuple[int, ...]:
+        """By the module."""
         mine, greedy = self.of(job), job.request.params.temperature == 0
         begin, end = (0, 0) if mine.memory is None else mine.memory.waiting
         if mine.memory is None or begin == end or end != job.num_read:
             return ()
-        began = time.perf_counter()
+        began = self._clock()
         odds = self.policy.odds[greedy]
         mine.ids, mine.chances = mine.memory.draft(
             job.known(begin + 1, end + 1), most, odds.kept, terms.to_draft, self._num_choices
         )
-        seconds = time.perf_counter() - began
+        seconds = self._clock() - began
         self._draft_s += seconds
         mine.is_first = end - begin > 1 + MOST_DRAFTS
         self._is_odd = self._is_odd or mine.is_first
@@ -171,35 +279,58 @@ class Speculation:
     def of(self, job: Job) -> Drafts:
         """What is kept for a job; made when it is asked for."""
         if job.drafting is None:
-            job.drafting = Drafts(self.policy.kinds[job.request.params.temperature == 0])
+            job.drafting = Drafts(self.policy, job.request.params.temperature == 0)
         drafts: Drafts = job.drafting
         return drafts
 
     def remember(self, job: Job, streams: Any) -> None:
         """The trunk's streams [n, N, D] of what a job has just read."""
         mine = self.of(job)
-        if self._drafter is None and mine.wait <= MOST_READ:
+        if self._has_module and mine.wait <= MOST_READ:
             if mine.memory is None:
                 mine.memory = DraftMemory(self._model, MOST_DRAFTS, MOST_READ, torch.bfloat16)
+                for trial in (mine.kind, mine.trial):
+                    trial.add(-NEW_MEMORY)
             mine.memory.remember(streams, job.num_read)
 
     def count(self, job: Job, tokens: Sequence[int], verified: int) -> None:
         """Learn from what a job's drafts came to: the tokens chosen in this round, after `verified` of its drafts."""
-        if self._drafter is None and job.drafting is not None and job.drafting.ids:
-            mine, greedy = self.of(job), job.request.params.temperature == 0
+        mine: Drafts | None = job.drafting
+        if mine is None or not (mine.match or mine.ids):
+            return
+        greedy, right = job.request.params.temperature == 0, len(tokens) - 1
+        if mine.match:
+            self.policy.text_odds[greedy].learn(mine.match, mine.repeated, tokens)
+        if mine.is_text:
+            mine.most_repeated = min(MOST_REPEATED, 2 * verified) if right == verified else max(FEWEST, right + 1)
+            self.policy.judge(mine.text_trial, greedy, self._requests, 0, verified, right, is_first=False, is_text=True)
+        elif mine.ids:
             self.policy.learn(mine.ids, mine.chances, tokens, greedy)
             self.policy.judge(
-                mine.trial, greedy, self._requests, len(mine.ids), verified, len(tokens) - 1, is_first=mine.is_first
+                mine.trial, greedy, self._requests, len(mine.ids), verified, right, is_first=mine.is_first
             )
-            mine.ids, mine.chances = [], []
+        mine.ids, mine.chances, mine.match, mine.is_text = [], [], 0, False
 
-    def end_round(self, work: Work, extra: int, seconds: float) -> None:
+    def end_round(self, extra: int) -> None:
         """Account for a round in which all jobs decoded, with `extra` drafts among its rows."""
-        costs = self.policy.costs(len(work))
-        if not self._draft_s:
+        costs, seconds = self.policy.costs(self._requests), self._clock() - self._began
+        if not self._draft_s and not extra:
             costs.add_plain(seconds)
         elif not self._is_odd:
             costs.add_rows(extra, seconds - self._draft_s)
+
+
+def _kind_of(work: Work) -> int:
+    """What the costs of a round are kept by: its requests, negative where some of them sample."""
+    for job, _ in work:
+        if job.request.params.temperature != 0:
+            return -len(work)
+    return len(work)
+
+
+def _most(job: Job, room: int, most: int) -> int:
+    """Most drafts that a round may hold for a job: behind them comes one token more."""
+    return min(room, most, job.request.max_tokens - len(job.ids) - 1)
 
 
 def has_mtp(model: Any) -> bool:

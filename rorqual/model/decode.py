@@ -18,11 +18,13 @@ from rorqual.model.cache_format import packs_keys, row_of
 from rorqual.model.compressor import Compressor
 from rorqual.model.decode_memory import Addresses, Memory
 from rorqual.model.expert_fetch import Fetcher, expect_experts
+from rorqual.model.index_groups import bring_up_to_date
 from rorqual.model.moe import MoE
 from rorqual.model.mtp import MTPModule
 from rorqual.model.scores import Scores
 from rorqual.ops.hadamard import scaled_hadamard
 from rorqual.ops.hyper_connections import MOST_ITERS, MOST_STREAMS
+from rorqual.ops.index_groups import BUDGET
 from rorqual.ops.native import infers
 from rorqual.ops.native.decode_step import Drafter, Network, columns
 from rorqual.ops.packed_weight import FORMATS, PackedWeight
@@ -58,6 +60,7 @@ class Plan(Addresses):
             if self.is_usable:
                 head = self._head(model, model)
                 self.network = Network(embedding, shape, numbers, torch.tensor(rows, dtype=torch.int64), head)
+        self.is_grouped = model.cfg.index_search == "grouped"
         self.ratios = {spec.compress_ratio for spec in model.cfg.layers if spec.compress_ratio}
         self._drafters: dict[torch.dtype, tuple[int, Drafter | None]] = {}
 
@@ -189,6 +192,7 @@ def _shape(model: "Transformer", fetch: int) -> Tensor:
         "rounds_kv": int(cfg.activation_rounding != "none"),
         "projections": _format(first.attn.wq_a.weight), "expert_format": _expert_format(first.ffn),
         "rounds_keys": int(cfg.activation_rounding != "none" or packs_keys(cfg)), "fetch": fetch,
+        "group_budget": BUDGET if cfg.index_search == "grouped" else 0,
     }  # fmt: skip
     return torch.tensor([values[name] for name in columns("Shape")], dtype=torch.int64)
 
@@ -242,7 +246,12 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _signature(model: "Transformer") -> list[Any]:
     """Changes with whatever would make a plan wrong: weights that moved, modules that changed."""
-    out: list[Any] = [model.compute_dtype, model.cfg.cache_format, model.cfg.activation_rounding]
+    out: list[Any] = [
+        model.compute_dtype,
+        model.cfg.cache_format,
+        model.cfg.index_search,
+        model.cfg.activation_rounding,
+    ]
     for module in model.modules():
         out.append((type(module), _is_plain(module)))
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -384,6 +393,8 @@ def _memory(state: "State", plan: Plan, count: int) -> Memory:
         for layer, spec in zip(state.layers, state.model.cfg.layers, strict=True):
             if spec.compress_ratio:
                 layer.make_room(longest // spec.compress_ratio)
+    if plan.is_grouped:
+        bring_up_to_date(state)
     if state.decoding is None or not state.decoding.holds_for(state, plan):
         state.decoding = Memory(state, plan)
     memory: Memory = state.decoding

@@ -44,7 +44,7 @@ class Memory(Addresses):
         return self.plan is plan and all(map(is_, self._parts, _parts(state)))
 
 
-_parts_of_layer = attrgetter("window", "entries", "index_keys", "pending", "index_pending")
+_parts_of_layer = attrgetter("window", "entries", "index_keys", "pending", "index_pending", "groups")
 
 
 def _parts(state: "State") -> Iterator[Any]:
@@ -71,4 +71,8 @@ def memory_columns(layer: LayerState) -> list[tuple[int, int]]:
         if pending is not None:
             put(f"{name}_kv", pending.kv, f"{name}_size")
             put(f"{name}_score", pending.score)
+    if layer.groups is not None:
+        put("group_order", layer.groups.groups.order)
+        put("group_means", layer.groups.groups.means)
+        put("group_fine", layer.groups.groups.fine)
     return [values.get(name, (0, 0)) for name in columns("Memory")]

@@ -18,6 +18,7 @@ from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
 from rorqual.ops import triton
 from rorqual.ops.hadamard import hadamard
+from rorqual.ops.index_groups import BUDGET, SEGMENT, index_search, make_groups, room_for
 from rorqual.ops.index_loss import index_loss, query_blocks
 from rorqual.ops.index_scan import IndexKeys, index_scan
 from rorqual.ops.index_topk import index_scores, select_entries
@@ -86,7 +87,7 @@ class Indexer(nn.Module):
         if infers(q) or triton.usable(q):
             top_k, weights = min(self.top_k, keys.shape[1]), weights.float()
             picks = [
-                index_scan(q[b], weights[b], IndexKeys(keys[b], self.width), start, end, top_k)
+                self._search(q[b], weights[b], IndexKeys(keys[b], self.width), start, end, top_k)
                 for b, (start, end) in enumerate(zip(*visible.by_row(q.shape[0]), strict=True))
             ]
             return Visible(visible.end, visible.start, torch.stack(picks))
@@ -98,6 +99,17 @@ class Indexer(nn.Module):
                 scores.masked_fill_(~mask, float("-inf"))
             parts.append(select_entries(scores, self.top_k))
         return Visible(visible.end, visible.start, torch.cat(parts, 1))
+
+    def _search(
+        self, q: Tensor, weights: Tensor, keys: IndexKeys, start: Tensor | None, end: Tensor, top_k: int
+    ) -> Tensor:
+        """By all keys or by groups; the fused step keeps the latter, here they are made anew for every call."""
+        segments = keys.rows.shape[0] // SEGMENT
+        if self.cfg.index_search == "exact" or not segments or (start is not None and bool(start.any())):
+            return index_scan(q, weights, keys, start, end, top_k)
+        groups = room_for(segments, keys.width, q.device)
+        make_groups(keys, groups, 0, segments)
+        return index_search(q, weights, keys, groups, end, top_k, BUDGET)
 
     def loss(
         self, index_q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, all_visible: Visible,

@@ -72,6 +72,8 @@ class LayerState:
     pending: Pending | None = None
     index_pending: Pending | None = None
     engram: Recall | None = None
+    groups: Any = None
+    """`index_groups.IndexGroups` of the index keys, made when a step needs them; no part of what is remembered."""
 
     def past_window(self, layout: Layout, count: int) -> Tensor:
         """The `count` keys before this call, oldest first: [B, count, K]; places before position 0 hold anything."""

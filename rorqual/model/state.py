@@ -74,11 +74,14 @@ class State:
     """Where the fused decode step finds this state's tensors (`decode_memory.Memory`)."""
     cache_format: str = ""
     """The model's when this was made (see `cache_format.py`)."""
+    index_search: str = ""
+    """The model's when this was made (`ModelConfig.index_search`)."""
     frozen: int = 0
     """Tokens whose entries came from elsewhere, complete: up to there tokens are only run again for the windows."""
 
     def __post_init__(self) -> None:
         self.cache_format = self.cache_format or self.model.cfg.cache_format
+        self.index_search = self.index_search or self.model.cfg.index_search
 
     @classmethod
     def empty(cls, model: "Transformer", batch_size: int, rewind: int, pool: PagePool | None = None) -> "State":
@@ -113,6 +116,7 @@ class State:
         self.table, self.frozen = table, frozen
         for layer, spec in zip(self.layers, self.model.cfg.layers, strict=True):
             for name in ("entries", "index_keys"):
+                layer.groups = None
                 if getattr(layer, name) is not None:
                     pool, ratio = table.pool.tensor(spec.index, name), spec.compress_ratio
                     held = max(self.lengths[0], frozen) // ratio
@@ -164,6 +168,11 @@ class State:
             raise CacheError(
                 f"The state keeps its rows in the cache format {self.cache_format!r}, and the model's is "
                 f"{self.model.cfg.cache_format!r} now. Make the state after choosing the format."
+            )
+        if self.index_search != self.model.cfg.index_search:
+            raise CacheError(
+                f"The state was made with index_search={self.index_search!r}, and the model's is "
+                f"{self.model.cfg.index_search!r} now. Make the state after choosing the search."
             )
         self.reserve(num_tokens)
 
@@ -223,8 +232,15 @@ class State:
             elif target == 0:
                 self.floor[row], self.segments[row] = 0, None
             self.lengths[row] = target
+        self._cut_groups()
         self._cut_pages()
         self._forget_snapshots(dict(enumerate(wanted)))
+
+    def _cut_groups(self) -> None:
+        """What groups hold of keys behind the rows' lengths, which will be written anew."""
+        for layer, spec in zip(self.layers, self.model.cfg.layers, strict=True):
+            if layer.groups is not None:
+                layer.groups.cut([length // spec.compress_ratio for length in self.lengths])
 
     def _cut_pages(self) -> None:
         """Release pages behind the length of a paged state; what is left of frozen tokens stays so."""
@@ -324,6 +340,7 @@ class State:
             self.table.ensure(0, other.lengths[0])
             self.frozen = 0
         for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.groups = None
             for name, value in theirs.contents().items():
                 part = mine.paged().get(name)
                 if part is not None:
@@ -361,6 +378,8 @@ class State:
                 out[part] = out.get(part, 0) + value.nbytes
             for name, pages in layer.paged().items():
                 out[name] += pages.nbytes
+            if layer.groups is not None:
+                out["index_groups"] = out.get("index_groups", 0) + layer.groups.nbytes
         return {**out, "total": sum(out.values())}
 
     def snapshot(self, remember: bool = True) -> bytes:
@@ -418,6 +437,7 @@ def _whole_numbers(given: object, rows: int) -> list[int]:
 def fingerprint(cfg: ModelConfig) -> str:
     """Identifies what a state depends on: the configuration without `extra`, and without parts that V4 has not."""
     left_out = {"extra"} | ({"engram"} if not cfg.engram else set()) | ({"cache_format"} if is_lossless(cfg) else set())
+    left_out |= {"index_search"} if cfg.index_search == "exact" else set()
     known = (f.name for f in dataclasses.fields(cfg) if f.name not in left_out)
     settings = sorted((name, repr(getattr(cfg, name))) for name in known)
     return hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()

@@ -92,7 +92,7 @@ def scan_scores_reference(q: Tensor, weights: Tensor, keys: IndexKeys, length: i
     return index_scores(q[None], weights[None], found[None])[0]
 
 
-def _arguments(q: Tensor, weights: Tensor, keys: IndexKeys) -> tuple[Tensor | None, ...]:
+def scan_arguments(q: Tensor, weights: Tensor, keys: IndexKeys) -> tuple[Tensor | None, ...]:
     """q, weights, keys, packed keys and table, as the C functions read them."""
     rows = keys.rows.contiguous()
     plain = None if keys.is_packed else rows.to(q.dtype)
@@ -107,9 +107,10 @@ def _index_scan_native(
 ) -> Tensor:
     r, j, k = q.shape
     picks = torch.empty(r, top_k, dtype=torch.int64)
+    first = None if start is None else start.contiguous()
     call(
-        "index_scan", *_arguments(q, weights, keys), None if start is None else start.contiguous(), end.contiguous(),
-        r, j, k, keys.rows.shape[-2], top_k, torch.get_num_threads(), picks,
+        "index_scan", *scan_arguments(q, weights, keys), first, end.contiguous(), r, j, k,
+        keys.rows.shape[-2], top_k, torch.get_num_threads(), picks,
     )  # fmt: skip
     return picks
 
@@ -117,7 +118,7 @@ def _index_scan_native(
 def _scan_scores_native(q: Tensor, weights: Tensor, keys: IndexKeys, length: int) -> Tensor:
     r, j, k = q.shape
     scores = torch.empty(r, length)
-    call("index_scan_scores", *_arguments(q, weights, keys), r, j, k, keys.rows.shape[-2], length, scores)
+    call("index_scan_scores", *scan_arguments(q, weights, keys), r, j, k, keys.rows.shape[-2], length, scores)
     return scores
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mock_model import byte_tokenizer
+from mock_model import MockModel, byte_tokenizer
 from small_models import build, config, drawn
 
 from rorqual.engine import Completion, Engine, SamplingParams, sampler, speculation
@@ -143,6 +143,25 @@ def test_drafts_of_the_module(model: Transformer, has_cache: bool) -> None:
 
 
 @pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_drafts_from_the_text_itself(model: Transformer, has_cache: bool) -> None:
+    """Texts of six tokens, so that matches of all lengths come up; most are wrong."""
+    draw, six = random.Random(8), range(97, 103)
+    others = tuple(i for i in range(TOKENIZER.vocab_size) if i not in six)
+    prompts = [[draw.choice(six) for _ in range(30)] for _ in range(10)]
+    each = [params_of(i, 24).replace(suppress_token_ids=others, stop=(), stop_token_ids=()) for i in range(10)]
+    with Engine(model, TOKENIZER, max_running=3, chunk=16) as engine:
+        expected = engine.generate(prompts, each)
+    cache = PrefixCache(model, memory_bytes=1 << 22, running_tokens=4096, page_tokens=8) if has_cache else None
+    with Engine(model, TOKENIZER, max_running=4, chunk=16, prefix_cache=cache, speculate=True) as engine:
+        assert engine.speculation is not None
+        engine.speculation._has_module = False
+        same(engine.generate(prompts, each), expected)
+        stats = engine.stats()
+    assert stats.drafted_tokens > 200 and 0 < stats.accepted_tokens < stats.drafted_tokens
+
+
+@pytest.mark.usefixtures("always")
 @drawn(6)
 @given(seed=st.integers(0, 1000), max_tokens=st.integers(1, 9), max_running=st.integers(1, 4))
 def test_random_loads(model: Transformer, seed: int, max_tokens: int, max_running: int) -> None:
@@ -233,9 +252,15 @@ def test_where_speculation_is_on(model: Transformer) -> None:
     for is_on in (True, False):
         with Engine(model, TOKENIZER, speculate=is_on) as engine:
             assert (engine.speculation is not None) == is_on
-    with pytest.raises(ConfigError, match="needs a model with an MTP module"):
-        Engine(bare, TOKENIZER, speculate=True)
     assert speculation.has_mtp(model) and not speculation.has_mtp(bare)
+    with pytest.raises(ConfigError, match="does not"):
+        Engine(MockModel(), TOKENIZER, speculate=True)
+    own = SamplingParams(temperature=0, max_tokens=60, suppress_token_ids=(TOKENIZER.eos_token_id,))
+    [prompt] = prompts_of(1, 3)
+    with Engine(bare, TOKENIZER) as engine:
+        expected = engine.generate(prompt * 3, own)
+    with Engine(bare, TOKENIZER, speculate=True) as engine:  # from the text alone
+        assert engine.generate(prompt * 3, own)[0].ids == expected[0].ids
 
 
 def test_a_pause_is_passed_and_drafts_come_again(model: Transformer) -> None:

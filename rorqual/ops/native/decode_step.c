@@ -22,10 +22,11 @@ static int omp_get_thread_num(void) { return 0; }
 /* Names of what model/decode.py fills in; it reads them here. */
 enum Shape { LAYERS, HIDDEN, STREAMS, HEADS, WIDTH, ROPE, QUERY_RANK, GROUPS, OUTPUT_RANK, WINDOW, EXPERTS, ACTIVE,
              EXPERT_WIDTH, INDEX_HEADS, INDEX_WIDTH, TOP_K, ITERS, ENTRY_BYTES, KEY_BYTES, ROUNDS_KV, ROUNDS_KEYS,
-             PROJECTIONS, EXPERT_FORMAT, FETCH, SHAPE_END };
+             PROJECTIONS, EXPERT_FORMAT, FETCH, GROUP_BUDGET, SHAPE_END };
 /* ENTRY_BYTES, KEY_BYTES: of a packed row in memory, 0 where rows are numbers. ROUNDS_KV, ROUNDS_KEYS: whether window keys
  * and entries, index keys and queries are FP8 and FP4 numbers. PROJECTIONS, EXPERT_FORMAT: 0 for weights
  * of the activations' type, or 1 + the format of packed ones (packed_products.h), whose scales are the columns _SCALE.
+ * GROUP_BUDGET: groups of index keys that a query scores (index_groups_body.h), or 0: all keys.
  * FETCH: 0, or the function that brings in the experts of a layer (`Fetch`), which then has no stacks. */
 enum Number { NORM_EPS, HC_EPS, SCALE, INDEX_SCALE, ROUTE_SCALE, LIMIT, NUMBER_END };
 enum Layer { RATIO, OVERLAP, FREQUENCIES,
@@ -36,7 +37,7 @@ enum Layer { RATIO, OVERLAP, FREQUENCIES,
              HC_FFN_FN, HC_FFN_BASE, HC_FFN_SCALE, FFN_NORM, GATE, BIAS, TID2EID, W1, W1_SCALE, W2, W2_SCALE, W3, W3_SCALE,
              SHARED_W1, SHARED_W1_SCALE, SHARED_W2, SHARED_W2_SCALE, SHARED_W3, SHARED_W3_SCALE, LAYER_END };
 enum Memory { RING, RING_SIZE, BLOCKS_KV, BLOCKS_SCORE, BLOCKS_SIZE, ENTRIES, ENTRY_ROWS,
-              INDEX_BLOCKS_KV, INDEX_BLOCKS_SCORE, INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, MEMORY_END };
+              INDEX_BLOCKS_KV, INDEX_BLOCKS_SCORE, INDEX_BLOCKS_SIZE, INDEX_KEYS, KEY_ROWS, GROUP_ORDER, GROUP_MEANS, GROUP_FINE, MEMORY_END };
 
 enum Head { HEAD_FN, HEAD_BASE, HEAD_SCALE, HEAD_NORM, HEAD_WEIGHT, HEAD_END };
 enum Draft { EMBED, E_PROJ, H_PROJ, E_NORM, H_NORM, DRAFT_END };

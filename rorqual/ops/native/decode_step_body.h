@@ -251,9 +251,16 @@ static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const flo
         if (ends[count - 1] <= n[TOP_K]) continue;
         const int64_t *mine = NAME(memory_of)(s, row);
         void *keys = PLACE(mine, INDEX_KEYS);
-        NAME(index_scan)(s->index_out + row * heads * width, s->head_weights + row * heads, n[KEY_BYTES] ? NULL : keys,
-                         n[KEY_BYTES] ? keys : NULL, (const int64_t *)(uintptr_t)s->tables[row], NULL, ends, count, heads,
-                         width, mine[KEY_ROWS], n[TOP_K], threads, s->picks + row * n[TOP_K]);
+        const T *queries = s->index_out + row * heads * width, *plain = n[KEY_BYTES] ? NULL : keys;
+        const uint8_t *packed = n[KEY_BYTES] ? keys : NULL;
+        const int64_t *table = (const int64_t *)(uintptr_t)s->tables[row];
+        if (n[GROUP_BUDGET] && mine[GROUP_ORDER])
+            NAME(index_search)(queries, s->head_weights + row * heads, plain, packed, table, PLACE(mine, GROUP_ORDER),
+                               PLACE(mine, GROUP_MEANS), PLACE(mine, GROUP_FINE), ends, count, heads, width, mine[KEY_ROWS], n[TOP_K],
+                               n[GROUP_BUDGET], threads, s->picks + row * n[TOP_K]);
+        else
+            NAME(index_scan)(queries, s->head_weights + row * heads, plain, packed, table, NULL, ends, count, heads, width,
+                             mine[KEY_ROWS], n[TOP_K], threads, s->picks + row * n[TOP_K]);
     });
 }
 
@@ -274,6 +281,16 @@ static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, long row, 
                                                  : s->kv_turned + (row - (position - t)) * width;
     long used = NAME(used_entries)(s, layer, row);
     int is_choice = used && layer[INDEX_WKV] && (position + 1) / layer[RATIO] > n[TOP_K];
+    if (!is_choice && !n[ENTRY_BYTES]) { /* all of them: runs of rows */
+        long run = table ? memory[ENTRY_ROWS] : used;
+        for (long first = 0; first < used; first += run) {
+            const T *row = entries + entry_row(table, memory[ENTRY_ROWS], first) * width;
+            long many = used - first < run ? used - first : run;
+            for (long i = 0; i < many; i++) keys[count + i] = row + i * width;
+            count += many;
+        }
+        return count;
+    }
     for (long i = 0; i < used; i++) {
         long entry = is_choice ? s->picks[row * n[TOP_K] + i] : i;
         if (entry < 0) continue;

@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "index_groups.h"
 #include "index_narrow.h"
 
 #define QUERIES 32 /* that share a tile of keys */
@@ -242,6 +243,8 @@ static void score_tile(const Scan *s, const Query *query, const float *weights, 
 
 #include "index_blocks.h"
 #include "index_scan_body.h"
+#include "index_groups_body.h"
 
 #define ELEMENT_BF16
 #include "index_scan_body.h"
+#include "index_groups_body.h"

@@ -35,24 +35,17 @@ static void NAME(read_query)(const Scan *s, const T *q, Query *query) {
     for (long i = 0; query->kernel == PAIRS && i < size; i++) query->halves[i] = to_bf16(query->floats[i]);
 }
 
-/* Entries `first` and on (up to `last`; the last one again where the tile is longer) in the form of `kernel`. */
-static void NAME(fill_keys)(const Scan *s, int64_t first, int64_t last, enum Kernel kernel, Keys *keys) {
+/* The TILE keys that `row` points to, in the form of `kernel`. */
+static void NAME(fill_rows)(const Scan *s, const uint8_t *const *given, enum Kernel kernel, Keys *keys) {
     const uint8_t *row[TILE];
     long width = s->width;
+    memcpy(row, given, sizeof(row));
 #ifdef HAS_NARROW_CODES
     if (kernel == CODES && width == GROUP) {
-        int64_t run;
-        const uint8_t *base = row_at(s, first, &run);
-        if (run >= TILE && last - first >= TILE) {
-            fill_narrow(base, NULL, keys->codes, keys->scales);
-            return;
-        }
-        rows_from(s, first, last, row);
         fill_narrow(NULL, row, keys->codes, keys->scales);
         return;
     }
 #endif
-    rows_from(s, first, last, row);
 #ifdef HAS_CODE_PRODUCTS
     if (kernel == CODES) {
         fill_codes(row, width, keys->codes, keys->scales);
@@ -71,6 +64,23 @@ static void NAME(fill_keys)(const Scan *s, int64_t first, int64_t last, enum Ker
     }
     if (kernel == PAIRS) turn_words(row, width / 2, keys->pairs);
     else turn_words(row, width, (uint32_t *)keys->floats);
+}
+
+/* Entries `first` and on (up to `last`; the last one again where the tile is longer) in the form of `kernel`. */
+static void NAME(fill_keys)(const Scan *s, int64_t first, int64_t last, enum Kernel kernel, Keys *keys) {
+    const uint8_t *row[TILE];
+#ifdef HAS_NARROW_CODES
+    if (kernel == CODES && s->width == GROUP) {
+        int64_t run;
+        const uint8_t *base = row_at(s, first, &run);
+        if (run >= TILE && last - first >= TILE) {
+            fill_narrow(base, NULL, keys->codes, keys->scales);
+            return;
+        }
+    }
+#endif
+    rows_from(s, first, last, row);
+    NAME(fill_rows)(s, row, kernel, keys);
 }
 
 INLINE Scan NAME(scan_of)(const T *keys, const uint8_t *packed, const int64_t *table, long heads, long width,

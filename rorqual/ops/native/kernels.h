@@ -21,6 +21,9 @@ void NAME(attend_query)(const T *q, const T *const *keys, long n, const float *s
 void NAME(index_scan)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
                       const int64_t *start, const int64_t *end, long queries, long heads, long width, long per_page, long k,
                       long threads, int64_t *picks);
+void NAME(index_search)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
+                        const uint8_t *order, const float *means, const uint8_t *fine, const int64_t *end, long queries,
+                        long heads, long width, long per_page, long k, long budget, long threads, int64_t *picks);
 void NAME(router)(const T *x, const T *w, const float *bias, long tokens, long d, long experts, long active, float scale,
                   float *scores, int64_t *chosen, float *weights);
 void NAME(experts_apply)(const T *x, const int64_t *token, const int64_t *bounds, const float *gate, const T *w1,

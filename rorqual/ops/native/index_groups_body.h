@@ -1,0 +1,306 @@
+/* Groups of index keys and the search by them (ops/index_groups.py); included twice by index_scan.c, once for each element
+ * type, behind the scan. */
+
+#ifndef ELEMENT_BF16
+#define WAYS 6 /* steps towards the direction of largest spread */
+#define PARTS (MEMBERS / FINE)
+#define SIDE 8 /* heads */
+#define FETCHED 8 /* groups or parts ahead, whose places in memory nothing foretells */
+#define COARSE_BIT (1u << 20) /* up to it, limits are sought among all scores */
+#define RADIUS 0.3f /* of a group's radius: what its best keys may lie nearer to a query than its mean */
+
+/* The direction in which the rows x [n][wide], whose mean is zero, spread most: by repeated products with their covariance,
+ * begun along the channel of largest spread -> along [wide]. */
+static void widest_direction(const float *x, long n, long wide, float *along) {
+    float next[wide];
+    memset(next, 0, sizeof(next));
+    for (long i = 0; i < n; i++)
+        for (long c = 0; c < wide; c++) next[c] += x[i * wide + c] * x[i * wide + c];
+    long widest = 0;
+    for (long c = 1; c < wide; c++) widest = next[c] > next[widest] ? c : widest;
+    for (long c = 0; c < wide; c++) along[c] = c == widest;
+    for (int way = 0; way < WAYS; way++) {
+        memset(next, 0, sizeof(next));
+        for (long i = 0; i < n; i++) {
+            const float *row = x + i * wide;
+            Vector sum = {0};
+            for (long c = 0; c < wide; c += VECTOR) sum += load(row + c, VECTOR) * load(along + c, VECTOR);
+            float dot = sum_lanes(sum);
+            for (long c = 0; c < wide; c += VECTOR)
+                store(next + c, VECTOR, load(next + c, VECTOR) + dot * load(row + c, VECTOR));
+        }
+        float most = 0.0f;
+        for (long c = 0; c < wide; c++) most = fabsf(next[c]) > most ? fabsf(next[c]) : most;
+        for (long c = 0; c < wide && most > 0.0f; c++) along[c] = next[c] / most;
+    }
+}
+
+/* Cuts the n keys named by `order` (rows [SEGMENT][wide]) in two halves, [lower, upper], along the direction in which they
+ * spread most. Each half keeps the order of its keys, and of equal values the first ones go up. `x` has room for n rows. */
+static void halve(const float *rows, long wide, uint16_t *order, long n, float *x) {
+    float mean[wide], along[wide];
+    long up = 0, down = 0, room = n / 2;
+    uint32_t value[SEGMENT], limit = 0;
+    uint16_t upper[SEGMENT];
+    memset(mean, 0, sizeof(mean));
+    for (long i = 0; i < n; i++)
+        for (long c = 0; c < wide; c++) mean[c] += rows[order[i] * wide + c];
+    for (long i = 0; i < n; i++)
+        for (long c = 0; c < wide; c++) x[i * wide + c] = rows[order[i] * wide + c] - mean[c] / (float)n;
+    widest_direction(x, n, wide, along);
+    for (long i = 0; i < n; i++) {
+        Vector sum = {0};
+        for (long c = 0; c < wide; c += VECTOR) sum += load(x + i * wide + c, VECTOR) * load(along + c, VECTOR);
+        value[i] = order_of(sum_lanes(sum));
+    }
+    for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+        uint32_t least = limit | bit, count = 0;
+        for (long i = 0; i < n; i++) count += value[i] >= least;
+        if (count >= n / 2) limit = least;
+    }
+    for (long i = 0; i < n; i++) room -= value[i] > limit;
+    for (long i = 0; i < n; i++) {
+        int is_up = value[i] > limit || (value[i] == limit && room-- > 0);
+        if (is_up) upper[up++] = order[i];
+        else order[down++] = order[i];
+    }
+    memcpy(order + down, upper, sizeof(uint16_t) * up);
+}
+
+/* The mean of the n keys named by `members`, and what counts of their radius -> out [width + 1]. */
+static void mean_of(const float *rows, long wide, long width, const uint16_t *members, long n, float *out) {
+    float radius = 0.0f;
+    for (long c = 0; c < width; c++) {
+        float sum = 0.0f;
+        for (long m = 0; m < n; m++) sum += rows[members[m] * wide + c];
+        float mean = out[c] = sum / (float)n;
+        for (long m = 0; m < n; m++) {
+            float far = rows[members[m] * wide + c] - mean;
+            radius += far * far;
+        }
+    }
+    out[width] = RADIUS * sqrtf(radius / (float)n);
+}
+
+/* Scores of `blocks` blocks of VECTOR groups each: q [heads][width] and its heads' lengths -> score. */
+static void score_groups(const float *q, const float *length, const float *weights, long heads, long width,
+                         const float *means, long blocks, float *score) {
+    for (long b = 0; b < blocks; b++) {
+        const float *block = means + b * (width + 1) * VECTOR;
+        Vector total = {0}, radius = load(block + width * VECTOR, VECTOR);
+        for (long j = 0; j < heads; j += SIDE) { /* as many as hide the time of a product */
+            Vector sum[SIDE];
+            const float *mine[SIDE];
+#pragma GCC unroll 8
+            for (int i = 0; i < SIDE; i++) {
+                mine[i] = q + (j + i < heads ? j + i : j) * width;
+                sum[i] = radius * length[j + i < heads ? j + i : j];
+            }
+            for (long c = 0; c < width; c++) {
+                Vector mean = load(block + c * VECTOR, VECTOR);
+#pragma GCC unroll 8
+                for (int i = 0; i < SIDE; i++) sum[i] += mine[i][c] * mean;
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < SIDE; i++)
+                if (j + i < heads) total += weights[j + i] * larger(sum[i], 0.0f);
+        }
+        store(score + b * VECTOR, VECTOR, total);
+    }
+}
+
+/* The places of the best k of n scores, ascending; of equal ones the first. A NaN counts as the largest number, and what is
+ * -INFINITY is not chosen. `order` has room for n; -> how many. */
+static long best_places(const float *score, long n, long k, uint32_t *order, int64_t *places) {
+    const uint32_t none = 0x007fffffu; /* -INFINITY */
+    uint32_t limit = 0;
+    long count = 0, kept = 0, room = k;
+    for (long i = 0; i < n; i++) {
+        uint32_t bits = bits_of(score[i] == score[i] ? score[i] + 0.0f : INFINITY);
+        order[i] = bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+    }
+    for (uint32_t bit = 1u << 31; bit >= COARSE_BIT; bit >>= 1) { /* as `keep_best`, over all */
+        uint32_t least = limit | bit, above = 0;
+        for (long i = 0; i < n; i++) above += order[i] >= least;
+        if ((long)above >= k) limit = least;
+    }
+    for (long at = 0; at < n; at += VECTOR) {
+        uint32_t hits = 0;
+        if (n - at >= VECTOR) {
+#ifdef __AVX512F__
+            hits = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(order + at), _mm512_set1_epi32((int)limit));
+#else
+            for (int i = 0; i < VECTOR; i++) hits |= (uint32_t)(order[at + i] >= limit) << i;
+#endif
+        } else
+            for (long i = 0; at + i < n; i++) hits |= (uint32_t)(order[at + i] >= limit) << i;
+        for (; hits; hits &= hits - 1) places[count++] = at + __builtin_ctz(hits);
+    }
+    for (long i = 0; i < count; i++) order[i] = order[places[i]]; /* of the few that are left; a place is never before i */
+    for (uint32_t bit = COARSE_BIT >> 1; bit; bit >>= 1) {
+        uint32_t least = limit | bit, above = 0;
+        for (long i = 0; i < count; i++) above += order[i] >= least;
+        if (above >= k) limit = least;
+    }
+    for (long i = 0; i < count; i++) room -= order[i] > limit;
+    for (long i = 0; i < count; i++) {
+        int is_equal = order[i] == limit;
+        places[kept] = places[i];
+        kept += order[i] > none && (order[i] > limit || (is_equal && room > 0));
+        room -= is_equal;
+    }
+    return kept;
+}
+
+/* The keys of the chosen parts of groups, part by part, and those behind the segments. */
+static long candidates(const int64_t *parts, long count, const uint16_t *order, int64_t tail, int64_t end, int64_t *ids) {
+    long n = 0;
+    for (long i = 0; i < count; i++) {
+        const uint16_t *members = order + parts[i] * FINE;
+        int64_t first = parts[i] * FINE / SEGMENT * SEGMENT;
+        if (i + FETCHED < count) __builtin_prefetch(order + parts[i + FETCHED] * FINE, 0, 2);
+        for (long m = 0; m < FINE; m++) ids[n++] = first + members[m];
+    }
+    for (int64_t id = tail; id < end; id++) ids[n++] = id;
+    return n;
+}
+
+static int by_size(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+#endif
+
+/* Segments [first, last) of one sequence's keys (see index_scan) -> order [last][SEGMENT] uint16: of each segment the
+ * places of its keys, group by group and part by part, ascending within a part; means [last][groups / VECTOR][width + 1]
+ * [VECTOR]: the groups' means and, in the last row, a part of their radius; fine [last][groups][width + 1][parts] bf16: the
+ * same of each group's parts. */
+void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *table, long width, long per_page, long first,
+                        long last, uint8_t *order, float *means, uint8_t *fine) {
+    Scan s = NAME(scan_of)(keys, packed, table, 1, width, per_page);
+    long wide = whole(width), groups = SEGMENT / MEMBERS;
+    float *rows = calloc(2 * SEGMENT * wide + width + 1, sizeof(float)), *x = rows + SEGMENT * wide;
+    float *mean = x + SEGMENT * wide;
+    for (long segment = first; segment < last; segment++) {
+        uint16_t *mine = (uint16_t *)order + segment * SEGMENT;
+        for (long i = 0; i < SEGMENT; i++) {
+            int64_t run;
+            const uint8_t *row = row_at(&s, segment * SEGMENT + i, &run);
+            if (s.is_packed) decode_key(row, width, rows + i * wide);
+            else
+                for (long c = 0; c < width; c++) rows[i * wide + c] = GET((const T *)row, c);
+            mine[i] = (uint16_t)i;
+        }
+        for (long size = SEGMENT; size > FINE; size /= 2)
+            for (long at = 0; at < SEGMENT; at += size) halve(rows, wide, mine + at, size, x);
+        for (long g = 0; g < groups; g++) {
+            long at = segment * groups + g;
+            uint16_t *parts = (uint16_t *)fine + at * (width + 1) * PARTS;
+            mean_of(rows, wide, width, mine + g * MEMBERS, MEMBERS, mean);
+            for (long c = 0; c <= width; c++) means[(at / VECTOR * (width + 1) + c) * VECTOR + at % VECTOR] = mean[c];
+            for (long part = 0; part < PARTS; part++) {
+                mean_of(rows, wide, width, mine + g * MEMBERS + part * FINE, FINE, mean);
+                for (long c = 0; c <= width; c++) parts[c * PARTS + part] = to_bf16(mean[c]);
+            }
+        }
+    }
+    free(rows);
+}
+
+/* The `budget` best parts of the `budget` best groups of a query, ascending, to `parts`; -> how many. */
+static long NAME(best_parts)(const Scan *s, const T *q, const float *weights, const float *means, const uint8_t *fine,
+                             int64_t groups, long budget, int64_t *parts) {
+    long heads = s->heads, width = s->width, size = (width + 1) * PARTS, side_by_side = VECTOR / PARTS;
+    long most = groups > (budget + 1) * PARTS ? groups : (budget + 1) * PARTS;
+    float *score = malloc(sizeof(float) * (2 * most + heads * (width + 1) + (width + 1) * VECTOR) + 64);
+    float *floats = score + 2 * most, *length = floats + heads * width, *block = length + heads;
+    uint32_t *order = (uint32_t *)(score + most);
+    int64_t *best = malloc(sizeof(int64_t) * 2 * most), *places = best + most;
+    for (long j = 0; j < heads; j++) {
+        float sum = 0.0f;
+        for (long c = 0; c < width; c++) {
+            float x = floats[j * width + c] = GET(q, j * width + c);
+            sum += x * x;
+        }
+        length[j] = sqrtf(sum);
+    }
+    score_groups(floats, length, weights, heads, width, means, groups / VECTOR, score);
+    long count = best_places(score, groups, budget, order, best);
+    for (long i = 0; i < count; i += side_by_side) { /* parts of some groups side by side */
+        const uint16_t *from[VECTOR / PARTS];
+        for (long next = i + FETCHED; next < i + FETCHED + side_by_side && next < count; next++)
+            for (long at = 0; at < size; at += 32) __builtin_prefetch((const uint16_t *)fine + best[next] * size + at, 0, 2);
+        for (long side = 0; side < side_by_side; side++)
+            from[side] = (const uint16_t *)fine + best[i + side < count ? i + side : i] * size;
+        for (long c = 0; c <= width; c++) {
+            uint16_t lanes[VECTOR];
+            for (long side = 0; side < side_by_side; side++)
+                memcpy(lanes + side * PARTS, from[side] + c * PARTS, sizeof(uint16_t) * PARTS);
+            store(block + c * VECTOR, VECTOR, load_bf16(lanes, VECTOR));
+        }
+        score_groups(floats, length, weights, heads, width, block, 1, score + i * PARTS);
+    }
+    count = best_places(score, count * PARTS, budget, order, places);
+    for (long i = 0; i < count; i++) parts[i] = best[places[i] / PARTS] * PARTS + places[i] % PARTS;
+    free(score), free(best);
+    return count;
+}
+
+/* Scores of the entries in `ids` [n] -> the best k of them, of equal ones those that come first in `ids`; ascending. */
+static void NAME(best_of_some)(const Scan *s, const T *q, const float *weights, const int64_t *ids, long n, long k,
+                               int64_t *picks) {
+    Query query;
+    Keys keys;
+    const uint8_t **row = malloc(sizeof(*row) * (n + 2 * TILE));
+    float *score = malloc(sizeof(float) * 2 * (n + TILE));
+    int64_t *places = malloc(sizeof(int64_t) * n);
+    make_keys(s, &keys), make_query(s, &query);
+    if (s->has_tiles) tiles_begin();
+    NAME(read_query)(s, q, &query);
+    NAME(weigh_heads)(s, weights, &query);
+    for (long i = 0; i < n + 2 * TILE; i++) {
+        int64_t run;
+        row[i] = i < n ? row_at(s, ids[i], &run) : row[n - 1];
+    }
+    for (long at = 0; at < n; at += TILE) {
+        Ahead ahead = {.bytes = s->row_bytes};
+        memcpy(ahead.row, row + at + TILE, sizeof(ahead.row));
+        NAME(fill_rows)(s, row + at, query.kernel, &keys);
+        score_tile(s, &query, weights, &keys, at + TILE < n ? &ahead : NULL, score + at);
+    }
+    if (s->has_tiles) tiles_end();
+    long count = best_places(score, n, k, (uint32_t *)(score + n + TILE), places);
+    for (long i = 0; i < k; i++) picks[i] = i < count ? ids[places[i]] : -1;
+    qsort(picks, count, sizeof(*picks), by_size);
+    free(row), free(score), free(places), free_query(&query), free_keys(&keys);
+}
+
+/* As `index_scan`, for queries that see entries [0, end) of one sequence, best with ends ascending: those that see many
+ * groups score all groups, all parts of the `budget` best of these, the keys of the `budget` best of those, and the newest
+ * keys. order, means and fine: what `index_groups` made of the segments that any of them needs. Every query is searched by
+ * itself, so its picks depend on nothing else. */
+void NAME(index_search)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
+                        const uint8_t *order, const float *means, const uint8_t *fine, const int64_t *end, long queries,
+                        long heads, long width, long per_page, long k, long budget, long threads, int64_t *picks) {
+    const long per_segment = SEGMENT / MEMBERS;
+    long plain = 0;
+    while (plain < queries && PLAIN * grouped_segments(end[plain]) * per_segment <= budget) plain++;
+    if (plain)
+        NAME(index_scan)(q, weights, keys, packed, table, NULL, end, plain, heads, width, per_page, k, threads, picks);
+    Scan s = NAME(scan_of)(keys, packed, table, heads, width, per_page);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && queries - plain > 1)
+    for (long row = plain; row < queries; row++) {
+        int64_t segments = grouped_segments(end[row]), tail = segments * SEGMENT;
+        if (end[row] <= k) {
+            for (long i = 0; i < k; i++) picks[row * k + i] = i < end[row] ? i : -1;
+            continue;
+        }
+        int64_t *ids = malloc(sizeof(int64_t) * (budget * (FINE + 1) + end[row] - tail + 1));
+        int64_t *parts = ids + budget * FINE + end[row] - tail + 1;
+        long count = NAME(best_parts)(&s, q + row * heads * width, weights + row * heads, means, fine,
+                                      segments * per_segment, budget, parts);
+        long n = candidates(parts, count, (const uint16_t *)order, tail, end[row], ids);
+        NAME(best_of_some)(&s, q + row * heads * width, weights + row * heads, ids, n, k, picks + row * k);
+        free(ids);
+    }
+}
