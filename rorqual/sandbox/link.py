@@ -91,7 +91,7 @@ class Link:
             pause = min(2 * pause, 0.1)
 
     async def _connect_while_alive(self, first: bool) -> Channel:
-        """Connect, but not wait for an answer of a sandbox that died meanwhile: what is left of it may hold its socket."""
+        """Connect, but wait for no answer of a sandbox that died meanwhile: what is left of it may hold its socket."""
         connecting = asyncio.ensure_future(self._connect(first))
         try:
             while not (await asyncio.wait({connecting}, timeout=0.2))[0]:
