@@ -225,7 +225,7 @@ class Commands:
                     f"call {record.key!r} ran and its result was dropped before it was recorded. Roll back to a "
                     "snapshot from before, then ask again."
                 ) from refusal
-            raise await self._not_started(refusal, record) from refusal
+            raise await self._not_started(refusal, record, handle) from refusal
         if raw is not None and Start.STDIN in flags and len(raw) > INLINE_STDIN and not lost:
             await self._send_input(handle, raw)
         return await handle._wait()
@@ -239,11 +239,14 @@ class Commands:
                 raise
             # it ended, or closed its input, without reading everything: as in a pipeline, that is its own affair
 
-    async def _not_started(self, refusal: AgentRefusal, record: Call) -> Exception:
+    async def _not_started(self, refusal: AgentRefusal, record: Call, handle: CommandHandle) -> Exception:
         """A program that is not there is the command's fault, as in a shell; the rest is ours."""
         if refusal.text.startswith(("starting the program", "changing to its working directory")):
             code = 127 if refusal.number in (errno.ENOENT, errno.ENOTDIR) else 126
-            return _NeverStarted(CommandResult(code, b"", f"{refusal.text}\n".encode()))
+            result = CommandResult(code, b"", f"{refusal.text}\n".encode())
+            if (on_stderr := handle._callbacks[1]) is not None:
+                on_stderr(result.stderr)
+            return _NeverStarted(result)
         await self._sandbox._history().refuse(record, refusal.text)
         return SandboxError(f"the sandbox could not start the command: {refusal.text}.")
 

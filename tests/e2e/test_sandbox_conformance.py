@@ -53,8 +53,9 @@ def test_c2_output_exit_code_and_signal(sandbox: Sandbox) -> None:
     assert every_byte.stdout_bytes == bytes(range(256))
     empty = sandbox.commands.run(["true"])
     assert (empty.stdout_bytes, empty.stderr_bytes, empty.truncated_bytes) == (b"", b"", {"stdout": 0, "stderr": 0})
-    absent = sandbox.commands.run(["no-such-program"])
-    assert absent.exit_code == 127 and "No such file" in absent.stderr
+    heard: list[str] = []
+    absent = sandbox.commands.run(["no-such-program"], on_stderr=heard.append)
+    assert absent.exit_code == 127 and "No such file" in absent.stderr and "".join(heard) == absent.stderr
     with pytest.raises(CommandError, match="exit code 4") as caught:
         sandbox.commands.run("echo before; exit 4", check=True)
     assert caught.value.result.stdout == "before\n"
