@@ -18,7 +18,8 @@ static int serve_arguments(int argc, char **argv) {
         life_fd = fcntl(atoi(argv[5]), F_DUPFD_CLOEXEC, 10);
     } else if (argc != 3 || strcmp(argv[2], "--stdio")) return 2;
     int in = -1, out = -1;
-    if (listen_fd < 0) {
+    if (listen_fd < 0) { /* only gVisor's agent has no socket */
+        settings.keys_stay = true;
         if (getuid() == 0 && chown("/home/agent", 1000, 1000)) {} /* gVisor shows the host's own user as root */
         in = fcntl(0, F_DUPFD_CLOEXEC, 10);
         out = fcntl(1, F_DUPFD_CLOEXEC, 10);

@@ -94,7 +94,7 @@ typedef struct {
     bool provisioned, paused;
     uint64_t idle_ms, life_ms, born_ms, active_ms, paused_at_us, paused_total_us;
     uint64_t nproc, nofile, fsize, data_limit;
-    bool filter, cpu_locked;
+    bool filter, cpu_locked, keys_stay; /* keys_stay: see terminal.c */
     char *user, *cwd;
     char **env;
     int env_count;
@@ -115,6 +115,9 @@ void live_while_open(int fd); /* before serve: a pipe whose other end is the kee
 void set_pause(bool pause);
 void agent_is_machine(void);
 void end(const char *reason) __attribute__((noreturn));
+
+/* ---- terminal.c ---- */
+void terminal_type(int master, Buffer *input, Slice typed, bool corrected);
 
 /* ---- commands.c and spawn.c ---- */
 void command_start(uint64_t request, Slice payload);

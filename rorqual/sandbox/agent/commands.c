@@ -557,7 +557,7 @@ void command_write(uint64_t request, Slice payload) {
     } else if (!find_bytes(payload, F_DATA, &data) || h->input.size + data.size > STDIN_ROOM) {
         send_error(request, EAGAIN, "it has not read what was sent before");
     } else {
-        buffer_add(&h->input, data.data, data.size);
+        terminal_type(h->in_watch.fd, &h->input, data, h->pty && settings.keys_stay);
         feed_stdin(h);
         send_ok(request);
     }
