@@ -122,9 +122,9 @@ class Speculation:
         self._has_module = drafter is None and has_mtp(model)
         self._model, self._num_choices, self._drafter = model, num_choices, drafter
         self.policy = Policy(MOST_DRAFTS)
-        # on a CPU the thread's own time, which other programs of a busy machine do not count in
-        is_cpu = getattr(getattr(model, "reference", None), "is_cpu", False)
-        self._clock = time.thread_time if is_cpu else time.perf_counter
+        # where one thread does all, its own time, in which other programs of a busy machine do not count
+        is_alone = getattr(getattr(model, "reference", None), "is_cpu", False) and torch.get_num_threads() == 1
+        self._clock = time.thread_time if is_alone else time.perf_counter
         self._began = self._draft_s = 0.0
         self._is_odd = False
         self._requests = 1
