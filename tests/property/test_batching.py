@@ -260,12 +260,12 @@ def test_higher_priority_first_and_equals_in_order(model: Transformer) -> None:
 
 def test_a_deadline_ends_a_request_with_what_it_has(model: Transformer) -> None:
     with Engine(model, TOKENIZER, max_running=1) as engine:
-        running = engine.submit(prompt(5), params(0, 4000), timeout_s=0.4)
+        running = engine.submit(prompt(5), params(0, 40_000), timeout_s=0.4)
         waiting = engine.submit(prompt(5), params(0, 4), timeout_s=0.2)
         events = list(running)
         assert events[-1] == TokenEvent(id=None, finish_reason="timeout")
         out = running.result(1)
-        assert out.finish_reason == "timeout" and 0 < len(out.ids) < 4000
+        assert out.finish_reason == "timeout" and 0 < len(out.ids) < 40_000
         assert waiting.result(5).ids == () and waiting.finish_reason == "timeout"
         assert engine.stats().finished["timeout"] == 2
         with pytest.raises(RequestError, match="Give seconds above 0") as caught:

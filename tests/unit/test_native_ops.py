@@ -36,11 +36,12 @@ OPERATIONS = [
     "index_loss",
     "cross_entropy",
 ]
-# test_cache_codec.py, test_index_scan.py, test_matvec.py, test_inference_ops.py, test_pointwise.py, test_streaming.py
+# test_cache_codec.py, test_index_scan.py, test_matvec.py, test_inference_ops.py, test_pointwise.py, test_streaming.py,
+# test_index_groups.py
 ELSEWHERE = {
     "encode_entries", "decode_entries", "encode_index_keys", "decode_index_keys", "index_scan", "scan_scores",
     "packed_linear", "packed_experts", "streamed_experts", "linear", "route", "pool_rows", "rope_table",
-    "sigmoid", "silu",
+    "sigmoid", "silu", "index_groups", "index_search",
 }  # fmt: skip
 
 
