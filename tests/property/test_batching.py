@@ -289,7 +289,7 @@ def test_progress_of_a_long_prompt_is_told_and_its_listener_may_fail(model: Tran
 
 def test_a_long_prompt_delays_decoding_by_one_chunk_a_token(model: Transformer) -> None:
     with Engine(model, TOKENIZER, max_running=4, chunk=16, log_steps=1000) as engine:
-        talker = engine.submit(prompt(3), params(0, 3000))
+        talker = engine.submit(prompt(3), params(0, 900))
         until(lambda: len(talker.events) > 2)
         reader = engine.submit(prompt(256), params(0, 1))
         reader.result(PATIENCE_S)
