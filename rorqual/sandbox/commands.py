@@ -186,6 +186,7 @@ class Commands:
                 call or "", handle.id, printed, self._sandbox._record.incarnation, about
             )
             streaming = handle._listen(on_stdout, on_stderr)
+            handle._attached = streaming and not lost  # one that runs already streams to nobody until it is asked to
             fields = self._start_fields(handle.id, argv, timeout, cwd, env, user, max_output)
             flags = Start.STREAM if streaming else Start(0)
             flags |= self._input_fields(fields, raw)

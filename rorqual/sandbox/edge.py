@@ -31,6 +31,8 @@ from rorqual.sandbox.sweep import sweep
 
 _logger = log.get(__name__)
 
+LOCK, LEASES = "edge.lock", "leases"
+"""What an edge puts into its folder, beside its sandboxes."""
 REACHABLE = {
     "commands": {"run"},
     "files": {"read", "write", "list", "stat", "exists", "mkdir", "move", "remove"},
@@ -68,7 +70,7 @@ class Edge:
         self, folder: Path, *, capacity: int = 8, warm: Mapping[Template, int] | None = None, max_waiting: int = 256
     ) -> None:
         self._folder = Path(folder)
-        self._records = self._folder / "leases"
+        self._records = self._folder / LEASES
         self._records.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._pool = Pool(
             capacity=capacity, warm=warm, max_waiting=max_waiting, maker=self._make, on_change=self._record
@@ -83,8 +85,7 @@ class Edge:
         """Adopt and fill, once; returns how many leases there are."""
         async with self._adopting:
             if not self._is_ready:
-                await self._take_folder()
-                await self._adopt()
+                await self._take_over()
                 await self._pool.start()
                 self._is_ready = True
         return len(self._leases)
@@ -135,7 +136,11 @@ class Edge:
         return self._pool.stats()
 
     async def close(self) -> None:
-        """End every lease and every warm sandbox, and remove the folder."""
+        """End every lease and every warm sandbox, also an earlier edge's, and remove the folder."""
+        async with self._adopting:
+            if not self._is_ready:
+                await self._take_over()
+                self._is_ready = True
         for name in list(self._leases):
             await self.end(name)
         await self._pool.close()
@@ -154,6 +159,12 @@ class Edge:
     async def _make(self, **keywords: Any) -> AsyncSandbox:
         return await AsyncSandbox.create(home=self._folder, **keywords)
 
+    async def _take_over(self) -> None:
+        """Become the folder's one edge and adopt what is in it; after a failure the next call can try again."""
+        if self._lock is None:
+            await self._take_folder()
+        await self._adopt()
+
     async def _take_folder(self) -> None:
         """Become the folder's one edge, and clear up after edges of clusters that are no more."""
         end = time.monotonic() + PREDECESSOR_S
@@ -171,6 +182,9 @@ class Edge:
         kept: set[str] = set()
         for path in sorted(self._records.glob("*.json")):
             record = LeaseRecord(**json.loads(path.read_text()))
+            if record.name in self._leases:  # adopted by a try that failed later
+                kept.update(filter(None, [self._leases[record.name].sandbox_id]))
+                continue
             sandbox = None
             try:
                 if record.sandbox_id is not None:
@@ -234,7 +248,7 @@ def _write_durably(path: Path, text: str) -> None:
 
 def _lock(folder: Path) -> int | None:
     """The lock of an edge's folder, which the kernel frees when the edge dies; None while another one has it."""
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
@@ -246,7 +260,7 @@ def _lock(folder: Path) -> int | None:
 def _clear_up(folder: Path) -> None:
     """Remove folders beside this one whose edge and sandboxes are dead: node names differ from cluster to cluster."""
     for other in folder.parent.iterdir():
-        if other == folder or not (other / "lock").exists():
+        if other == folder or not (other / LOCK).is_file():
             continue
         with contextlib.suppress(OSError):
             lock = _lock(other)
@@ -254,11 +268,16 @@ def _clear_up(folder: Path) -> None:
                 continue
             try:
                 sweep(other)
-                if not all_homes(other):
+                if not all_homes(other) and not any((other / LEASES).glob("*.json")):
                     _remove(other)
             finally:
                 os.close(lock)
 
 
 def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove what an edge made in its folder, and the folder when nothing else is in it."""
+    for name in (LEASES, "sandboxes"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -105,10 +105,10 @@ class History:
         """Write down that a call is about to start; durable when this returns."""
         call = Call(self.count, key, handle, print_, incarnation)
         self.count += 1
-        if key:
-            self.calls[key] = call
         fields = {"index": call.index, "key": key, "handle": handle, "fingerprint": print_, "incarnation": incarnation}
         await self.write(ACCEPTED, {**fields, **about})
+        if key:  # only now: what is not on disk must not be taken for begun
+            self.calls[key] = call
         return call
 
     async def refuse(self, call: Call, why: str) -> None:

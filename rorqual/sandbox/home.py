@@ -161,6 +161,16 @@ class Home:
         if running is not None and running.processes:
             processes.send(running.processes[0], signal.SIGHUP)
 
+    def overdue(self) -> str | None:
+        """Which of its times is over, for a sandbox without a keeper to notice; None when none is."""
+        try:
+            lines = [line.split() for line in (self.path / "lifetime").read_text().splitlines()]
+        except FileNotFoundError:
+            return None
+        now = time.clock_gettime(time.CLOCK_BOOTTIME) * 1000
+        over = sorted((float(at), why) for at, why in lines if float(at) <= now)
+        return over[0][1] if over else None
+
     def ended(self) -> str | None:
         """Why the sandbox ended, as its keeper wrote it; None while it runs (or is being made)."""
         try:

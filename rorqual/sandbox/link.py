@@ -67,7 +67,8 @@ class Link:
     @property
     def running(self) -> Running:
         """What the driver started."""
-        assert self.record.running is not None
+        if self.record.running is None:  # a start that failed left nothing
+            raise gone(self.home.id, "crashed")
         return self.record.running
 
     async def open(self, *, within_s: float, first: bool = False) -> None:

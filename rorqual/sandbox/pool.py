@@ -201,6 +201,8 @@ class Pool:
             except BaseException:
                 self._free(lease)
                 raise
+        elif lease.sandbox is None and lease.aside is not None:  # leaving failed half-way
+            await self._bring_back(lease)
         if lease.sandbox is None:
             raise Gone("the sandbox of this lease is gone; `await lease.replace()` makes another.", "crashed")
         return lease.sandbox
@@ -272,7 +274,11 @@ class Pool:
                 return
         lease.aside = await sandbox.snapshot("disk", name=f"aside-{sandbox.id}")
         before, lease.kept, lease.sandbox = lease.kept, lease.aside.id, None
-        await self._changed(lease)  # before the sandbox goes, so that the one on record or its snapshot is there
+        try:
+            await self._changed(lease)  # before the sandbox goes, so that the one on record or its snapshot is there
+        except BaseException:
+            lease.aside, lease.kept, lease.sandbox = None, before, sandbox
+            raise
         await self.end_sandbox(sandbox)
         if before not in (None, lease.kept):
             await asyncio.to_thread(_forget, before)

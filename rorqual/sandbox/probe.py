@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rorqual.errors import RorqualError
 from rorqual.folders import cache_folder
-from rorqual.sandbox.agent.build import FOLDER
+from rorqual.sandbox.agent.build import FOLDER, agent_binary
 from rorqual.sandbox.drivers import drivers
 from rorqual.sandbox.drivers.base import Driver
 from rorqual.sandbox.errors import Unsupported
@@ -73,6 +73,7 @@ async def probe(driver: Driver, *, fresh: bool = False) -> Probe:
                 return found
     start = time.monotonic()
     try:
+        await asyncio.to_thread(agent_binary)  # built at first use, which may take longer than a start
         await asyncio.wait_for(_try(driver), driver.probe_timeout_s)
         why = ""
     except TimeoutError:

@@ -104,4 +104,8 @@ def _dead(home: Home) -> str | None:
         return "crashed"
     if record.running is None or record.state == "preparing":
         return "crashed"  # only its maker could have told the agent inside who it is
-    return None if any(processes.alive(process) for process in record.running.processes) else "crashed"
+    if any(processes.alive(process) for process in record.running.processes):
+        return None
+    if record.state == "paused" and (home.path / "suspended").exists():
+        return home.overdue()  # its memory is on disk: no process is right
+    return "crashed"

@@ -112,8 +112,15 @@ class Warm:
         """Prolong the life of those that answer and replace those that do not."""
         for template, ready in self._ready.items():
             for sandbox in list(ready):
-                if not await self._answers(sandbox, KEEP_S, KEEP_S) and sandbox in ready:
-                    ready.remove(sandbox)
+                if sandbox not in ready:  # handed out meanwhile: its times are its holder's now
+                    continue
+                ready.remove(sandbox)
+                alive = True
+                try:
+                    alive = await self._answers(sandbox, KEEP_S, KEEP_S)
+                finally:
+                    if alive:
+                        ready.append(sandbox)
             self._refill(template)
 
     async def close(self) -> None:

@@ -97,8 +97,8 @@ static void build(void) {
         REFUSE(EPERM);
     }
     if (settings.data_limit) { /* without a control group nobody counts memory that no process has mapped */
-        static const int hidden[] = {SYS_memfd_create, SYS_shmget};
-        for (int i = 0; i < 2; i++) {
+        static const int hidden[] = {SYS_memfd_create, NR_MEMFD_SECRET, SYS_shmget};
+        for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++) {
             IS(hidden[i], 0, 1);
             REFUSE(ENOSYS);
         }

@@ -34,13 +34,15 @@ static void interest(Link *l) {
 
 static void close_link(Link *l, bool tell) {
     Buffer b = {0};
-    if (l->request) send_error(l->request, ECONNRESET, "the connection inside was closed");
+    uint64_t request = l->request;
+    tell = tell && !l->half_closed;
     field_number(&b, F_ID, l->id);
-    if (tell && !l->half_closed) send_frame(PORT_ENDED, 0, &b);
-    buffer_free(&b);
     buffer_free(&l->output);
     watch_remove(&l->watch);
-    memset(l, 0, sizeof *l);
+    memset(l, 0, sizeof *l); /* before a send, which closes every link when it fails: this one must be gone by then */
+    if (request) send_error(request, ECONNRESET, "the connection inside was closed");
+    if (tell) send_frame(PORT_ENDED, 0, &b);
+    buffer_free(&b);
 }
 
 static void flush_link(Link *l) {

@@ -190,8 +190,8 @@ class Qemu(Driver):
             digests.insert(0, guest_root.host_layer(store))
         if len(digests) > MAX_LAYERS:
             raise Unsupported(
-                f"{len(digests)} layers are more than a machine has places for disks ({MAX_LAYERS}). Merge some: "
-                "`rorqual sandbox image` does that.",
+                f"{len(digests)} layers are more than a machine has places for disks ({MAX_LAYERS}). Make the "
+                "image of fewer layers: export it and import it as one.",
                 "layers",
             )
         found = kernel.obtain()

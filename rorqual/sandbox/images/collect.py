@@ -71,7 +71,8 @@ def collect(
 def living_sandboxes(home: Path | None = None) -> dict[str, Any]:
     """The record of every sandbox whose folder is there, by id: dead ones count until they are swept away."""
     found = {}
-    for path in sorted(((home or data_folder()) / "sandboxes").glob("*/spec.json")):
+    base = home or data_folder()
+    for path in sorted([*base.glob("sandboxes/*/spec.json"), *base.glob("edges/*/sandboxes/*/spec.json")]):
         try:
             found[path.parent.name] = json.loads(path.read_text())
         except FileNotFoundError:

@@ -276,7 +276,7 @@ class Store:
                 )
         return found
 
-    def collapsed(self, layers: Sequence[str], most: int = 32) -> list[str]:
+    def collapsed(self, layers: Sequence[str], most: int = 20) -> list[str]:
         """A stack as it is, or with its upper layers merged into one where there are more than `most`.
 
         What stands below the diffs (base, workspace, toolkit) stays, since others share it.
