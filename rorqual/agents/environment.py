@@ -74,12 +74,15 @@ class Environment:
         self._toolkit_is_there = False
         self._restores_for: dict[int, int] = {}
         self._command_ms = 0.0
+        self._is_abandoned = False
         self.rerun: Callable[[int], bool] = lambda index: False
         self.note: Callable[[str], None] = lambda text: None
 
     @property
     def sandbox(self) -> Any:
-        """The live sandbox, made or found at first use. Raises: SandboxError, InfraFailed."""
+        """The live sandbox, made or found at first use. Raises: SandboxError, InfraFailed, AgentError."""
+        if self._is_abandoned:
+            raise AgentError("the run was asked to stop, so its sandbox is left as it is. Go on with --resume.")
         if self._sandbox is None:
             self._open()
         return self._sandbox
@@ -127,15 +130,24 @@ class Environment:
         while True:
             try:
                 return work(self.sandbox)
-            except OutcomeUnknown as error:
+            except SandboxError as error:
+                self._after(error, context)
+
+    def _after(self, error: SandboxError, context: ToolContext) -> None:
+        """Do what an error of the sandbox asks for before the call is made again. Raises: it, if that is nothing."""
+        if self._is_abandoned:
+            raise error  # it comes of letting go, and the sandbox goes on
+        match error:
+            case OutcomeUnknown():
                 self._recover(context, f"its outcome is unknown: {error}", needs_restore=context.policy != "rerun")
-            except Gone as error:
+            case Gone():
                 self._recover(context, f"the sandbox is gone ({error.reason})", needs_restore=True, in_place=False)
-            except TransportError as error:
-                if not error.retryable:
-                    self._recover(context, f"the channel broke: {error}", needs_restore=True)
-                else:
-                    self._reconnect(context, error)
+            case TransportError(retryable=True):
+                self._reconnect(context, error)
+            case TransportError():
+                self._recover(context, f"the channel broke: {error}", needs_restore=True)
+            case _:
+                raise error
 
     def toolkit(self, context: ToolContext) -> str:
         """Path of the tools' program inside, uploaded at first use."""
@@ -295,6 +307,10 @@ class Environment:
         self._log.write(EnvSnapshot(self.id, taken.id, taken.kind, taken.history_seq, self._log.number))
 
     # ------------------------------------------------------------------- ends
+
+    def abandon(self) -> None:
+        """From now on nothing is restored or begun: what a call still at work meets is for the next process."""
+        self._is_abandoned = True
 
     def pause(self) -> None:
         """Let the sandbox rest until the run goes on; a driver that cannot leaves it running."""

@@ -452,6 +452,7 @@ class Session:
 
     def _preempt(self) -> Preempted:
         self._log.write(Preempt("notice", self._log.durable_lsn, None, self._log.number))
+        self._parts.environment.abandon()  # a call may be at work in its thread, and must not take this for a loss
         self._parts.environment.pause()
         return Preempted("the run was asked to stop. Everything is on record; go on with --resume.")
 

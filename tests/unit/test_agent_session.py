@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rorqual.agents import (
     EnvironmentSettings,
     InfraFailed,
     Observer,
+    Preempted,
     Session,
     SessionParts,
     Tool,
@@ -27,7 +29,7 @@ from rorqual.agents.dialogue import Dialogue
 from rorqual.agents.models import Batch, Identity, ScriptBackend, Turn
 from rorqual.agents.models.choose import BUNDLED
 from rorqual.agents.session import Limits, ids_digest
-from rorqual.agents.tools import Outcome, ToolContext
+from rorqual.agents.tools import Outcome, ToolContext, standard_tools
 from rorqual.agents.tools.base import schema
 from rorqual.chat import render_messages
 from rorqual.errors import JournalError
@@ -215,6 +217,30 @@ def test_an_unfinished_call_follows_its_policy(tmp_path: Path, tokenizer: Tokeni
         bench.run(backend, box=bench.box("external"))
     assert bench.effects == [0, 1]
     assert failed.value.evidence["outcome"] == "unknown"
+
+
+def test_a_notice_during_a_call_leaves_the_sandbox_as_it_is(bench: Bench, tokenizer: Tokenizer) -> None:
+    command = "echo ran >> ran; sleep 0.5; cat ran"
+    backend = ScriptBackend(
+        [{"calls": [{"name": "shell", "arguments": {"command": command}}]}, {"content": "Done."}], tokenizer
+    )
+    box = ToolBox(standard_tools())
+
+    def began() -> bool:
+        return any(bench.maker.root.glob("*/work/ran"))
+
+    with Journal(bench.folder / "journal") as journal:
+        session = bench.session(backend, journal, box=box, stop=began)
+        with pytest.raises(Preempted):
+            converse(session, TASK)
+        session._parts.environment.release()
+        for thread in threading.enumerate():
+            if thread.name == "rorqual-call":
+                thread.join(10)
+    assert bench.run(backend, box=box)[1] == "Done."
+    [result] = [record for record in bench.records() if isinstance(record, ToolResult)]
+    assert result.output == b"ran" and bench.maker.made == 1
+    assert not [record for record in bench.records() if isinstance(record, Event) and record.kind == "generation"]
 
 
 def test_k8_another_call_is_a_divergence_and_nothing_runs(bench: Bench, tokenizer: Tokenizer) -> None:
