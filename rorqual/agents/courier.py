@@ -26,7 +26,7 @@ import smtplib
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,14 +103,16 @@ class Outbox:
             os.close(descriptor)
 
 
-def send(folder: Path, key: str, mail: Mail) -> dict[str, Any]:
-    """Deliver `mail` as `key`, if no earlier call did; returns the server's receipt.
+def send(folder: Path, key: str, compose: Callable[[], Mail]) -> dict[str, Any]:
+    """Deliver a mail as `key`, if no earlier call did; returns the server's receipt.
 
-    Raises: CallFailed when it was refused and nothing was delivered; InfraFailed when nobody can know.
+    compose: makes the mail; called only when the outbox has none of this key, since what it was made of may be gone.
+    Raises: CallFailed when it was refused and nothing was delivered; InfraFailed when nobody can know; what `compose`
+    raises, and then nothing was sent.
     """
     outbox = Outbox(folder, key)
     if outbox.read("mail") is None:
-        outbox.write("mail", _fields(mail))
+        outbox.write("mail", _fields(compose()))
     command = [sys.executable, "-m", "rorqual.agents.courier", str(folder), key]
     process = subprocess.Popen(
         command,

@@ -34,7 +34,7 @@ def mail(port: int) -> Mail:
 
 
 def test_a_mail_goes_out_once_however_often_it_is_sent(server: MailServer, tmp_path: Path) -> None:
-    receipts = [send(tmp_path, KEY, mail(server.port)) for _ in range(2)]
+    receipts = [send(tmp_path, KEY, lambda: mail(server.port)) for _ in range(2)]
     assert receipts[0] == receipts[1] and receipts[0]["message_id"] == message_id(KEY)
     assert len(server.inbox) == 1
     assert {path.suffix for path in tmp_path.iterdir()} == {".mail", ".lock", ".started", ".done"}
@@ -43,7 +43,7 @@ def test_a_mail_goes_out_once_however_often_it_is_sent(server: MailServer, tmp_p
 def test_many_senders_at_once_are_one(server: MailServer, tmp_path: Path) -> None:
     server.delay_s = 0.5
     with ThreadPoolExecutor(4) as pool:
-        receipts = list(pool.map(lambda _: send(tmp_path, KEY, mail(server.port)), range(4)))
+        receipts = list(pool.map(lambda _: send(tmp_path, KEY, lambda: mail(server.port)), range(4)))
     assert len(server.inbox) == 1 and receipts == receipts[:1] * 4
 
 
@@ -51,7 +51,7 @@ def test_a_refusal_is_the_callers_and_final(server: MailServer, tmp_path: Path) 
     server.refuse = ("b@example.org",)
     for _ in range(2):
         with pytest.raises(CallFailed, match="refused b@example.org: 550 no such user"):
-            send(tmp_path, KEY, mail(server.port))
+            send(tmp_path, KEY, lambda: mail(server.port))
         server.refuse = ()  # it is still the same call, whose answer is known
     assert server.inbox == [] and not (tmp_path / f"{KEY}.started").exists()
 
@@ -60,7 +60,7 @@ def test_no_mail_server(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(CallFailed, match=f"no mail server at 127.0.0.1:{port}"):
-        send(tmp_path, KEY, mail(port))
+        send(tmp_path, KEY, lambda: mail(port))
 
 
 class Silent:
@@ -122,7 +122,7 @@ def test_a_courier_killed_in_the_wrong_moment_is_never_followed_by_another(tmp_p
         courier.wait()
         for _ in range(2):
             with pytest.raises(InfraFailed, match="may have arrived or not") as failed:
-                send(tmp_path, KEY, mail(silent.port))
+                send(tmp_path, KEY, lambda: mail(silent.port))
             assert failed.value.evidence["message_id"] == message_id(KEY)
         assert deliver(tmp_path, KEY) == 3
         assert len(silent.contents) == 1
@@ -135,7 +135,7 @@ def test_a_courier_outlives_who_sent_it(server: MailServer, tmp_path: Path) -> N
     server.delay_s = 0.3
     code = (
         "import sys, json\nfrom pathlib import Path\nfrom rorqual.agents.courier import *\n"
-        f"send(Path({str(tmp_path)!r}), {KEY!r}, Mail(Server('127.0.0.1', {server.port}), 'a@example.org',"
+        f"send(Path({str(tmp_path)!r}), {KEY!r}, lambda: Mail(Server('127.0.0.1', {server.port}), 'a@example.org',"
         f" ('b@example.org',), {CONTENT!r}))"
     )
     sender = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -148,14 +148,14 @@ def test_a_courier_outlives_who_sent_it(server: MailServer, tmp_path: Path) -> N
     while not (tmp_path / f"{KEY}.done").exists():
         assert time.monotonic() < end
         time.sleep(0.01)
-    receipt = send(tmp_path, KEY, mail(server.port))
+    receipt = send(tmp_path, KEY, lambda: mail(server.port))
     assert receipt["reply"].startswith("250") and len(server.inbox) == 1
 
 
 def test_what_is_on_file_has_no_password(server: MailServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RORQUAL_SMTP_PASSWORD", "s3cret")
     monkeypatch.setenv("ANOTHER_SECRET", "token")
-    send(tmp_path, KEY, mail(server.port))
+    send(tmp_path, KEY, lambda: mail(server.port))
     everything = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert b"s3cret" not in everything and json.loads((tmp_path / f"{KEY}.mail").read_text())["user"] is None
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from agent_documents import write_pdf
 from local_sandbox import Maker
+from mail_server import mail_server
 from openpyxl import load_workbook
 
 from rorqual.agents.courier import Server
@@ -112,6 +113,26 @@ def context(tmp_path: Path, files: dict[str, bytes] | None = None) -> ToolContex
         read_bytes=read_bytes, put=lambda _, path, data: written.setdefault(path, data), written=written
     )
     return ToolContext("ab" * 16, 0, "rerun", environment, tmp_path / "outbox", 1e9)
+
+
+def test_a_mail_on_file_needs_its_attachments_no_more(tmp_path: Path) -> None:
+    """Its result was lost, and its file is gone: the call's answer is what the outbox says, not a new failure."""
+    contents = {"report.txt": b"All well."}
+
+    def read_bytes(context: ToolContext, path: str, limit: int) -> bytes:
+        if path not in contents:
+            raise SandboxError(f"{path} is not there")
+        return contents[path]
+
+    arguments = {"subject": "Report", "body": "See there.", "attachments": ["report.txt"]}
+    with mail_server() as server:
+        tool = mail_tool(Server("127.0.0.1", server.port), "me@example.org", ["me@example.org"])
+        environment: Any = SimpleNamespace(read_bytes=read_bytes)
+        context = ToolContext("5" * 32, 0, "external", environment, tmp_path)
+        first = tool.run(arguments, context)
+        contents.clear()
+        assert tool.run(arguments, context) == first
+        assert len(server.inbox) == 1
 
 
 def test_mail_goes_to_named_addresses_only(tmp_path: Path) -> None:
