@@ -75,6 +75,7 @@ class Environment:
         self._restores_for: dict[int, int] = {}
         self._command_ms = 0.0
         self._is_abandoned = False
+        self._restores_at_work = 0  # one may happen within another, at a call that is run again
         self.rerun: Callable[[int], bool] = lambda index: False
         self.note: Callable[[str], None] = lambda text: None
 
@@ -248,7 +249,8 @@ class Environment:
             self._restore(context.index, f"call {context.index}: {why}", in_place=in_place)
         else:
             self.note(f"call {context.index} is run again: {why}")
-            self._log.write(self._log.event("generation", generation=self._next, restoring=False, why=why))
+            restoring = self._log.facts.restoring  # as the restore has it that this call may be run again in
+            self._log.write(self._log.event("generation", generation=self._next, restoring=restoring, why=why))
 
     @property
     def _next(self) -> int:
@@ -268,6 +270,15 @@ class Environment:
             raise InfraFailed(
                 f"the sandbox could not be restored ({error}), so the run cannot go on.", {"why": why, "index": index}
             ) from error
+        self._restores_at_work += 1
+        try:
+            self._rerun_from(snapshot, index, why)
+        finally:
+            self._restores_at_work -= 1
+        if self._restores_at_work == 0:
+            self._log.write(self._log.event("restored", generation=self._log.facts.generation))
+
+    def _rerun_from(self, snapshot: SnapshotFact | None, index: int, why: str) -> None:
         for earlier in range(snapshot.calls_before if snapshot else 0, index):
             if not self.rerun(earlier):
                 raise InfraFailed(
@@ -275,7 +286,6 @@ class Environment:
                     "on record, so the files are not what the model believes. The run cannot go on.",
                     {"why": why, "call_index": earlier, "snapshot": snapshot.snapshot_id if snapshot else None},
                 )
-        self._log.write(self._log.event("restored", generation=self._log.facts.generation))
 
     def _to(self, snapshot: SnapshotFact | None, in_place: bool) -> None:
         if in_place and snapshot is not None and self._sandbox is not None and snapshot.sandbox_id == self.id:

@@ -35,7 +35,7 @@ from rorqual.chat import render_messages
 from rorqual.errors import JournalError
 from rorqual.journal import Journal
 from rorqual.journal.records import Close, Event, PolicySwitch, Request, Tokens, ToolCall, ToolResult
-from rorqual.sandbox.errors import ReplayDivergence
+from rorqual.sandbox.errors import OutcomeUnknown, ReplayDivergence
 from rorqual.seeds import derive
 from rorqual.tokenizer import Tokenizer
 
@@ -241,6 +241,35 @@ def test_a_notice_during_a_call_leaves_the_sandbox_as_it_is(bench: Bench, tokeni
     [result] = [record for record in bench.records() if isinstance(record, ToolResult)]
     assert result.output == b"ran" and bench.maker.made == 1
     assert not [record for record in bench.records() if isinstance(record, Event) and record.kind == "generation"]
+
+
+@pytest.mark.parametrize("policy", ["rollback", "rerun"])
+def test_a_restore_within_a_restore_does_not_end_it(bench: Bench, policy: Any) -> None:
+    """Call 2 takes the state back; call 0, run again in this, takes it back once more; then the process dies."""
+    lost: set[int] = set()
+
+    def lose_once(context: ToolContext) -> None:
+        def work(sandbox: Any) -> None:
+            if context.index not in lost:
+                lost.add(context.index)
+                raise OutcomeUnknown("nobody knows")
+
+        environment.use(context, work)
+
+    def rerun(index: int) -> bool:
+        if index == 1:
+            raise Killed
+        lose_once(ToolContext("0" * 32, index, policy, environment, bench.folder))
+        return True
+
+    with Journal(bench.folder / "journal") as journal:
+        environment = Environment(bench.maker, EnvironmentSettings(), TrajectoryLog(journal), "t")
+        environment.rerun = rerun
+        with pytest.raises(Killed):
+            lose_once(ToolContext("2" * 32, 2, "rollback", environment, bench.folder))
+    with Journal(bench.folder / "journal") as journal:
+        facts = TrajectoryLog(journal).facts
+    assert lost == {0, 2} and facts.generation == 2 and facts.restoring
 
 
 def test_k8_another_call_is_a_divergence_and_nothing_runs(bench: Bench, tokenizer: Tokenizer) -> None:
