@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from rorqual.agents.courier import Server
 from rorqual.agents.errors import AgentError
 from rorqual.errors import ConfigError
+
+_ADDRESS = re.compile(r"[ -~]+@[ -~]+")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class RunSettings:
                 raise ConfigError(f"the run may have {count} {name}, so it would end before it began. Give 1 or more.")
         if (self.smtp is None) != (not self.mail_to):
             raise ConfigError("mail needs both --smtp HOST:PORT and --mail-to ADDRESS. Give both, or neither.")
+        for address in (*self.mail_to, *([] if self.mail_from is None else [self.mail_from])):
+            if not _ADDRESS.fullmatch(address):
+                raise ConfigError(f"mail cannot go to or come from {address!r}. Give NAME@HOST in plain ASCII.")
         self.mail_server()
 
     def mail_server(self) -> Server | None:

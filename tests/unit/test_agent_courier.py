@@ -18,6 +18,8 @@ from mail_server import MailServer, mail_server
 
 from rorqual.agents.courier import Mail, Outbox, Server, deliver, message_id, send
 from rorqual.agents.errors import CallFailed, InfraFailed
+from rorqual.agents.settings import RunSettings
+from rorqual.errors import ConfigError
 
 KEY = "0123456789abcdef0123456789abcdef"
 CONTENT = b"From: a@example.org\r\nTo: b@example.org\r\nMessage-ID: <x@y>\r\n\r\nHello.\r\n"
@@ -64,9 +66,10 @@ def test_no_mail_server(tmp_path: Path) -> None:
 
 
 class Silent:
-    """A mail server that takes the content and never says what became of it."""
+    """A mail server that takes the content and never says what became of it; or says what it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, to_data: bytes = b"354 go on", to_content: bytes | None = None) -> None:
+        self._to_data, self._to_content = to_data, to_content
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.contents: list[bytes] = []
@@ -93,13 +96,18 @@ class Silent:
         say(b"220 here")
         for line in file:
             if line.upper().startswith(b"DATA"):
-                say(b"354 go on")
+                say(self._to_data)
+                if not self._to_data.startswith(b"3"):
+                    continue
                 content = b""
                 while not content.endswith(b"\r\n.\r\n"):
                     content += file.readline()
                 self.contents.append(content)
-                self.hung.set()
-                return
+                if self._to_content is None:
+                    self.hung.set()
+                    return
+                say(self._to_content)
+                continue
             say(b"250 fine")
 
     def close(self) -> None:
@@ -128,6 +136,32 @@ def test_a_courier_killed_in_the_wrong_moment_is_never_followed_by_another(tmp_p
         assert len(silent.contents) == 1
     finally:
         silent.close()
+
+
+def test_a_refused_content_is_a_refusal_and_not_unknown(tmp_path: Path) -> None:
+    server = Silent(b"554 not from you")
+    try:
+        with pytest.raises(CallFailed, match="refused the content: 554 not from you"):
+            send(tmp_path, KEY, lambda: mail(server.port))
+        assert server.contents == []
+    finally:
+        server.close()
+
+
+def test_every_yes_of_a_server_is_one(tmp_path: Path) -> None:
+    server = Silent(to_content=b"251 will forward")
+    try:
+        assert send(tmp_path, KEY, lambda: mail(server.port))["reply"] == "251 will forward"
+    finally:
+        server.close()
+
+
+def test_an_address_that_cannot_be_said_is_a_refusal(server: MailServer, tmp_path: Path) -> None:
+    odd = Mail(Server("127.0.0.1", server.port), "a@example.org", ("bj\xf6rn@example.org",), CONTENT)
+    with pytest.raises(CallFailed, match="bj\xf6rn@example.org cannot be used"):
+        send(tmp_path, KEY, lambda: odd)
+    with pytest.raises(ConfigError, match="plain ASCII"):
+        RunSettings("Write.", smtp="127.0.0.1:25", mail_to=odd.recipients)
 
 
 def test_a_courier_outlives_who_sent_it(server: MailServer, tmp_path: Path) -> None:
