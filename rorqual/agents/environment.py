@@ -107,14 +107,17 @@ class Environment:
         *,
         stdin: bytes | None = None,
         timeout_s: float = 60.0,
+        prepare: Callable[[Any], None] = lambda sandbox: None,
     ) -> CommandResult:
         """Run a command as the call `context`: once, however often this is asked for.
 
+        prepare: puts what the command needs into the sandbox; done again in one that was restored meanwhile.
         Raises: InfraFailed when its outcome is lost and cannot be had again.
         """
         argv = command if isinstance(command, str) else list(command)
 
         def run(sandbox: Any) -> CommandResult:
+            prepare(sandbox)
             key = attempt_key(context.key, self._log.facts.generation)
             result: CommandResult = sandbox.commands.run(argv, stdin=stdin, timeout=timeout_s, call=key)
             return result
@@ -150,18 +153,13 @@ class Environment:
             case _:
                 raise error
 
-    def toolkit(self, context: ToolContext) -> str:
-        """Path of the tools' program inside, uploaded at first use."""
+    def bring_toolkit(self, sandbox: Any) -> None:
+        """Upload the tools' program unless it is there; part of preparing a command."""
         kit = build_toolkit()
-
-        def bring(sandbox: Any) -> None:
+        if not self._toolkit_is_there:
             if not sandbox.files.exists(kit.path):
                 sandbox.files.write(kit.path, kit.data)
-
-        if not self._toolkit_is_there:
-            self.use(context, bring)
             self._toolkit_is_there = True
-        return kit.path
 
     def put(self, context: ToolContext, path: str, data: bytes) -> str:
         """Write a file into the sandbox; its path."""

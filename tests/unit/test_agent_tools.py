@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from agent_documents import write_pdf
-from local_sandbox import Maker
+from local_sandbox import Commands, Maker
 from mail_server import mail_server
 from openpyxl import load_workbook
 
@@ -301,6 +301,30 @@ def sandbox(tmp_path: Path) -> Iterator[Any]:
     made = Maker(tmp_path / "sandboxes").create("container", metadata={})
     yield made
     made.kill()
+
+
+def test_a_sandbox_lost_before_its_command_is_prepared_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Toolkit and request were there, then the sandbox went: the command must find both in the new one."""
+    from rorqual.agents.environment import Environment, EnvironmentSettings
+    from rorqual.agents.log import TrajectoryLog
+    from rorqual.journal import Journal
+
+    run, lost = Commands.run, []
+
+    def lose_first(self: Any, *args: Any, **options: Any) -> Any:
+        if not lost:
+            lost.append(self._sandbox.id)
+            self._sandbox.kill()
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(Commands, "run", lose_first)
+    with Journal(tmp_path / "journal") as journal:
+        environment = Environment(Maker(tmp_path / "s"), EnvironmentSettings(), TrajectoryLog(journal), "t")
+        place = ToolContext("cd" * 16, 0, "rerun", environment, tmp_path / "outbox")
+        outcome = by_name(standard_tools())["write_file"].run({"path": "big.txt", "content": "x" * 300_000}, place)
+        assert outcome.exit_code == 0, outcome.output
+        assert environment.sandbox.files.read("big.txt") == "x" * 300_000 and environment.sandbox.id not in lost
+        environment.end()
 
 
 def test_large_requests_go_by_file_and_outputs_are_cut(tmp_path: Path, sandbox: Any) -> None:
