@@ -241,9 +241,11 @@ def _print(result: "RunResult", meter: "Meter", *, quiet: bool, as_json: bool) -
     answer, files = result.answer, [str(path) for path in result.files]
     if as_json:
         body = {"event": "done", "ending": answer.ending, "answer": answer.text, "files": files, "turns": answer.turns}
-        typer.echo(json.dumps(body | {"cost": meter.text()}))
+        typer.echo(json.dumps(body | {"note": result.note, "cost": meter.text()}))
     else:
         typer.echo(answer.text)
+        if result.note:
+            typer.echo(result.note, err=True)
         if not quiet:
             typer.echo(
                 "\n".join([*files, f"{answer.turns} turns; {meter.text()}", f"folder: {result.folder}"]), err=True

@@ -1,0 +1,71 @@
+"""One run from its folder, in one process over a stand-in sandbox: how it ends, and what it leaves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_sandbox import Files, Maker
+
+from rorqual.agents import AgentError, InfraFailed, RunFolder, RunHooks, RunSettings, Tool, create_run, run_agent
+from rorqual.agents.tools import Outcome, ToolContext
+from rorqual.agents.tools.base import schema
+from rorqual.sandbox.errors import PolicyRejected
+
+REPLIES = [
+    {"calls": [{"name": "shell", "arguments": {"command": "echo made > out/made.txt"}}]},
+    {"content": "It is made."},
+]
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RORQUAL_HOME", str(tmp_path / "home"))
+    path = tmp_path / "replies.json"
+    path.write_text(json.dumps({"replies": REPLIES}))
+    return path
+
+
+@pytest.fixture
+def maker(tmp_path: Path) -> Maker:
+    return Maker(tmp_path / "sandboxes")
+
+
+def new_run(script: Path, **more: Any) -> RunFolder:
+    return create_run(RunSettings("Make it.", script=str(script), **more), "run")
+
+
+def test_files_that_cannot_be_had_do_not_cost_the_answer(
+    script: Path, maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Files, *args: Any, **options: Any) -> None:
+        raise PolicyRejected("out/link leads out of the folder")
+
+    monkeypatch.setattr(Files, "download", refuse)
+    run = new_run(script)
+    for _ in range(2):  # the second time from the record
+        result = run_agent(run, RunHooks(maker=maker))
+        assert (result.answer.text, result.files) == ("It is made.", [])
+        assert result.note.endswith("out/link leads out of the folder")
+    assert maker.list() == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_mended(script: Path, maker: Maker, tmp_path: Path) -> None:
+    run = new_run(script, out=str(tmp_path / "results" / "here"))
+    (tmp_path / "results").write_text("in the way")
+    with pytest.raises(AgentError, match="cannot be written to .*here"):
+        run_agent(run, RunHooks(maker=maker))
+    (tmp_path / "results").unlink()
+    result = run_agent(run, RunHooks(maker=maker))
+    assert result.files == [tmp_path / "results" / "here" / "made.txt"] and result.note == ""
+
+
+def test_a_failed_run_leaves_no_sandbox(script: Path, maker: Maker) -> None:
+    def fail(arguments: Any, context: ToolContext) -> Outcome:
+        raise InfraFailed("nobody knows")
+
+    script.write_text(json.dumps({"replies": [REPLIES[0], {"calls": [{"name": "fail", "arguments": {}}]}]}))
+    tools = (Tool("fail", "Fail.", schema(), "external", fail),)
+    with pytest.raises(InfraFailed, match="nobody knows"):
+        run_agent(new_run(script), RunHooks(maker=maker, more_tools=tools))
+    assert maker.made == 1 and maker.list() == []
