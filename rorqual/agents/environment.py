@@ -201,6 +201,11 @@ class Environment:
 
     def _make(self, snapshot: str | None) -> None:
         """A new sandbox, with the user's files unless they are in the snapshot; on record once it is complete."""
+        if snapshot is None and self._settings.files is not None and not self._settings.files.is_dir():
+            raise AgentError(
+                f"a new sandbox needs the files of {self._settings.files}, and that is no folder any more. Bring it "
+                "back, then go on with --resume."
+            )
         options = dict(self._settings.options)
         if snapshot is not None:
             options["snapshot"] = snapshot

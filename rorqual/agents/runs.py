@@ -58,7 +58,8 @@ def runs_folder() -> Path:
 
 
 def create_run(settings: RunSettings, name: str | None = None) -> RunFolder:
-    """A new run. Raises: ConfigError for a name that is taken or none."""
+    """A new run. Raises: ConfigError for a name that is taken or none, and for what the run needs and has not."""
+    settings.check()
     if name is None:
         digest = hashlib.sha256(f"{settings.task}{time.time_ns()}".encode()).hexdigest()[:6]
         name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + digest

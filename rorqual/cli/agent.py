@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rorqual.cli.options import MODEL, OUTPUT, Json, ModelOption
-from rorqual.errors import ConfigError
+from rorqual.errors import ConfigError, RorqualError
 
 if TYPE_CHECKING:
     from rorqual.agents import Observer, RunFolder, RunSettings
@@ -180,8 +180,9 @@ def _folder(task: str | None, name: str | None, resume: bool, options: dict[str,
             return find_run(name)
         if name is None:
             for run in all_runs():
-                if task in (None, run.settings.task) and state_of(run).closed is None:
-                    return run
+                with contextlib.suppress(RorqualError):  # one that cannot be read is none to go on with
+                    if task in (None, run.settings.task) and state_of(run).closed is None:
+                        return run
     if task is None:
         raise ConfigError("there is no unfinished run to go on with. Give a task, or --name with --resume.")
     return create_run(RunSettings(task, **options), name)
@@ -257,14 +258,12 @@ def _print(result: "RunResult", meter: "Meter", *, quiet: bool, as_json: bool) -
 
 
 def _list(as_json: bool) -> None:
-    from rorqual.agents.report import state_of
+    from rorqual.agents.report import summary_of
     from rorqual.agents.runs import all_runs
 
-    rows = [(run, state_of(run)) for run in all_runs()]
+    rows = [summary_of(run) for run in all_runs()]
     if as_json:
-        typer.echo(
-            json.dumps([{"name": run.name, "task": run.settings.task, **state.to_dict()} for run, state in rows])
-        )
+        typer.echo(json.dumps(rows))
         return
     if not rows:
         typer.echo('No runs. Begin one with: rorqual agent run "TASK"')
@@ -278,7 +277,7 @@ def _list(as_json: bool) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("run", "state", "turns", "calls", "task"):
         table.add_column(title)
-    for run, state in rows:
-        task = Text(first_line(run.settings.task), overflow="ellipsis", no_wrap=True)
-        table.add_row(run.name, state.word, str(state.turns), str(state.calls), task)
+    for row in rows:
+        task = Text(first_line(row["task"] or row.get("problem", "")), overflow="ellipsis", no_wrap=True)
+        table.add_row(row["name"], row["state"], str(row["turns"]), str(row["calls"]), task)
     Console().print(table)

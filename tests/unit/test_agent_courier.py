@@ -161,7 +161,7 @@ def test_an_address_that_cannot_be_said_is_a_refusal(server: MailServer, tmp_pat
     with pytest.raises(CallFailed, match="bj\xf6rn@example.org cannot be used"):
         send(tmp_path, KEY, lambda: odd)
     with pytest.raises(ConfigError, match="plain ASCII"):
-        RunSettings("Write.", smtp="127.0.0.1:25", mail_to=odd.recipients)
+        RunSettings("Write.", smtp="127.0.0.1:25", mail_to=odd.recipients).check()
 
 
 def test_a_courier_outlives_who_sent_it(server: MailServer, tmp_path: Path) -> None:

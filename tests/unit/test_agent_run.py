@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 from local_sandbox import Files, Maker
+from typer.testing import CliRunner
 
 from rorqual.agents import AgentError, InfraFailed, RunFolder, RunHooks, RunSettings, Tool, create_run, run_agent
+from rorqual.agents.report import summary_of
 from rorqual.agents.tools import Outcome, ToolContext
 from rorqual.agents.tools.base import schema
+from rorqual.cli import build_app
+from rorqual.errors import ConfigError
 from rorqual.sandbox.errors import PolicyRejected
 
 REPLIES = [
@@ -69,3 +73,36 @@ def test_a_failed_run_leaves_no_sandbox(script: Path, maker: Maker) -> None:
     with pytest.raises(InfraFailed, match="nobody knows"):
         run_agent(new_run(script), RunHooks(maker=maker, more_tools=tools))
     assert maker.made == 1 and maker.list() == []
+
+
+def test_a_run_is_read_although_its_files_are_gone(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    run = new_run(script, files=str(tmp_path / "in"))
+    (tmp_path / "in").rmdir()
+    assert (run.settings.task, summary_of(run)["state"]) == ("Make it.", "new")
+    with pytest.raises(ConfigError, match="--files .* is no folder"):
+        run.settings.check()
+
+
+def test_files_that_are_gone_are_asked_for_when_a_sandbox_is_made(script: Path, maker: Maker, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    run = new_run(script, files=str(tmp_path / "in"))
+    (tmp_path / "in").rmdir()
+    with pytest.raises(AgentError, match="no folder any more"):
+        run_agent(run, RunHooks(maker=maker))
+    (tmp_path / "in").mkdir()
+    assert run_agent(run, RunHooks(maker=maker)).answer.text == "It is made."
+
+
+def test_one_unreadable_run_does_not_hide_the_others(script: Path) -> None:
+    broken = new_run(script).path / "settings.json"
+    broken.write_text("{")
+    create_run(RunSettings("Another.", script=str(script)), "other")
+    listed = CliRunner().invoke(build_app(["agent"]), ["agent", "list", "--json"])
+    states = {row["name"]: row["state"] for row in json.loads(listed.stdout)}
+    assert states == {"run": "unreadable", "other": "new"}
+
+
+def test_an_output_folder_that_cannot_be_is_refused_first(script: Path) -> None:
+    with pytest.raises(ConfigError, match="--out .* cannot be written to"):
+        new_run(script, out=str(script / "below"))
