@@ -376,6 +376,8 @@ class Session:
         if intent.external or result.flags & REFUSED:
             return True  # what reaches outside is still done; what was refused did nothing
         tool = self._parts.toolbox.get(intent.tool)
+        if tool.outside:
+            return True
         context = self._context(tool, intent.key, index, 0.0, True)
         outcome = _attempt(tool, json.loads(intent.arguments), context)
         self._observer.note(f"call {index} ({intent.tool}) was run again")

@@ -243,6 +243,31 @@ def test_a_notice_during_a_call_leaves_the_sandbox_as_it_is(bench: Bench, tokeni
     assert not [record for record in bench.records() if isinstance(record, Event) and record.kind == "generation"]
 
 
+def test_a_restore_makes_no_call_again_that_left_the_sandbox_alone(bench: Bench, tokenizer: Tokenizer) -> None:
+    """A server's answer may have changed since; the files of the sandbox do not hang on it."""
+    asked: list[int] = []
+
+    def ask(arguments: Any, context: ToolContext) -> Outcome:
+        asked.append(context.index)
+        return Outcome.text(f"answer {len(asked)}")
+
+    box = ToolBox([*standard_tools(), Tool("ask", "Ask.", schema(), "rerun", ask, outside=True)])
+    write, look = ({"name": "shell", "arguments": {"command": text}} for text in ("echo here > file", "cat file"))
+
+    def loop(session: Session) -> None:
+        session.open(TASK)
+        session.calls(session.generate().calls)
+        for made in bench.maker.list():
+            bench.maker.end(made.id)
+        session.calls(session.generate().calls)
+
+    replies = [{"calls": [write, {"name": "ask", "arguments": {}}]}, {"calls": [look]}]
+    with Journal(bench.folder / "journal") as journal:
+        loop(bench.session(ScriptBackend(replies, tokenizer), journal, box=box))
+    outputs = [record.output.decode() for record in bench.records() if isinstance(record, ToolResult)]
+    assert outputs == ["(no output)", "answer 1", "here"] and asked == [1] and bench.maker.made == 2
+
+
 @pytest.mark.parametrize("policy", ["rollback", "rerun"])
 def test_a_restore_within_a_restore_does_not_end_it(bench: Bench, policy: Any) -> None:
     """Call 2 takes the state back; call 0, run again in this, takes it back once more; then the process dies."""

@@ -1,5 +1,6 @@
 """Tools, skills, MCP servers and the toolkit, each by itself."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -253,6 +254,10 @@ def test_tools_of_an_mcp_server_over_stdio(program: Path, tmp_path: Path) -> Non
             tools["my_things_vanish"].run({}, here)
         with pytest.raises(CallFailed, match="did not answer add"):
             tools["my_things_add"].run({"a": 2, "b": 3}, here)
+        [link] = connected._links
+        asyncio.run_coroutine_threadsafe(link.close(), connected._loop).result(30)
+        with pytest.raises(CallFailed, match="fail was not asked for"):
+            tools["my_things_fail"].run({}, here)
 
 
 @pytest.mark.slow

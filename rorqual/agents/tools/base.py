@@ -84,7 +84,8 @@ class Tool:
     """One tool. parameters: JSON Schema of an object.
 
     external_token: an external tool that may be asked again with the same key, since the other side (or its courier)
-    recognises it. needs_time: `ToolContext.when_s` is recorded before the call.
+    recognises it. needs_time: `ToolContext.when_s` is recorded before the call. outside: it leaves the sandbox alone,
+    so it has nothing to do again in one that was restored (true of external tools anyway).
     """
 
     name: str
@@ -94,6 +95,7 @@ class Tool:
     run: Callable[[Mapping[str, Any], ToolContext], Outcome]
     external_token: bool = False
     needs_time: bool = False
+    outside: bool = False
 
     def schema(self) -> dict[str, Any]:
         """As a request's `tools` list has it."""
