@@ -178,7 +178,6 @@ class Environment:
     def _open(self) -> None:
         facts = self._log.facts
         if facts.sandbox is None:
-            self._end_strays()
             self._make(None)
             self._snapshot()
             return
@@ -206,6 +205,7 @@ class Environment:
                 f"a new sandbox needs the files of {self._settings.files}, and that is no folder any more. Bring it "
                 "back, then go on with --resume."
             )
+        self._end_strays()
         options = dict(self._settings.options)
         if snapshot is not None:
             options["snapshot"] = snapshot

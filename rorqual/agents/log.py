@@ -7,7 +7,6 @@ handed out again in order; facts about the sandbox stand beside it. New records 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,14 +164,3 @@ def _owner(record: Record) -> int | None:
         found = record.fields.get("request")
         return found if isinstance(found, int) else None
     return getattr(record, "request", None)
-
-
-def all_ids(records: Iterable[Record]) -> list[int]:
-    """The ids of a trajectory after its prompt, as its records hold them."""
-    ids: list[int] = []
-    for record in records:
-        if isinstance(record, Tokens):
-            ids += record.ids
-        elif isinstance(record, ToolResult):
-            ids += record.observation_ids
-    return ids

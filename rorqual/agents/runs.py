@@ -69,9 +69,10 @@ def create_run(settings: RunSettings, name: str | None = None) -> RunFolder:
     try:
         path.mkdir(parents=True, mode=0o700)
     except FileExistsError:
-        raise ConfigError(
-            f"there is a run {name!r} already. Go on with it by --resume, or choose another name."
-        ) from None
+        if (path / "settings.json").exists():  # else whoever began it was killed before there was a run
+            raise ConfigError(
+                f"there is a run {name!r} already. Go on with it by --resume, or choose another name."
+            ) from None
     settings.save(path / "settings.json")
     return RunFolder(path)
 

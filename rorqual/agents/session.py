@@ -101,7 +101,7 @@ class Session:
     def open(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Begin with these messages, or check that the record began with them.
 
-        Raises: ReplayDivergence for other messages, tools or another tokenizer; AgentError for another model.
+        Raises: AgentError for other messages, tools, tokenizer or model: with the right ones the run goes on.
         """
         prompt = self.dialogue.prompt_ids(messages)
         digest = ids_digest(prompt)
@@ -125,12 +125,12 @@ class Session:
     def _check(self, recorded: Request, digest: bytes) -> None:
         identity = self._backend.identity
         if recorded.prompt_digest != digest or recorded.tokenizer_digest != identity.tokenizer:
-            raise ReplayDivergence(
+            raise AgentError(
                 "the run on record began with another prompt (task, tools, skills or tokenizer changed since), so its "
                 "tokens mean something else here. Give the same options, or begin a new run."
             )
         if recorded.trajectory != self._parts.trajectory or recorded.seed_key != self._seed.to_bytes(16, "little"):
-            raise ReplayDivergence("the run on record has another name or seed. Give the same, or begin a new run.")
+            raise AgentError("the run on record has another name or seed. Give the same, or begin a new run.")
         self._policy_version = recorded.policy_version
         if recorded.engine_fingerprint != identity.fingerprint and not self._parts.accept_new_weights:
             raise AgentError(

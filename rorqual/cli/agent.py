@@ -134,8 +134,9 @@ def agent(
     rorqual agent run --resume --name 20261129-101500-3fa9c1
     rorqual agent show 20261129-101500-3fa9c1
 
-    A run can be killed at any moment and goes on where it was: no token that was shown is lost, no finished call is
-    made again, no mail is sent twice. Its journal lies in your data folder under agents/NAME.
+    A run can be killed at any moment and goes on where it was: no token that was shown is lost (a server behind a URL
+    begins a broken-off turn again), no finished call is made again, no mail is sent twice. Its journal lies in your
+    data folder under agents/NAME.
     """
     if action == "list":
         _list(as_json)
@@ -176,7 +177,7 @@ def _folder(task: str | None, name: str | None, resume: bool, options: dict[str,
     from rorqual.agents.runs import all_runs, find_run, runs_folder
 
     if resume:
-        if name is not None and (runs_folder() / name).is_dir():
+        if name is not None and (runs_folder() / name / "settings.json").is_file():
             return find_run(name)
         if name is None:
             for run in all_runs():

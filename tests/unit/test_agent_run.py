@@ -8,7 +8,17 @@ import pytest
 from local_sandbox import Files, Maker
 from typer.testing import CliRunner
 
-from rorqual.agents import AgentError, InfraFailed, RunFolder, RunHooks, RunSettings, Tool, create_run, run_agent
+from rorqual.agents import (
+    AgentError,
+    InfraFailed,
+    Preempted,
+    RunFolder,
+    RunHooks,
+    RunSettings,
+    Tool,
+    create_run,
+    run_agent,
+)
 from rorqual.agents.report import summary_of
 from rorqual.agents.tools import Outcome, ToolContext
 from rorqual.agents.tools.base import schema
@@ -106,3 +116,21 @@ def test_one_unreadable_run_does_not_hide_the_others(script: Path) -> None:
 def test_an_output_folder_that_cannot_be_is_refused_first(script: Path) -> None:
     with pytest.raises(ConfigError, match="--out .* cannot be written to"):
         new_run(script, out=str(script / "below"))
+
+
+def test_a_name_is_free_when_its_run_was_killed_before_it_was_one(script: Path) -> None:
+    run = new_run(script)
+    with pytest.raises(ConfigError, match="there is a run 'run' already"):
+        new_run(script)
+    (run.path / "settings.json").unlink()
+    assert new_run(script).settings.task == "Make it."
+
+
+def test_another_prompt_is_told_and_does_not_end_the_run(script: Path, maker: Maker) -> None:
+    run = new_run(script)
+    tools = (Tool("more", "More.", schema(), "rerun", lambda arguments, context: Outcome.text("")),)
+    with pytest.raises(Preempted):
+        run_agent(run, RunHooks(maker=maker, stop=lambda: True))
+    with pytest.raises(AgentError, match="began with another prompt"):
+        run_agent(run, RunHooks(maker=maker, more_tools=tools))
+    assert run_agent(run, RunHooks(maker=maker)).answer.text == "It is made."

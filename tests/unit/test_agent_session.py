@@ -25,12 +25,12 @@ from rorqual.agents import (
     TrajectoryLog,
     converse,
 )
-from rorqual.agents.dialogue import Dialogue
+from rorqual.agents.dialogue import Dialogue, _request
 from rorqual.agents.models import Batch, Identity, ScriptBackend, Turn
 from rorqual.agents.models.choose import BUNDLED
 from rorqual.agents.session import Limits, ids_digest
 from rorqual.agents.tools import Outcome, ToolContext, standard_tools
-from rorqual.agents.tools.base import schema
+from rorqual.agents.tools.base import REFUSED, schema
 from rorqual.chat import render_messages
 from rorqual.errors import JournalError
 from rorqual.journal import Journal
@@ -118,7 +118,7 @@ def test_ids_are_those_of_the_chat_format(bench: Bench, tokenizer: Tokenizer) ->
     """What was put together turn by turn is, to the last id, what rendering the whole conversation gives."""
     session, _ = bench.run(ScriptBackend(ACTING, tokenizer))
     messages = session.messages
-    tools = [tool.schema() for tool in bench.box()]
+    tools = bench.box().schemas()
     pieces = render_messages(messages, tools=tools, thinking_mode="thinking").pieces()
     assert session.ids == tokenizer.encode_guarded(pieces)
     trajectory = session.trajectory()
@@ -320,7 +320,7 @@ def test_another_task_or_model_is_refused(bench: Bench, tokenizer: Tokenizer) ->
     other = [*TASK[:1], {"role": "user", "content": "Stop."}]
     with Journal(bench.folder / "journal") as journal:
         session = bench.session(ScriptBackend(ACTING, tokenizer), journal)
-        with pytest.raises(ReplayDivergence, match="began with another prompt"):
+        with pytest.raises(AgentError, match="began with another prompt"):
             session.open(other)
         session = bench.session(ScriptBackend(ACTING[:1], tokenizer), journal)
         with pytest.raises(AgentError, match="--accept-new-weights"):
@@ -359,6 +359,29 @@ def test_wrong_calls_are_answered_and_not_made(bench: Bench, tokenizer: Tokenize
         "error: act takes no y; it takes x",
         "error: x of act must be of type integer, and is bool",
     ]
+
+
+@pytest.mark.parametrize("arguments", ['{"x": "\\ud800"}', '{"x": "\ud800"}', '{"x": 1e999}'])
+def test_arguments_that_no_record_can_hold_are_refused(bench: Bench, tokenizer: Tokenizer, arguments: str) -> None:
+    request = _request({"name": "act", "arguments": arguments})
+    with Journal(bench.folder / "journal") as journal:
+        session = bench.session(ScriptBackend(ACTING, tokenizer), journal)
+        session.open(TASK)
+        session.generate()
+        [outcome] = session.calls([request])
+    assert outcome.flags & REFUSED and "no JSON object" in outcome.output and bench.effects == []
+
+
+def test_a_sandbox_that_nobody_recorded_is_ended_before_another_is_made(bench: Bench) -> None:
+    with Journal(bench.folder / "journal") as journal:
+        environment = Environment(bench.maker, EnvironmentSettings(), TrajectoryLog(journal), "t")
+        environment.sandbox.kill()
+        bench.maker.create("container", metadata={"trajectory": "t"})
+        other = bench.maker.create("container", metadata={"trajectory": "other"})
+    with Journal(bench.folder / "journal") as journal:
+        environment = Environment(bench.maker, EnvironmentSettings(), TrajectoryLog(journal), "t")
+        expected = {other.id, environment.sandbox.id}
+        assert {info.id for info in bench.maker.list()} == expected
 
 
 def test_the_end_is_on_record(bench: Bench, tokenizer: Tokenizer) -> None:

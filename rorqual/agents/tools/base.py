@@ -113,9 +113,6 @@ class ToolBox:
                 raise ConfigError(f"two tools are called {tool.name!r}, so a call could mean either. Rename one.")
             self._tools[tool.name] = tool
 
-    def __iter__(self) -> Iterable[Tool]:
-        return iter(self._tools.values())
-
     def schemas(self) -> list[dict[str, Any]]:
         """All of them, as the model is shown them."""
         return [tool.schema() for tool in self._tools.values()]
