@@ -55,6 +55,8 @@ class Facts:
     """Whether the last such attempt has no end on record."""
     calls: list[ToolCall] = field(default_factory=list)
     results: dict[int, ToolResult] = field(default_factory=dict)
+    model: dict[str, Any] | None = None
+    """The model that took over last, where another one than the request's did: model, fingerprint, version."""
     closed: Close | None = None
 
 
@@ -154,6 +156,8 @@ class TrajectoryLog:
             facts.sandbox = event.fields
         elif event.kind == "generation":
             facts.generation, facts.restoring = event.fields["generation"], event.fields["restoring"]
+        elif event.kind == "model":
+            facts.model = event.fields
         elif event.kind == "restored":
             facts.restoring = False
 

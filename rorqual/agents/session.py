@@ -92,6 +92,7 @@ class Session:
         self._mask: list[bool] = []
         self._num_turns = self._num_calls = self._num_written = 0
         self._policy_version = 0
+        self._versions_ahead = 0  # of the backend's own count, which begins anew with every process
         self.messages: list[dict[str, Any]] = []
         parts.environment.rerun = self._rerun
         parts.environment.note = self._observer.note
@@ -132,12 +133,16 @@ class Session:
         if recorded.trajectory != self._parts.trajectory or recorded.seed_key != self._seed.to_bytes(16, "little"):
             raise AgentError("the run on record has another name or seed. Give the same, or begin a new run.")
         self._policy_version = recorded.policy_version
-        if recorded.engine_fingerprint != identity.fingerprint and not self._parts.accept_new_weights:
+        last = self._log.facts.model or {"model": recorded.model_id, "fingerprint": recorded.engine_fingerprint}
+        is_other = last["fingerprint"] != identity.fingerprint
+        if is_other and not self._parts.accept_new_weights:
             raise AgentError(
-                f"the run on record was written by {recorded.model_id} ({recorded.engine_fingerprint}), and this is "
+                f"the run on record was written by {last['model']} ({last['fingerprint']}), and this is "
                 f"{identity.model} ({identity.fingerprint}). Give the same model, or --accept-new-weights to go on "
                 "with this one."
             )
+        version = last.get("version", recorded.policy_version) + is_other
+        self._versions_ahead = max(0, version - identity.policy_version)
 
     @property
     def _seed(self) -> int:
@@ -212,9 +217,13 @@ class Session:
         reader.reset()
 
     def _live_turn(self, reader: TurnReader) -> tuple[str, tuple[int, int, int] | None]:
-        version = self._backend.identity.policy_version
+        identity = self._backend.identity
+        version = identity.policy_version + self._versions_ahead
         if version != self._policy_version:
-            self._log.write(PolicySwitch(self._log.number, len(self.ids), self._policy_version, version))
+            self._log.write(
+                self._log.event("model", model=identity.model, fingerprint=identity.fingerprint, version=version),
+                PolicySwitch(self._log.number, len(self.ids), self._policy_version, version),
+            )
             self._policy_version = version
         room = self._room(len(reader.ids))
         if room <= 0:

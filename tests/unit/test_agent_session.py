@@ -578,6 +578,27 @@ def test_d5_new_weights_are_on_record_where_they_begin(tmp_path: Path, one_threa
     assert switch.position == first + 5
 
 
+def test_each_other_model_is_a_switch_on_record_and_then_the_runs_own(bench: Bench, tokenizer: Tokenizer) -> None:
+    """Models of the command line all count their versions from 0."""
+
+    def speak(name: str, after: int, **more: Any) -> None:
+        backend = Dying(ScriptBackend(ACTING, tokenizer), after)
+        backend.identity = Identity(name, name, tokenizer.fingerprint)
+        with pytest.raises(Killed):
+            bench.run(backend, **more)
+
+    speak("a", 5)
+    speak("b", 3, accept_new_weights=True)
+    speak("b", 3)  # which needs no leave now
+    with pytest.raises(AgentError, match=r"written by b \(b\), and this is a"):
+        speak("a", 3)
+    speak("a", 3, accept_new_weights=True)
+    switches = [record for record in bench.records() if isinstance(record, PolicySwitch)]
+    assert [(switch.old_version, switch.new_version) for switch in switches] == [(0, 1), (1, 2)]
+    versions = [record.policy_version for record in bench.records() if isinstance(record, Tokens)]
+    assert versions == [0] * 5 + [1] * 6 + [2] * 3
+
+
 def _versions(records: list[Any]) -> Iterator[tuple[int, int]]:
     for record in records:
         if isinstance(record, Tokens):
