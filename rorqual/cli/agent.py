@@ -1,6 +1,7 @@
 """`rorqual agent`: tasks done by a model with tools in a sandbox, which survive whatever kills them."""
 
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -22,6 +23,7 @@ RUN, SANDBOX, MAIL = "The run", "Sandbox and files", "Mail"
 
 
 def agent(
+    ctx: typer.Context,
     action: Annotated[Literal["run", "show", "list"], typer.Argument(help="What to do.", metavar="ACTION")],
     task: Annotated[
         str | None, typer.Argument(help="For run: what is to be done. For show: name of the run.", metavar="TASK")
@@ -157,7 +159,9 @@ def agent(
             "mail_to": tuple(mail_to or ()),
             "sandbox": _sandbox_options(driver, image, memory, idle),
         }  # fmt: skip
+        given = _given(ctx, options) | ({} if task is None else {"task": task})
         folder = _folder(task, name, resume or take_over, options)
+        _amend(folder, given, accept_new_weights)
         _run(folder, quiet=quiet, as_json=as_json, take_over=take_over, accept_new_weights=accept_new_weights)
 
 
@@ -187,6 +191,51 @@ def _folder(task: str | None, name: str | None, resume: bool, options: dict[str,
     if task is None:
         raise ConfigError("there is no unfinished run to go on with. Give a task, or --name with --resume.")
     return create_run(RunSettings(task, **options), name)
+
+
+_SANDBOX_KEYS = {"driver": "driver", "image": "image", "memory": "memory_mb", "idle": "idle_ttl"}
+_MODEL_KEYS = ("model", "model_name", "script")
+_MAY_CHANGE = (*_MODEL_KEYS, "pace_s", "max_turns", "out")
+
+
+def _given(ctx: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that stand on the command line."""
+    given: dict[str, Any] = {}
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        field = "pace_s" if name == "pace" else name
+        if field in options:
+            given[field] = options[field]
+        elif name in _SANDBOX_KEYS:
+            given.setdefault("sandbox", {})[_SANDBOX_KEYS[name]] = options["sandbox"][_SANDBOX_KEYS[name]]
+    return given
+
+
+def _amend(run: "RunFolder", given: dict[str, Any], accept_new_weights: bool) -> None:
+    """Take over what was given and may change while a run is on its way (a new run has it all already).
+
+    Raises: ConfigError for what would make it another run.
+    """
+    from rorqual.agents.report import state_of
+
+    settings = run.settings
+    given = given | ({"sandbox": settings.sandbox | given["sandbox"]} if "sandbox" in given else {})
+    changed = {name: value for name, value in given.items() if getattr(settings, name) != value}
+    for name, value in changed.items():
+        old = getattr(settings, name)
+        about = f"the run {run.name} has {name} {old!r}, and {value!r} was given"
+        if name not in _MAY_CHANGE or state_of(run).closed is not None:
+            raise ConfigError(f"{about}. It cannot change any more: leave that out, or begin a new run.")
+        if name in _MODEL_KEYS and not accept_new_weights:
+            raise ConfigError(f"{about}. Leave that out, or add --accept-new-weights to go on with another model.")
+        if name == "max_turns" and value < old:
+            raise ConfigError(f"{about}. It can only become more.")
+    if "model" in changed and "script" not in given:
+        changed["script"] = None
+    if changed:
+        dataclasses.replace(settings, **changed).save(run.path / "settings.json")
 
 
 def _run(folder: "RunFolder", *, quiet: bool, as_json: bool, take_over: bool, accept_new_weights: bool) -> None:
@@ -254,7 +303,9 @@ def _print(result: "RunResult", meter: "Meter", *, quiet: bool, as_json: bool) -
             )
     if answer.ending != "done":
         if not as_json:
-            typer.echo(f"the run ended early ({answer.ending}); raise --max-turns or --total-tokens for more", err=True)
+            typer.echo(
+                f"the run ended early ({answer.ending}); for more, begin a new run with a higher limit", err=True
+            )
         raise typer.Exit(1)
 
 

@@ -134,3 +134,32 @@ def test_another_prompt_is_told_and_does_not_end_the_run(script: Path, maker: Ma
     with pytest.raises(AgentError, match="began with another prompt"):
         run_agent(run, RunHooks(maker=maker, more_tools=tools))
     assert run_agent(run, RunHooks(maker=maker)).answer.text == "It is made."
+
+
+def resume(*options: str) -> str:
+    ended = CliRunner().invoke(build_app(["agent"]), ["agent", "run", "--resume", "--name", "run", *options])
+    return f"{ended.exception or ''}{ended.output}"
+
+
+def test_options_at_a_resume_are_taken_or_refused_and_never_dropped(
+    script: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("rorqual.cli.agent._run", lambda *args, **options: None)
+    run = new_run(script, max_turns=5, sandbox={"memory_mb": 512})
+    assert "the run run has seed 0, and 3 was given" in resume("--seed", "3")
+    assert "has task 'Make it.'" in resume("Other.")
+    assert "has sandbox" in resume("--memory", "1024")
+    assert "add --accept-new-weights" in resume("--model", "other")
+    assert "can only become more" in resume("--max-turns", "4")
+    assert run.settings.max_turns == 5
+    assert resume("--max-turns", "9", "--out", str(tmp_path / "there"), "--seed", "0", "--memory", "512") == ""
+    assert (run.settings.max_turns, run.settings.out) == (9, str(tmp_path / "there"))
+    assert resume("--model", "other", "--accept-new-weights") == ""
+    assert (run.settings.model, run.settings.script) == ("other", None)
+
+
+def test_a_run_that_ended_takes_no_other_options(script: Path, maker: Maker, tmp_path: Path) -> None:
+    run = new_run(script)
+    run_agent(run, RunHooks(maker=maker))
+    assert "cannot change any more" in resume("--out", str(tmp_path / "there"))
+    assert run.settings.out is None
