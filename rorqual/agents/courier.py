@@ -26,7 +26,7 @@ import smtplib
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,14 +103,16 @@ class Outbox:
             os.close(descriptor)
 
 
-def send(folder: Path, key: str, mail: Mail) -> dict[str, Any]:
-    """Deliver `mail` as `key`, if no earlier call did; returns the server's receipt.
+def send(folder: Path, key: str, compose: Callable[[], Mail]) -> dict[str, Any]:
+    """Deliver a mail as `key`, if no earlier call did; returns the server's receipt.
 
-    Raises: CallFailed when it was refused and nothing was delivered; InfraFailed when nobody can know.
+    compose: makes the mail; called only when the outbox has none of this key, since what it was made of may be gone.
+    Raises: CallFailed when it was refused and nothing was delivered; InfraFailed when nobody can know; what `compose`
+    raises, and then nothing was sent.
     """
     outbox = Outbox(folder, key)
     if outbox.read("mail") is None:
-        outbox.write("mail", _fields(mail))
+        outbox.write("mail", _fields(compose()))
     command = [sys.executable, "-m", "rorqual.agents.courier", str(folder), key]
     process = subprocess.Popen(
         command,
@@ -179,9 +181,12 @@ def _hand_over(outbox: Outbox, mail: Mail) -> None:
         evidence = {"message_id": message_id(outbox.key), "to": list(mail.recipients), "server": mail.server.host}
         outbox.write("started", evidence)
         # from here to the answer nobody can know; an exception leaves `started` alone on file, and says so
-        code, answer = connection.data(mail.content)
+        try:
+            code, answer = connection.data(mail.content)
+        except smtplib.SMTPDataError as error:  # it would not have the content, so none of it was sent
+            code, answer = error.smtp_code, _bytes(error.smtp_error)
         reply = f"{code} {answer.decode('utf-8', 'replace')}"
-        if code == 250:
+        if _is_yes(code):
             outbox.write("done", {**evidence, "reply": reply})
         else:
             outbox.write("refused", {"reason": f"the mail server refused the content: {reply}"})
@@ -208,15 +213,25 @@ def _offer(connection: smtplib.SMTP, mail: Mail) -> str | None:
     """Name sender and recipients; returns why the server will not have them. Nothing is sent to some and not others."""
     try:
         code, answer = connection.mail(mail.sender)
-        if code != 250:
+        if not _is_yes(code):
             return f"the mail server refused the sender {mail.sender}: {code} {answer.decode('utf-8', 'replace')}"
         for recipient in mail.recipients:
             code, answer = connection.rcpt(recipient)
-            if code not in (250, 251):
+            if not _is_yes(code):
                 return f"the mail server refused {recipient}: {code} {answer.decode('utf-8', 'replace')}"
     except (OSError, smtplib.SMTPException) as error:
         return f"the mail server broke off before the content ({error})"
+    except ValueError as error:  # a line break, or letters that this server takes in no address
+        return f"the address {mail.sender} or one of {', '.join(mail.recipients)} cannot be used ({error})"
     return None
+
+
+def _is_yes(code: int) -> bool:
+    return code // 100 == 2
+
+
+def _bytes(text: bytes | str) -> bytes:
+    return text if isinstance(text, bytes) else text.encode("utf-8", "replace")
 
 
 def _fields(mail: Mail) -> dict[str, Any]:

@@ -49,11 +49,14 @@ class Reply:
 
 
 def _request(function: Mapping[str, Any]) -> ToolRequest:
+    raw = function["arguments"].encode("utf-8", "backslashreplace").decode("utf-8")
     try:
-        arguments = json.loads(function["arguments"], parse_constant=_refuse)
+        arguments = json.loads(raw, parse_constant=_refuse)
+        # half a character or an endless number: JSON can spell both, and no record can hold them
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError):
         arguments = None
-    return ToolRequest(function["name"], arguments if isinstance(arguments, dict) else None, function["arguments"])
+    return ToolRequest(function["name"], arguments if isinstance(arguments, dict) else None, raw)
 
 
 def _refuse(constant: str) -> None:

@@ -74,12 +74,16 @@ class Environment:
         self._toolkit_is_there = False
         self._restores_for: dict[int, int] = {}
         self._command_ms = 0.0
+        self._is_abandoned = False
+        self._restores_at_work = 0  # one may happen within another, at a call that is run again
         self.rerun: Callable[[int], bool] = lambda index: False
         self.note: Callable[[str], None] = lambda text: None
 
     @property
     def sandbox(self) -> Any:
-        """The live sandbox, made or found at first use. Raises: SandboxError, InfraFailed."""
+        """The live sandbox, made or found at first use. Raises: SandboxError, InfraFailed, AgentError."""
+        if self._is_abandoned:
+            raise AgentError("the run was asked to stop, so its sandbox is left as it is. Go on with --resume.")
         if self._sandbox is None:
             self._open()
         return self._sandbox
@@ -103,14 +107,17 @@ class Environment:
         *,
         stdin: bytes | None = None,
         timeout_s: float = 60.0,
+        prepare: Callable[[Any], None] = lambda sandbox: None,
     ) -> CommandResult:
         """Run a command as the call `context`: once, however often this is asked for.
 
+        prepare: puts what the command needs into the sandbox; done again in one that was restored meanwhile.
         Raises: InfraFailed when its outcome is lost and cannot be had again.
         """
         argv = command if isinstance(command, str) else list(command)
 
         def run(sandbox: Any) -> CommandResult:
+            prepare(sandbox)
             key = attempt_key(context.key, self._log.facts.generation)
             result: CommandResult = sandbox.commands.run(argv, stdin=stdin, timeout=timeout_s, call=key)
             return result
@@ -127,28 +134,32 @@ class Environment:
         while True:
             try:
                 return work(self.sandbox)
-            except OutcomeUnknown as error:
+            except SandboxError as error:
+                self._after(error, context)
+
+    def _after(self, error: SandboxError, context: ToolContext) -> None:
+        """Do what an error of the sandbox asks for before the call is made again. Raises: it, if that is nothing."""
+        if self._is_abandoned:
+            raise error  # it comes of letting go, and the sandbox goes on
+        match error:
+            case OutcomeUnknown():
                 self._recover(context, f"its outcome is unknown: {error}", needs_restore=context.policy != "rerun")
-            except Gone as error:
+            case Gone():
                 self._recover(context, f"the sandbox is gone ({error.reason})", needs_restore=True, in_place=False)
-            except TransportError as error:
-                if not error.retryable:
-                    self._recover(context, f"the channel broke: {error}", needs_restore=True)
-                else:
-                    self._reconnect(context, error)
+            case TransportError(retryable=True):
+                self._reconnect(context, error)
+            case TransportError():
+                self._recover(context, f"the channel broke: {error}", needs_restore=True)
+            case _:
+                raise error
 
-    def toolkit(self, context: ToolContext) -> str:
-        """Path of the tools' program inside, uploaded at first use."""
+    def bring_toolkit(self, sandbox: Any) -> None:
+        """Upload the tools' program unless it is there; part of preparing a command."""
         kit = build_toolkit()
-
-        def bring(sandbox: Any) -> None:
+        if not self._toolkit_is_there:
             if not sandbox.files.exists(kit.path):
                 sandbox.files.write(kit.path, kit.data)
-
-        if not self._toolkit_is_there:
-            self.use(context, bring)
             self._toolkit_is_there = True
-        return kit.path
 
     def put(self, context: ToolContext, path: str, data: bytes) -> str:
         """Write a file into the sandbox; its path."""
@@ -167,7 +178,6 @@ class Environment:
     def _open(self) -> None:
         facts = self._log.facts
         if facts.sandbox is None:
-            self._end_strays()
             self._make(None)
             self._snapshot()
             return
@@ -190,6 +200,12 @@ class Environment:
 
     def _make(self, snapshot: str | None) -> None:
         """A new sandbox, with the user's files unless they are in the snapshot; on record once it is complete."""
+        if snapshot is None and self._settings.files is not None and not self._settings.files.is_dir():
+            raise AgentError(
+                f"a new sandbox needs the files of {self._settings.files}, and that is no folder any more. Bring it "
+                "back, then go on with --resume."
+            )
+        self._end_strays()
         options = dict(self._settings.options)
         if snapshot is not None:
             options["snapshot"] = snapshot
@@ -236,7 +252,8 @@ class Environment:
             self._restore(context.index, f"call {context.index}: {why}", in_place=in_place)
         else:
             self.note(f"call {context.index} is run again: {why}")
-            self._log.write(self._log.event("generation", generation=self._next, restoring=False, why=why))
+            restoring = self._log.facts.restoring  # as the restore has it that this call may be run again in
+            self._log.write(self._log.event("generation", generation=self._next, restoring=restoring, why=why))
 
     @property
     def _next(self) -> int:
@@ -256,6 +273,15 @@ class Environment:
             raise InfraFailed(
                 f"the sandbox could not be restored ({error}), so the run cannot go on.", {"why": why, "index": index}
             ) from error
+        self._restores_at_work += 1
+        try:
+            self._rerun_from(snapshot, index, why)
+        finally:
+            self._restores_at_work -= 1
+        if self._restores_at_work == 0:
+            self._log.write(self._log.event("restored", generation=self._log.facts.generation))
+
+    def _rerun_from(self, snapshot: SnapshotFact | None, index: int, why: str) -> None:
         for earlier in range(snapshot.calls_before if snapshot else 0, index):
             if not self.rerun(earlier):
                 raise InfraFailed(
@@ -263,7 +289,6 @@ class Environment:
                     "on record, so the files are not what the model believes. The run cannot go on.",
                     {"why": why, "call_index": earlier, "snapshot": snapshot.snapshot_id if snapshot else None},
                 )
-        self._log.write(self._log.event("restored", generation=self._log.facts.generation))
 
     def _to(self, snapshot: SnapshotFact | None, in_place: bool) -> None:
         if in_place and snapshot is not None and self._sandbox is not None and snapshot.sandbox_id == self.id:
@@ -295,6 +320,10 @@ class Environment:
         self._log.write(EnvSnapshot(self.id, taken.id, taken.kind, taken.history_seq, self._log.number))
 
     # ------------------------------------------------------------------- ends
+
+    def abandon(self) -> None:
+        """From now on nothing is restored or begun: what a call still at work meets is for the next process."""
+        self._is_abandoned = True
 
     def pause(self) -> None:
         """Let the sandbox rest until the run goes on; a driver that cannot leaves it running."""

@@ -7,7 +7,6 @@ handed out again in order; facts about the sandbox stand beside it. New records 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +55,8 @@ class Facts:
     """Whether the last such attempt has no end on record."""
     calls: list[ToolCall] = field(default_factory=list)
     results: dict[int, ToolResult] = field(default_factory=dict)
+    model: dict[str, Any] | None = None
+    """The model that took over last, where another one than the request's did: model, fingerprint, version."""
     closed: Close | None = None
 
 
@@ -155,6 +156,8 @@ class TrajectoryLog:
             facts.sandbox = event.fields
         elif event.kind == "generation":
             facts.generation, facts.restoring = event.fields["generation"], event.fields["restoring"]
+        elif event.kind == "model":
+            facts.model = event.fields
         elif event.kind == "restored":
             facts.restoring = False
 
@@ -165,14 +168,3 @@ def _owner(record: Record) -> int | None:
         found = record.fields.get("request")
         return found if isinstance(found, int) else None
     return getattr(record, "request", None)
-
-
-def all_ids(records: Iterable[Record]) -> list[int]:
-    """The ids of a trajectory after its prompt, as its records hold them."""
-    ids: list[int] = []
-    for record in records:
-        if isinstance(record, Tokens):
-            ids += record.ids
-        elif isinstance(record, ToolResult):
-            ids += record.observation_ids
-    return ids

@@ -9,6 +9,7 @@ from typing import Any
 
 from rorqual.agents.runs import RunFolder
 from rorqual.agents.view import first_line, visible
+from rorqual.errors import RorqualError
 from rorqual.journal.reading import replay_folder
 from rorqual.journal.records import (
     Attach,
@@ -81,6 +82,14 @@ def state_of(run: RunFolder) -> RunState:
             state.closed = record.stop_reason
         in_turn = isinstance(record, Tokens) or (in_turn and not isinstance(record, ToolCall | ToolResult))
     return state
+
+
+def summary_of(run: RunFolder) -> dict[str, Any]:
+    """Name, task and state for a list of runs; one that cannot be read has the state `unreadable` and says why."""
+    try:
+        return {"name": run.name, "task": run.settings.task, **state_of(run).to_dict()}
+    except RorqualError as error:
+        return {"name": run.name, "task": "", **RunState().to_dict(), "state": "unreadable", "problem": str(error)}
 
 
 def show_run(run: RunFolder, *, as_json: bool) -> None:

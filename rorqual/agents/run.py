@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.agents.environment import Environment, EnvironmentSettings, SandboxMaker
-from rorqual.agents.errors import InfraFailed
+from rorqual.agents.errors import AgentError, InfraFailed
 from rorqual.agents.log import TrajectoryLog
 from rorqual.agents.loop import Answer, converse
 from rorqual.agents.models.base import Backend
@@ -26,17 +26,19 @@ from rorqual.agents.session import Limits, Session, SessionParts
 from rorqual.agents.settings import RunSettings
 from rorqual.agents.skills import Skill, find_skills
 from rorqual.agents.tools import Tool, ToolBox, standard_tools
+from rorqual.errors import SandboxError
 from rorqual.journal import Journal
-from rorqual.sandbox.errors import ReplayDivergence
+from rorqual.sandbox.errors import CapacityRejected, Gone, ReplayDivergence, StaleEpoch, TransportError
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. files: what it made, where it now lies."""
+    """How a run ended. files: what it made, where it now lies. note: why they could not be had, "" where they could."""
 
     answer: Answer
     files: list[Path]
     folder: Path
+    note: str = ""
 
 
 @dataclass
@@ -84,10 +86,10 @@ def run_agent(folder: RunFolder, hooks: RunHooks | None = None) -> RunResult:
         messages = opening(settings.task, skills, settings.mail_to[0] if settings.mail_to else None)
         try:
             answer = converse(session, messages, settings.max_turns)
+            return _finish(folder, log, session, environment, answer)
         except (InfraFailed, ReplayDivergence) as error:
-            _fail(log, session, error)
+            _fail(log, session, environment, error)
             raise
-        return _finish(folder, log, session, environment, answer)
 
 
 def _finish(
@@ -96,19 +98,37 @@ def _finish(
     """Hand over the files, then say on record that this is done, then let the sandbox go."""
     out = folder.out()
     if log.facts.closed is None:
-        files = environment.download(out) if environment.id else []
-        session.close(answer.ending, files=[path.relative_to(out).as_posix() for path in files])
+        files, note = _fetch(environment, out) if environment.id else ([], "")
+        session.close(answer.ending, files=[path.relative_to(out).as_posix() for path in files], note=note)
     else:
-        files = [out / name for name in log.facts.closed.totals.get("files", ())]
+        totals = log.facts.closed.totals
+        files, note = [out / name for name in totals.get("files", ())], totals.get("note", "")
     environment.end()
-    return RunResult(answer, files, folder.path)
+    return RunResult(answer, files, folder.path, note)
 
 
-def _fail(log: TrajectoryLog, session: Session, error: Exception) -> None:
-    """Put on record that the platform ended the run, and why."""
+def _fetch(environment: Environment, out: Path) -> tuple[list[Path], str]:
+    """The run's files, or why its sandbox will never give them; the answer stands without them.
+
+    Raises: AgentError when they cannot be written here; SandboxError for what another try may mend.
+    """
+    try:
+        return environment.download(out), ""
+    except (Gone, TransportError, StaleEpoch, CapacityRejected):
+        raise
+    except SandboxError as error:
+        return [], f"the files it made could not be fetched: {error}"
+    except OSError as error:
+        raise AgentError(f"the files it made cannot be written to {out} ({error}). Mend that, then --resume.") from None
+
+
+def _fail(log: TrajectoryLog, session: Session, environment: Environment, error: Exception) -> None:
+    """Put on record that the platform ended the run, and why; nobody goes on with its sandbox."""
     evidence = {name: str(value) for name, value in getattr(error, "evidence", {}).items()}
     log.write(log.event("infra_failed", error=type(error).__name__, message=str(error), evidence=evidence))
     session.close("infra_failed")
+    with contextlib.suppress(SandboxError, OSError):
+        environment.end()
 
 
 def _check_not_failed(log: TrajectoryLog) -> None:

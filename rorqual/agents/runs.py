@@ -58,7 +58,8 @@ def runs_folder() -> Path:
 
 
 def create_run(settings: RunSettings, name: str | None = None) -> RunFolder:
-    """A new run. Raises: ConfigError for a name that is taken or none."""
+    """A new run. Raises: ConfigError for a name that is taken or none, and for what the run needs and has not."""
+    settings.check()
     if name is None:
         digest = hashlib.sha256(f"{settings.task}{time.time_ns()}".encode()).hexdigest()[:6]
         name = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + digest
@@ -68,9 +69,10 @@ def create_run(settings: RunSettings, name: str | None = None) -> RunFolder:
     try:
         path.mkdir(parents=True, mode=0o700)
     except FileExistsError:
-        raise ConfigError(
-            f"there is a run {name!r} already. Go on with it by --resume, or choose another name."
-        ) from None
+        if (path / "settings.json").exists():  # else whoever began it was killed before there was a run
+            raise ConfigError(
+                f"there is a run {name!r} already. Go on with it by --resume, or choose another name."
+            ) from None
     settings.save(path / "settings.json")
     return RunFolder(path)
 

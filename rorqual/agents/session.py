@@ -92,6 +92,7 @@ class Session:
         self._mask: list[bool] = []
         self._num_turns = self._num_calls = self._num_written = 0
         self._policy_version = 0
+        self._versions_ahead = 0  # of the backend's own count, which begins anew with every process
         self.messages: list[dict[str, Any]] = []
         parts.environment.rerun = self._rerun
         parts.environment.note = self._observer.note
@@ -101,7 +102,7 @@ class Session:
     def open(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Begin with these messages, or check that the record began with them.
 
-        Raises: ReplayDivergence for other messages, tools or another tokenizer; AgentError for another model.
+        Raises: AgentError for other messages, tools, tokenizer or model: with the right ones the run goes on.
         """
         prompt = self.dialogue.prompt_ids(messages)
         digest = ids_digest(prompt)
@@ -125,19 +126,23 @@ class Session:
     def _check(self, recorded: Request, digest: bytes) -> None:
         identity = self._backend.identity
         if recorded.prompt_digest != digest or recorded.tokenizer_digest != identity.tokenizer:
-            raise ReplayDivergence(
+            raise AgentError(
                 "the run on record began with another prompt (task, tools, skills or tokenizer changed since), so its "
                 "tokens mean something else here. Give the same options, or begin a new run."
             )
         if recorded.trajectory != self._parts.trajectory or recorded.seed_key != self._seed.to_bytes(16, "little"):
-            raise ReplayDivergence("the run on record has another name or seed. Give the same, or begin a new run.")
+            raise AgentError("the run on record has another name or seed. Give the same, or begin a new run.")
         self._policy_version = recorded.policy_version
-        if recorded.engine_fingerprint != identity.fingerprint and not self._parts.accept_new_weights:
+        last = self._log.facts.model or {"model": recorded.model_id, "fingerprint": recorded.engine_fingerprint}
+        is_other = last["fingerprint"] != identity.fingerprint
+        if is_other and not self._parts.accept_new_weights:
             raise AgentError(
-                f"the run on record was written by {recorded.model_id} ({recorded.engine_fingerprint}), and this is "
+                f"the run on record was written by {last['model']} ({last['fingerprint']}), and this is "
                 f"{identity.model} ({identity.fingerprint}). Give the same model, or --accept-new-weights to go on "
                 "with this one."
             )
+        version = last.get("version", recorded.policy_version) + is_other
+        self._versions_ahead = max(0, version - identity.policy_version)
 
     @property
     def _seed(self) -> int:
@@ -212,9 +217,13 @@ class Session:
         reader.reset()
 
     def _live_turn(self, reader: TurnReader) -> tuple[str, tuple[int, int, int] | None]:
-        version = self._backend.identity.policy_version
+        identity = self._backend.identity
+        version = identity.policy_version + self._versions_ahead
         if version != self._policy_version:
-            self._log.write(PolicySwitch(self._log.number, len(self.ids), self._policy_version, version))
+            self._log.write(
+                self._log.event("model", model=identity.model, fingerprint=identity.fingerprint, version=version),
+                PolicySwitch(self._log.number, len(self.ids), self._policy_version, version),
+            )
             self._policy_version = version
         room = self._room(len(reader.ids))
         if room <= 0:
@@ -376,6 +385,8 @@ class Session:
         if intent.external or result.flags & REFUSED:
             return True  # what reaches outside is still done; what was refused did nothing
         tool = self._parts.toolbox.get(intent.tool)
+        if tool.outside:
+            return True
         context = self._context(tool, intent.key, index, 0.0, True)
         outcome = _attempt(tool, json.loads(intent.arguments), context)
         self._observer.note(f"call {index} ({intent.tool}) was run again")
@@ -452,6 +463,7 @@ class Session:
 
     def _preempt(self) -> Preempted:
         self._log.write(Preempt("notice", self._log.durable_lsn, None, self._log.number))
+        self._parts.environment.abandon()  # a call may be at work in its thread, and must not take this for a loss
         self._parts.environment.pause()
         return Preempted("the run was asked to stop. Everything is on record; go on with --resume.")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 from rorqual.agents.courier import Server
 from rorqual.agents.errors import AgentError
 from rorqual.errors import ConfigError
+
+_ADDRESS = re.compile(r"[ -~]+@[ -~]+")
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,32 @@ class RunSettings:
     mail_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises: ConfigError for what cannot work, before anything is made."""
+        """Raises: ConfigError for what cannot work anywhere."""
         if not self.task.strip():
             raise ConfigError("the task is empty, so there is nothing to do. Say what is to be done.")
-        for name, value in (("--files", self.files), *(("--skills", skill) for skill in self.skills)):
-            if value is not None and not Path(value).is_dir():
-                raise ConfigError(f"{name} {value} is no folder. Check the path.")
-        for name, value in (("--script", self.script), ("--mcp", self.mcp)):
-            if value is not None and not Path(value).is_file():
-                raise ConfigError(f"{name} {value} is no file. Check the path.")
         for name, count in (("turns", self.max_turns), ("tokens", min(self.turn_tokens, self.total_tokens))):
             if count < 1:
                 raise ConfigError(f"the run may have {count} {name}, so it would end before it began. Give 1 or more.")
         if (self.smtp is None) != (not self.mail_to):
             raise ConfigError("mail needs both --smtp HOST:PORT and --mail-to ADDRESS. Give both, or neither.")
         self.mail_server()
+
+    def check(self) -> None:
+        """Look at what a new run needs on this machine. A run that exists is read without: that may be gone by then.
+
+        Raises: ConfigError for what is not there or cannot be used.
+        """
+        for name, value in (("--files", self.files), *(("--skills", skill) for skill in self.skills)):
+            if value is not None and not Path(value).is_dir():
+                raise ConfigError(f"{name} {value} is no folder. Check the path.")
+        for name, value in (("--script", self.script), ("--mcp", self.mcp)):
+            if value is not None and not Path(value).is_file():
+                raise ConfigError(f"{name} {value} is no file. Check the path.")
+        if self.out is not None and not _is_writable(Path(self.out)):
+            raise ConfigError(f"--out {self.out} cannot be written to. Choose another folder.")
+        for address in (*self.mail_to, *([] if self.mail_from is None else [self.mail_from])):
+            if not _ADDRESS.fullmatch(address):
+                raise ConfigError(f"mail cannot go to or come from {address!r}. Give NAME@HOST in plain ASCII.")
 
     def mail_server(self) -> Server | None:
         """The mail server, where there is one. Raises: ConfigError for no HOST:PORT."""
@@ -89,3 +104,10 @@ class RunSettings:
             if isinstance(error, ConfigError):
                 raise
             raise AgentError(f"{path} holds no settings of a run ({type(error).__name__}: {error}).") from None
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether it is a folder to write to, or could be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

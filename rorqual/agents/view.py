@@ -113,7 +113,10 @@ class PlainView(Observer):
 
 
 class JsonView(Observer):
-    """One JSON object a line: what is printed under `tokens` is durable, and never changes again."""
+    """One JSON object a line: what is printed under `tokens` is durable.
+
+    It never changes again, unless a server that cannot go on within a turn has to begin a broken-off one anew.
+    """
 
     def __init__(self, meter: Meter, stream: IO[str] | None = None) -> None:
         self._meter, self._stream = meter, stream or sys.stdout

@@ -1,6 +1,7 @@
 """`rorqual agent`: tasks done by a model with tools in a sandbox, which survive whatever kills them."""
 
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rorqual.cli.options import MODEL, OUTPUT, Json, ModelOption
-from rorqual.errors import ConfigError
+from rorqual.errors import ConfigError, RorqualError
 
 if TYPE_CHECKING:
     from rorqual.agents import Observer, RunFolder, RunSettings
@@ -22,6 +23,7 @@ RUN, SANDBOX, MAIL = "The run", "Sandbox and files", "Mail"
 
 
 def agent(
+    ctx: typer.Context,
     action: Annotated[Literal["run", "show", "list"], typer.Argument(help="What to do.", metavar="ACTION")],
     task: Annotated[
         str | None, typer.Argument(help="For run: what is to be done. For show: name of the run.", metavar="TASK")
@@ -134,8 +136,9 @@ def agent(
     rorqual agent run --resume --name 20261129-101500-3fa9c1
     rorqual agent show 20261129-101500-3fa9c1
 
-    A run can be killed at any moment and goes on where it was: no token that was shown is lost, no finished call is
-    made again, no mail is sent twice. Its journal lies in your data folder under agents/NAME.
+    A run can be killed at any moment and goes on where it was: no token that was shown is lost (a server behind a URL
+    begins a broken-off turn again), no finished call is made again, no mail is sent twice. Its journal lies in your
+    data folder under agents/NAME.
     """
     if action == "list":
         _list(as_json)
@@ -156,7 +159,9 @@ def agent(
             "mail_to": tuple(mail_to or ()),
             "sandbox": _sandbox_options(driver, image, memory, idle),
         }  # fmt: skip
+        given = _given(ctx, options) | ({} if task is None else {"task": task})
         folder = _folder(task, name, resume or take_over, options)
+        _amend(folder, given, accept_new_weights)
         _run(folder, quiet=quiet, as_json=as_json, take_over=take_over, accept_new_weights=accept_new_weights)
 
 
@@ -176,15 +181,61 @@ def _folder(task: str | None, name: str | None, resume: bool, options: dict[str,
     from rorqual.agents.runs import all_runs, find_run, runs_folder
 
     if resume:
-        if name is not None and (runs_folder() / name).is_dir():
+        if name is not None and (runs_folder() / name / "settings.json").is_file():
             return find_run(name)
         if name is None:
             for run in all_runs():
-                if task in (None, run.settings.task) and state_of(run).closed is None:
-                    return run
+                with contextlib.suppress(RorqualError):  # one that cannot be read is none to go on with
+                    if task in (None, run.settings.task) and state_of(run).closed is None:
+                        return run
     if task is None:
         raise ConfigError("there is no unfinished run to go on with. Give a task, or --name with --resume.")
     return create_run(RunSettings(task, **options), name)
+
+
+_SANDBOX_KEYS = {"driver": "driver", "image": "image", "memory": "memory_mb", "idle": "idle_ttl"}
+_MODEL_KEYS = ("model", "model_name", "script")
+_MAY_CHANGE = (*_MODEL_KEYS, "pace_s", "max_turns", "out")
+
+
+def _given(ctx: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that stand on the command line."""
+    given: dict[str, Any] = {}
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        field = "pace_s" if name == "pace" else name
+        if field in options:
+            given[field] = options[field]
+        elif name in _SANDBOX_KEYS:
+            given.setdefault("sandbox", {})[_SANDBOX_KEYS[name]] = options["sandbox"][_SANDBOX_KEYS[name]]
+    return given
+
+
+def _amend(run: "RunFolder", given: dict[str, Any], accept_new_weights: bool) -> None:
+    """Take over what was given and may change while a run is on its way (a new run has it all already).
+
+    Raises: ConfigError for what would make it another run.
+    """
+    from rorqual.agents.report import state_of
+
+    settings = run.settings
+    given = given | ({"sandbox": settings.sandbox | given["sandbox"]} if "sandbox" in given else {})
+    changed = {name: value for name, value in given.items() if getattr(settings, name) != value}
+    for name, value in changed.items():
+        old = getattr(settings, name)
+        about = f"the run {run.name} has {name} {old!r}, and {value!r} was given"
+        if name not in _MAY_CHANGE or state_of(run).closed is not None:
+            raise ConfigError(f"{about}. It cannot change any more: leave that out, or begin a new run.")
+        if name in _MODEL_KEYS and not accept_new_weights:
+            raise ConfigError(f"{about}. Leave that out, or add --accept-new-weights to go on with another model.")
+        if name == "max_turns" and value < old:
+            raise ConfigError(f"{about}. It can only become more.")
+    if "model" in changed and "script" not in given:
+        changed["script"] = None
+    if changed:
+        dataclasses.replace(settings, **changed).save(run.path / "settings.json")
 
 
 def _run(folder: "RunFolder", *, quiet: bool, as_json: bool, take_over: bool, accept_new_weights: bool) -> None:
@@ -241,28 +292,30 @@ def _print(result: "RunResult", meter: "Meter", *, quiet: bool, as_json: bool) -
     answer, files = result.answer, [str(path) for path in result.files]
     if as_json:
         body = {"event": "done", "ending": answer.ending, "answer": answer.text, "files": files, "turns": answer.turns}
-        typer.echo(json.dumps(body | {"cost": meter.text()}))
+        typer.echo(json.dumps(body | {"note": result.note, "cost": meter.text()}))
     else:
         typer.echo(answer.text)
+        if result.note:
+            typer.echo(result.note, err=True)
         if not quiet:
             typer.echo(
                 "\n".join([*files, f"{answer.turns} turns; {meter.text()}", f"folder: {result.folder}"]), err=True
             )
     if answer.ending != "done":
         if not as_json:
-            typer.echo(f"the run ended early ({answer.ending}); raise --max-turns or --total-tokens for more", err=True)
+            typer.echo(
+                f"the run ended early ({answer.ending}); for more, begin a new run with a higher limit", err=True
+            )
         raise typer.Exit(1)
 
 
 def _list(as_json: bool) -> None:
-    from rorqual.agents.report import state_of
+    from rorqual.agents.report import summary_of
     from rorqual.agents.runs import all_runs
 
-    rows = [(run, state_of(run)) for run in all_runs()]
+    rows = [summary_of(run) for run in all_runs()]
     if as_json:
-        typer.echo(
-            json.dumps([{"name": run.name, "task": run.settings.task, **state.to_dict()} for run, state in rows])
-        )
+        typer.echo(json.dumps(rows))
         return
     if not rows:
         typer.echo('No runs. Begin one with: rorqual agent run "TASK"')
@@ -276,7 +329,7 @@ def _list(as_json: bool) -> None:
     table = Table(box=None, pad_edge=False)
     for title in ("run", "state", "turns", "calls", "task"):
         table.add_column(title)
-    for run, state in rows:
-        task = Text(first_line(run.settings.task), overflow="ellipsis", no_wrap=True)
-        table.add_row(run.name, state.word, str(state.turns), str(state.calls), task)
+    for row in rows:
+        task = Text(first_line(row["task"] or row.get("problem", "")), overflow="ellipsis", no_wrap=True)
+        table.add_row(row["name"], row["state"], str(row["turns"]), str(row["calls"]), task)
     Console().print(table)

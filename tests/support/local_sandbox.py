@@ -109,9 +109,10 @@ class LocalSandbox:
         self.id, self.root, self.folder = id, root, root / id
         self.work = self.folder / "work"
         self.commands, self.files = Commands(self), Files(self)
+        self.is_detached = False
 
     def check(self) -> None:
-        if not self.folder.exists():
+        if self.is_detached or not self.folder.exists():
             raise Gone(f"sandbox {self.id} is gone", "closed")
 
     def info(self) -> Any:
@@ -136,7 +137,8 @@ class LocalSandbox:
                 os.killpg(pid, signal.SIGKILL)
 
     def detach(self) -> None:
-        """Nothing holds on to it."""
+        """Calls in flight end as with a real one's channel; what they started goes on."""
+        self.is_detached = True
 
     def kill(self) -> None:
         if self.folder.exists():

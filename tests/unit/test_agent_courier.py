@@ -18,6 +18,8 @@ from mail_server import MailServer, mail_server
 
 from rorqual.agents.courier import Mail, Outbox, Server, deliver, message_id, send
 from rorqual.agents.errors import CallFailed, InfraFailed
+from rorqual.agents.settings import RunSettings
+from rorqual.errors import ConfigError
 
 KEY = "0123456789abcdef0123456789abcdef"
 CONTENT = b"From: a@example.org\r\nTo: b@example.org\r\nMessage-ID: <x@y>\r\n\r\nHello.\r\n"
@@ -34,7 +36,7 @@ def mail(port: int) -> Mail:
 
 
 def test_a_mail_goes_out_once_however_often_it_is_sent(server: MailServer, tmp_path: Path) -> None:
-    receipts = [send(tmp_path, KEY, mail(server.port)) for _ in range(2)]
+    receipts = [send(tmp_path, KEY, lambda: mail(server.port)) for _ in range(2)]
     assert receipts[0] == receipts[1] and receipts[0]["message_id"] == message_id(KEY)
     assert len(server.inbox) == 1
     assert {path.suffix for path in tmp_path.iterdir()} == {".mail", ".lock", ".started", ".done"}
@@ -43,7 +45,7 @@ def test_a_mail_goes_out_once_however_often_it_is_sent(server: MailServer, tmp_p
 def test_many_senders_at_once_are_one(server: MailServer, tmp_path: Path) -> None:
     server.delay_s = 0.5
     with ThreadPoolExecutor(4) as pool:
-        receipts = list(pool.map(lambda _: send(tmp_path, KEY, mail(server.port)), range(4)))
+        receipts = list(pool.map(lambda _: send(tmp_path, KEY, lambda: mail(server.port)), range(4)))
     assert len(server.inbox) == 1 and receipts == receipts[:1] * 4
 
 
@@ -51,7 +53,7 @@ def test_a_refusal_is_the_callers_and_final(server: MailServer, tmp_path: Path) 
     server.refuse = ("b@example.org",)
     for _ in range(2):
         with pytest.raises(CallFailed, match="refused b@example.org: 550 no such user"):
-            send(tmp_path, KEY, mail(server.port))
+            send(tmp_path, KEY, lambda: mail(server.port))
         server.refuse = ()  # it is still the same call, whose answer is known
     assert server.inbox == [] and not (tmp_path / f"{KEY}.started").exists()
 
@@ -60,13 +62,14 @@ def test_no_mail_server(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(CallFailed, match=f"no mail server at 127.0.0.1:{port}"):
-        send(tmp_path, KEY, mail(port))
+        send(tmp_path, KEY, lambda: mail(port))
 
 
 class Silent:
-    """A mail server that takes the content and never says what became of it."""
+    """A mail server that takes the content and never says what became of it; or says what it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, to_data: bytes = b"354 go on", to_content: bytes | None = None) -> None:
+        self._to_data, self._to_content = to_data, to_content
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.contents: list[bytes] = []
@@ -93,13 +96,18 @@ class Silent:
         say(b"220 here")
         for line in file:
             if line.upper().startswith(b"DATA"):
-                say(b"354 go on")
+                say(self._to_data)
+                if not self._to_data.startswith(b"3"):
+                    continue
                 content = b""
                 while not content.endswith(b"\r\n.\r\n"):
                     content += file.readline()
                 self.contents.append(content)
-                self.hung.set()
-                return
+                if self._to_content is None:
+                    self.hung.set()
+                    return
+                say(self._to_content)
+                continue
             say(b"250 fine")
 
     def close(self) -> None:
@@ -122,7 +130,7 @@ def test_a_courier_killed_in_the_wrong_moment_is_never_followed_by_another(tmp_p
         courier.wait()
         for _ in range(2):
             with pytest.raises(InfraFailed, match="may have arrived or not") as failed:
-                send(tmp_path, KEY, mail(silent.port))
+                send(tmp_path, KEY, lambda: mail(silent.port))
             assert failed.value.evidence["message_id"] == message_id(KEY)
         assert deliver(tmp_path, KEY) == 3
         assert len(silent.contents) == 1
@@ -130,12 +138,38 @@ def test_a_courier_killed_in_the_wrong_moment_is_never_followed_by_another(tmp_p
         silent.close()
 
 
+def test_a_refused_content_is_a_refusal_and_not_unknown(tmp_path: Path) -> None:
+    server = Silent(b"554 not from you")
+    try:
+        with pytest.raises(CallFailed, match="refused the content: 554 not from you"):
+            send(tmp_path, KEY, lambda: mail(server.port))
+        assert server.contents == []
+    finally:
+        server.close()
+
+
+def test_every_yes_of_a_server_is_one(tmp_path: Path) -> None:
+    server = Silent(to_content=b"251 will forward")
+    try:
+        assert send(tmp_path, KEY, lambda: mail(server.port))["reply"] == "251 will forward"
+    finally:
+        server.close()
+
+
+def test_an_address_that_cannot_be_said_is_a_refusal(server: MailServer, tmp_path: Path) -> None:
+    odd = Mail(Server("127.0.0.1", server.port), "a@example.org", ("bj\xf6rn@example.org",), CONTENT)
+    with pytest.raises(CallFailed, match="bj\xf6rn@example.org cannot be used"):
+        send(tmp_path, KEY, lambda: odd)
+    with pytest.raises(ConfigError, match="plain ASCII"):
+        RunSettings("Write.", smtp="127.0.0.1:25", mail_to=odd.recipients).check()
+
+
 def test_a_courier_outlives_who_sent_it(server: MailServer, tmp_path: Path) -> None:
     """The sender is killed with its whole group as soon as the courier runs."""
     server.delay_s = 0.3
     code = (
         "import sys, json\nfrom pathlib import Path\nfrom rorqual.agents.courier import *\n"
-        f"send(Path({str(tmp_path)!r}), {KEY!r}, Mail(Server('127.0.0.1', {server.port}), 'a@example.org',"
+        f"send(Path({str(tmp_path)!r}), {KEY!r}, lambda: Mail(Server('127.0.0.1', {server.port}), 'a@example.org',"
         f" ('b@example.org',), {CONTENT!r}))"
     )
     sender = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -148,14 +182,14 @@ def test_a_courier_outlives_who_sent_it(server: MailServer, tmp_path: Path) -> N
     while not (tmp_path / f"{KEY}.done").exists():
         assert time.monotonic() < end
         time.sleep(0.01)
-    receipt = send(tmp_path, KEY, mail(server.port))
+    receipt = send(tmp_path, KEY, lambda: mail(server.port))
     assert receipt["reply"].startswith("250") and len(server.inbox) == 1
 
 
 def test_what_is_on_file_has_no_password(server: MailServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RORQUAL_SMTP_PASSWORD", "s3cret")
     monkeypatch.setenv("ANOTHER_SECRET", "token")
-    send(tmp_path, KEY, mail(server.port))
+    send(tmp_path, KEY, lambda: mail(server.port))
     everything = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert b"s3cret" not in everything and json.loads((tmp_path / f"{KEY}.mail").read_text())["user"] is None
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rorqual.agents import (
     EnvironmentSettings,
     InfraFailed,
     Observer,
+    Preempted,
     Session,
     SessionParts,
     Tool,
@@ -23,17 +25,17 @@ from rorqual.agents import (
     TrajectoryLog,
     converse,
 )
-from rorqual.agents.dialogue import Dialogue
+from rorqual.agents.dialogue import Dialogue, _request
 from rorqual.agents.models import Batch, Identity, ScriptBackend, Turn
 from rorqual.agents.models.choose import BUNDLED
 from rorqual.agents.session import Limits, ids_digest
-from rorqual.agents.tools import Outcome, ToolContext
-from rorqual.agents.tools.base import schema
+from rorqual.agents.tools import Outcome, ToolContext, standard_tools
+from rorqual.agents.tools.base import REFUSED, schema
 from rorqual.chat import render_messages
 from rorqual.errors import JournalError
 from rorqual.journal import Journal
 from rorqual.journal.records import Close, Event, PolicySwitch, Request, Tokens, ToolCall, ToolResult
-from rorqual.sandbox.errors import ReplayDivergence
+from rorqual.sandbox.errors import OutcomeUnknown, ReplayDivergence
 from rorqual.seeds import derive
 from rorqual.tokenizer import Tokenizer
 
@@ -116,7 +118,7 @@ def test_ids_are_those_of_the_chat_format(bench: Bench, tokenizer: Tokenizer) ->
     """What was put together turn by turn is, to the last id, what rendering the whole conversation gives."""
     session, _ = bench.run(ScriptBackend(ACTING, tokenizer))
     messages = session.messages
-    tools = [tool.schema() for tool in bench.box()]
+    tools = bench.box().schemas()
     pieces = render_messages(messages, tools=tools, thinking_mode="thinking").pieces()
     assert session.ids == tokenizer.encode_guarded(pieces)
     trajectory = session.trajectory()
@@ -217,6 +219,84 @@ def test_an_unfinished_call_follows_its_policy(tmp_path: Path, tokenizer: Tokeni
     assert failed.value.evidence["outcome"] == "unknown"
 
 
+def test_a_notice_during_a_call_leaves_the_sandbox_as_it_is(bench: Bench, tokenizer: Tokenizer) -> None:
+    command = "echo ran >> ran; sleep 0.5; cat ran"
+    backend = ScriptBackend(
+        [{"calls": [{"name": "shell", "arguments": {"command": command}}]}, {"content": "Done."}], tokenizer
+    )
+    box = ToolBox(standard_tools())
+
+    def began() -> bool:
+        return any(bench.maker.root.glob("*/work/ran"))
+
+    with Journal(bench.folder / "journal") as journal:
+        session = bench.session(backend, journal, box=box, stop=began)
+        with pytest.raises(Preempted):
+            converse(session, TASK)
+        session._parts.environment.release()
+        for thread in threading.enumerate():
+            if thread.name == "rorqual-call":
+                thread.join(10)
+    assert bench.run(backend, box=box)[1] == "Done."
+    [result] = [record for record in bench.records() if isinstance(record, ToolResult)]
+    assert result.output == b"ran" and bench.maker.made == 1
+    assert not [record for record in bench.records() if isinstance(record, Event) and record.kind == "generation"]
+
+
+def test_a_restore_makes_no_call_again_that_left_the_sandbox_alone(bench: Bench, tokenizer: Tokenizer) -> None:
+    """A server's answer may have changed since; the files of the sandbox do not hang on it."""
+    asked: list[int] = []
+
+    def ask(arguments: Any, context: ToolContext) -> Outcome:
+        asked.append(context.index)
+        return Outcome.text(f"answer {len(asked)}")
+
+    box = ToolBox([*standard_tools(), Tool("ask", "Ask.", schema(), "rerun", ask, outside=True)])
+    write, look = ({"name": "shell", "arguments": {"command": text}} for text in ("echo here > file", "cat file"))
+
+    def loop(session: Session) -> None:
+        session.open(TASK)
+        session.calls(session.generate().calls)
+        for made in bench.maker.list():
+            bench.maker.end(made.id)
+        session.calls(session.generate().calls)
+
+    replies = [{"calls": [write, {"name": "ask", "arguments": {}}]}, {"calls": [look]}]
+    with Journal(bench.folder / "journal") as journal:
+        loop(bench.session(ScriptBackend(replies, tokenizer), journal, box=box))
+    outputs = [record.output.decode() for record in bench.records() if isinstance(record, ToolResult)]
+    assert outputs == ["(no output)", "answer 1", "here"] and asked == [1] and bench.maker.made == 2
+
+
+@pytest.mark.parametrize("policy", ["rollback", "rerun"])
+def test_a_restore_within_a_restore_does_not_end_it(bench: Bench, policy: Any) -> None:
+    """Call 2 takes the state back; call 0, run again in this, takes it back once more; then the process dies."""
+    lost: set[int] = set()
+
+    def lose_once(context: ToolContext) -> None:
+        def work(sandbox: Any) -> None:
+            if context.index not in lost:
+                lost.add(context.index)
+                raise OutcomeUnknown("nobody knows")
+
+        environment.use(context, work)
+
+    def rerun(index: int) -> bool:
+        if index == 1:
+            raise Killed
+        lose_once(ToolContext("0" * 32, index, policy, environment, bench.folder))
+        return True
+
+    with Journal(bench.folder / "journal") as journal:
+        environment = Environment(bench.maker, EnvironmentSettings(), TrajectoryLog(journal), "t")
+        environment.rerun = rerun
+        with pytest.raises(Killed):
+            lose_once(ToolContext("2" * 32, 2, "rollback", environment, bench.folder))
+    with Journal(bench.folder / "journal") as journal:
+        facts = TrajectoryLog(journal).facts
+    assert lost == {0, 2} and facts.generation == 2 and facts.restoring
+
+
 def test_k8_another_call_is_a_divergence_and_nothing_runs(bench: Bench, tokenizer: Tokenizer) -> None:
     backend = ScriptBackend(ACTING, tokenizer)
 
@@ -240,7 +320,7 @@ def test_another_task_or_model_is_refused(bench: Bench, tokenizer: Tokenizer) ->
     other = [*TASK[:1], {"role": "user", "content": "Stop."}]
     with Journal(bench.folder / "journal") as journal:
         session = bench.session(ScriptBackend(ACTING, tokenizer), journal)
-        with pytest.raises(ReplayDivergence, match="began with another prompt"):
+        with pytest.raises(AgentError, match="began with another prompt"):
             session.open(other)
         session = bench.session(ScriptBackend(ACTING[:1], tokenizer), journal)
         with pytest.raises(AgentError, match="--accept-new-weights"):
@@ -279,6 +359,29 @@ def test_wrong_calls_are_answered_and_not_made(bench: Bench, tokenizer: Tokenize
         "error: act takes no y; it takes x",
         "error: x of act must be of type integer, and is bool",
     ]
+
+
+@pytest.mark.parametrize("arguments", ['{"x": "\\ud800"}', '{"x": "\ud800"}', '{"x": 1e999}'])
+def test_arguments_that_no_record_can_hold_are_refused(bench: Bench, tokenizer: Tokenizer, arguments: str) -> None:
+    request = _request({"name": "act", "arguments": arguments})
+    with Journal(bench.folder / "journal") as journal:
+        session = bench.session(ScriptBackend(ACTING, tokenizer), journal)
+        session.open(TASK)
+        session.generate()
+        [outcome] = session.calls([request])
+    assert outcome.flags & REFUSED and "no JSON object" in outcome.output and bench.effects == []
+
+
+def test_a_sandbox_that_nobody_recorded_is_ended_before_another_is_made(bench: Bench) -> None:
+    with Journal(bench.folder / "journal") as journal:
+        environment = Environment(bench.maker, EnvironmentSettings(), TrajectoryLog(journal), "t")
+        environment.sandbox.kill()
+        bench.maker.create("container", metadata={"trajectory": "t"})
+        other = bench.maker.create("container", metadata={"trajectory": "other"})
+    with Journal(bench.folder / "journal") as journal:
+        environment = Environment(bench.maker, EnvironmentSettings(), TrajectoryLog(journal), "t")
+        expected = {other.id, environment.sandbox.id}
+        assert {info.id for info in bench.maker.list()} == expected
 
 
 def test_the_end_is_on_record(bench: Bench, tokenizer: Tokenizer) -> None:
@@ -473,6 +576,27 @@ def test_d5_new_weights_are_on_record_where_they_begin(tmp_path: Path, one_threa
     assert len(versions) == len(answer) == 12
     assert all(version == (1 if position < switch.position else 2) for position, version in versions.items())
     assert switch.position == first + 5
+
+
+def test_each_other_model_is_a_switch_on_record_and_then_the_runs_own(bench: Bench, tokenizer: Tokenizer) -> None:
+    """Models of the command line all count their versions from 0."""
+
+    def speak(name: str, after: int, **more: Any) -> None:
+        backend = Dying(ScriptBackend(ACTING, tokenizer), after)
+        backend.identity = Identity(name, name, tokenizer.fingerprint)
+        with pytest.raises(Killed):
+            bench.run(backend, **more)
+
+    speak("a", 5)
+    speak("b", 3, accept_new_weights=True)
+    speak("b", 3)  # which needs no leave now
+    with pytest.raises(AgentError, match=r"written by b \(b\), and this is a"):
+        speak("a", 3)
+    speak("a", 3, accept_new_weights=True)
+    switches = [record for record in bench.records() if isinstance(record, PolicySwitch)]
+    assert [(switch.old_version, switch.new_version) for switch in switches] == [(0, 1), (1, 2)]
+    versions = [record.policy_version for record in bench.records() if isinstance(record, Tokens)]
+    assert versions == [0] * 5 + [1] * 6 + [2] * 3
 
 
 def _versions(records: list[Any]) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """Tools, skills, MCP servers and the toolkit, each by itself."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 from agent_documents import write_pdf
-from local_sandbox import Maker
+from local_sandbox import Commands, Maker
+from mail_server import mail_server
 from openpyxl import load_workbook
 
 from rorqual.agents.courier import Server
@@ -112,6 +114,26 @@ def context(tmp_path: Path, files: dict[str, bytes] | None = None) -> ToolContex
         read_bytes=read_bytes, put=lambda _, path, data: written.setdefault(path, data), written=written
     )
     return ToolContext("ab" * 16, 0, "rerun", environment, tmp_path / "outbox", 1e9)
+
+
+def test_a_mail_on_file_needs_its_attachments_no_more(tmp_path: Path) -> None:
+    """Its result was lost, and its file is gone: the call's answer is what the outbox says, not a new failure."""
+    contents = {"report.txt": b"All well."}
+
+    def read_bytes(context: ToolContext, path: str, limit: int) -> bytes:
+        if path not in contents:
+            raise SandboxError(f"{path} is not there")
+        return contents[path]
+
+    arguments = {"subject": "Report", "body": "See there.", "attachments": ["report.txt"]}
+    with mail_server() as server:
+        tool = mail_tool(Server("127.0.0.1", server.port), "me@example.org", ["me@example.org"])
+        environment: Any = SimpleNamespace(read_bytes=read_bytes)
+        context = ToolContext("5" * 32, 0, "external", environment, tmp_path)
+        first = tool.run(arguments, context)
+        contents.clear()
+        assert tool.run(arguments, context) == first
+        assert len(server.inbox) == 1
 
 
 def test_mail_goes_to_named_addresses_only(tmp_path: Path) -> None:
@@ -232,6 +254,10 @@ def test_tools_of_an_mcp_server_over_stdio(program: Path, tmp_path: Path) -> Non
             tools["my_things_vanish"].run({}, here)
         with pytest.raises(CallFailed, match="did not answer add"):
             tools["my_things_add"].run({"a": 2, "b": 3}, here)
+        [link] = connected._links
+        asyncio.run_coroutine_threadsafe(link.close(), connected._loop).result(30)
+        with pytest.raises(CallFailed, match="fail was not asked for"):
+            tools["my_things_fail"].run({}, here)
 
 
 @pytest.mark.slow
@@ -280,6 +306,30 @@ def sandbox(tmp_path: Path) -> Iterator[Any]:
     made = Maker(tmp_path / "sandboxes").create("container", metadata={})
     yield made
     made.kill()
+
+
+def test_a_sandbox_lost_before_its_command_is_prepared_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Toolkit and request were there, then the sandbox went: the command must find both in the new one."""
+    from rorqual.agents.environment import Environment, EnvironmentSettings
+    from rorqual.agents.log import TrajectoryLog
+    from rorqual.journal import Journal
+
+    run, lost = Commands.run, []
+
+    def lose_first(self: Any, *args: Any, **options: Any) -> Any:
+        if not lost:
+            lost.append(self._sandbox.id)
+            self._sandbox.kill()
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(Commands, "run", lose_first)
+    with Journal(tmp_path / "journal") as journal:
+        environment = Environment(Maker(tmp_path / "s"), EnvironmentSettings(), TrajectoryLog(journal), "t")
+        place = ToolContext("cd" * 16, 0, "rerun", environment, tmp_path / "outbox")
+        outcome = by_name(standard_tools())["write_file"].run({"path": "big.txt", "content": "x" * 300_000}, place)
+        assert outcome.exit_code == 0, outcome.output
+        assert environment.sandbox.files.read("big.txt") == "x" * 300_000 and environment.sandbox.id not in lost
+        environment.end()
 
 
 def test_large_requests_go_by_file_and_outputs_are_cut(tmp_path: Path, sandbox: Any) -> None:

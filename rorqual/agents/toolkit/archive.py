@@ -32,12 +32,12 @@ class Toolkit:
 
 
 @cache
-def build_toolkit(with_documents: bool = True) -> Toolkit:
+def build_toolkit() -> Toolkit:
     """The same bytes for the same packages, always. Raises: MissingExtraError when one is not installed."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         _add(archive, "__main__.py", Path(__file__).with_name("guest.py").read_bytes())
-        for package in PACKAGES if with_documents else ():
+        for package in PACKAGES:
             root = _folder_of(package)
             for path in sorted(root.rglob("*")):
                 if path.is_file() and path.suffix in (".py", ".txt", ".json"):

@@ -251,9 +251,8 @@ TOOLS = {
 def main() -> None:
     name = sys.argv[1]
     if len(sys.argv) > 2:
-        with open(sys.argv[2], encoding="utf-8") as file:
+        with open(sys.argv[2], encoding="utf-8") as file:  # it stays, for the call may be run again
             arguments = json.load(file)
-        os.remove(sys.argv[2])
     else:
         arguments = json.load(sys.stdin)
     sys.stdout.reconfigure(  # type: ignore[union-attr]

@@ -84,7 +84,8 @@ class Tool:
     """One tool. parameters: JSON Schema of an object.
 
     external_token: an external tool that may be asked again with the same key, since the other side (or its courier)
-    recognises it. needs_time: `ToolContext.when_s` is recorded before the call.
+    recognises it. needs_time: `ToolContext.when_s` is recorded before the call. outside: it leaves the sandbox alone,
+    so it has nothing to do again in one that was restored (true of external tools anyway).
     """
 
     name: str
@@ -94,6 +95,7 @@ class Tool:
     run: Callable[[Mapping[str, Any], ToolContext], Outcome]
     external_token: bool = False
     needs_time: bool = False
+    outside: bool = False
 
     def schema(self) -> dict[str, Any]:
         """As a request's `tools` list has it."""
@@ -110,9 +112,6 @@ class ToolBox:
             if tool.name in self._tools:
                 raise ConfigError(f"two tools are called {tool.name!r}, so a call could mean either. Rename one.")
             self._tools[tool.name] = tool
-
-    def __iter__(self) -> Iterable[Tool]:
-        return iter(self._tools.values())
 
     def schemas(self) -> list[dict[str, Any]]:
         """All of them, as the model is shown them."""

@@ -29,8 +29,11 @@ def mail_tool(server: Server, sender: str, allowed: Sequence[str]) -> Tool:
         to = arguments.get("to") or allowed[0]
         if to not in allowed:
             raise CallFailed(f"mail to {to} is not allowed; it may go to {', '.join(allowed)}")
-        content = _compose(arguments, to, sender, context)
-        receipt = send(context.outbox, context.key, Mail(server, sender, (to,), content))
+
+        def compose() -> Mail:
+            return Mail(server, sender, (to,), _compose(arguments, to, sender, context))
+
+        receipt = send(context.outbox, context.key, compose)
         return Outcome.text(f"sent to {to} as {receipt['message_id']}")
 
     text = {"type": "string"}

@@ -120,7 +120,7 @@ class McpTools:
             return _outcome(link.server.name, inner, future, policy)
 
         name = _NAME.sub("_", f"{link.server.name}_{inner}")
-        return Tool(name, described.description or inner, described.input_schema, policy, run)
+        return Tool(name, described.description or inner, described.input_schema, policy, run, outside=True)
 
     def close(self) -> None:
         """End the connections and the servers that were started."""
@@ -186,7 +186,7 @@ class _Link:
 
     async def call(self, name: str, arguments: dict[str, Any], key: str) -> Any:
         if self._client is None:
-            raise ConnectionError("the connection is closed")
+            raise CallFailed(f"{self.server.name} has closed the connection, so {name} was not asked for")
         return await self._client.call_tool(name, arguments, meta={KEY_META: key})
 
     async def close(self) -> None:
@@ -201,6 +201,8 @@ def _outcome(server: str, name: str, future: Future[Any], policy: Policy) -> Out
 
     try:
         result = future.result(CALL_S)
+    except CallFailed:
+        raise
     except Exception as error:
         if isinstance(error, MCPError) and error.code not in (CONNECTION_CLOSED, REQUEST_TIMEOUT):
             raise CallFailed(f"{server} refused {name}: {error}") from None  # the server answered, and said no

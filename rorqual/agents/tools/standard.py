@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rorqual.agents.errors import CallFailed
-from rorqual.agents.toolkit import FOLDER
+from rorqual.agents.toolkit import FOLDER, build_toolkit
 from rorqual.agents.tools.base import Outcome, Policy, Tool, ToolContext, as_result, schema
 
 DEFAULT_TIMEOUT_S = 60
@@ -130,13 +130,21 @@ def _guest(name: str, description: str, parameters: Mapping[str, Any], policy: P
     """A tool of the same name in the guest program."""
 
     def run(arguments: Mapping[str, Any], context: ToolContext) -> Outcome:
-        program = context.environment.toolkit(context)
+        environment = context.environment
         request = json.dumps(dict(arguments)).encode()
-        argv = ["python3", program, name]
-        if len(request) > MOST_STDIN_BYTES:
-            argv.append(context.environment.put(context, f"{FOLDER}/{context.key}.json", request))
-            request = b""
-        return as_result(context.environment.command(context, argv, stdin=request, timeout_s=MOST_TIMEOUT_S))
+        argv = ["python3", build_toolkit().path, name]
+        is_large = len(request) > MOST_STDIN_BYTES
+        path = f"{FOLDER}/{context.key}.json"
+
+        def prepare(sandbox: Any) -> None:
+            environment.bring_toolkit(sandbox)
+            if is_large and not sandbox.files.exists(path):
+                sandbox.files.write(path, request)
+
+        if is_large:
+            argv.append(path)
+        stdin = b"" if is_large else request
+        return as_result(environment.command(context, argv, stdin=stdin, timeout_s=MOST_TIMEOUT_S, prepare=prepare))
 
     return Tool(name, description, parameters, policy, run)
 
