@@ -145,17 +145,27 @@ def decode_record(segment: Segment, kind: int, payload: bytes, at: int) -> Recor
 
 
 def judge_last(segment: Segment, state: State | None) -> Recovered:
-    """What of the last segment counts. Raises: JournalError when committed records in it are damaged."""
+    """What of the last segment counts, also while somebody writes it.
+
+    Raises: JournalError when committed records in it are damaged.
+    """
     if segment.is_columnar:
         count = columns.num_records(segment)
         return Recovered(segment.path.stat().st_size, segment.first_lsn + count, 0, 0)
-    with Bytes(segment.path) as file:
-        mark = None if state is None else state.mark_of(segment.epoch, segment.first_lsn)
-        return recover(file.data, segment, mark, has_state=state is not None)
+    mark = None if state is None else state.mark_of(segment.epoch, segment.first_lsn)
+    data = memoryview(segment.path.read_bytes())  # no mapping: a writer that seals the segment cuts what lies behind
+    try:
+        return recover(data, segment, mark, has_state=state is not None)
+    except JournalError:
+        now = None if state is None else state.mark_of(segment.epoch, segment.first_lsn)
+        if now is None or now == mark:
+            raise
+        # commits went on while it was read, so a frame may be here that is later than the one before it
+        return Recovered(now.offset, now.lsn + 1, 0, 0)
 
 
 def replay_folder(folder: Path, since: int = 0) -> Iterator[tuple[int, Record]]:
-    """Records of a journal that nobody writes, without changing it: what opening it for writing would keep.
+    """Records of a journal without changing it: what opening it for writing would keep, or what is durable so far.
 
     Raises: JournalError with segment and offset at the first damage; the records before it have been given.
     """

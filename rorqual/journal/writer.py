@@ -115,7 +115,7 @@ class Journal:
             self._disk.unlink(path)
         if state is None:
             state = State.create(self.path, worker, self.epoch, self._disk)
-        self._state, self._durable, self._next_lsn, self._opened_lsn = state, next_lsn - 1, next_lsn, next_lsn
+        self._state, self._durable, self._next_lsn = state, next_lsn - 1, next_lsn
         self._seed = frames.crc_seed(state.worker, self.epoch)
         if take_over:
             self._begin_segment(next_lsn)
@@ -370,12 +370,12 @@ class Journal:
         """
         with self._commit_lock:
             current = (self._first_lsn, self.epoch) if self._file >= 0 else None
-            end, segments = self._offset, list_segments(self.path).segments
+            end, segments, behind = self._offset, list_segments(self.path).segments, self._durable + 1
         for segment in segments:
             if (segment.first_lsn, segment.epoch) == current:
                 yield from read_records(segment, since, end)
                 return
-            stop_lsn = segment.stop_lsn or self._opened_lsn
+            stop_lsn = segment.stop_lsn or behind
             if stop_lsn - 1 > since:
                 yield from read_records(replace(segment, stop_lsn=stop_lsn), since)
 

@@ -14,6 +14,7 @@ from journal_disks import Gate, HookedDisk, QuietDisk, some_records
 from rorqual.errors import JournalError
 from rorqual.journal import Event, Journal, Reader, Record, Tokens, ToolResult
 from rorqual.journal.disk import Disk
+from rorqual.journal.reading import replay_folder
 
 
 def token(position: int) -> Tokens:
@@ -373,3 +374,38 @@ def test_a_folder_that_cannot_be_a_journal(tmp_path: Path) -> None:
         Journal(tmp_path / "file")
     with pytest.raises(JournalError, match="cannot be read as a journal: No such file"):
         Reader(tmp_path / "nothing")
+
+
+def test_a_closed_journal_still_replays_what_it_wrote(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j", disk=QuietDisk())
+    journal.append(token(0))
+    journal.commit()
+    journal.close()
+    assert [record for _, record in journal.replay()] == [token(0)]
+
+
+def test_reading_a_journal_that_is_being_written_finds_no_damage(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def write() -> int:
+        with Journal(tmp_path / "j", disk=QuietDisk(), segment_bytes=1 << 20) as journal:
+            position = 0
+            while not stop.is_set():
+                journal.append(token(position))
+                journal.commit()
+                position += 1
+        return position
+
+    thread, results = in_thread(write)
+    seen = 0
+    try:
+        while not (tmp_path / "j" / "state").exists():
+            thread.join(0.01)
+        for _ in range(80):
+            numbers = [lsn for lsn, _ in replay_folder(tmp_path / "j")]
+            assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= seen
+            seen = len(numbers)
+    finally:
+        stop.set()
+        thread.join()
+    assert seen > 0 and len(records_of(tmp_path / "j")) == results[0]
