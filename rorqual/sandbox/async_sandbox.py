@@ -27,7 +27,7 @@ from rorqual.sandbox.files import Files
 from rorqual.sandbox.functions import FunctionResult, Functions
 from rorqual.sandbox.history import History
 from rorqual.sandbox.home import Home, Record, all_homes, gone
-from rorqual.sandbox.link import Link
+from rorqual.sandbox.link import Link, milliseconds
 from rorqual.sandbox.ports import Ports
 from rorqual.sandbox.probe import choose
 from rorqual.sandbox.pty import PtyFactory
@@ -430,8 +430,8 @@ class AsyncSandbox:
         self._set_state(self._record.state)
         is_paused = self._record.state == "paused"
         if not is_paused:
-            fields: Asked = [(Tag.IDLE_MS, _milliseconds(new.idle_ttl))]
-            await self._link.request(Type.SET_TTL, [*fields, (Tag.LIFE_MS, _milliseconds(new.max_lifetime))])
+            fields: Asked = [(Tag.IDLE_MS, milliseconds(new.idle_ttl))]
+            await self._link.request(Type.SET_TTL, [*fields, (Tag.LIFE_MS, milliseconds(new.max_lifetime))])
         self._deadlines(new.paused_ttl if is_paused else None)
 
     # --- snapshots
@@ -535,10 +535,6 @@ def _info(record: Record, driver: Driver) -> Info:
         created=record.created,
         metadata=spec.metadata,
     )
-
-
-def _milliseconds(seconds: float) -> int:
-    return 0 if seconds == float("inf") else max(1, int(seconds * 1000))
 
 
 def _last_words(folder: Path) -> str:

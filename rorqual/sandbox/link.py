@@ -34,8 +34,8 @@ def provision_fields(spec: SandboxSpec, running: Running, created: float) -> lis
     left = max(1.0, created + lifetimes.max_lifetime - time.time())
     fields: list[tuple[Tag, Value]] = [
         (Tag.USER, spec.user),
-        (Tag.IDLE_MS, _milliseconds(lifetimes.idle_ttl)),
-        (Tag.LIFE_MS, _milliseconds(left)),
+        (Tag.IDLE_MS, milliseconds(lifetimes.idle_ttl)),
+        (Tag.LIFE_MS, milliseconds(left)),
         (Tag.NPROC, int(extra.get("nproc", limits.pids))),
         (Tag.NOFILE, limits.open_files),
         (Tag.FSIZE, limits.file_mb << 20),
@@ -48,7 +48,8 @@ def provision_fields(spec: SandboxSpec, running: Running, created: float) -> lis
     return fields + [(Tag.ENV, f"{name}={value}") for name, value in env.items()]
 
 
-def _milliseconds(seconds: float) -> int:
+def milliseconds(seconds: float) -> int:
+    """As the agent takes a time: 0 stands for none."""
     return 0 if seconds == float("inf") else max(1, int(seconds * 1000))
 
 

@@ -125,11 +125,6 @@ async def probe_all(kind: Kind, *, fresh: bool = False) -> list[Probe]:
     return [await probe(driver, fresh=fresh) for driver in drivers(kind)]
 
 
-def working(kind: Kind) -> list[str]:
-    """Names of the drivers of a kind that ran a command here, the preferred one first; not for a running loop."""
-    return [found.driver for found in asyncio.run(probe_all(kind)) if found.works]
-
-
 async def choose(kind: Kind, name: str | None, min_isolation: Isolation | None) -> Driver:
     """The first driver that works and isolates enough. Raises: Unsupported with what was tried and why it failed."""
     reasons = []
