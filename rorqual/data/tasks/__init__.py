@@ -6,6 +6,7 @@
 True
 """
 
+from rorqual.data.tasks.aggregation import AggregationFamily
 from rorqual.data.tasks.arith import ArithFamily
 from rorqual.data.tasks.base import (
     CANARY,
@@ -24,8 +25,12 @@ from rorqual.data.tasks.chat import ChatFamily
 from rorqual.data.tasks.code import CodeFamily
 from rorqual.data.tasks.facts import FactsFamily
 from rorqual.data.tasks.fim import FimFamily
+from rorqual.data.tasks.hop import HopFamily
+from rorqual.data.tasks.mrcr import MrcrFamily
 from rorqual.data.tasks.needle import NeedleFamily
+from rorqual.data.tasks.needle_multi import MultiNeedleFamily
 from rorqual.data.tasks.tool import ToolFamily
+from rorqual.data.tasks.tool_dialogue import ToolDialogueFamily
 from rorqual.data.tasks.world import DEFAULT_WORLD, WORLD_VERSION, World
 
 # Suggested shares of training tokens among the families (they sum to 1).
@@ -59,28 +64,49 @@ def families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny", model_name: 
     return {family.name: family for family in made}
 
 
+def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -> dict[str, TaskFamily]:
+    """The families that the suites of `rorqual.evals` measure beyond `families()`. Raises: DataError as it.
+
+    They are no part of the default mixture of training, which has its weights for `families()` alone.
+    """
+    world = World.build(world_id, size)
+    return {
+        "hop": HopFamily(),
+        "mrcr": MrcrFamily(),
+        "aggregation": AggregationFamily(),
+        "needle-multi": MultiNeedleFamily(world),
+        "tool-dialogue": ToolDialogueFamily(),
+    }
+
+
 __all__ = [
     "CANARY",
     "DEFAULT_WEIGHTS",
     "DEFAULT_WORLD",
     "SPLITS",
     "WORLD_VERSION",
+    "AggregationFamily",
     "ArithFamily",
     "ChatFamily",
     "CodeFamily",
     "FactsFamily",
     "FimFamily",
     "Grade",
+    "HopFamily",
     "Item",
     "Mode",
+    "MrcrFamily",
+    "MultiNeedleFamily",
     "NeedleFamily",
     "Piece",
     "Size",
     "Split",
     "TaskFamily",
+    "ToolDialogueFamily",
     "ToolFamily",
     "Turn",
     "World",
+    "evaluation_families",
     "families",
     "split_of",
 ]
