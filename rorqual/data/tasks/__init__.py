@@ -22,13 +22,16 @@ from rorqual.data.tasks.base import (
     split_of,
 )
 from rorqual.data.tasks.chat import ChatFamily
+from rorqual.data.tasks.claims import ClaimsFamily
 from rorqual.data.tasks.code import CodeFamily
+from rorqual.data.tasks.done import DoneFamily
 from rorqual.data.tasks.facts import FactsFamily
 from rorqual.data.tasks.fim import FimFamily
 from rorqual.data.tasks.hop import HopFamily
 from rorqual.data.tasks.mrcr import MrcrFamily
 from rorqual.data.tasks.needle import NeedleFamily
 from rorqual.data.tasks.needle_multi import MultiNeedleFamily
+from rorqual.data.tasks.threads import ThreadsFamily
 from rorqual.data.tasks.tool import ToolFamily
 from rorqual.data.tasks.tool_dialogue import ToolDialogueFamily
 from rorqual.data.tasks.world import DEFAULT_WORLD, WORLD_VERSION, World
@@ -74,6 +77,9 @@ def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -
         "hop": HopFamily(),
         "mrcr": MrcrFamily(),
         "aggregation": AggregationFamily(),
+        "claims": ClaimsFamily(world),
+        "threads": ThreadsFamily(),
+        "done": DoneFamily(),
         "needle-multi": MultiNeedleFamily(world),
         "tool-dialogue": ToolDialogueFamily(),
     }
@@ -88,7 +94,9 @@ __all__ = [
     "AggregationFamily",
     "ArithFamily",
     "ChatFamily",
+    "ClaimsFamily",
     "CodeFamily",
+    "DoneFamily",
     "FactsFamily",
     "FimFamily",
     "Grade",
@@ -102,6 +110,7 @@ __all__ = [
     "Size",
     "Split",
     "TaskFamily",
+    "ThreadsFamily",
     "ToolDialogueFamily",
     "ToolFamily",
     "Turn",

@@ -88,8 +88,8 @@ class Setting:
 class Suite(ABC):
     """One suite over one setting.
 
-    answer_words: an answer of more words fails whatever follows, so a longer one that was cut off is decided; None where
-    no length decides. wants_forced: figures need a run with abstentions masked.
+    answer_words: an answer of more words fails whatever follows, so a longer one that was cut off is decided; None
+    where no length decides. wants_forced: figures need a run with abstentions masked.
     """
 
     name: str

@@ -18,6 +18,9 @@ _CLASSES = {
     "aggregation": "aggregation.AggregationSuite",
     "arith": "arith.ArithSuite",
     "tools": "tools.ToolsSuite",
+    "claims": "claims.ClaimsSuite",
+    "threads": "threads.ThreadsSuite",
+    "done": "done.DoneSuite",
     "code": "code.CodeSuite",
 }
 NAMES = tuple(_CLASSES)

@@ -81,11 +81,11 @@ class ServerTarget:
             said = [float(t["logprob"]) for t in ((choice.get("logprobs") or {}).get("content") or ())]
         except (KeyError, IndexError, TypeError, ValueError, RequestError) as error:
             raise TransportError(f"the reply is no chat completion ({type(error).__name__}: {error})") from None
-        signals = token_signals(said)
+        signals = token_signals(said) | _restored(reply, prompt)
         return Answer(
             text, str(choice.get("finish_reason")), usage, None, total_ms,
             sha(json.dumps([body["messages"], body.get("tools")], sort_keys=True).encode()),
-            math.exp(min(0.0, signals["min_logprob"])) if signals else None, signals,
+            math.exp(min(0.0, signals["min_logprob"])) if said else None, signals,
         )  # fmt: skip
 
     def force(self, prompt: Prompt, sampling: Sampling, abstains: Abstains) -> Answer:
@@ -182,6 +182,13 @@ def completion_of(message: dict[str, Any], prompt: Prompt, finish: str) -> str:
         encode_messages(m, thinking_mode="chat", add_default_bos_token=False) for m in (asked, [*asked, made])
     )
     return head + after[len(before) :].removesuffix(EOS)
+
+
+def _restored(reply: dict[str, Any], prompt: Prompt) -> dict[str, float]:
+    """Of the assistant messages sent without reasoning, the share whose reasoning the server says it put back."""
+    told = (reply.get("rorqual") or {}).get("continuity")
+    lacking = sum(m.get("role") == "assistant" and m.get("reasoning_content") is None for m in prompt.messages)
+    return {"restored": len(told.get("restored") or ()) / lacking} if isinstance(told, dict) and lacking else {}
 
 
 def _usage(usage: dict[str, Any]) -> Usage:
