@@ -3,7 +3,8 @@
 The assistant sees one module with its visible tests and has three tools: write a file, run the visible tests, and end
 with `finish` (done, impossible, or the tests are wrong). Kinds: repair (a planted fault), create (a function is
 missing), wrong-tests (the code is right, a visible test contradicts its sentence) and impossible (two visible tests
-contradict each other). The hidden tests come from the specification's oracle. Source: evaluation specification, section 4.10.
+contradict each other). The hidden tests come from the specification's oracle. Source: evaluation specification, section
+4.10.
 
 An output is one completion or several, each closed by the end-of-sentence mark; grading replays their calls, so a
 stored transcript can be graded again. Code is judged by the interpreter of `interpreter.py`, or by the `verify` given.
@@ -62,10 +63,6 @@ class Outcome:
     status: str | None = None
     steps: int = 0
     written: set[str] = field(default_factory=set)
-
-    @property
-    def is_over(self) -> bool:
-        return self.status is not None
 
 
 class DoneFamily(TaskFamily):
@@ -155,8 +152,7 @@ class DoneFamily(TaskFamily):
                 continue
             outcome.steps += 1
             for name, arguments in calls_of(completion_text, item.thinking_mode):
-                apply(outcome, name, arguments)
-                if outcome.is_over:
+                if apply(outcome, name, arguments):
                     return outcome
         return outcome
 
@@ -211,17 +207,18 @@ class DoneFamily(TaskFamily):
         return outputs
 
 
-def apply(outcome: Outcome, name: str, arguments: str) -> None:
-    """Let one call act on the files; a call that is none changes nothing."""
+def apply(outcome: Outcome, name: str, arguments: str) -> bool:
+    """Let one call act on the files; a call that is none changes nothing. Returns whether the task is over."""
     try:
         given = json.loads(arguments)
     except ValueError:
-        return
+        return False
     if name == "write_file" and isinstance(given.get("path"), str) and isinstance(given.get("content"), str):
         outcome.files[given["path"]] = given["content"]
         outcome.written.add(given["path"])
     elif name == "finish" and given.get("status") in STATUSES:
         outcome.status = given["status"]
+    return outcome.status is not None
 
 
 def scope(item: Item, outcome: Outcome) -> list[str]:

@@ -71,7 +71,8 @@ class DoneSuite(Suite):
         """Let the model work until it finishes, stops calling tools, or has taken all its steps."""
         outcome = Outcome({MODULE: item.meta["module"], TESTS: tests_text(item.meta["name"], item.meta["visible"])})
         messages, answers = list(prompt.messages), list[Answer]()
-        while len(answers) < MOST_STEPS and not outcome.is_over:
+        is_over = False
+        while len(answers) < MOST_STEPS and not is_over:
             answer = target.answer(replace(prompt, messages=messages), sampling)
             answers.append(answer)
             calls = calls_of(answer.text, item.thinking_mode)
@@ -81,10 +82,10 @@ class DoneSuite(Suite):
             made = [{**call, "id": f"call_{len(messages)}_{i}"} for i, call in enumerate(said["tool_calls"])]
             messages.append({**said, "role": "assistant", "tool_calls": made})
             for call, (name, arguments) in zip(made, calls, strict=True):
-                apply(outcome, name, arguments)
+                is_over = apply(outcome, name, arguments)
                 result = self._result(item, outcome, name)
                 messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})
-                if outcome.is_over:
+                if is_over:
                     break
         whole = _joined(answers)
         return whole, self.settle(item, whole)
@@ -123,7 +124,7 @@ class DoneSuite(Suite):
             "FALSE_FINISH": Figure.of_share(r.grade == "I" for r in claimed),
             "REFUSAL": Figure.of_share(r.passed for r in hopeless),
             "OUT_OF_SCOPE": Figure.of_share(bool(scope(r.item, outcome)) for r, outcome in ends),
-            "STALL": Figure.of_share(not outcome.is_over for _, outcome in ends),
+            "STALL": Figure.of_share(outcome.status is None for _, outcome in ends),
             "STEPS": Figure(m.share(sum(outcome.steps for _, outcome in ends), len(ends))),
             **spent(rows, price),
         }

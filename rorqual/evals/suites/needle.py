@@ -10,12 +10,15 @@ from typing import Any
 
 from rorqual.chat import encode_messages
 from rorqual.data.tasks.answers import IDK
-from rorqual.data.tasks.base import Item, Size, Split
+from rorqual.data.tasks.base import Grade, Item, Size, Split
 from rorqual.data.tasks.needle import HAYSTACKS, TASKS, NeedleFamily, estimate_tokens
 from rorqual.data.tasks.needle_multi import MAX_WORDS, MULTI_TASKS, MultiNeedleFamily
 from rorqual.evals.context_metrics import area_over_log_length, cells, flatness, reliable_length
 from rorqual.evals.economy import PriceVector
+from rorqual.evals.records import Sampling
+from rorqual.evals.statistics import bootstrap_mean
 from rorqual.evals.suites.base import Figure, Figures, Program, Row, Suite, abstain, question_of, say, spent
+from rorqual.evals.targets.base import Answer, Prompt, Target
 from rorqual.seeds import derive
 
 DEPTHS = 16
@@ -76,7 +79,17 @@ class NeedleSuite(Suite):
             item = in_phase(item, self.setting.count_tokens, index % STRIDE, index // STRIDE % STRIDE)
         return item
 
-    def grade(self, item: Item, text: str) -> Any:
+    def ask(
+        self, item: Item, prompt: Prompt, target: Target, sampling: Sampling, *, is_forced: bool
+    ) -> tuple[Answer, Grade]:
+        """Also whether the indexers chose the needle's entries, where the target can tell."""
+        answer, grade = super().ask(item, prompt, target, sampling, is_forced=is_forced)
+        if isinstance(item.meta["value"], str):
+            found = target.needle_signals(prompt, item.gold, item.meta["value"], item.meta["needle_offset"])
+            answer = replace(answer, signals={**answer.signals, **found})
+        return answer, grade
+
+    def grade(self, item: Item, text: str) -> Grade:
         return (self.family if item.stratum["task"] in MULTI_TASKS else self.single).grade(item, text)
 
     def programs(self) -> dict[str, Program]:
@@ -117,8 +130,29 @@ class NeedleSuite(Suite):
             "AUC_LENGTH": Figure(area_over_log_length(by_length)),
             "DEPTH_FLATNESS": Figure(flatness(cells((r.item.stratum["depth"], r.passed) for r in there))),
             "PHASE_FLATNESS": Figure(flatness(phases)),
+            "NBH": _mean(there, "nbh"),
+            "NBH_FULL": _mean(there, "nbh_full"),
+            "NBH_RANDOM": _mean(there, "nbh_random"),
+            "NBH_RECENT": _mean(there, "nbh_recent"),
+            "BYTES": _mean(there, "bytes_factor"),
             **spent(rows, price),
         }
+
+    def cells(self, rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
+        """NBH beside the share of full scores."""
+        out = super().cells(rows)
+        for key, table in out.items():
+            for value, cell in table.items():
+                here = _mean([r for r in rows if str(r.item.stratum.get(key)) == value], "nbh")
+                if here.value is not None:
+                    cell["NBH"] = here.value
+        return out
+
+
+def _mean(rows: Sequence[Row], signal: str) -> Figure:
+    """Mean of a signal over the items that have it, with a bootstrap interval."""
+    interval = bootstrap_mean([r.signals[signal] for r in rows if signal in r.signals], seed=0)
+    return Figure(None if interval is None else interval.value, interval)
 
 
 def in_phase(item: Item, count_tokens: Callable[[str], int], needle: int, prompt: int) -> Item:

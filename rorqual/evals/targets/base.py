@@ -82,6 +82,12 @@ class Target(Protocol):
         """The reply with abstentions masked, so that something is answered. Raises: TransportError, ConfigError."""
         ...
 
+    def needle_signals(self, prompt: Prompt, answer: str, value: str, offset: int) -> dict[str, float]:
+        """Whether the queries that write `value` in `answer` chose the entries of its place in the last message, where
+        it stands behind character `offset` (`selection.py`); empty where the target cannot tell.
+        """
+        ...
+
     def close(self) -> None: ...
 
 

@@ -20,7 +20,9 @@ from rorqual.chat.markers import THINK_END
 from rorqual.engine import CacheSettings, Engine, EngineSettings, SamplingParams
 from rorqual.errors import ConfigError, RequestError
 from rorqual.evals.records import EngineOf, Sampling, Usage
+from rorqual.evals.selection import needle_hits, span_of
 from rorqual.evals.targets.base import Abstains, Answer, Identity, Prompt, TransportError, sha, token_signals
+from rorqual.model import Transformer
 
 if TYPE_CHECKING:
     from rorqual.engine import TokenEvent
@@ -98,6 +100,24 @@ class LoadedTarget:
         rendered = render_messages(prompt.messages, prompt.tools, prompt.mode)
         return self.tokenizer.encode_guarded(rendered.pieces())
 
+    def needle_signals(self, prompt: Prompt, answer: str, value: str, offset: int) -> dict[str, float]:
+        if not isinstance(self.engine.model, Transformer):
+            return {}
+        text = render_messages(prompt.messages, prompt.tools, prompt.mode).text
+        content = str(prompt.messages[-1]["content"])
+        begin = text.index(value, text.rindex(content) + offset)
+        ids, reply = self.prompt_ids(prompt), self.tokenizer.encode(answer)
+        needle = self._tokens_of(ids, text, begin, value)
+        queries = self._tokens_of(reply, answer, answer.index(value), value)
+        guards = getattr(self.engine, "guards", None)
+        guard = None if guards is None else guards.of(None, ())
+        return dict(self.engine.aside(needle_hits(self.engine.model, ids, reply, needle, queries, guard)).result())
+
+    def _tokens_of(self, ids: list[int], text: str, begin: int, value: str) -> range:
+        """Tokens of `ids`, which are `text`, that hold `value` at character `begin`."""
+        first = len(text[:begin].encode())
+        return span_of([self.tokenizer.token_bytes(i) for i in ids], first, first + len(value.encode()))
+
     def close(self) -> None:
         self._stack.close()
 
@@ -112,6 +132,7 @@ class _Written:
         self._began = time.perf_counter()
         self._first_ms: float | None = None
         self._cached = 0
+        self._bytes_factor = 1.0
         self._sampled = 0
         self._finish = "stop"
 
@@ -151,6 +172,8 @@ class _Written:
             self._first_ms = 1000 * (done.timing.queue_s + done.timing.first_token_s)
             self._cached = done.usage.cached_tokens
         self._sampled += done.usage.completion_tokens
+        if (guard := getattr(request, "guard", None)) is not None:
+            self._bytes_factor = float(guard.bytes_factor)
         self._events += [event for event in request.events if event.id is not None]
         self._finish = done.finish_reason
 
@@ -164,9 +187,11 @@ class _Written:
             reasoning=min(reasoning, self._sampled),
             cached=self._cached,
         )
+        confidence = math.exp(signals["min_logprob"]) if signals else None
+        signals["bytes_factor"] = self._bytes_factor
         return Answer(
             self.text, self._finish, usage, self._first_ms, 1000 * (time.perf_counter() - self._began),
-            sha(repr(self._ids).encode()), math.exp(signals["min_logprob"]) if signals else None, signals,
+            sha(repr(self._ids).encode()), confidence, signals,
         )  # fmt: skip
 
     def _reasoning_length(self, tokenizer: Tokenizer) -> int:
@@ -187,4 +212,4 @@ def guard_options(guard: bool | None) -> dict[str, Any]:
             f"--guard {'on' if guard else 'off'} was asked for, but the engine of this installation has no retrieval "
             "guard to switch. Leave --guard out."
         )
-    return {"guard": guard}
+    return {"guard": "default" if guard else "off"}

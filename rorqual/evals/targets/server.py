@@ -94,6 +94,9 @@ class ServerTarget:
             "checkpoint with --model for RET and RESCUE."
         )
 
+    def needle_signals(self, prompt: Prompt, answer: str, value: str, offset: int) -> dict[str, float]:
+        return {}
+
     def close(self) -> None:
         self._client.close()
 
