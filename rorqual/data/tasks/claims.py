@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rorqual.data.tasks.answers import IDK, candidates_in, code_values_in, final_answer, is_abstention, is_hedged
+from rorqual.data.tasks.answers import IDK, candidates_in, final_answer, is_abstention, is_hedged
 from rorqual.data.tasks.base import (
     Grade,
     Item,
@@ -103,6 +103,7 @@ class ClaimsFamily(TaskFamily):
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self._patterns = {attribute: _any_of(values) for attribute, values in world.values.items()}
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), **self.world.to_dict(), "claims": MOST_CLAIMS}
@@ -183,12 +184,9 @@ class ClaimsFamily(TaskFamily):
     def _values(self, said: str) -> list[tuple[str, str]]:
         """The values of the world that a sentence names, with their attributes."""
         found = []
-        for attribute, values in self.world.values.items():
-            if attribute == "birth_year":
-                found += [(attribute, year) for year in code_values_in(said) if year in values]
-            else:
-                hits = candidates_in(said, values)
-                found += [(attribute, value) for value in values if value.casefold() in hits]
+        for attribute, pattern in self._patterns.items():
+            hits = {hit.casefold() for hit in pattern.findall(said)}
+            found += [(attribute, value) for value in self.world.values[attribute] if value.casefold() in hits]
         return found
 
     def grade(self, item: Item, output_text: str) -> Grade:
@@ -197,7 +195,7 @@ class ClaimsFamily(TaskFamily):
         """
         answer = final_answer(output_text, item.thinking_mode)
         wanted = item.meta["attributes"]
-        if is_abstention(answer, (value for values in self.world.values.values() for value in values)):
+        if is_abstention(answer) and not self._values(answer):
             return Grade("A", 0.0 if wanted else 1.0, None, "abstained on a known answer" if wanted else "")
         judged = self.judge(item, answer)
         parsed = [[c.name, c.attribute, c.value, c.support, list(c.cited)] for c in judged.claims]
@@ -242,3 +240,9 @@ def claim_line(fact: Fact, *, cited: int | None = None, quote: str | None = None
 
 def _joined(words: list[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def _any_of(values: Sequence[str]) -> re.Pattern[str]:
+    """Finds any of the values as whole words, the longest of those that begin alike."""
+    longest_first = "|".join(re.escape(value) for value in sorted(values, key=len, reverse=True))
+    return re.compile(rf"(?<![\w'-])(?:{longest_first})(?![\w'-])", re.IGNORECASE)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from rorqual.chat.markers import EOS
-from rorqual.data.tasks.answers import parse_message
 from rorqual.data.tasks.base import Grade, Item
 from rorqual.data.tasks.done import (
     MODULE,
@@ -29,7 +28,7 @@ from rorqual.evals.code_execution import CodeRunner
 from rorqual.evals.economy import PriceVector
 from rorqual.evals.records import Sampling, Usage
 from rorqual.evals.suites.base import Figure, Figures, Program, Row, Suite, abstain, spent
-from rorqual.evals.targets.base import Answer, Prompt, Target
+from rorqual.evals.targets.base import Answer, Prompt, Target, message_of
 
 MOST_STEPS = 8
 
@@ -78,10 +77,9 @@ class DoneSuite(Suite):
             calls = calls_of(answer.text, item.thinking_mode)
             if answer.finish_reason not in ("stop", "tool_calls") or not calls:
                 break
-            said = parse_message(answer.text, item.thinking_mode)
-            made = [{**call, "id": f"call_{len(messages)}_{i}"} for i, call in enumerate(said["tool_calls"])]
-            messages.append({**said, "role": "assistant", "tool_calls": made})
-            for call, (name, arguments) in zip(made, calls, strict=True):
+            said = message_of(answer.text, item.thinking_mode, f"call_{len(messages)}")
+            messages.append(said)
+            for call, (name, arguments) in zip(said["tool_calls"], calls, strict=True):
                 is_over = apply(outcome, name, arguments)
                 result = self._result(item, outcome, name)
                 messages.append({"role": "tool", "tool_call_id": call["id"], "content": result})

@@ -52,6 +52,10 @@ class NeedleSuite(Suite):
         self.single = NeedleFamily(self.setting.world, lengths=self.lengths, count_tokens=count)
         return MultiNeedleFamily(self.setting.world, lengths=self.lengths, count_tokens=count)
 
+    @property
+    def version(self) -> str:
+        return f"{self.single.version}+{self.family.version}"
+
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "tasks": [*TASKS, *MULTI_TASKS], "depths": DEPTHS, "stride": STRIDE}
 

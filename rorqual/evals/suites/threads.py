@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rorqual.data.tasks.answers import parse_message
 from rorqual.data.tasks.base import Grade, Item
 from rorqual.data.tasks.done import calls_text
 from rorqual.data.tasks.threads import ARMS, ThreadsFamily
@@ -20,7 +19,7 @@ from rorqual.evals import metrics as m
 from rorqual.evals.economy import PriceVector
 from rorqual.evals.records import Sampling
 from rorqual.evals.suites.base import Figure, Figures, Program, Row, Suite, abstain, spent
-from rorqual.evals.targets.base import Answer, Prompt, Target
+from rorqual.evals.targets.base import Answer, Prompt, Target, TransportError, message_of
 
 _CHOSEN = re.compile(r"I choose the label (\w+)")
 
@@ -42,16 +41,23 @@ class ThreadsSuite(Suite):
     ) -> tuple[Answer, Grade]:
         answer, grade = super().ask(item, prompt, target, sampling, is_forced=is_forced)
         if item.stratum["arm"] == "dropped" and not target.can_force:
-            answer = replace(answer, signals={**answer.signals, **self._restored(prompt, target, sampling)})
+            own = {name: value for name, value in answer.signals.items() if name != "restored"}
+            answer = replace(answer, signals={**own, **self._restored(prompt, target, sampling)})
         return answer, grade
 
     def _restored(self, prompt: Prompt, target: Target, sampling: Sampling) -> dict[str, float]:
         """What the server says it restored of its own answer to the first turn; empty when it says nothing."""
+        try:
+            return self._restored_of(prompt, target, sampling)
+        except TransportError:  # the item's own answer stands, and its figure is undefined
+            return {}
+
+    def _restored_of(self, prompt: Prompt, target: Target, sampling: Sampling) -> dict[str, float]:
         asked = list(prompt.messages[:1])
-        said = parse_message(target.answer(replace(prompt, messages=asked), sampling).text, prompt.mode)
+        said = message_of(target.answer(replace(prompt, messages=asked), sampling).text, prompt.mode, "call")
         said.pop("reasoning_content", None)
-        calls = [{**call, "id": f"call_{i}"} for i, call in enumerate(said.get("tool_calls") or ())]
-        history = [*asked, {**said, "role": "assistant"} | ({"tool_calls": calls} if calls else {})]
+        calls = said.get("tool_calls") or []
+        history = [*asked, said]
         history += [{"role": "tool", "tool_call_id": call["id"], "content": "ok"} for call in calls]
         if not calls:
             history.append({"role": "user", "content": "Go on."})

@@ -42,6 +42,10 @@ class ToolsSuite(Suite):
         self.long = ToolDialogueFamily(turns=turns, catalogues=catalogues)
         return ToolFamily()
 
+    @property
+    def version(self) -> str:
+        return f"{self.family.version}+{self.long.version}"
+
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "dialogues": self.long.spec()}
 

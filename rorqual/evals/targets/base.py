@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from rorqual.data.tasks.answers import parse_message
 from rorqual.data.tasks.base import Item, Message, Mode
 from rorqual.evals.records import EngineOf, Sampling, Usage
 
@@ -89,6 +90,19 @@ class Target(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def message_of(text: str, mode: Mode, call_ids: str) -> Message:
+    """The assistant message that a raw completion is, as a client sends it back; calls get ids from `call_ids`."""
+    said = parse_message(text, mode)
+    message: Message = {"role": "assistant", "content": said.get("content") or ""}
+    if said.get("reasoning_content"):
+        message["reasoning_content"] = said["reasoning_content"]
+    if calls := said.get("tool_calls"):
+        message["tool_calls"] = [
+            {"id": f"{call_ids}_{i}", "type": "function", "function": call["function"]} for i, call in enumerate(calls)
+        ]
+    return message
 
 
 def sha(data: bytes) -> str:

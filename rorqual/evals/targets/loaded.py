@@ -64,7 +64,7 @@ class LoadedTarget:
         )
 
     def count_tokens(self, text: str) -> int:
-        return len(self.tokenizer.encode(text, allow_special=False))
+        return len(self.tokenizer.encode(text))
 
     def answer(self, prompt: Prompt, sampling: Sampling) -> Answer:
         return self._ask(prompt, sampling, None)
