@@ -87,6 +87,14 @@ def eval(
         str | None,
         typer.Option("--world", help="A world.json; the checkpoint's own unless given.", rich_help_panel=ITEMS),
     ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--set",
+            help="For facts: a file of AA-Omniscience-Public or SimpleQA; for mrcr: one of OpenAI-MRCR.",
+            rich_help_panel=ITEMS,
+        ),
+    ] = None,
     sandbox: Annotated[
         Literal["function", "container", "none"],
         typer.Option(
@@ -150,12 +158,13 @@ def eval(
         raise ConfigError(f"--model {model} loads a checkpoint and --url {url} asks a server. Give one of them.")
     if quick and size not in (None, "tiny"):
         raise ConfigError(f"--quick is the size tiny, and --size says {size}. Leave one of them out.")
+    options = {"sandbox": sandbox} | ({} if file is None else {"set": file})
     settings = RunSettings(
         suite=suite, seed=seed, size="tiny" if quick else size or "small", split=split, items=items,
         max_tokens=max_tokens, temperature=temperature, top_p=top_p,
         guard=None if guard is None else guard == "on", forced=forced,
         lengths=tuple(parse_tokens(text.strip(), "--lengths") for text in lengths.split(",")) if lengths else (),
-        price=PriceVector() if price is None else PriceVector.parse(price), options={"sandbox": sandbox},
+        price=PriceVector() if price is None else PriceVector.parse(price), options=options,
     )  # fmt: skip
     use_threads(threads)
     found = find_world(world, None if url is not None else model or "minke")

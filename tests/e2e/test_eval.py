@@ -173,6 +173,7 @@ def test_a_guard_that_is_not_there_is_refused() -> None:
             guard_options(True)
 
 
+@pytest.mark.slow
 def test_code_runs_in_a_sandbox_and_is_judged_outside() -> None:
     need(("function", "zygote"))
     family = families()["code"]
@@ -199,6 +200,7 @@ def test_code_runs_in_a_sandbox_and_is_judged_outside() -> None:
         runner.close()
 
 
+@pytest.mark.slow
 def test_done_is_judged_alike_by_interpreter_and_sandbox(minke: LoadedTarget, tmp_path: Path) -> None:
     need(("function", "zygote"))
     suite = build("done", Setting(WORLD, "tiny"))
@@ -213,6 +215,7 @@ def test_done_is_judged_alike_by_interpreter_and_sandbox(minke: LoadedTarget, tm
     assert extract_code("no code") is None
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_object(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -29,7 +29,7 @@ class FactsSuite(Suite):
     wants_forced = True
     max_tokens = 160
     sizes = {"tiny": 64, "small": 800, "full": 16_000}
-    strata = ("class", "wording", "attribute", "mode")
+    strata: tuple[str, ...] = ("class", "wording", "attribute", "mode")
     confidence_ids = ("AUROC", "AUROC_MEAN", "AURC", "E-AURC", "COV@1", "COV@2", "COV@5", "ECE", "BRIER", "LOGLOSS")
 
     def build_family(self) -> FactsFamily:

@@ -30,7 +30,7 @@ class MrcrSuite(Suite):
     answer_words = None
     max_tokens = 512
     sizes = {"tiny": 6, "small": 120, "full": 1200}
-    strata = ("needles", "length", "asked", "mode")
+    strata: tuple[str, ...] = ("needles", "length", "asked", "mode")
 
     def build_family(self) -> MrcrFamily:
         needles = (2, 4) if self.setting.size == "tiny" else (2, 4, 8)

@@ -24,6 +24,7 @@ _CLASSES = {
     "code": "code.CodeSuite",
 }
 NAMES = tuple(_CLASSES)
+_FROM_FILE = {"facts": "public.PublicFactsSuite", "mrcr": "public.PublicMrcrSuite"}
 
 
 def check_name(name: str) -> None:
@@ -33,8 +34,12 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, setting: Setting) -> Suite:
-    """The suite called `name`. Raises: ConfigError for a name that is none."""
+    """The suite called `name`. Raises: ConfigError for a name that is none, or a set it cannot read."""
     check_name(name)
-    module, _, kind = _CLASSES[name].partition(".")
+    if "set" in setting.options and name not in _FROM_FILE:
+        raise ConfigError(
+            f"--set is for the suites {' and '.join(_FROM_FILE)}; {name} makes its own items. Leave it out."
+        )
+    module, _, kind = (_FROM_FILE if "set" in setting.options else _CLASSES)[name].partition(".")
     found: type[Suite] = getattr(importlib.import_module(f"rorqual.evals.suites.{module}"), kind)
     return found(setting)
