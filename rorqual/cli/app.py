@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "agent": Command("Do a task with tools in a sandbox; survives being killed.", ACT),
     "keys": Command("Make, list, top up and revoke API keys with budgets and limits.", RUN),
     "usage": Command("Show requests, tokens and cost by day, key and model.", RUN),
+    "eval": Command("Measure a model or an endpoint: facts, long context, tools, code and more.", LOOK),
     "train": Command("Train a model from a recipe.", LEARN),
     "plan": Command("Plan for a model: bytes, what fits, fastest speed and why, least cost.", LOOK),
     "pull": Command("Fetch a checkpoint from the Hugging Face Hub, resumable and checked.", LOOK),

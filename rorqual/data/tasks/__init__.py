@@ -6,6 +6,7 @@
 True
 """
 
+from rorqual.data.tasks.aggregation import AggregationFamily
 from rorqual.data.tasks.arith import ArithFamily
 from rorqual.data.tasks.base import (
     CANARY,
@@ -21,11 +22,18 @@ from rorqual.data.tasks.base import (
     split_of,
 )
 from rorqual.data.tasks.chat import ChatFamily
+from rorqual.data.tasks.claims import ClaimsFamily
 from rorqual.data.tasks.code import CodeFamily
+from rorqual.data.tasks.done import DoneFamily
 from rorqual.data.tasks.facts import FactsFamily
 from rorqual.data.tasks.fim import FimFamily
+from rorqual.data.tasks.hop import HopFamily
+from rorqual.data.tasks.mrcr import MrcrFamily
 from rorqual.data.tasks.needle import NeedleFamily
+from rorqual.data.tasks.needle_multi import MultiNeedleFamily
+from rorqual.data.tasks.threads import ThreadsFamily
 from rorqual.data.tasks.tool import ToolFamily
+from rorqual.data.tasks.tool_dialogue import ToolDialogueFamily
 from rorqual.data.tasks.world import DEFAULT_WORLD, WORLD_VERSION, World
 
 # Suggested shares of training tokens among the families (they sum to 1).
@@ -59,28 +67,55 @@ def families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny", model_name: 
     return {family.name: family for family in made}
 
 
+def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -> dict[str, TaskFamily]:
+    """The families that the suites of `rorqual.evals` measure beyond `families()`. Raises: DataError as it.
+
+    They are no part of the default mixture of training, which has its weights for `families()` alone.
+    """
+    world = World.build(world_id, size)
+    return {
+        "hop": HopFamily(),
+        "mrcr": MrcrFamily(),
+        "aggregation": AggregationFamily(),
+        "claims": ClaimsFamily(world),
+        "threads": ThreadsFamily(),
+        "done": DoneFamily(),
+        "needle-multi": MultiNeedleFamily(world),
+        "tool-dialogue": ToolDialogueFamily(),
+    }
+
+
 __all__ = [
     "CANARY",
     "DEFAULT_WEIGHTS",
     "DEFAULT_WORLD",
     "SPLITS",
     "WORLD_VERSION",
+    "AggregationFamily",
     "ArithFamily",
     "ChatFamily",
+    "ClaimsFamily",
     "CodeFamily",
+    "DoneFamily",
     "FactsFamily",
     "FimFamily",
     "Grade",
+    "HopFamily",
     "Item",
     "Mode",
+    "MrcrFamily",
+    "MultiNeedleFamily",
     "NeedleFamily",
     "Piece",
     "Size",
     "Split",
     "TaskFamily",
+    "ThreadsFamily",
+    "ToolDialogueFamily",
     "ToolFamily",
     "Turn",
     "World",
+    "evaluation_families",
     "families",
     "split_of",
 ]

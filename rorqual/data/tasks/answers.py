@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rorqual.chat import parse_completion
-from rorqual.chat.markers import EOS
+from rorqual.chat.markers import EOS, THINK_END
 from rorqual.data.tasks.base import Grade, Mode, correct, wrong
 
 IDK = "I don't know."
@@ -63,6 +63,20 @@ def is_abstention(answer: str, candidates: Iterable[str] = ()) -> bool:
     return not re.search(r"\d", text) and not _found(text, candidates)
 
 
+def abstention_start(output_text: str, mode: Mode, reasoning: Iterable[str] = ()) -> int | None:
+    """Where in a raw completion the model first declines, for masking it; None when it does not.
+
+    reasoning: expressions that find a decision to decline inside the reasoning, each beginning where it is taken.
+    The answer declines from its first character when it opens with a known phrase.
+    """
+    thought, _, answer = output_text.partition(THINK_END) if mode == "thinking" else ("", "", output_text)
+    found = [m.start() for pattern in reasoning if (m := re.search(pattern, thought))]
+    said = answer.lstrip(" \n*\"'`")
+    if _ABSTAIN.match(normalise(said)):
+        found.append(len(output_text) - len(said))
+    return min(found, default=None)
+
+
 def _found(text: str, candidates: Iterable[str]) -> list[str]:
     """The candidates that stand in normalised `text` as whole words; one inside a longer one does not
     count.
@@ -70,6 +84,21 @@ def _found(text: str, candidates: Iterable[str]) -> list[str]:
     padded = f" {_NO_WORD.sub(' ', text)} "
     hits = [c for c in {normalise(c) for c in candidates} if f" {_NO_WORD.sub(' ', c)} " in padded]
     return sorted(c for c in hits if not any(c != d and f" {c} " in f" {d} " for d in hits))
+
+
+def candidates_in(answer: str, candidates: Iterable[str]) -> set[str]:
+    """The candidates that an answer names as whole words."""
+    return set(_found(normalise(answer), candidates))
+
+
+def code_values_in(answer: str) -> list[str]:
+    """The words of an answer that hold a digit: numbers, hex ids, dates."""
+    return [word for word in _CODE_TOKEN.findall(answer) if any(ch.isdigit() for ch in word)]
+
+
+def is_hedged(answer: str) -> bool:
+    """True for an answer that negates, doubts or offers alternatives."""
+    return bool(_HEDGES.search(normalise(answer)))
 
 
 def grade_closed_set(answer: str, gold: str | None, candidates: Iterable[str]) -> Grade:
@@ -90,7 +119,7 @@ def grade_code_value(answer: str, gold: str | None) -> Grade:
     """
     if is_abstention(answer):
         return Grade("A", 1.0 if gold is None else 0.0, None, "" if gold is None else "abstained on a known answer")
-    found = [word for word in _CODE_TOKEN.findall(answer) if any(ch.isdigit() for ch in word)]
+    found = code_values_in(answer)
     return _grade_found(answer, found, f"holds {len(found)} values", gold, gold)
 
 
@@ -102,7 +131,7 @@ def _grade_found(answer: str, found: list[str], holds: str, gold: str | None, wa
         return wrong(found, f"longer than {MAX_ANSWER_WORDS} words")
     if len(found) != 1:
         return wrong(found, f"{holds}, expected exactly one")
-    if _HEDGES.search(normalise(answer)):
+    if is_hedged(answer):
         return wrong(found, "hedged or negated")
     if found[0] != wanted:
         return wrong(found[0], f"expected {gold}")

@@ -161,6 +161,8 @@ class TaskFamily(ABC):
 
     name: str
     version: str
+    abstains_in_reasoning: tuple[str, ...] = ()
+    """Expressions for the places in a reasoning where a trained model decides to decline; masked in forced runs."""
 
     @abstractmethod
     def train_document(self, rng: random.Random) -> list[Piece]:

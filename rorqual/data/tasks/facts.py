@@ -39,6 +39,7 @@ class FactsFamily(TaskFamily):
 
     name = "facts"
     version = "1"
+    abstains_in_reasoning = (r": no record of this name", r"(?<=: )no record\b", r" does not give\b")
 
     def __init__(self, world: World) -> None:
         self.world = world

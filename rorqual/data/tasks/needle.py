@@ -82,6 +82,7 @@ class NeedleFamily(TaskFamily):
 
     name = "needle"
     version = "1"
+    abstains_in_reasoning = (r" does not mention\b",)
 
     def __init__(
         self,

@@ -184,7 +184,7 @@ class ToolFamily(TaskFamily):
         catalogue = tuple(functions)
         if kind == "irrelevant":
             absent = self._function(rng, split, taken)
-            user = _request(rng, absent, absent.arguments(rng))
+            user = request(rng, absent, absent.arguments(rng))
             reasoning = f"No tool can {absent.act}."
             return Scene(kind, catalogue, user, (), "", answer=NO_TOOL, answer_reasoning=reasoning)
         arguments = target.arguments(rng, bait=kind == "bait")
@@ -194,7 +194,7 @@ class ToolFamily(TaskFamily):
             return Scene(
                 kind,
                 catalogue,
-                _request(rng, target, given),
+                request(rng, target, given),
                 (),
                 "",
                 answer=f"Which {lost} should I use?",
@@ -202,16 +202,16 @@ class ToolFamily(TaskFamily):
             )
         if kind == "parallel":
             second = other.arguments(rng)
-            user = f"{_request(rng, target, arguments)} Also {_plain(other, second)}."
+            user = f"{request(rng, target, arguments)} Also {_plain(other, second)}."
             pair = ((target.name, arguments), (other.name, second))
             return Scene(kind, catalogue, user, pair, f"Two calls: {target.name}, then {other.name}.")
         calls = ((target.name, arguments),)
-        user = _request(rng, target, arguments)
+        user = request(rng, target, arguments)
         reasoning = f"Call {target.name}."
         if kind == "result":
             value = rng.choice((str(rng.randrange(1, 1000)), words.invented_word(rng), rng.choice(words.NOUNS)))
             answer, why = f"The result is {value}.", f"The tool returned {value}."
-            return Scene(kind, catalogue, user, calls, reasoning, _result(rng, value), value, answer, why)
+            return Scene(kind, catalogue, user, calls, reasoning, result_text(rng, value), value, answer, why)
         if kind == "error":
             code = rng.choice((400, 404, 408, 500, 503))
             answer, why = f"The tool failed with error {code}.", f"The tool returned error {code}."
@@ -222,11 +222,11 @@ class ToolFamily(TaskFamily):
         """The scene as a finished conversation (ends with the last assistant message)."""
         messages: list[Message] = [{"role": "user", "content": scene.user}]
         if scene.calls:
-            messages.append(_assistant(mode, scene.call_reasoning, "", scene.calls))
+            messages.append(assistant(mode, scene.call_reasoning, "", scene.calls))
         if scene.result is not None:
             messages.append({"role": "tool", "tool_call_id": "call_0", "content": scene.result})
         if scene.answer is not None:
-            messages.append(_assistant(mode, scene.answer_reasoning, scene.answer))
+            messages.append(assistant(mode, scene.answer_reasoning, scene.answer))
         return messages
 
     def train_document(self, rng: random.Random) -> list[Piece]:
@@ -275,7 +275,7 @@ class ToolFamily(TaskFamily):
 
         P means the right functions with wrong arguments. Calls inside the reasoning do not count.
         """
-        made = _calls_of(output_text, item.thinking_mode)
+        made = calls_of(output_text, item.thinking_mode)
         if item.meta["calls"] is not None:
             return _grade_calls(made, item.meta["calls"])
         if made:
@@ -364,7 +364,8 @@ def _plain(function: Function, arguments: dict[str, Any]) -> str:
     return f"{function.act} with {values}" if values else function.act
 
 
-def _request(rng: random.Random, function: Function, arguments: dict[str, Any]) -> str:
+def request(rng: random.Random, function: Function, arguments: dict[str, Any]) -> str:
+    """What a user says to have `function` called with `arguments`."""
     values = " and ".join(f"{key} {_spoken(value)}" for key, value in arguments.items())
     if not values:
         return f"{function.act.capitalize()}."
@@ -376,17 +377,26 @@ def _spoken(value: Any) -> str:
     return json.dumps(value)
 
 
-def _result(rng: random.Random, value: str) -> str:
+def result_text(rng: random.Random, value: str) -> str:
+    """What a tool returns that found `value`."""
     return rng.choice(("{v}", "result: {v}", '{{"result": "{v}"}}', "ok, {v}")).format(v=value)
 
 
-def _assistant(mode: Mode, reasoning: str, content: str, calls: tuple[tuple[str, dict[str, Any]], ...] = ()) -> Message:
+def assistant(
+    mode: Mode,
+    reasoning: str,
+    content: str,
+    calls: tuple[tuple[str, dict[str, Any]], ...] = (),
+    *,
+    first_id: int = 0,
+) -> Message:
+    """An assistant message; its calls are `call_0`, `call_1` and so on, from `first_id`."""
     message: Message = {"role": "assistant", "content": content}
     if mode == "thinking":
         message["reasoning_content"] = reasoning
     if calls:
         message["tool_calls"] = [
-            {"id": f"call_{i}", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}}
+            {"id": f"call_{first_id + i}", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}}
             for i, (n, a) in enumerate(calls)
         ]
     return message
@@ -395,14 +405,14 @@ def _assistant(mode: Mode, reasoning: str, content: str, calls: tuple[tuple[str,
 def _render(mode: Mode, reasoning: str, calls: list[list[Any]]) -> str:
     """The completion text that makes `calls`."""
     user: Message = {"role": "user", "content": "x"}
-    message = _assistant(mode, reasoning, "", tuple((n, a) for n, a in calls))
+    message = assistant(mode, reasoning, "", tuple((n, a) for n, a in calls))
     head, full = (
         encode_messages(m, thinking_mode=mode, add_default_bos_token=False) for m in ([user], [user, message])
     )
     return full[len(head) :].removesuffix(EOS)
 
 
-def _calls_of(output_text: str, mode: Mode) -> list[tuple[str, str]]:
+def calls_of(output_text: str, mode: Mode) -> list[tuple[str, str]]:
     """The calls outside the reasoning as (name, canonical arguments).
 
     The tolerant parser lets a call block end unfinished reasoning; here a missing `</think>` means no call.
