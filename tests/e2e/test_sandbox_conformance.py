@@ -72,6 +72,8 @@ def test_c3_files_go_in_and_come_back(sandbox: Sandbox, tmp_path: Path, case: Ca
         sandbox.files.write(f"names/{name}", name.encode("utf-8", "surrogateescape"))
     listed = {info.path for info in sandbox.files.list("names")}
     assert listed == {"with space", "line\nbreak", "\udcff\udcfe", "-rf", "ünï"}
+    sandbox.files.write("made/by/client", "x")  # belongs to whoever runs the commands
+    assert sandbox.commands.run("echo y >> made/by/client && touch made/by/command made/other").exit_code == 0
     sandbox.files.write("sub/log", "a")
     sandbox.files.write("sub/log", "b", append=True)
     assert sandbox.files.read("sub/log") == "ab"

@@ -82,15 +82,19 @@ def reload(page: Browser) -> None:
 
 def ask(page: Browser, text: str, answers: int | None = None) -> None:
     """Type a question and send it; with `answers`, wait until there are so many."""
-    page.click("#prompt")
+    for _ in range(5):  # a page that still draws may move the box from under the mouse; a person clicks again
+        page.click("#prompt")
+        if page.value("document.activeElement?.id === 'prompt'"):
+            break
     page.type(text)
+    page.wait_for(f"document.querySelector('#prompt').value.endsWith({json.dumps(text)})")
     page.press("Enter")
     if answers is not None:
         wait_for_answers(page, answers)
 
 
 def wait_for_answers(page: Browser, count: int) -> None:
-    page.wait_for(f"document.querySelectorAll('.assistant').length === {count} && {IDLE}")
+    page.wait_for(f"document.querySelectorAll('.assistant').length === {count} && {IDLE}", 60)
 
 
 def show_engine(page: Browser) -> None:

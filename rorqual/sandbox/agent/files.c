@@ -40,6 +40,7 @@ static int open_safely(const char *path, uint64_t flags, uint64_t mode) {
 /* The user whose rights count; only an agent that is root has to change anything. */
 static uid_t owner_uid;
 static gid_t owner_gid;
+static int is_another; /* the effective ids are the user's, not only those for files */
 
 static int as_user(const char *named) {
     char home[256];
@@ -53,10 +54,20 @@ static int as_user(const char *named) {
     if (geteuid() != 0) return EPERM;
     setfsgid(owner_gid);
     setfsuid(owner_uid);
+    if ((uid_t)setfsuid((uid_t)-1) == owner_uid) return 0;
+    /* gVisor takes that call and does nothing; the saved id is still root's, so nobody inside may signal this */
+    if (setresgid((gid_t)-1, owner_gid, (gid_t)-1) || setresuid((uid_t)-1, owner_uid, (uid_t)-1)) {
+        error = errno;
+        if (setresgid((gid_t)-1, 0, (gid_t)-1)) {}
+        return error;
+    }
+    is_another = 1;
     return 0;
 }
 
 static void as_self(void) {
+    if (is_another && (setresuid((uid_t)-1, 0, (uid_t)-1) || setresgid((gid_t)-1, 0, (gid_t)-1))) _exit(1);
+    is_another = 0;
     if (geteuid() == 0) {
         setfsuid(0);
         setfsgid(0);
