@@ -53,13 +53,15 @@ class SandboxMaker(Protocol):
 class EnvironmentSettings:
     """What kind of sandbox, and what goes in. options: further arguments of `Sandbox.create`.
 
-    take_over: drive it although a process that hangs still does; that one is fenced off.
+    take_over: drive it although a process that hangs still does; that one is fenced off. prepare: builds in each new
+    sandbox what the task begins from, before the files go in.
     """
 
     kind: str = "container"
     files: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
     take_over: bool = False
+    prepare: Callable[[Any], None] = lambda sandbox: None
 
 
 class Environment:
@@ -213,6 +215,7 @@ class Environment:
         self._adopt(self._maker.create(self._settings.kind, metadata=metadata, **options))
         sandbox = self._sandbox
         if snapshot is None:
+            self._settings.prepare(sandbox)
             sandbox.files.mkdir(OUTPUT)
             if self._settings.files is not None:
                 sandbox.files.upload(str(self._settings.files), INPUT)

@@ -57,6 +57,8 @@ class Facts:
     results: dict[int, ToolResult] = field(default_factory=dict)
     model: dict[str, Any] | None = None
     """The model that took over last, where another one than the request's did: model, fingerprint, version."""
+    verdict: dict[str, Any] | None = None
+    """What a judge said of the finished work."""
     closed: Close | None = None
 
 
@@ -158,6 +160,8 @@ class TrajectoryLog:
             facts.generation, facts.restoring = event.fields["generation"], event.fields["restoring"]
         elif event.kind == "model":
             facts.model = event.fields
+        elif event.kind == "verdict":
+            facts.verdict = event.fields["verdict"]
         elif event.kind == "restored":
             facts.restoring = False
 

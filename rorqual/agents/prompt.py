@@ -17,9 +17,11 @@ _SYSTEM = f"""You work on a task for a user, alone, with tools. They work in a s
 - When the task is done, answer without calling a tool: say in a few sentences what you did and where it is."""
 
 
-def opening(task: str, skills: Mapping[str, Skill], mail_to: str | None) -> list[dict[str, Any]]:
-    """System message and task; the same for the same run, always."""
-    parts = [_SYSTEM]
+def opening(
+    task: str, skills: Mapping[str, Skill], mail_to: str | None, briefing: str | None = None
+) -> list[dict[str, Any]]:
+    """System message (`briefing` in place of the usual words) and task; the same for the same run, always."""
+    parts = [_SYSTEM if briefing is None else briefing]
     if mail_to is not None:
         parts.append(f"The user's mail address is {mail_to}; the tool `send_mail` writes to it.")
     if skills:

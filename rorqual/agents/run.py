@@ -33,17 +33,25 @@ from rorqual.sandbox.errors import CapacityRejected, Gone, ReplayDivergence, Sta
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. files: what it made, where it now lies. note: why they could not be had, "" where they could."""
+    """How a run ended. files: what it made, where it now lies. note: why they could not be had, "" where they could.
+
+    verdict: what the judge said, where there is one.
+    """
 
     answer: Answer
     files: list[Path]
     folder: Path
     note: str = ""
+    verdict: dict[str, Any] | None = None
 
 
 @dataclass
 class RunHooks:
-    """What a caller may put in: who watches, when to stop, and for tests another journal, sandbox or model."""
+    """What a caller may put in: who watches, when to stop, and for tests another journal, sandbox or model.
+
+    prepare: builds in a new sandbox what the task begins from. judge: looks at the sandbox when the agent is done; what
+    it says (JSON-ready) goes on record once, before the run is closed.
+    """
 
     observer: Observer = field(default_factory=Observer)
     stop: Callable[[], bool] = lambda: False
@@ -53,6 +61,8 @@ class RunHooks:
     more_tools: tuple[Tool, ...] = ()
     accept_new_weights: bool = False
     take_over: bool = False
+    prepare: Callable[[Any], None] = lambda sandbox: None
+    judge: Callable[[Any], dict[str, Any]] | None = None
 
 
 def run_agent(folder: RunFolder, hooks: RunHooks | None = None) -> RunResult:
@@ -83,9 +93,12 @@ def run_agent(folder: RunFolder, hooks: RunHooks | None = None) -> RunResult:
                 stop=hooks.stop, accept_new_weights=hooks.accept_new_weights,
             )
         )  # fmt: skip
-        messages = opening(settings.task, skills, settings.mail_to[0] if settings.mail_to else None)
+        mail_to = settings.mail_to[0] if settings.mail_to else None
+        messages = opening(settings.task, skills, mail_to, settings.briefing)
         try:
             answer = converse(session, messages, settings.max_turns)
+            if hooks.judge is not None and log.facts.closed is None and log.facts.verdict is None:
+                log.write(log.event("verdict", verdict=hooks.judge(environment.sandbox)))
             return _finish(folder, log, session, environment, answer)
         except (InfraFailed, ReplayDivergence) as error:
             _fail(log, session, environment, error)
@@ -104,7 +117,7 @@ def _finish(
         totals = log.facts.closed.totals
         files, note = [out / name for name in totals.get("files", ())], totals.get("note", "")
     environment.end()
-    return RunResult(answer, files, folder.path, note)
+    return RunResult(answer, files, folder.path, note, log.facts.verdict)
 
 
 def _fetch(environment: Environment, out: Path) -> tuple[list[Path], str]:
@@ -163,7 +176,7 @@ def _tools(folder: RunFolder, settings: RunSettings, skills: dict[str, Skill]) -
 
 def _environment(settings: RunSettings, hooks: RunHooks) -> EnvironmentSettings:
     files = None if settings.files is None else Path(settings.files)
-    return EnvironmentSettings(settings.kind, files, dict(settings.sandbox), hooks.take_over)
+    return EnvironmentSettings(settings.kind, files, dict(settings.sandbox), hooks.take_over, hooks.prepare)
 
 
 def _maker(hooks: RunHooks) -> Any:

@@ -23,7 +23,8 @@ class RunSettings:
     model: bundled name, checkpoint folder, Hub id, or the address of an OpenAI-compatible server. script: a file of
     recorded replies instead of a model; pace_s: seconds between its tokens. kind, sandbox: of the sandbox, and
     further arguments of `Sandbox.create`. files: folder that goes in; out: folder for what comes out. skills: folders
-    of skills. mcp: a file of MCP servers. smtp: HOST:PORT of the mail server; mail_to: whom mail may go to.
+    of skills. mcp: a file of MCP servers. smtp: HOST:PORT of the mail server; mail_to: whom mail may go to. briefing:
+    the system message in place of the usual one.
     """
 
     task: str
@@ -48,6 +49,7 @@ class RunSettings:
     smtp_security: str = "none"
     mail_from: str | None = None
     mail_to: tuple[str, ...] = ()
+    briefing: str | None = None
 
     def __post_init__(self) -> None:
         """Raises: ConfigError for what cannot work anywhere."""

@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "complete": Command("Complete code or text, before a cursor or between two pieces.", TALK),
     "serve": Command("Serve any checkpoint over HTTP, with the web page.", TALK),
     "agent": Command("Do a task with tools in a sandbox; survives being killed.", ACT),
+    "tasks": Command("An agent on tasks that hidden tests judge: Terminal-Bench, SWE-bench.", ACT),
     "keys": Command("Make, list, top up and revoke API keys with budgets and limits.", RUN),
     "usage": Command("Show requests, tokens and cost by day, key and model.", RUN),
     "eval": Command("Measure a model or an endpoint: facts, long context, tools, code and more.", LOOK),
