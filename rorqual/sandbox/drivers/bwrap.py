@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import math
 import os
 import secrets
@@ -28,6 +27,7 @@ from rorqual.sandbox.drivers.base import Driver, Process, Running
 from rorqual.sandbox.drivers.streams import connect_unix
 from rorqual.sandbox.errors import Unsupported
 from rorqual.sandbox.home import Home
+from rorqual.sandbox.host_ids import fresh_uid
 from rorqual.sandbox.host_root import host_root
 from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.snapshots import names_of, on_host_root
@@ -35,7 +35,6 @@ from rorqual.sandbox.spec import Capabilities, Kind, SandboxSpec
 from rorqual.sandbox.threads import in_thread
 
 OWN_PROCESSES = 32  # so that a sandbox whose own are used up still starts a command that ends them
-FIRST_UID, LAST_UID = 200_000, 1_000_000
 _MASKED_FILES = (
     *("kcore", "kmsg", "keys", "key-users", "sysrq-trigger", "timer_list", "sched_debug", "kallsyms", "config.gz"),
     *("kpagecount", "kpageflags", "kpagecgroup", "latency_stats", "timer_stats", "interrupts", "iomem", "ioports"),
@@ -249,20 +248,6 @@ def choose_cpus(cpu: float) -> list[int]:
     allowed = sorted(os.sched_getaffinity(0))
     count = min(max(1, math.ceil(cpu)), len(allowed))
     return sorted(secrets.SystemRandom().sample(allowed, count))
-
-
-def fresh_uid() -> int:
-    """A host uid that no other sandbox on this machine has had since boot: a counter in /run."""
-    folder = Path("/run/rorqual")
-    folder.mkdir(mode=0o755, exist_ok=True)
-    with open(folder / "last-uid", "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        last = int(file.read() or FIRST_UID)
-        uid = last + 1 if FIRST_UID <= last < LAST_UID else FIRST_UID + 1
-        file.truncate(0)
-        file.write(str(uid))
-    return uid
 
 
 def launch(

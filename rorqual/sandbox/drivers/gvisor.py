@@ -25,9 +25,10 @@ from rorqual.errors import SandboxError
 from rorqual.sandbox import cgroups
 from rorqual.sandbox.agent.build import agent_binary
 from rorqual.sandbox.drivers.base import Running
-from rorqual.sandbox.drivers.bwrap import Bwrap, choose_cpus, fresh_uid, launch
+from rorqual.sandbox.drivers.bwrap import Bwrap, choose_cpus, launch
 from rorqual.sandbox.drivers.streams import connect_fifos
 from rorqual.sandbox.errors import Unsupported
+from rorqual.sandbox.host_ids import fresh_uid
 from rorqual.sandbox.host_root import host_root
 from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.snapshots import names_of, on_host_root
