@@ -126,11 +126,13 @@ async def fork(sandbox: AsyncSandbox, taken: Snapshot, n: int) -> list[AsyncSand
 
 
 async def roll_back(sandbox: AsyncSandbox, snapshot: str | Snapshot) -> None:
-    """See AsyncSandbox.rollback."""
+    """See AsyncSandbox.rollback. What it goes back to is checked before what runs is ended."""
     name = snapshot.id if isinstance(snapshot, Snapshot) else snapshot
     reference = await asyncio.to_thread(Store().reference, name)
     if reference is None or reference.note.get("sandbox") != sandbox.id:
         raise SnapshotFailed(f"{name!r} is no snapshot of sandbox {sandbox.id}; history() lists its snapshots.")
+    spec = replace(sandbox._record.spec, snapshot=name)
+    await sandbox._driver.check(spec, sandbox._home.path)
     left = await sandbox._driver.stop(sandbox._link.running, sandbox._home.path)
     if left:
         raise SnapshotFailed(f"sandbox {sandbox.id} could not be stopped for the rollback; left: {', '.join(left)}.")
@@ -138,7 +140,7 @@ async def roll_back(sandbox: AsyncSandbox, snapshot: str | Snapshot) -> None:
     for leftover in ("exit.json", "oom", "keeper"):
         (sandbox._home.path / leftover).unlink(missing_ok=True)
     record = sandbox._record
-    record.spec = replace(record.spec, snapshot=name)
+    record.spec = spec
     record.incarnation += 1
     record.running = None
     sandbox._paused_since = None

@@ -67,6 +67,12 @@ class Driver(ABC):
         Raises: SandboxError (nothing is left behind) when it cannot; Unsupported for a constraint it cannot keep.
         """
 
+    async def check(self, spec: SandboxSpec, home: Path) -> None:
+        """Whether what `spec` names is all there and can be stood on, before anything is stopped for its sake.
+
+        Raises: SandboxError for a layer or file that is missing or damaged; Unsupported for too many of them.
+        """
+
     @abstractmethod
     async def connect(self, running: Running, home: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A stream to the agent; may be called again by another process after the first one died."""

@@ -105,11 +105,8 @@ class Qemu(Driver):
                 f"network={spec.network!r}: the {self.name} driver gives a machine no network. Use network='none'.",
                 "network_allowlist",
             )
-        full = await asyncio.to_thread(_full_snapshot, spec)
-        machine, digests = await asyncio.to_thread(self._machine, spec, home, full)
+        machine, digests, full = await asyncio.to_thread(self._checked, spec, home)
         if full is not None:
-            await asyncio.to_thread(snapshot.check, full, fingerprint(machine, *digests))
-            await asyncio.to_thread(snapshot.verify, full)
             state, parents = full.folder / "state", [full.folder / name for name in full.disks]
             disk_mb, secret = full.disk_mb, full.secret
         else:
@@ -123,6 +120,21 @@ class Qemu(Driver):
             await asyncio.shield(asyncio.to_thread(boot.end, running.processes, running.cgroups))
             raise
         return running
+
+    async def check(self, spec: SandboxSpec, home: Path) -> None:
+        """Every layer, or the full snapshot with what it was taken under, is as it was, and there are not too many."""
+        await asyncio.to_thread(self._checked, spec, home)
+
+    def _checked(
+        self, spec: SandboxSpec, home: Path
+    ) -> tuple[Machine, tuple[str, str], snapshot.Manifest | None]:
+        """The machine asked for, digests of kernel and initramfs, and the full snapshot it starts from, if any."""
+        full = _full_snapshot(spec)
+        machine, digests = self._machine(spec, home, full)
+        if full is not None:
+            snapshot.check(full, fingerprint(machine, *digests))
+            snapshot.verify(full)
+        return machine, digests, full
 
     async def _template(self, machine: Machine, digests: tuple[str, str], spec: SandboxSpec) -> template.Template:
         try:

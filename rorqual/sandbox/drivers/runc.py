@@ -23,12 +23,10 @@ from rorqual.sandbox import cgroups
 from rorqual.sandbox.agent.build import agent_binary
 from rorqual.sandbox.drivers import oci
 from rorqual.sandbox.drivers.base import Running
-from rorqual.sandbox.drivers.bwrap import Bwrap, launch
+from rorqual.sandbox.drivers.bwrap import Bwrap, launch, lower_folders, named_layers
 from rorqual.sandbox.errors import Unsupported
 from rorqual.sandbox.host_ids import RANGE, fresh_range
-from rorqual.sandbox.host_root import host_root
 from rorqual.sandbox.images.store import Store
-from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import SandboxSpec
 
 _OWN_PIDS = 64  # keeper's holder and runc's threads, which stand in the sandbox's group
@@ -54,11 +52,8 @@ class Runc(Bwrap):
 
     def _start(self, spec: SandboxSpec, home: Path) -> Running:
         store = Store()
-        names = store.resolve(names_of(spec))
-        lowers, shown = store.lowerdirs(names), list[str]()
-        if on_host_root(spec):
-            root, shown = host_root()
-            lowers.append(root)
+        names = named_layers(store, spec)
+        lowers, shown = lower_folders(store, spec, names)
         first_id = fresh_range()
         group = cgroups.create(home.name, replace(spec.limits, pids=spec.limits.pids + _OWN_PIDS))
         if group is None:
