@@ -162,6 +162,7 @@ int look_up_user(const char *name, uid_t *uid, gid_t *gid, char *home, size_t ho
 void file_request(Header *h, Slice payload);
 bool file_job_owns(pid_t pid);
 void file_job_event(Watch *w, uint32_t events);
+void file_jobs_detach(void); /* the client is gone: what still runs is finished and answered to nobody */
 void port_request(Header *h, Slice payload);
 void port_event(Watch *w, uint32_t events);
 void ports_pump(void);
