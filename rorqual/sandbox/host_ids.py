@@ -37,7 +37,9 @@ def _advance(name: str, first: int, last: int, step: int) -> int:
     with open(COUNTERS / f"{name}.lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            given = int(path.read_text())
+            with open(path) as counter:
+                fcntl.flock(counter, fcntl.LOCK_EX)  # earlier versions write in place, and lock the counter itself
+                given = int(counter.read())
         except FileNotFoundError:
             given = first
         except ValueError:

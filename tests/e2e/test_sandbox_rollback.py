@@ -39,7 +39,7 @@ def prepared(sandbox: Sandbox) -> tuple[Snapshot, str]:
     taken = sandbox.snapshot()
     sandbox.files.write("f", "two")
     sandbox.commands.start("echo $$ > pid; exec sleep 1000")
-    while not sandbox.commands.run("test -s pid").exit_code == 0:
+    while sandbox.commands.run("test -s pid").exit_code != 0:
         pass
     return taken, sandbox.files.read("pid").strip()
 

@@ -72,6 +72,7 @@ class Driver(ABC):
 
         Raises: SandboxError for a layer or file that is missing or damaged; Unsupported for too many of them.
         """
+        return None
 
     @abstractmethod
     async def connect(self, running: Running, home: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -222,7 +222,7 @@ class Bwrap(Driver):
 
 
 def named_layers(store: Store, spec: SandboxSpec) -> list[str]:
-    """Digests of the layers that a sandbox stands on, from the bottom up. Raises: SandboxError; Unsupported: too many."""
+    """Digests of the layers a sandbox stands on, from the bottom up. Raises: SandboxError; Unsupported for too many."""
     digests = store.resolve(names_of(spec))
     if len(digests) + on_host_root(spec) > MAX_LOWERS:
         raise Unsupported(

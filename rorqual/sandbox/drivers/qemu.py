@@ -125,9 +125,7 @@ class Qemu(Driver):
         """Every layer, or the full snapshot with what it was taken under, is as it was, and there are not too many."""
         await asyncio.to_thread(self._checked, spec, home)
 
-    def _checked(
-        self, spec: SandboxSpec, home: Path
-    ) -> tuple[Machine, tuple[str, str], snapshot.Manifest | None]:
+    def _checked(self, spec: SandboxSpec, home: Path) -> tuple[Machine, tuple[str, str], snapshot.Manifest | None]:
         """The machine asked for, digests of kernel and initramfs, and the full snapshot it starts from, if any."""
         full = _full_snapshot(spec)
         machine, digests = self._machine(spec, home, full)

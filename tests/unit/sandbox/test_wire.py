@@ -291,7 +291,7 @@ def test_a_client_finds_its_welcome_behind_what_the_agent_sent_to_another(serial
 
 
 @pytest.mark.parametrize("how", ["killed", "fenced"])
-def test_a_job_of_a_client_that_is_gone_answers_no_request_of_the_next(listening: str, how: str, tmp_path: Path) -> None:
+def test_a_job_of_a_client_that_is_gone_answers_nobody(listening: str, how: str, tmp_path: Path) -> None:
     """The first client's list is stopped half-way; it goes on once the next one has asked under the same number."""
     for number in range(3000):
         (tmp_path / f"{number:04}").touch()
