@@ -55,6 +55,10 @@ class Driver(ABC):
     def missing(self) -> str | None:
         """What plainly lacks here (a binary, a device, a permission) with what would bring it, or None. Cheap."""
 
+    def explain(self, why: str) -> str:
+        """Why a command could not be run through it: what is known of this machine, else what was seen (`why`)."""
+        return why
+
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """What this driver can do on this machine."""

@@ -36,7 +36,7 @@ from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.link import provision_fields
 from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Isolation, Kind, SandboxSpec
-from rorqual.sandbox.vm import boot, guest_root, kernel, qcow2, saved, snapshot, template
+from rorqual.sandbox.vm import boot, guest_root, kernel, pvm, qcow2, saved, snapshot, template
 from rorqual.sandbox.vm.control import Control
 from rorqual.sandbox.vm.initramfs import PCI_MODULES, build_initramfs
 from rorqual.sandbox.vm.machine import (
@@ -82,8 +82,12 @@ class Qemu(Driver):
             if not os.access("/dev/kvm", os.R_OK | os.W_OK):
                 return "/dev/kvm may not be opened by this user; an administrator can add it to the group kvm"
             if _hung().exists():
-                return f"with KVM no guest booted ({_hung().read_text()}); remove {_hung()} to try again"
+                return f"with KVM no guest booted ({self.explain(_hung().read_text())}); remove {_hung()} to try again"
         return kernel.missing() or template.missing() or guest_root.missing()
+
+    def explain(self, why: str) -> str:
+        """Once a guest did not boot: whether this machine's KVM is of a kind that no stock kernel boots on."""
+        return pvm.REASON if self.accelerator == "kvm" and pvm.is_pvm() else why
 
     def capabilities(self) -> Capabilities:
         """What it can do on this machine."""
