@@ -83,6 +83,7 @@ class Capped:
         self.half, self.head, self.tail, self.lost = limit // 2, b"", bytearray(), 0
 
     def add(self, data: bytes) -> None:
+        """Take bytes of the stream; what is neither of the first nor of the last half is only counted."""
         room = self.half - len(self.head)
         if room > 0:
             self.head, data = self.head + data[:room], data[room:]
@@ -93,6 +94,7 @@ class Capped:
             self.lost += over
 
     def fields(self, name: str) -> dict[str, Any]:
+        """The kept bytes (base64) and the number of lost ones, as a report has them."""
         return {name: base64.b64encode(self.head + bytes(self.tail)).decode(), f"{name}_lost": self.lost}
 
 

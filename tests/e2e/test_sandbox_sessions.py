@@ -11,6 +11,7 @@ import pytest
 from sandboxes import need
 
 from rorqual import AsyncSandbox
+from rorqual.sandbox.errors import Gone
 from rorqual.sandbox.spec import CommandResult
 
 
@@ -212,6 +213,25 @@ def test_a_call_goes_on_after_a_break() -> None:
             await sandbox.files.write("go", "")
             assert [(await call).value for call in calls] == ["aaa", "bbb"]
             assert (await sandbox.call(source, "work", ["c"])).value == "ccc"
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["command", "session"])
+def test_an_agent_that_root_inside_killed_is_told_as_a_lost_sandbox(how: str) -> None:
+    """gVisor lets process 1 be killed; the caller neither waits for its timeout nor takes it for the program's end."""
+
+    async def main() -> None:
+        arguments = await asyncio.to_thread(need, ("microvm", "gvisor"))
+        sandbox = await AsyncSandbox.create(**arguments, user="root")  # type: ignore[arg-type]
+        try:
+            runs = sandbox.commands.run if how == "command" else (await sandbox.commands.session()).run
+            with pytest.raises(Gone) as caught:
+                await runs("kill -9 1; sleep 1000", timeout=900)
+            assert caught.value.reason == "crashed"
+        finally:
+            await AsyncSandbox.end(sandbox.id)
 
     asyncio.run(main())
 
