@@ -5,14 +5,16 @@ Files of the outbox, all named by the key:
 
     KEY.mail      what to send and where, written whole before anything else
     KEY.lock      held while a courier is at work; the kernel lets go of it when the courier dies
-    KEY.started   durable before the content goes over the wire
+    KEY.started   durable before the content goes over the wire, once the server asked for it
     KEY.done      durable after the server took it
     KEY.refused   the server (or the lack of one) said no, so nothing was delivered
 
 A courier that finds `done` or `refused` does nothing. One that holds the lock and finds `started` without either knows
 that an earlier courier died in the only moment whose outcome cannot be told: it does nothing, and the run ends as
-INFRA_FAILED with that as evidence. It never sends twice. The Message-ID is made from the key, so that a mail server
-that has seen it can tell. Source: docs/agents.md. Left out: queues and retries over hours, which are a mail server's.
+INFRA_FAILED with that as evidence. It never sends twice. Until the server has asked for the content (354) nothing is
+accepted: a connection that ends before is tried once more, and then it is a refusal. The Message-ID is made from the
+key, so that a mail server that has seen it can tell. Source: docs/agents.md. Left out: queues and retries over hours,
+which are a mail server's.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import smtplib
 import ssl
@@ -34,6 +37,9 @@ from typing import Any
 from rorqual.agents.errors import AgentError, CallFailed, InfraFailed
 
 TIMEOUT_S = 60.0
+ATTEMPTS = 2
+"""How often a mail is offered, where the connection ends before the server asked for the content."""
+GO_ON = 354
 PASSWORD = "RORQUAL_SMTP_PASSWORD"
 """Environment variable with the password of the mail server's user; it is never written anywhere."""
 
@@ -168,8 +174,22 @@ def deliver(folder: Path, key: str) -> int:
 
 
 def _hand_over(outbox: Outbox, mail: Mail) -> None:
+    """Try it, and once more where the server broke off before it asked for the content: nothing was accepted then."""
+    for attempt in range(ATTEMPTS):
+        try:
+            _try(outbox, mail)
+            return
+        except _BrokeOff as error:
+            if attempt + 1 == ATTEMPTS:
+                why = f"the mail server broke off before the content, {ATTEMPTS} times ({error})"
+                outbox.write("refused", {"reason": why})
+
+
+def _try(outbox: Outbox, mail: Mail) -> None:
     try:
         connection = _connect(mail.server)
+    except smtplib.SMTPServerDisconnected as error:
+        raise _BrokeOff(str(error)) from error
     except (OSError, smtplib.SMTPException) as error:
         outbox.write("refused", {"reason": f"no mail server at {mail.server.host}:{mail.server.port} ({error})"})
         return
@@ -181,10 +201,8 @@ def _hand_over(outbox: Outbox, mail: Mail) -> None:
         evidence = {"message_id": message_id(outbox.key), "to": list(mail.recipients), "server": mail.server.host}
         outbox.write("started", evidence)
         # from here to the answer nobody can know; an exception leaves `started` alone on file, and says so
-        try:
-            code, answer = connection.data(mail.content)
-        except smtplib.SMTPDataError as error:  # it would not have the content, so none of it was sent
-            code, answer = error.smtp_code, _bytes(error.smtp_error)
+        connection.send(_as_sent(mail.content))
+        code, answer = connection.getreply()
         reply = f"{code} {answer.decode('utf-8', 'replace')}"
         if _is_yes(code):
             outbox.write("done", {**evidence, "reply": reply})
@@ -192,6 +210,10 @@ def _hand_over(outbox: Outbox, mail: Mail) -> None:
             outbox.write("refused", {"reason": f"the mail server refused the content: {reply}"})
         with contextlib.suppress(smtplib.SMTPException, OSError):
             connection.quit()
+
+
+class _BrokeOff(Exception):
+    """The connection ended before the server asked for the content."""
 
 
 def _connect(server: Server) -> smtplib.SMTP:
@@ -210,7 +232,10 @@ def _connect(server: Server) -> smtplib.SMTP:
 
 
 def _offer(connection: smtplib.SMTP, mail: Mail) -> str | None:
-    """Name sender and recipients; returns why the server will not have them. Nothing is sent to some and not others."""
+    """Name sender and recipients until the server asks for the content (354); returns why it will not have it.
+
+    Nothing is sent to some and not others. Raises: _BrokeOff.
+    """
     try:
         code, answer = connection.mail(mail.sender)
         if not _is_yes(code):
@@ -219,19 +244,23 @@ def _offer(connection: smtplib.SMTP, mail: Mail) -> str | None:
             code, answer = connection.rcpt(recipient)
             if not _is_yes(code):
                 return f"the mail server refused {recipient}: {code} {answer.decode('utf-8', 'replace')}"
+        code, answer = connection.docmd("data")
+        if code != GO_ON:
+            return f"the mail server refused the content: {code} {answer.decode('utf-8', 'replace')}"
     except (OSError, smtplib.SMTPException) as error:
-        return f"the mail server broke off before the content ({error})"
+        raise _BrokeOff(str(error)) from error
     except ValueError as error:  # a line break, or letters that this server takes in no address
         return f"the address {mail.sender} or one of {', '.join(mail.recipients)} cannot be used ({error})"
     return None
 
 
+def _as_sent(content: bytes) -> bytes:
+    """With its end, and a dot before each line that begins with one (RFC 5321, section 4.5.2)."""
+    return re.sub(rb"(?m)^\.", b"..", content) + (b"" if content.endswith(b"\r\n") else b"\r\n") + b".\r\n"
+
+
 def _is_yes(code: int) -> bool:
     return code // 100 == 2
-
-
-def _bytes(text: bytes | str) -> bytes:
-    return text if isinstance(text, bytes) else text.encode("utf-8", "replace")
 
 
 def _fields(mail: Mail) -> dict[str, Any]:

@@ -31,14 +31,17 @@ class RunFolder:
 
     @property
     def name(self) -> str:
+        """By which `--resume` finds it."""
         return self.path.name
 
     @property
     def journal(self) -> Path:
+        """The folder of the run's journal."""
         return self.path / "journal"
 
     @property
     def outbox(self) -> Path:
+        """The folder of the run's mails; see courier.Outbox."""
         return self.path / "outbox"
 
     @property

@@ -82,7 +82,7 @@ def run(
         for inner in download or []:
             sandbox.files.download(inner, Path(Path(inner).name))
     if as_json:
-        names = ("exit_code", "stdout", "stderr", "signal", "timed_out", "oom_killed", "duration_ms")
+        names = ("exit_code", "stdout", "stderr", "signal", "timed_out", "oom_killed", "duration_ms", "paused_ms")
         fields = {name: getattr(result, name) for name in names}
         typer.echo(json.dumps({**fields, "truncated_bytes": dict(result.truncated_bytes)}))
     elif result.timed_out:

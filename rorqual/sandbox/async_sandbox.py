@@ -19,6 +19,7 @@ from typing import Any, Literal
 from rorqual.errors import SandboxError
 from rorqual.sandbox import history as trajectory
 from rorqual.sandbox import snapshots
+from rorqual.sandbox.clock import RunningClock
 from rorqual.sandbox.commands import Commands
 from rorqual.sandbox.drivers import driver as driver_named
 from rorqual.sandbox.drivers.base import Driver
@@ -50,13 +51,12 @@ class AsyncSandbox:
         self._home = home
         self._record = record
         self._driver = driver
-        self._link = Link(driver, home, record)
+        self._clock = RunningClock()
+        self._link = Link(driver, home, record, self._clock)
         self._log: History | None = None
         self._changing = asyncio.Lock()
         self._call_locks: dict[str, asyncio.Lock] = {}
         self._oom_seen = 0
-        self._paused_s = 0.0
-        self._paused_since: float | None = None
         self._ended: str | None = None
         self.commands = Commands(self)
         self.files = Files(self)
@@ -192,6 +192,8 @@ class AsyncSandbox:
             with place.editing() as record:
                 if record.running is None:  # its maker died in the middle
                     raise gone(sandbox_id, "crashed")
+                if not held:
+                    place.take_lock()
                 record.attach_epoch += 1
                 record.owner = os.getpid()
         except BaseException:
@@ -215,7 +217,7 @@ class AsyncSandbox:
             place.unlock()
             raise
         if record.state == "paused":
-            sandbox._paused_since = time.monotonic()
+            sandbox._clock.stop()
         return sandbox
 
     async def _settle(self) -> None:
@@ -373,12 +375,13 @@ class AsyncSandbox:
                 return
             await self._history().write("pause", {"keep_memory": keep_memory})
             await self._link.request(Type.PAUSE)
+            self._clock.stop()
             try:
                 await self._driver.pause(self._link.running, self._home.path, keep_memory)
             except BaseException:
+                self._clock.go_on()
                 await self._link.request(Type.RESUME)
                 raise
-            self._paused_since = time.monotonic()
             self._set_state("paused")
             self._deadlines(self._record.spec.lifetimes.paused_ttl)
 
@@ -394,9 +397,7 @@ class AsyncSandbox:
                 await self._link.close()
             self._set_state("ready")
             await self._link.request(Type.RESUME)
-            if self._paused_since is not None:
-                self._paused_s += time.monotonic() - self._paused_since
-                self._paused_since = None
+            self._clock.go_on()
             self._deadlines(None)
             await self._history().write("resume", {"incarnation": self._record.incarnation})
 

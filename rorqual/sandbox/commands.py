@@ -57,6 +57,11 @@ class CommandHandle:
         self._raw: list[Callable[[bytes], None] | None] = [None, None, None]
         self._end: asyncio.Event | None = None
         self._attached = False
+        self._attaching = asyncio.Lock()
+        self._missed = [0, 0, 0]
+        """Bytes of each stream that were dropped inside before they could be sent here."""
+        self._input_at: int | None = None
+        """How much input was taken inside; None where it is not known."""
         self._failure: BaseException | None = None
 
     def _listen(self, on_stdout: OnText | None, on_stderr: OnText | None, *raw: Callable[[bytes], None] | None) -> bool:
@@ -79,7 +84,10 @@ class CommandHandle:
             self._end.set()
         elif kind == Type.OUTPUT:
             index, data = range(3)[fields.number(Tag.STREAM) - 1], fields.bytes(Tag.DATA)
-            self._offsets[index] = fields.number(Tag.OFFSET) + len(data)
+            start, had = fields.number(Tag.OFFSET), self._offsets[index]
+            self._missed[index] += max(0, start - had)
+            self._offsets[index] = max(had, start + len(data))
+            data = data[max(0, had - start) :]  # after a break some comes again
             try:
                 self._deliver(index, data)
             except BaseException as error:  # the caller's own function failed: it is told so by wait()
@@ -100,23 +108,50 @@ class CommandHandle:
         return await asyncio.wait_for(self._wait(), timeout)
 
     async def _wait(self) -> CommandResult:
-        link = self._sandbox._link
         fields = await self._sandbox._ask(Type.WAIT, [(Tag.HANDLE, self.id)])
-        while self._end is not None:
+        if self._end is not None:
             if not self._attached:
-                self._attached = True
-                self._end.clear()
-                await link.request(
-                    Type.ATTACH,
-                    [(Tag.HANDLE, self.id), (Tag.OFFSET, self._offsets[0]), (Tag.INDEX, self._offsets[1])],
-                )
-            await self._end.wait()
-            if self._attached:
-                link.listeners.pop(self.id, None)
-                break
+                await self._attach()
+            await self._ended()
+            self._sandbox._link.listeners.pop(self.id, None)
         if self._failure is not None:
             raise self._failure
         return await self._sandbox.commands._result(self.id, fields)
+
+    async def _ended(self) -> None:
+        """Returns when it has ended and all it wrote was delivered; listens again when only the connection broke.
+
+        Raises: AgentRefusal when the agent knows it no more; Gone, StaleEpoch.
+        """
+        assert self._end is not None
+        while True:
+            await self._end.wait()
+            if self._attached and self._end.is_set():  # not so where another waiter listens again already
+                return
+            if not self._attached:
+                await self._sandbox._link.until_going()
+                await self._attach()
+
+    async def _attach(self) -> None:
+        """Have what it writes sent here from where it stopped."""
+        assert self._end is not None
+        async with self._attaching:
+            if self._attached:
+                return
+            self._attached = True
+            self._end.clear()
+            at = [(Tag.OFFSET, self._offsets[0]), (Tag.INDEX, self._offsets[1])]
+            try:
+                state = await self._sandbox._link.request(Type.ATTACH, [(Tag.HANDLE, self.id), *at])
+            except BaseException:
+                self._attached = False
+                self._end.set()
+                raise
+            self._note_input(state)
+
+    def _note_input(self, state: Fields) -> None:
+        """What the agent says of the input it took; one of an earlier version says nothing."""
+        self._input_at = state.number(Tag.IN_TOTAL) if state.has(Tag.IN_TOTAL) else None
 
     async def kill(self, signal: int = 9) -> None:
         """Signal it. 9 ends its whole tree, whatever that does to escape."""
@@ -130,13 +165,28 @@ class CommandHandle:
             pause = 0.005
             while True:
                 try:
-                    await self._sandbox._ask(Type.WRITE, [(Tag.HANDLE, self.id), (Tag.DATA, piece)], again=False)
+                    await self._write_piece(piece)
                     break
                 except AgentRefusal as refusal:
                     if refusal.number != errno.EAGAIN:
                         raise SandboxError(f"writing to command {self.id} failed: {refusal.text}.") from refusal
                 await asyncio.sleep(pause)
                 pause = min(0.2, 2 * pause)
+
+    async def _write_piece(self, piece: bytes) -> None:
+        """Exactly once, also where the connection breaks: the agent takes a piece whole or not at all, and counts."""
+        fields: StartFields = [(Tag.HANDLE, self.id), (Tag.DATA, piece)]
+        before = self._input_at
+        try:
+            self._note_input(await self._sandbox._ask(Type.WRITE, fields, again=False))
+        except TransportError as error:
+            if not error.retryable or before is None:
+                raise
+            self._note_input(await self._sandbox.commands._state(self.id, wake=True))
+            if self._input_at == before:
+                self._note_input(await self._sandbox._ask(Type.WRITE, fields, again=False))
+            elif self._input_at != before + len(piece):
+                raise  # another one wrote too, so nobody knows
 
     async def close_stdin(self) -> None:
         """Say that no more input comes."""
@@ -191,7 +241,7 @@ class Commands:
             flags = Start.STREAM if streaming else Start(0)
             flags |= self._input_fields(fields, raw)
             try:
-                result = await self._bounded(self._start_and_wait(handle, record, fields, flags, raw, lost), timeout)
+                result = await self._bounded(self._start_and_wait(handle, record, fields, flags, raw), timeout)
             except asyncio.CancelledError:
                 if call is None:  # with a key somebody may come back for it
                     await asyncio.shield(self._end_unwanted(handle))
@@ -215,11 +265,10 @@ class Commands:
         fields: StartFields,
         flags: Start,
         raw: bytes | None,
-        lost: bool,
     ) -> CommandResult:
         """Start it (or join it: a name that the agent knows is never started again) and wait."""
         try:
-            await self._sandbox._ask(Type.START, [*fields, (Tag.FLAGS, int(flags))])
+            state = await self._sandbox._ask(Type.START, [*fields, (Tag.FLAGS, int(flags))])
         except AgentRefusal as refusal:
             if refusal.number == errno.ESTALE and record.key:
                 raise OutcomeUnknown(
@@ -227,13 +276,20 @@ class Commands:
                     "snapshot from before, then ask again."
                 ) from refusal
             raise await self._not_started(refusal, record, handle) from refusal
-        if raw is not None and Start.STDIN in flags and len(raw) > INLINE_STDIN and not lost:
-            await self._send_input(handle, raw)
+        if raw is not None and len(raw) > INLINE_STDIN and not state.number(Tag.IN_CLOSED):
+            await self._send_input(handle, raw, state, record)
         return await handle._wait()
 
-    async def _send_input(self, handle: CommandHandle, raw: bytes) -> None:
+    async def _send_input(self, handle: CommandHandle, raw: bytes, state: Fields, record: Call) -> None:
+        """Hand over what it has not got yet: of a call that is joined, its first client may have died half-way."""
+        if not state.has(Tag.PID):  # joined, and the agent, of an earlier version, does not say how much it has
+            raise OutcomeUnknown(
+                f"call {record.key!r} runs and waits for its input, of which an unknown part arrived before its "
+                "client went away. Kill it, roll back to a snapshot from before, then ask again."
+            )
+        handle._note_input(state)
         try:
-            await handle.write(raw)
+            await handle.write(raw[handle._input_at or 0 :])
             await handle.close_stdin()
         except SandboxError as error:
             if isinstance(error, TransportError):
@@ -256,17 +312,10 @@ class Commands:
         try:
             if timeout is None:
                 return await work
-            paused = self._sandbox._paused_s
             task = asyncio.ensure_future(work)
-            left = timeout + GRACE_S
-            while True:
-                done, _ = await asyncio.wait({task}, timeout=left)
-                if done:
-                    return await task
-                extra = self._sandbox._paused_s - paused
-                if self._sandbox._record.state != "paused" and extra <= 0:
-                    break
-                paused, left = self._sandbox._paused_s, max(0.05, extra)
+            clock = self._sandbox._clock
+            if await clock.wait({task}, clock.now() + timeout + GRACE_S):
+                return await task
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             raise TransportError(
@@ -301,8 +350,8 @@ class Commands:
         fields = self._start_fields(handle.id, argv, timeout, cwd, env, user, max_output)
         flags = Start.STDIN if stdin is not None else Start(0)
         await self._launch(handle, argv, fields, flags, handle._listen(on_stdout, on_stderr), call)
-        if stdin:
-            await handle.write(stdin)
+        raw = stdin.encode() if isinstance(stdin, str) else stdin or b""
+        await handle.write(raw[handle._input_at or 0 :])  # of a call that is joined, what it has not got
         return handle
 
     async def _launch(
@@ -319,7 +368,7 @@ class Commands:
             await self._sandbox._history().write("service_up", about)
             flags |= Start.STREAM if streaming else Start(0)
             try:
-                await self._sandbox._ask(Type.START, [*fields, (Tag.FLAGS, int(flags))])
+                handle._note_input(await self._sandbox._ask(Type.START, [*fields, (Tag.FLAGS, int(flags))]))
             except AgentRefusal as refusal:
                 self._sandbox._link.listeners.pop(handle.id, None)
                 raise SandboxError(f"the sandbox could not start {argv[0]!r}: {refusal.text}.") from refusal
@@ -336,17 +385,26 @@ class Commands:
         try:
             if streaming:
                 handle._offsets[0] = offset
-                await self._sandbox._ask(
+                state = await self._sandbox._ask(
                     Type.ATTACH, [(Tag.HANDLE, handle_id), (Tag.OFFSET, offset), (Tag.INDEX, 0)], wake=False
                 )
-            elif handle_id not in {str(entry["id"]) for entry in await self.list()}:
-                raise AgentRefusal(errno.ESRCH, "no such command")
+            else:
+                state = await self._state(handle_id)
+            handle._note_input(state)
         except AgentRefusal as refusal:
             self._sandbox._link.listeners.pop(handle_id, None)
             raise SandboxError(
                 f"sandbox {self._sandbox.id} has no command {handle_id!r}: {refusal.text}. commands.list() shows them."
             ) from refusal
         return handle
+
+    async def _state(self, handle_id: str, *, wake: bool = False) -> Fields:
+        """What the agent says of one command. Raises: AgentRefusal when it knows none of that id."""
+        listed = await self._sandbox._ask(Type.LIST, wake=wake)
+        for entry in map(Fields, listed.all(Tag.ENTRY)):
+            if entry.text(Tag.HANDLE) == handle_id:
+                return entry
+        raise AgentRefusal(errno.ESRCH, "no such command")
 
     async def read(self, handle_id: str, stream: str = "stdout", offset: int = 0) -> tuple[int, bytes]:
         """Retained output from `offset` on: where it really begins (later if the middle is gone), and the bytes."""
@@ -432,6 +490,7 @@ class Commands:
             oom_killed=code != 0 and await self._sandbox._new_oom_kills(),
             truncated_bytes=lost,
             duration_ms=fields.number(Tag.DURATION_US) / 1000,
+            paused_ms=fields.number(Tag.PAUSED_US) / 1000,
         )
 
     async def _fetch(self, handle: str, stream: str, total: int, lost: int) -> bytes:

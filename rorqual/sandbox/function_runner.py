@@ -38,6 +38,7 @@ from typing import Any
 
 MAX_VALUE = 4 << 20
 SUBREAPER = 36
+LOOK_S = 0.05
 
 
 def children_of(root: int) -> set[int]:
@@ -82,6 +83,7 @@ class Capped:
         self.half, self.head, self.tail, self.lost = limit // 2, b"", bytearray(), 0
 
     def add(self, data: bytes) -> None:
+        """Take bytes of the stream; what is neither of the first nor of the last half is only counted."""
         room = self.half - len(self.head)
         if room > 0:
             self.head, data = self.head + data[:room], data[room:]
@@ -92,6 +94,7 @@ class Capped:
             self.lost += over
 
     def fields(self, name: str) -> dict[str, Any]:
+        """The kept bytes (base64) and the number of lost ones, as a report has them."""
         return {name: base64.b64encode(self.head + bytes(self.tail)).decode(), f"{name}_lost": self.lost}
 
 
@@ -154,6 +157,15 @@ def keep(task: dict[str, Any], upward: int) -> None:
         work(task, result)
         os._exit(0)
     start = time.monotonic()
+    looked, paused = start, 0.0
+
+    def woken(*_: object) -> None:
+        """The sandbox was paused, and this process stopped with it: since it last looked at the clock, give or take."""
+        nonlocal looked, paused
+        now = time.monotonic()
+        paused, looked = paused + max(0.0, now - looked - LOOK_S), now
+
+    signal.signal(signal.SIGCONT, woken)
     out, err, value = Capped(task["max_output"]), Capped(task["max_output"]), Capped(2 * MAX_VALUE + (1 << 20))
     watched = selectors.DefaultSelector()
     for (reader, writer), sink in zip(pipes, (out, err, value)):  # noqa: B905 - strict= is newer than 3.8
@@ -163,11 +175,12 @@ def keep(task: dict[str, Any], upward: int) -> None:
     timed_out = False
     status: int | None = None
     while True:
-        left = None if task["timeout"] is None else start + task["timeout"] - time.monotonic()
+        looked = time.monotonic()
+        left = None if task["timeout"] is None else start + paused + task["timeout"] - looked
         if left is not None and left <= 0:
             timed_out = True
             break
-        for key, _ in watched.select(0.05 if left is None else min(left, 0.05)):
+        for key, _ in watched.select(LOOK_S if left is None else min(left, LOOK_S)):
             data = os.read(key.fd, 65536)
             key.data.add(data) if data else watched.unregister(key.fd)
         if status is None:
@@ -183,7 +196,8 @@ def keep(task: dict[str, Any], upward: int) -> None:
     if status is None:
         with contextlib.suppress(ChildProcessError):
             status = os.waitpid(worker, 0)[1]
-    report = {"id": task["id"], "timed_out": timed_out, "duration_ms": (time.monotonic() - start) * 1000}
+    report = {"id": task["id"], "timed_out": timed_out, "paused_ms": paused * 1000}
+    report["duration_ms"] = (time.monotonic() - start - paused) * 1000
     report.update(out.fields("stdout"), **err.fields("stderr"))
     try:
         report.update(json.loads(value.head + bytes(value.tail)))
@@ -236,7 +250,10 @@ def serve() -> None:
             line += data
             while b"\n" in line:
                 text, _, line = line.partition(b"\n")
-                task = json.loads(text)
+                try:
+                    task = json.loads(text)
+                except ValueError:  # what a client left that died in the middle of a line
+                    continue
                 reader, writer = os.pipe()
                 pid = os.fork()
                 if pid == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rorqual.errors import SandboxError
+from rorqual.sandbox.channel import AgentRefusal
 from rorqual.sandbox.commands import GRACE_S, CommandHandle
 from rorqual.sandbox.errors import OutcomeUnknown, TransportError
 from rorqual.sandbox.history import Call, fingerprint
-from rorqual.sandbox.link import BREAK
 from rorqual.sandbox.spec import CommandResult
-from rorqual.sandbox.wire import Fields, Start, Tag, Type
+from rorqual.sandbox.wire import Fields, Start, Type
 
 if TYPE_CHECKING:
     from rorqual.sandbox.async_sandbox import AsyncSandbox
@@ -39,7 +40,8 @@ READY_S = 30.0
 class FunctionResult:
     """What a call came to: `value` (from JSON), or `error` with the exception's name, its message and traceback.
 
-    truncated_bytes: per stream, how many bytes of the middle were left out. replayed: answered from the record.
+    duration_ms: time that the sandbox was paused not counted, which is paused_ms. truncated_bytes: per stream, how many
+    bytes of the middle were left out. replayed: answered from the record.
     """
 
     value: Any = None
@@ -50,6 +52,7 @@ class FunctionResult:
     stderr: str = ""
     timed_out: bool = False
     duration_ms: float = 0.0
+    paused_ms: float = 0.0
     truncated_bytes: Mapping[str, int] = field(default_factory=lambda: {"stdout": 0, "stderr": 0})
     replayed: bool = False
 
@@ -78,30 +81,25 @@ class Functions:
         """
         async with self._opening:
             if self._handle is not None and self._incarnation == self._sandbox._record.incarnation:
-                if self._handle._attached:
+                try:
+                    await self._handle._attach()  # nothing to do unless the connection broke
                     return
-                offset = self._handle._offsets[0]
-            else:
-                offset = None
+                except AgentRefusal:  # it ended meanwhile
+                    self._let_go(self._handle)
             self._incarnation = self._sandbox._record.incarnation
-            there = next(
-                (entry for entry in await self._sandbox.commands.list() if _is_interpreter(entry)),
-                None,
-            )
-            if there is not None:
-                self._listen(CommandHandle(self._sandbox, str(there["id"])))
-                offset = int(str(there["stdout_bytes"])) if offset is None else offset
-                assert self._handle is not None
-                self._handle._offsets[0] = offset
-                await self._sandbox._ask(
-                    Type.ATTACH, [(Tag.HANDLE, self._handle.id), (Tag.OFFSET, offset), (Tag.INDEX, 0)], wake=False
-                )
-                return
+            there = next((entry for entry in await self._sandbox.commands.list() if _is_interpreter(entry)), None)
             self._line.clear()
-            self._listen(CommandHandle(self._sandbox, PREFIX + secrets.token_hex(8)))
-            await self._start()
+            if there is None:
+                self._listen(CommandHandle(self._sandbox, PREFIX + secrets.token_hex(8)))
+                await self._start()
+                return
+            handle = self._listen(CommandHandle(self._sandbox, str(there["id"])))
+            handle._offsets[0] = int(str(there["stdout_bytes"]))
+            handle._attached = False
+            await handle._attach()
+            await handle.write("\n")  # its client before this one may have died in the middle of a line
 
-    def _listen(self, handle: CommandHandle) -> None:
+    def _listen(self, handle: CommandHandle) -> CommandHandle:
         """Take this interpreter's output, and let go of it when it ends."""
         handle._listen(None, None, self._take)
         self._handle = handle
@@ -109,15 +107,20 @@ class Functions:
 
         def event(kind: int, fields: Fields) -> None:
             usual(kind, fields)
-            if kind == Type.EXITED and self._handle is handle:
-                self._handle = None
-                self._sandbox._link.listeners.pop(handle.id, None)
-            if kind in (BREAK, Type.EXITED):
-                for future in self._waiting.values():
-                    if not future.done():
-                        future.set_exception(TransportError("the warm interpreter ended.", retryable=False))
+            if kind == Type.EXITED:
+                self._let_go(handle)
 
         self._sandbox._link.listeners[handle.id] = event
+        return handle
+
+    def _let_go(self, handle: CommandHandle) -> None:
+        """It ended: whoever waits for it is told."""
+        self._sandbox._link.listeners.pop(handle.id, None)
+        if self._handle is handle:
+            self._handle = None
+            for future in self._waiting.values():
+                if not future.done():
+                    future.set_exception(TransportError("the warm interpreter ended.", retryable=False))
 
     async def _start(self) -> None:
         ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -131,7 +134,7 @@ class Functions:
         try:
             await commands._launch(self._handle, argv, fields, Start.STDIN, True)
             await self._handle.write(base64.b64encode(RUNNER.read_bytes()) + b"\n")
-            await asyncio.wait_for(ready, READY_S)
+            await self._until(ready, READY_S)
         except (SandboxError, TimeoutError) as error:
             self._handle = None
             raise SandboxError(
@@ -214,7 +217,7 @@ class Functions:
             assert self._handle is not None
             async with self._writing:  # two long lines must not be mixed
                 await self._handle.write(line)
-            return await asyncio.wait_for(future, None if timeout is None else timeout + GRACE_S)
+            return await self._until(future, None if timeout is None else timeout + GRACE_S)
         except TimeoutError as error:
             raise TransportError(
                 f"a call did not report within its timeout of {timeout:g} s and {GRACE_S:g} s more; close the sandbox.",
@@ -223,6 +226,27 @@ class Functions:
         finally:
             self._waiting.pop(number, None)
             _drop(future)
+
+    async def _until(self, future: asyncio.Future[dict[str, Any]], seconds: float | None) -> dict[str, Any]:
+        """What is reported, waited for while the sandbox runs; where the connection breaks it is asked for again.
+
+        Raises: TimeoutError; TransportError when the interpreter ended; Gone, StaleEpoch.
+        """
+        assert self._handle is not None
+        clock, handle = self._sandbox._clock, self._handle
+        ended = asyncio.ensure_future(handle._ended())
+        try:
+            in_time = await clock.wait({future, ended}, None if seconds is None else clock.now() + seconds)
+            if not in_time:
+                raise TimeoutError("it did not report in time")
+            if not future.done():
+                with contextlib.suppress(AgentRefusal):
+                    ended.result()
+                self._let_go(handle)
+            return future.result()
+        finally:
+            ended.cancel()
+            await asyncio.gather(ended, return_exceptions=True)
 
 
 def _is_interpreter(entry: Mapping[str, object]) -> bool:
@@ -251,6 +275,7 @@ def _result(report: Mapping[str, Any]) -> FunctionResult:
             stderr=text("stderr"),
             timed_out=bool(report.get("timed_out")),
             duration_ms=float(report.get("duration_ms", 0.0)),
+            paused_ms=float(report.get("paused_ms", 0.0)),
             truncated_bytes={name: int(report.get(f"{name}_lost", 0)) for name in ("stdout", "stderr")},
         )
     except (ValueError, TypeError, OverflowError) as error:
@@ -266,6 +291,7 @@ def _packed(result: FunctionResult) -> CommandResult:
         timed_out=result.timed_out,
         truncated_bytes=dict(result.truncated_bytes),
         duration_ms=result.duration_ms,
+        paused_ms=result.paused_ms,
     )
 
 
@@ -274,6 +300,7 @@ def _unpacked(result: CommandResult) -> FunctionResult:
         **json.loads(result.stdout_bytes),
         timed_out=result.timed_out,
         duration_ms=result.duration_ms,
+        paused_ms=result.paused_ms,
         truncated_bytes=result.truncated_bytes,
         replayed=True,
     )

@@ -176,6 +176,7 @@ def packed(result: CommandResult, index: int) -> dict[str, Any]:
         "oom_killed": result.oom_killed,
         "truncated_bytes": dict(result.truncated_bytes),
         "duration_ms": result.duration_ms,
+        "paused_ms": result.paused_ms,
         "call_index": index,
     }
 

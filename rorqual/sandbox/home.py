@@ -2,7 +2,8 @@
 
     <data>/sandboxes/<id>/          mode 0700
         spec.json      the record: what was asked, state, incarnation, attach epoch, processes, secret
-        lock           flock held by the client process that drives the sandbox; the kernel frees it when that one dies
+        lock           flock held by the client process that drives the sandbox; the kernel frees it when that one dies,
+                       and who takes over puts one of his own in its place
         lifetime       when the keeper ends it, in milliseconds since boot; SIGHUP makes the keeper read it again
         exit.json      why it ended, written by the keeper
         channel, keeper, keeper.log, oom, history/
@@ -113,14 +114,32 @@ class Home:
         """Become the process that drives this sandbox; False when another one does."""
         if self._lock is not None:
             return True
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            return False
+        while True:
+            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_current = os.path.samestat(os.fstat(descriptor), os.stat(self.path / "lock"))
+            except BlockingIOError:
+                os.close(descriptor)
+                return False
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if is_current:
+                self._lock = descriptor
+                return True
+            os.close(descriptor)  # it was taken over in this moment, and this is the old one
+
+    def take_lock(self) -> None:
+        """Become the process that drives it although another does, whose lock is worth nothing from now on.
+
+        Only inside `editing`, together with a higher epoch: that is what keeps the other from acting.
+        """
+        scratch = self.path / f"lock.{os.getpid()}.{secrets.token_hex(4)}"
+        descriptor = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.replace(scratch, self.path / "lock")
         self._lock = descriptor
-        return True
 
     def unlock(self) -> None:
         """Let another process drive it."""

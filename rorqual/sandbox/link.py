@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 
 from rorqual.sandbox import processes
 from rorqual.sandbox.channel import Channel
+from rorqual.sandbox.clock import RunningClock
 from rorqual.sandbox.drivers.base import Driver, Running
 from rorqual.sandbox.errors import StaleEpoch, TransportError
 from rorqual.sandbox.home import Home, Record, gone
@@ -17,6 +19,7 @@ from rorqual.sandbox.wire import Fields, Tag, Type, Value
 Listener = Callable[[int, Fields], None]
 PATIENCE_S = 120.0
 """Seconds until an agent that does not answer what it can answer at once is given up."""
+LOOK_S = 0.25
 _UNBOUNDED = {Type.WAIT, Type.PORT_OPEN, Type.PORT_DATA, Type.SYNC}
 BREAK = 0
 """Kind of the event that tells a listener that the connection broke."""
@@ -56,10 +59,11 @@ def milliseconds(seconds: float) -> int:
 class Link:
     """Requests to one sandbox's agent; the connection is made again when it broke and the sandbox still lives."""
 
-    def __init__(self, driver: Driver, home: Home, record: Record) -> None:
+    def __init__(self, driver: Driver, home: Home, record: Record, clock: RunningClock | None = None) -> None:
         self.driver = driver
         self.home = home
         self.record = record
+        self._clock = clock or RunningClock()
         self.listeners: dict[str | int, Listener] = {}
         self._channel: Channel | None = None
         self._opening = asyncio.Lock()
@@ -154,6 +158,8 @@ class Link:
         except TransportError as error:
             if not error.retryable:
                 raise
+            if kind == Type.WAIT:
+                await self.until_going()
             if self._closed or (reason := self._over()) is not None:
                 raise gone(self.home.id, "closed" if self._closed else str(reason)) from error
             if not again:
@@ -162,6 +168,14 @@ class Link:
                     raise gone(self.home.id, reason) from error
                 raise
         return await self._bounded(await self.channel(), kind, fields)
+
+    async def until_going(self) -> None:
+        """Returns once the sandbox does not stand still: one that was put aside has no processes, and comes back."""
+        while not self._clock.going.is_set() and not self._closed:
+            if self.home.ended() is not None or self.home.overdue() is not None:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._clock.going.wait(), LOOK_S)
 
     async def _bounded(self, channel: Channel, kind: Type, fields: list[tuple[Tag, Value]] | None) -> Fields:
         """Nothing inside may make a caller wait for ever; what lasts as long as a command has bounds of its own."""

@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rorqual import log
 from rorqual.errors import RorqualError
 from rorqual.folders import cache_folder
 from rorqual.sandbox.agent.build import FOLDER, agent_binary
@@ -26,6 +27,8 @@ from rorqual.sandbox.home import Home, Record
 from rorqual.sandbox.link import Link
 from rorqual.sandbox.spec import ISOLATION_ORDER, Isolation, Kind, SandboxSpec
 from rorqual.sandbox.wire import Start, Tag, Type
+
+_logger = log.get(__name__)
 
 PROGRAMS = ("bwrap", "runc", "runsc", "firecracker", "qemu-system-x86_64", "qemu-system-aarch64")
 RETRY_FAILED_S = 300.0
@@ -80,6 +83,9 @@ async def probe(driver: Driver, *, fresh: bool = False) -> Probe:
         why = f"it started but ran no command within {driver.probe_timeout_s:g} s"
     except (RorqualError, OSError) as error:
         why = str(error)
+    if why:
+        _logger.info("%s of %s: %s", driver.name, driver.kind, why)
+        why = driver.explain(why)
     result = Probe(driver.kind, driver.name, not why, why, time.monotonic() - start, time.time())
     if result.works:
         _worked[driver.kind, driver.name] = result

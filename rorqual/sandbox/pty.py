@@ -55,22 +55,18 @@ class Pty:
         if not self._unread:
             self._arrived.clear()
             waiting = asyncio.ensure_future(self._arrived.wait())
-            ended = asyncio.ensure_future(self._ended())
+            ended = asyncio.ensure_future(self._handle._ended())
             try:
                 done, _ = await asyncio.wait({waiting, ended}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 waiting.cancel()
                 ended.cancel()
+                await asyncio.gather(waiting, ended, return_exceptions=True)
             if not done:
                 raise TimeoutError(f"the terminal wrote nothing for {timeout:g} s")
         data = bytes(self._unread)
         self._unread.clear()
         return data
-
-    async def _ended(self) -> None:
-        end = self._handle._end
-        assert end is not None
-        await end.wait()
 
     async def wait(self, timeout: float | None = None) -> CommandResult:
         """How its program ended; its output is in `stdout_bytes`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shlex
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,10 +28,11 @@ class _Stream:
 
     def __init__(self) -> None:
         self.limit = 0
-        self.begin(1 << 20, b"")
+        self.begin(1 << 20, b"", 0)
 
-    def begin(self, limit: int, mark: bytes) -> None:
-        self.limit, self.mark = limit, mark
+    def begin(self, limit: int, mark: bytes, missed: int) -> None:
+        """missed: how much of this stream never came, up to now."""
+        self.limit, self.mark, self.missed = limit, mark, missed
         self.head, self.tail = bytearray(), bytearray()
         self.lost = 0
         self.done = False
@@ -102,52 +102,53 @@ class Session:
     async def run(self, cmd: str, *, timeout: float = 60.0, max_output: int = 1 << 20) -> CommandResult:
         """Run a command in the shell. After a timeout the shell is ended with all it started.
 
+        timeout: seconds, in which time that the sandbox was paused does not count; max_output: bytes of each stream.
         Raises: SandboxError when the shell has ended.
         """
         async with self._busy:
             if self._closed:
                 raise SandboxError(f"the shell of session {self._handle.id} has ended. Open another session.")
             mark = secrets.token_hex(16)
-            for stream, limit in zip(self._streams, (max_output, max_output, STATUS_BYTES), strict=True):
-                stream.begin(limit, mark.encode() if stream is not self._streams[2] else f"{mark}\n".encode())
+            for index, limit in enumerate((max_output, max_output, STATUS_BYTES)):
+                wanted = mark.encode() if index < 2 else f"{mark}\n".encode()
+                self._streams[index].begin(limit, wanted, self._handle._missed[index])
             history = self._sandbox._history()
             about = {"session": self._handle.id, "argv": [cmd], "timeout": timeout}
             record = await history.accept("", self._handle.id, "", self._sandbox._record.incarnation, about)
-            started = time.monotonic()
+            clock = self._sandbox._clock
+            started, stopped_s = clock.now(), clock.stopped_s
             end = f"{{ printf '%d {mark}\\n' $? >&3; printf {mark}; printf {mark} >&2; }}"
             await self._handle.write(f"command eval {shlex.quote(cmd)} </dev/null 3>&-\n{end}\n")
-            over = await self._until_marked(timeout)
-            result = self._result(over, (time.monotonic() - started) * 1000)
+            over = await self._until_marked(started + timeout)
+            result = self._result(over, (clock.now() - started) * 1000, (clock.stopped_s - stopped_s) * 1000)
             await history.finish(record, result)
             return result
 
-    async def _until_marked(self, timeout: float) -> str:
-        """Why waiting ended: "done", "ended" (the shell) or "timeout"."""
-        deadline = time.monotonic() + timeout
-        ended = self._handle._end
-        assert ended is not None
+    async def _until_marked(self, end: float) -> str:
+        """Why waiting ended: "done", "ended" (the shell) or "timeout" (the sandbox's clock shows `end`)."""
         over = "done"
-        while not all(stream.done for stream in self._streams):
-            self._news.clear()
-            waits = [asyncio.ensure_future(event.wait()) for event in (self._news, ended)]
-            left = deadline - time.monotonic()
-            try:
-                if left > 0:
-                    await asyncio.wait(waits, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
-            if ended.is_set() and not self._news.is_set():
-                over = "ended"
-                break
-            if time.monotonic() >= deadline and not self._news.is_set():
-                over = "timeout"
-                break
+        ended = asyncio.ensure_future(self._handle._ended())  # listens again where only the connection broke
+        try:
+            while over == "done" and not all(stream.done for stream in self._streams):
+                self._news.clear()
+                news = asyncio.ensure_future(self._news.wait())
+                try:
+                    in_time = await self._sandbox._clock.wait({news, ended}, end)
+                finally:
+                    news.cancel()
+                if not self._news.is_set():
+                    over = "ended" if ended.done() else over if in_time else "timeout"
+            if ended.done():
+                ended.result()
+        finally:
+            ended.cancel()
+            await asyncio.gather(ended, return_exceptions=True)
         if over != "done":
             await self.close()
         return over
 
-    def _result(self, over: str, duration_ms: float) -> CommandResult:
+    def _result(self, over: str, duration_ms: float, paused_ms: float) -> CommandResult:
+        missed = [self._handle._missed[index] - self._streams[index].missed for index in range(2)]
         out, err, status = self._streams
         said = status.bytes().split()[:1]
         code = 137
@@ -159,8 +160,9 @@ class Session:
             stderr_bytes=err.bytes(),
             signal=None if over == "done" else 9,
             timed_out=over == "timeout",
-            truncated_bytes={"stdout": out.lost, "stderr": err.lost},
+            truncated_bytes={"stdout": out.lost + missed[0], "stderr": err.lost + missed[1]},
             duration_ms=duration_ms,
+            paused_ms=paused_ms,
         )
 
     async def close(self) -> None:

@@ -37,26 +37,36 @@ async def take(sandbox: AsyncSandbox, kind: Literal["disk", "full"], name: str |
             "`rorqual sandbox doctor` lists drivers that can.",
             "snapshot_disk" if kind == "disk" else "snapshot_memory",
         )
-    link, was_paused = sandbox._link, sandbox._record.state == "paused"
-    if kind == "full":
-        digest = await sandbox._driver.snapshot_full(link.running, sandbox._home.path)
-        size = 0
-    else:
-        if not was_paused:
-            await link.request(Type.PAUSE)
-        try:
-            if not was_paused:
-                await link.request(Type.SYNC)
-            digest = await sandbox._driver.snapshot_disk(link.running, sandbox._home.path)
-        finally:
-            if not was_paused:
-                await link.request(Type.RESUME)
-        size = (await asyncio.to_thread(Store().layer, digest)).size
+    sandbox._clock.stop()
+    try:
+        if kind == "full":
+            digest = await sandbox._driver.snapshot_full(sandbox._link.running, sandbox._home.path)
+            size = 0
+        else:
+            digest = await _pack(sandbox)
+            size = (await asyncio.to_thread(Store().layer, digest)).size
+    finally:
+        if sandbox._record.state != "paused":
+            sandbox._clock.go_on()
     sequence = sandbox._history().last
     chosen = name or f"{sandbox.id}-{secrets.token_hex(4)}"
     await asyncio.to_thread(_record, sandbox, chosen, digest, kind, sequence, name is not None)
     await sandbox._history().write("snapshot", {"id": chosen, "covers": sequence, "of": kind, "digest": digest})
     return Snapshot(chosen, kind, digest, size, sequence, name)
+
+
+async def _pack(sandbox: AsyncSandbox) -> str:
+    """Its files as a layer of the store, taken while nothing runs; the layer's digest."""
+    link, was_paused = sandbox._link, sandbox._record.state == "paused"
+    if not was_paused:
+        await link.request(Type.PAUSE)
+    try:
+        if not was_paused:
+            await link.request(Type.SYNC)
+        return await sandbox._driver.snapshot_disk(link.running, sandbox._home.path)
+    finally:
+        if not was_paused:
+            await link.request(Type.RESUME)
 
 
 def _record(sandbox: AsyncSandbox, name: str, digest: str, kind: str, sequence: int, keep: bool) -> None:
@@ -126,11 +136,13 @@ async def fork(sandbox: AsyncSandbox, taken: Snapshot, n: int) -> list[AsyncSand
 
 
 async def roll_back(sandbox: AsyncSandbox, snapshot: str | Snapshot) -> None:
-    """See AsyncSandbox.rollback."""
+    """See AsyncSandbox.rollback. What it goes back to is checked before what runs is ended."""
     name = snapshot.id if isinstance(snapshot, Snapshot) else snapshot
     reference = await asyncio.to_thread(Store().reference, name)
     if reference is None or reference.note.get("sandbox") != sandbox.id:
         raise SnapshotFailed(f"{name!r} is no snapshot of sandbox {sandbox.id}; history() lists its snapshots.")
+    spec = replace(sandbox._record.spec, snapshot=name)
+    await sandbox._driver.check(spec, sandbox._home.path)
     left = await sandbox._driver.stop(sandbox._link.running, sandbox._home.path)
     if left:
         raise SnapshotFailed(f"sandbox {sandbox.id} could not be stopped for the rollback; left: {', '.join(left)}.")
@@ -138,10 +150,10 @@ async def roll_back(sandbox: AsyncSandbox, snapshot: str | Snapshot) -> None:
     for leftover in ("exit.json", "oom", "keeper"):
         (sandbox._home.path / leftover).unlink(missing_ok=True)
     record = sandbox._record
-    record.spec = replace(record.spec, snapshot=name)
+    record.spec = spec
     record.incarnation += 1
     record.running = None
-    sandbox._paused_since = None
+    sandbox._clock.go_on()
     sandbox._oom_seen = 0
     sandbox._set_state("preparing")
     sandbox._home.set_deadlines({"lifetime": record.created + record.spec.lifetimes.max_lifetime - time.time()})

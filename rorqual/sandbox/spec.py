@@ -80,7 +80,8 @@ class CommandResult:
     """How a command ended.
 
     exit_code: its own, or 128 + signal; signal: the signal's number or None; timed_out, oom_killed: why it was killed.
-    truncated_bytes: per stream, how many bytes of the middle were left out. duration_ms: paused time not counted.
+    truncated_bytes: per stream, how many bytes of the middle were left out. duration_ms: paused time not counted;
+    paused_ms: how long the sandbox stood still meanwhile.
     replayed: answered from the record, nothing ran. call_index, journal_seq: its place in the sandbox's history.
     """
 
@@ -92,6 +93,7 @@ class CommandResult:
     oom_killed: bool = False
     truncated_bytes: Mapping[str, int] = field(default_factory=lambda: {"stdout": 0, "stderr": 0})
     duration_ms: float = 0.0
+    paused_ms: float = 0.0
     replayed: bool = False
     call_index: int | None = None
     journal_seq: int | None = None

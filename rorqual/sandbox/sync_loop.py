@@ -70,6 +70,7 @@ class Calls:
         self._counting = threading.Lock()
 
     def wrap(self, function: Callable[[Any], None] | None) -> Callable[[Any], None] | None:
+        """A callback for the loop's thread, by which `function` is called in that of `wait_for`; None for None."""
         if function is None:
             return None
 
@@ -83,6 +84,8 @@ class Calls:
         return later
 
     def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` on the loop; callbacks are called here meanwhile. Raises: SandboxError in a running event loop."""
+
         async def whole() -> T:
             try:
                 return await work

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from rorqual.errors import SandboxError
 from rorqual.sandbox.errors import PolicyRejected
+from rorqual.sandbox.images.beneath import stays_inside
 
 if TYPE_CHECKING:
     from rorqual.sandbox.files import FileInfo
@@ -57,7 +58,7 @@ def local_tree(top: Path) -> list[Entry]:
             status = path.lstat()
             if stat.S_ISLNK(status.st_mode):
                 target = os.readlink(path)
-                if not stays_inside(relative, target):
+                if not _stays_inside(relative, target):
                     raise PolicyRejected(
                         f"{path} is a link to {target!r}, out of {top}. Copy what it leads to, or leave it out."
                     )
@@ -71,15 +72,8 @@ def local_tree(top: Path) -> list[Entry]:
     return entries
 
 
-def stays_inside(path: str, target: str) -> bool:
-    """Whether a link at `path` in a tree leads to a place in that tree, whatever the tree's other links are.
-
-    Steps up are allowed at its beginning only, where they leave folders that are real. Behind a name they may leave
-    another place than the text says: with `d -> .` the link `d/d/../../x` leads out.
-    """
-    steps = [step for step in target.split("/") if step not in ("", ".")]
-    up = next((number for number, step in enumerate(steps) if step != ".."), len(steps))
-    return not target.startswith("/") and "\0" not in target and ".." not in steps[up:] and up <= path.count("/")
+def _stays_inside(path: str, target: str) -> bool:
+    return stays_inside(tuple(os.fsencode(path).split(b"/")), os.fsencode(target))
 
 
 def _parts(path: str) -> list[str]:
@@ -123,7 +117,7 @@ class Receiver:
             )
         for entry in entries:
             _parts(entry.path)
-            if entry.kind == "link" and not stays_inside(entry.path, entry.target or ""):
+            if entry.kind == "link" and not _stays_inside(entry.path, entry.target or ""):
                 raise PolicyRejected(
                     f"{entry.path!r} is a link to {entry.target!r}, out of the tree. Nothing was kept."
                 )

@@ -133,6 +133,8 @@ class Tag(IntEnum):
     TIME_US = 58
     IDLE_FOR_MS = 59
     INDEX = 60
+    IN_TOTAL = 61
+    IN_CLOSED = 62
 
 
 class Start(IntFlag):

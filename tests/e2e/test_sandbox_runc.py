@@ -13,7 +13,8 @@ import pytest
 from rorqual.sandbox import Sandbox, cgroups, processes
 from rorqual.sandbox.agent.build import FOLDER
 from rorqual.sandbox.drivers import oci
-from rorqual.sandbox.drivers.runc import FIRST_ID, LAST_ID, Runc, fresh_range
+from rorqual.sandbox.drivers.runc import Runc
+from rorqual.sandbox.host_ids import FIRST_RANGE, LAST_RANGE, RANGE, fresh_range
 from rorqual.sandbox.sweep import sweep
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ def id_range(sandbox: Sandbox) -> tuple[int, int]:
 @needs_runc
 def test_s13_root_inside_has_users_and_owns_nothing_outside(rooted: Sandbox, home: Path) -> None:
     first, count = id_range(rooted)
-    assert count == 65536 and FIRST_ID <= first < LAST_ID
+    assert count == 65536 and FIRST_RANGE <= first < LAST_RANGE
     script = (
         "echo 'ada:x:1500:1500::/home/ada:/bin/sh' >> /etc/passwd && mkdir /home/ada && chown 1500:1500 /home/ada && "
         "touch /home/ada/f && chown 1500:1500 /home/ada/f && chmod 600 /home/ada/f && stat -c '%u %g' /home/ada/f"
@@ -75,7 +76,7 @@ def test_s13_two_sandboxes_never_share_a_range(rooted: Sandbox) -> None:
         (a, size), (b, _) = id_range(rooted), id_range(other)
         assert abs(a - b) >= size
     ranges = [fresh_range() for _ in range(5)]
-    assert len(set(ranges)) == 5 and all(one % oci.IDS == 0 for one in ranges) and a not in ranges and b not in ranges
+    assert len(set(ranges)) == 5 and all(one % RANGE == 0 for one in ranges) and a not in ranges and b not in ranges
 
 
 @needs_runc

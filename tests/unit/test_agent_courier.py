@@ -148,6 +148,101 @@ def test_a_refused_content_is_a_refusal_and_not_unknown(tmp_path: Path) -> None:
         server.close()
 
 
+class Cutting:
+    """A mail server that ends the connection where it is told to, the first `times` times."""
+
+    STAGES = ("connect", "EHLO", "MAIL", "RCPT", "DATA", "content")
+
+    def __init__(self, stage: str, times: int) -> None:
+        self._stage, self._left = stage, times
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.offers = 0
+        self.contents: list[bytes] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.offers += 1
+            with connection, connection.makefile("rwb") as file:
+                self._talk(file)
+
+    def _cuts(self, stage: str) -> bool:
+        if stage == self._stage and self._left:
+            self._left -= 1
+            return True
+        return False
+
+    def _talk(self, file: Any) -> None:
+        if self._cuts("connect"):
+            return
+        answer = b"220 here"
+        while True:
+            file.write(answer + b"\r\n")
+            file.flush()
+            line = file.readline()
+            word = line[:4].decode().upper()
+            if not line or self._cuts(word):
+                return
+            answer = b"250 fine"
+            if word == "DATA":
+                file.write(b"354 go on\r\n")
+                file.flush()
+                content = b""
+                while not content.endswith(b"\r\n.\r\n"):
+                    content += file.readline()
+                self.contents.append(content)
+                if self._cuts("content"):
+                    return
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.mark.parametrize("stage", Cutting.STAGES[:-1])
+def test_a_server_that_breaks_off_before_it_asked_is_tried_once_more(tmp_path: Path, stage: str) -> None:
+    server = Cutting(stage, times=1)
+    try:
+        outbox = Outbox(tmp_path, KEY)
+        assert send(tmp_path, KEY, lambda: mail(server.port))["reply"] == "250 fine"
+        assert server.offers == 2 and len(server.contents) == 1 and outbox.read("refused") is None
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("stage", Cutting.STAGES[:-1])
+def test_a_server_that_breaks_off_again_was_sent_nothing(tmp_path: Path, stage: str) -> None:
+    server = Cutting(stage, times=3)
+    try:
+        for _ in range(2):  # the second call is answered from the file
+            with pytest.raises(CallFailed, match="broke off before the content, 2 times"):
+                send(tmp_path, KEY, lambda: mail(server.port))
+        assert server.offers == 2 and server.contents == [] and not (tmp_path / f"{KEY}.started").exists()
+    finally:
+        server.close()
+
+
+def test_a_server_that_breaks_off_after_the_content_is_never_asked_again(tmp_path: Path) -> None:
+    server = Cutting("content", times=1)
+    try:
+        for _ in range(2):
+            with pytest.raises(InfraFailed, match="may have arrived or not"):
+                send(tmp_path, KEY, lambda: mail(server.port))
+        assert server.offers == 1 and len(server.contents) == 1
+    finally:
+        server.close()
+
+
+def test_lines_that_begin_with_a_dot_arrive_as_they_are(server: MailServer, tmp_path: Path) -> None:
+    content = CONTENT + b".\r\n..two\r\nlast"
+    send(tmp_path, KEY, lambda: Mail(Server("127.0.0.1", server.port), "a@example.org", ("b@example.org",), content))
+    assert server.inbox[0].get_content() == "Hello.\r\n.\r\n..two\r\nlast\r\n"
+
+
 def test_every_yes_of_a_server_is_one(tmp_path: Path) -> None:
     server = Silent(to_content=b"251 will forward")
     try:

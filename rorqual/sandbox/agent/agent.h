@@ -57,6 +57,7 @@ enum Field {
     F_DEPTH = 39, F_PORT = 40, F_ID = 41, F_IDLE_MS = 42, F_LIFE_MS = 43, F_RUNNING = 44, F_DONE = 45, F_OOM = 46,
     F_NPROC = 47, F_NOFILE = 48, F_FSIZE = 49, F_DATA_LIMIT = 50, F_FILTER = 51, F_STATE = 52, F_TRUNCATED = 53,
     F_HOSTNAME = 54, F_ENTROPY = 55, F_CPU_LOCKED = 56, F_ENTRY = 57, F_TIME_US = 58, F_IDLE_FOR_MS = 59, F_INDEX = 60,
+    F_IN_TOTAL = 61, F_IN_CLOSED = 62,
 };
 
 enum StartFlags { FLAG_PTY = 1, FLAG_STDIN = 2, FLAG_STREAM = 4, FLAG_WAIT = 8, FLAG_STATUS_PIPE = 16 };
@@ -162,6 +163,7 @@ int look_up_user(const char *name, uid_t *uid, gid_t *gid, char *home, size_t ho
 void file_request(Header *h, Slice payload);
 bool file_job_owns(pid_t pid);
 void file_job_event(Watch *w, uint32_t events);
+void file_jobs_detach(void); /* the client is gone: what still runs is finished and answered to nobody */
 void port_request(Header *h, Slice payload);
 void port_event(Watch *w, uint32_t events);
 void ports_pump(void);

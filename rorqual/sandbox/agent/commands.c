@@ -38,6 +38,7 @@ typedef struct {
     Watch status_watch, in_watch;
     bool status_open, in_open, in_closing;
     Buffer input;
+    uint64_t in_total; /* bytes of input that were taken from clients */
     uint64_t started_us, deadline_us, exited_us, kill_since_us, paused_before_us, duration_us, paused_us, order, next_kill_us;
     uint64_t waiters[MAX_WAITERS];
     int waiting;
@@ -178,6 +179,8 @@ static void describe(Handle *h, Buffer *b, bool with_output) {
     field_number(b, F_STATUS, (uint64_t)(uint32_t)h->status);
     field_number(b, F_TIMED_OUT, h->timed_out);
     field_number(b, F_DURATION_US, h->done ? h->duration_us : running_us() - h->started_us);
+    field_number(b, F_IN_TOTAL, h->in_total);
+    field_number(b, F_IN_CLOSED, !h->in_open || h->in_closing);
     field_number(b, F_PAUSED_US, h->done ? h->paused_us : settings.paused_total_us - h->paused_before_us);
     for (int i = 0; i < 2; i++) {
         Stream *s = &h->streams[i];
@@ -198,6 +201,13 @@ static void send_exited(Handle *h, uint64_t request) {
     Buffer b = {0};
     describe(h, &b, request != 0);
     send_frame(EXITED, request, &b);
+    buffer_free(&b);
+}
+
+static void send_state(Handle *h, uint64_t request) {
+    Buffer b = {0};
+    describe(h, &b, false);
+    send_frame(OK, request, &b);
     buffer_free(&b);
 }
 
@@ -470,7 +480,7 @@ void command_start(uint64_t request, Slice payload) {
     if (h) { /* the same call again: join it */
         free(name);
         if (flags & FLAG_WAIT) wait_for(h, request);
-        else send_ok(request);
+        else send_state(h, request);
         return;
     }
     uint64_t digest = name_digest(name);
@@ -524,6 +534,7 @@ void command_start(uint64_t request, Slice payload) {
     Slice input;
     if (find_bytes(payload, F_DATA, &input)) {
         buffer_add(&h->input, input.data, input.size);
+        h->in_total = input.size;
         h->in_closing = true;
         feed_stdin(h);
     }
@@ -531,10 +542,7 @@ void command_start(uint64_t request, Slice payload) {
         wait_for(h, request);
         return;
     }
-    Buffer b = {0};
-    field_number(&b, F_PID, (uint64_t)h->pid);
-    send_frame(OK, request, &b);
-    buffer_free(&b);
+    send_state(h, request);
 }
 
 static Handle *wanted(uint64_t request, Slice payload) {
@@ -548,6 +556,8 @@ void command_wait(uint64_t request, Slice payload) {
     if (h) wait_for(h, request);
 }
 
+/* Takes the whole of it or nothing, and says how much it has: so a client whose connection broke, and one that comes in
+ * a dead one's place, know where to go on. */
 void command_write(uint64_t request, Slice payload) {
     Handle *h = wanted(request, payload);
     Slice data;
@@ -557,9 +567,13 @@ void command_write(uint64_t request, Slice payload) {
     } else if (!find_bytes(payload, F_DATA, &data) || h->input.size + data.size > STDIN_ROOM) {
         send_error(request, EAGAIN, "it has not read what was sent before");
     } else {
+        h->in_total += data.size;
         terminal_type(h->in_watch.fd, &h->input, data, h->pty && settings.keys_stay);
         feed_stdin(h);
-        send_ok(request);
+        Buffer b = {0};
+        field_number(&b, F_IN_TOTAL, h->in_total);
+        send_frame(OK, request, &b);
+        buffer_free(&b);
     }
 }
 
@@ -603,10 +617,7 @@ void command_attach(uint64_t request, Slice payload) {
     h->streams[2].sent = 0;
     h->stream = true;
     h->said = false;
-    Buffer b = {0};
-    describe(h, &b, false);
-    send_frame(OK, request, &b);
-    buffer_free(&b);
+    send_state(h, request);
     commands_pump();
 }
 

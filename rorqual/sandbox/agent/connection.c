@@ -53,12 +53,15 @@ static bool same(const uint8_t *a, const uint8_t *b, size_t size) { /* takes as 
     return !difference;
 }
 
+static void client_gone(void) {
+    client = NULL;
+    commands_detach();
+    file_jobs_detach();
+    ports_close_all();
+}
+
 static void close_connection(Connection *c) {
-    if (client == c) {
-        client = NULL;
-        commands_detach();
-        ports_close_all();
-    }
+    if (client == c) client_gone();
     c->greeted = false;
     explicit_bzero(c->key, KEY_BYTES);
     if (c->single) {
@@ -136,9 +139,7 @@ static bool hello(Connection *c, const Header *h, Slice payload, const uint8_t *
             send_frame(STALE, 0, NULL);
             close_connection(old);
         } else {
-            client = NULL;
-            commands_detach();
-            ports_close_all();
+            client_gone();
             buffer_free(&c->output);
         }
     }

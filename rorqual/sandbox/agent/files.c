@@ -307,13 +307,17 @@ static void reply(uint64_t request, int error, const Buffer *b) {
     else send_frame(OK, request, b);
 }
 
-typedef struct { Watch watch; bool used; uint64_t request; Buffer result; pid_t pid; } Job;
+typedef struct { Watch watch; bool used, orphaned; uint64_t request; Buffer result; pid_t pid; } Job;
 static Job jobs[MAX_JOBS];
 
 bool file_job_owns(pid_t pid) {
     for (int i = 0; i < MAX_JOBS; i++)
         if (jobs[i].used && jobs[i].pid == pid) return true;
     return false;
+}
+
+void file_jobs_detach(void) { /* the next client counts its requests anew: no answer of these is its */
+    for (int i = 0; i < MAX_JOBS; i++) jobs[i].orphaned = true;
 }
 
 static bool in_child(Header *h, Slice p) {
@@ -359,7 +363,7 @@ void file_job_event(Watch *w, uint32_t events) {
         memcpy(&code, job->result.data, 4);
         buffer_drop(&job->result, 4);
     }
-    reply(job->request, (int)code, &job->result);
+    if (!job->orphaned) reply(job->request, (int)code, &job->result);
     buffer_free(&job->result);
     job->used = false;
 }

@@ -55,6 +55,10 @@ class Driver(ABC):
     def missing(self) -> str | None:
         """What plainly lacks here (a binary, a device, a permission) with what would bring it, or None. Cheap."""
 
+    def explain(self, why: str) -> str:
+        """Why a command could not be run through it: what is known of this machine, else what was seen (`why`)."""
+        return why
+
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """What this driver can do on this machine."""
@@ -66,6 +70,13 @@ class Driver(ABC):
         Returns once processes run; the caller then opens the channel and waits for the agent's hello.
         Raises: SandboxError (nothing is left behind) when it cannot; Unsupported for a constraint it cannot keep.
         """
+
+    async def check(self, spec: SandboxSpec, home: Path) -> None:
+        """Whether what `spec` names is all there and can be stood on, before anything is stopped for its sake.
+
+        Raises: SandboxError for a layer or file that is missing or damaged; Unsupported for too many of them.
+        """
+        return None
 
     @abstractmethod
     async def connect(self, running: Running, home: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import math
 import os
 import secrets
@@ -28,14 +27,15 @@ from rorqual.sandbox.drivers.base import Driver, Process, Running
 from rorqual.sandbox.drivers.streams import connect_unix
 from rorqual.sandbox.errors import Unsupported
 from rorqual.sandbox.home import Home
+from rorqual.sandbox.host_ids import fresh_uid
 from rorqual.sandbox.host_root import host_root
 from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Kind, SandboxSpec
 from rorqual.sandbox.threads import in_thread
 
+MAX_LOWERS = 64  # as agent/keep.c has it
 OWN_PROCESSES = 32  # so that a sandbox whose own are used up still starts a command that ends them
-FIRST_UID, LAST_UID = 200_000, 1_000_000
 _MASKED_FILES = (
     *("kcore", "kmsg", "keys", "key-users", "sysrq-trigger", "timer_list", "sched_debug", "kallsyms", "config.gz"),
     *("kpagecount", "kpageflags", "kpagecgroup", "latency_stats", "timer_stats", "interrupts", "iomem", "ioports"),
@@ -86,16 +86,21 @@ class Bwrap(Driver):
             )
         return await in_thread(self._start, spec, home, undo=self._stop)
 
+    async def check(self, spec: SandboxSpec, home: Path) -> None:
+        """Every layer is in the store, as it was stored, and there are not too many."""
+        await asyncio.to_thread(self._check, spec)
+
+    def _check(self, spec: SandboxSpec) -> None:
+        store = Store()
+        for digest in named_layers(store, spec):
+            store.object_path(digest)
+
     def _start(self, spec: SandboxSpec, home: Path) -> Running:
         limits = spec.limits
         enforced: dict[str, str] = {}
         store = Store()
-        names = store.resolve(names_of(spec))
-        lowers = store.lowerdirs(names)
-        shown: list[str] = []
-        if on_host_root(spec):
-            root, shown = host_root()
-            lowers.append(root)
+        names = named_layers(store, spec)
+        lowers, shown = lower_folders(store, spec, names)
         command = [str(agent_binary()), "keep", "--home", str(home)]
         if os.geteuid() == 0:
             outer = fresh_uid()
@@ -216,6 +221,27 @@ class Bwrap(Driver):
         return await asyncio.to_thread(lambda: sum(pss(process.pid) for process in tree_of(running)))
 
 
+def named_layers(store: Store, spec: SandboxSpec) -> list[str]:
+    """Digests of the layers a sandbox stands on, from the bottom up. Raises: SandboxError; Unsupported for too many."""
+    digests = store.resolve(names_of(spec))
+    if len(digests) + on_host_root(spec) > MAX_LOWERS:
+        raise Unsupported(
+            f"{len(digests)} layers are more than a container is stacked from ({MAX_LOWERS}). Make the image of fewer: "
+            "export it and import it as one.",
+            "layers",
+        )
+    return digests
+
+
+def lower_folders(store: Store, spec: SandboxSpec, digests: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Read-only folders of these layers, the topmost first, and what of this machine is bound into their root."""
+    lowers = store.lowerdirs(digests)
+    if not on_host_root(spec):
+        return lowers, []
+    root, shown = host_root()
+    return [*lowers, root], shown
+
+
 def tree_of(running: Running) -> list[Process]:
     """Every host process of a sandbox that is alive now."""
     tree: list[Process] = []
@@ -249,20 +275,6 @@ def choose_cpus(cpu: float) -> list[int]:
     allowed = sorted(os.sched_getaffinity(0))
     count = min(max(1, math.ceil(cpu)), len(allowed))
     return sorted(secrets.SystemRandom().sample(allowed, count))
-
-
-def fresh_uid() -> int:
-    """A host uid that no other sandbox on this machine has had since boot: a counter in /run."""
-    folder = Path("/run/rorqual")
-    folder.mkdir(mode=0o755, exist_ok=True)
-    with open(folder / "last-uid", "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        last = int(file.read() or FIRST_UID)
-        uid = last + 1 if FIRST_UID <= last < LAST_UID else FIRST_UID + 1
-        file.truncate(0)
-        file.write(str(uid))
-    return uid
 
 
 def launch(

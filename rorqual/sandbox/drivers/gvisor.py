@@ -25,12 +25,11 @@ from rorqual.errors import SandboxError
 from rorqual.sandbox import cgroups
 from rorqual.sandbox.agent.build import agent_binary
 from rorqual.sandbox.drivers.base import Running
-from rorqual.sandbox.drivers.bwrap import Bwrap, choose_cpus, fresh_uid, launch
+from rorqual.sandbox.drivers.bwrap import Bwrap, choose_cpus, launch, lower_folders, named_layers
 from rorqual.sandbox.drivers.streams import connect_fifos
 from rorqual.sandbox.errors import Unsupported
-from rorqual.sandbox.host_root import host_root
+from rorqual.sandbox.host_ids import fresh_uid
 from rorqual.sandbox.images.store import Store
-from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Limits, SandboxSpec
 
 SENTRY_MB = 192
@@ -66,12 +65,8 @@ class Gvisor(Bwrap):
             raise SandboxError(f"{self.missing()}.")
         check_works(runsc)
         store = Store()
-        names = store.resolve(names_of(spec))
-        lowers = store.lowerdirs(names)
-        shown: list[str] = []
-        if on_host_root(spec):
-            root, shown = host_root()
-            lowers.append(root)
+        names = named_layers(store, spec)
+        lowers, shown = lower_folders(store, spec, names)
         bundle = home / "bundle"
         bundle.mkdir(mode=0o755)
         bundle.chmod(0o755)

@@ -13,9 +13,9 @@ from functools import cache
 from typing import Any
 
 from rorqual.sandbox.agent.build import FOLDER
+from rorqual.sandbox.host_ids import RANGE
 from rorqual.sandbox.spec import SandboxSpec
 
-IDS = 65536
 ROOT_CAPABILITIES = (
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -43,7 +43,7 @@ def config(spec: SandboxSpec, hostname: str, *, first_id: int, shown: Sequence[s
 
     shown: folders of the host to show read-only as (option, from, to) in a row.
     """
-    mapping = [{"containerID": 0, "hostID": first_id, "size": IDS}]
+    mapping = [{"containerID": 0, "hostID": first_id, "size": RANGE}]
     return {
         "ociVersion": "1.0.2",
         "hostname": hostname,

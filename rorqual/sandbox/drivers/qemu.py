@@ -36,7 +36,7 @@ from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.link import provision_fields
 from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Isolation, Kind, SandboxSpec
-from rorqual.sandbox.vm import boot, guest_root, kernel, qcow2, saved, snapshot, template
+from rorqual.sandbox.vm import boot, guest_root, kernel, pvm, qcow2, saved, snapshot, template
 from rorqual.sandbox.vm.control import Control
 from rorqual.sandbox.vm.initramfs import PCI_MODULES, build_initramfs
 from rorqual.sandbox.vm.machine import (
@@ -82,8 +82,12 @@ class Qemu(Driver):
             if not os.access("/dev/kvm", os.R_OK | os.W_OK):
                 return "/dev/kvm may not be opened by this user; an administrator can add it to the group kvm"
             if _hung().exists():
-                return f"with KVM no guest booted ({_hung().read_text()}); remove {_hung()} to try again"
+                return f"with KVM no guest booted ({self.explain(_hung().read_text())}); remove {_hung()} to try again"
         return kernel.missing() or template.missing() or guest_root.missing()
+
+    def explain(self, why: str) -> str:
+        """Once a guest did not boot: whether this machine's KVM is of a kind that no stock kernel boots on."""
+        return pvm.REASON if self.accelerator == "kvm" and pvm.is_pvm() else why
 
     def capabilities(self) -> Capabilities:
         """What it can do on this machine."""
@@ -105,11 +109,8 @@ class Qemu(Driver):
                 f"network={spec.network!r}: the {self.name} driver gives a machine no network. Use network='none'.",
                 "network_allowlist",
             )
-        full = await asyncio.to_thread(_full_snapshot, spec)
-        machine, digests = await asyncio.to_thread(self._machine, spec, home, full)
+        machine, digests, full = await asyncio.to_thread(self._checked, spec, home)
         if full is not None:
-            await asyncio.to_thread(snapshot.check, full, fingerprint(machine, *digests))
-            await asyncio.to_thread(snapshot.verify, full)
             state, parents = full.folder / "state", [full.folder / name for name in full.disks]
             disk_mb, secret = full.disk_mb, full.secret
         else:
@@ -123,6 +124,19 @@ class Qemu(Driver):
             await asyncio.shield(asyncio.to_thread(boot.end, running.processes, running.cgroups))
             raise
         return running
+
+    async def check(self, spec: SandboxSpec, home: Path) -> None:
+        """Every layer, or the full snapshot with what it was taken under, is as it was, and there are not too many."""
+        await asyncio.to_thread(self._checked, spec, home)
+
+    def _checked(self, spec: SandboxSpec, home: Path) -> tuple[Machine, tuple[str, str], snapshot.Manifest | None]:
+        """The machine asked for, digests of kernel and initramfs, and the full snapshot it starts from, if any."""
+        full = _full_snapshot(spec)
+        machine, digests = self._machine(spec, home, full)
+        if full is not None:
+            snapshot.check(full, fingerprint(machine, *digests))
+            snapshot.verify(full)
+        return machine, digests, full
 
     async def _template(self, machine: Machine, digests: tuple[str, str], spec: SandboxSpec) -> template.Template:
         try:

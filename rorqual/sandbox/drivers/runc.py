@@ -12,7 +12,6 @@ keeper -> holder (private mounts, layers stacked) -> runc -> agent as process 1;
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import secrets
@@ -24,15 +23,12 @@ from rorqual.sandbox import cgroups
 from rorqual.sandbox.agent.build import agent_binary
 from rorqual.sandbox.drivers import oci
 from rorqual.sandbox.drivers.base import Running
-from rorqual.sandbox.drivers.bwrap import Bwrap, launch
+from rorqual.sandbox.drivers.bwrap import Bwrap, launch, lower_folders, named_layers
 from rorqual.sandbox.errors import Unsupported
-from rorqual.sandbox.host_root import host_root
+from rorqual.sandbox.host_ids import RANGE, fresh_range
 from rorqual.sandbox.images.store import Store
-from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import SandboxSpec
 
-FIRST_ID, LAST_ID = 1 << 28, (1 << 31) - oci.IDS
-"""Where private ranges lie: far above what distributions give to users and their containers."""
 _OWN_PIDS = 64  # keeper's holder and runc's threads, which stand in the sandbox's group
 _WRAP = 'exec 3<&5 4<&6; exec "$@"'  # runc passes on descriptors from 3; the keeper leaves them at 5 and 6
 
@@ -56,11 +52,8 @@ class Runc(Bwrap):
 
     def _start(self, spec: SandboxSpec, home: Path) -> Running:
         store = Store()
-        names = store.resolve(names_of(spec))
-        lowers, shown = store.lowerdirs(names), list[str]()
-        if on_host_root(spec):
-            root, shown = host_root()
-            lowers.append(root)
+        names = named_layers(store, spec)
+        lowers, shown = lower_folders(store, spec, names)
         first_id = fresh_range()
         group = cgroups.create(home.name, replace(spec.limits, pids=spec.limits.pids + _OWN_PIDS))
         if group is None:
@@ -96,7 +89,7 @@ class Runc(Bwrap):
 
     def _command(self, spec: SandboxSpec, home: Path, lowers: list[Path], first_id: int) -> list[str]:
         command = [str(agent_binary()), "keep", "--home", str(home)]
-        command += ["--uid", str(first_id), "--inner-uid", "0", "--range", str(oci.IDS)]
+        command += ["--uid", str(first_id), "--inner-uid", "0", "--range", str(RANGE)]
         command += ["--disk-mb", str(spec.limits.disk_mb), "--inodes", str(spec.limits.inodes)]
         for lower in lowers:
             command += ["--lower", str(lower)]
@@ -112,19 +105,5 @@ class Runc(Bwrap):
     async def snapshot_disk(self, running: Running, home: Path) -> str:
         """Pack the upper folder, read through the holder's mount namespace, with the owners the sandbox sees."""
         upper = Path(f"/proc/{running.processes[1].pid}/root/mnt/up/upper")
-        owners = [(int(running.extra["first_id"]), 0, oci.IDS)]
+        owners = [(int(running.extra["first_id"]), 0, RANGE)]
         return await asyncio.to_thread(lambda: Store().pack(upper, owners=owners))
-
-
-def fresh_range() -> int:
-    """The first of 65,536 host ids that no other sandbox on this machine has had since boot: a counter in /run."""
-    folder = Path("/run/rorqual")
-    folder.mkdir(mode=0o755, exist_ok=True)
-    with open(folder / "last-range", "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        last = int(file.read() or FIRST_ID)
-        first = last + oci.IDS if FIRST_ID <= last < LAST_ID - oci.IDS else FIRST_ID + oci.IDS
-        file.truncate(0)
-        file.write(str(first))
-    return first

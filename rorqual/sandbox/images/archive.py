@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from rorqual.errors import SandboxError
 from rorqual.sandbox.errors import PolicyRejected
-from rorqual.sandbox.images.beneath import Path, open_beneath, open_folder, shown
+from rorqual.sandbox.images.beneath import Path, open_beneath, open_folder, shown, stays_inside
 from rorqual.sandbox.images.tar import HARD_LINK, ArchiveLimits, Member, Reader
 
 _SET_ID = stat.S_ISUID | stat.S_ISGID
@@ -101,7 +101,7 @@ class _Unpacking:
         if member.kind == HARD_LINK:
             self._link(member, parent, fresh)
         elif member.kind == stat.S_IFLNK:
-            if self._quarantine and not _stays_inside(member):
+            if self._quarantine and not stays_inside(member.path, member.target):
                 self._report.skipped.append(shown(member.path))
                 return False
             os.symlink(member.target, fresh, dir_fd=parent)
@@ -153,16 +153,6 @@ def _replace(parent: int, fresh: bytes, path: Path) -> None:
         raise PolicyRejected(
             f"{shown(path)} is a folder there already and a file in the archive. Remove one."
         ) from None
-
-
-def _stays_inside(member: Member) -> bool:
-    """Whether a symbolic link leads to something in the tree, whatever other links there are in it.
-
-    Steps up count at the beginning only, where they leave real folders: with `d -> .`, `d/d/../../x` leads out.
-    """
-    steps = [step for step in member.target.split(b"/") if step not in (b"", b".")]
-    up = next((number for number, step in enumerate(steps) if step != b".."), len(steps))
-    return not member.target.startswith(b"/") and b".." not in steps[up:] and up < len(member.path)
 
 
 def create(source: FilePath, out: BinaryIO, limits: ArchiveLimits | None = None) -> Report:

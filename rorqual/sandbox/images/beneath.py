@@ -62,6 +62,17 @@ def check_parts(path: Path) -> None:
             raise PolicyRejected(f"{shown(path)} has the part {part[:255]!r}, which no path may have here.")
 
 
+def stays_inside(path: Path, target: bytes) -> bool:
+    """Whether a symbolic link at `path` of a tree leads to a place in that tree, whatever the tree's other links are.
+
+    Steps up are allowed at its beginning only, where they leave folders that are real. Behind a name they may leave
+    another place than the text says: with `d -> .` the link `d/d/../../x` leads out.
+    """
+    steps = [step for step in target.split(b"/") if step not in (b"", b".")]
+    up = next((number for number, step in enumerate(steps) if step != b".."), len(steps))
+    return not target.startswith(b"/") and b"\0" not in target and b".." not in steps[up:] and up < len(path)
+
+
 def shown(path: Path) -> str:
     """A path for people, bytes that are no text as escapes, and not without end."""
     text = b"/".join(path).decode("utf-8", "backslashreplace") or "."

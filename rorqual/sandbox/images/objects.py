@@ -63,6 +63,7 @@ class FolderObjects:
         self._lock = threading.Lock()
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
+        """Bytes of an object, fewer only at its end. Raises: FileNotFoundError."""
         with open(self.folder / key, "rb") as file:
             data = os.pread(file.fileno(), length, offset)
             while 0 < len(data) < length and (more := os.pread(file.fileno(), length - len(data), offset + len(data))):
@@ -73,6 +74,7 @@ class FolderObjects:
         return data
 
     def put(self, key: str, source: BinaryIO) -> None:
+        """Store what `source` still has, durably and at once; one that is there is replaced. Raises: OSError."""
         with self.temporary() as file:
             while piece := source.read(1 << 20):
                 file.write(piece)
@@ -130,15 +132,18 @@ class FolderObjects:
             self.counters.bytes_written += os.fstat(file.fileno()).st_size
 
     def stat(self, key: str) -> int | None:
+        """Size in bytes, or None when there is no such object."""
         try:
             return (self.folder / key).stat().st_size
         except FileNotFoundError:
             return None
 
     def delete(self, key: str) -> None:
+        """Remove an object; nothing when it is not there."""
         (self.folder / key).unlink(missing_ok=True)
 
     def keys(self, prefix: str = "") -> Iterator[str]:
+        """Names of the objects that begin so, in no order."""
         top = self.folder / prefix.rpartition("/")[0]
         for folder, _, names in os.walk(top):
             for name in names:
@@ -147,6 +152,7 @@ class FolderObjects:
                     yield key
 
     def path(self, key: str) -> Path:
+        """Where an object's file is, or would be."""
         return self.folder / key
 
 

@@ -39,6 +39,7 @@ class Entry:
 
     @property
     def device(self) -> int:
+        """Number of a device file's device; of an overlayfs whiteout 0."""
         return os.makedev((self.start >> 8) & 0xFFF, (self.start & 0xFF) | ((self.start >> 12) & 0xFFF00))
 
     @property

@@ -11,7 +11,8 @@ from rorqual.errors import SandboxError
 from rorqual.sandbox import cgroups, processes
 from rorqual.sandbox.agent.build import agent_binary
 from rorqual.sandbox.drivers.base import Process
-from rorqual.sandbox.drivers.bwrap import fresh_uid, launch
+from rorqual.sandbox.drivers.bwrap import launch
+from rorqual.sandbox.host_ids import fresh_uid
 from rorqual.sandbox.spec import Limits
 from rorqual.sandbox.vm.machine import Machine, command
 from rorqual.sandbox.vm.qmp import QMP

@@ -22,6 +22,7 @@ from pathlib import Path
 from rorqual.errors import SandboxError
 from rorqual.folders import data_folder
 from rorqual.sandbox.errors import SnapshotFailed
+from rorqual.sandbox.images.objects import sync_folder
 
 MAX_CHAIN = 24
 _BLOCK = 1 << 16
@@ -147,8 +148,8 @@ def store(
             file.flush()
             os.fsync(file.fileno())
         os.rename(scratch, target)
-        _sync_folder(target)
-        _sync_folder(folder())
+        sync_folder(target)
+        sync_folder(folder())
         verify(manifest)
         return manifest
     except OSError as error:
@@ -222,14 +223,6 @@ def _settle(path: Path) -> None:
         os.chown(path, 0, 0)
     path.chmod(0o444)
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

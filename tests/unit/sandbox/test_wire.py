@@ -7,6 +7,7 @@ import secrets
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -287,3 +288,26 @@ def test_a_client_finds_its_welcome_behind_what_the_agent_sent_to_another(serial
     again = Peer(serial.link)
     assert again.hello(epoch=2, first=False).kind == Type.WELCOME
     assert again.works()
+
+
+@pytest.mark.parametrize("how", ["killed", "fenced"])
+def test_a_job_of_a_client_that_is_gone_answers_nobody(listening: str, how: str, tmp_path: Path) -> None:
+    """The first client's list is stopped half-way; it goes on once the next one has asked under the same number."""
+    for number in range(3000):
+        (tmp_path / f"{number:04}").touch()
+    with connected(listening) as peer:
+        with connected(listening) as dead:
+            dead.hello()
+            listing = dead.bytes_of(Type.FILE_LIST, (Tag.PATH, str(tmp_path)), request=1)
+            dead.link.sendall(listing + dead.bytes_of(Type.PAUSE, request=2))
+            assert dead.receive().request == 2, "the list was answered before all stood still"
+            if how == "fenced":
+                assert peer.hello(epoch=2, first=False).kind == Type.WELCOME
+        if how == "killed":
+            assert peer.hello(first=False).kind == Type.WELCOME
+        peer.link.sendall(peer.bytes_of(Type.RESUME, request=9))
+        assert peer.receive().request == 9
+        start = ((Tag.HANDLE, "long"), (Tag.ARG, "sleep"), (Tag.ARG, "0.5"), (Tag.FLAGS, int(Start.WAIT)))
+        peer.link.sendall(peer.bytes_of(Type.START, *start, request=1))
+        answer = peer.receive()
+        assert (answer.request, answer.kind, answer.fields.text(Tag.HANDLE)) == (1, Type.EXITED, "long")
