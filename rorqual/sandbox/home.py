@@ -6,6 +6,7 @@
         lifetime       when the keeper ends it, in milliseconds since boot; SIGHUP makes the keeper read it again
         exit.json      why it ended, written by the keeper
         channel, keeper, keeper.log, oom, history/
+    <data>/sandboxes/<id>/suspended a machine's memory on disk: while it is there, no process of the sandbox has to live
     <data>/sandboxes/.making        flock held while a folder is made and not yet locked
     <data>/sandboxes/.gone/<id>     why a sandbox that is no more ended, kept for a day
 
@@ -30,7 +31,7 @@ from typing import Any
 
 from rorqual.errors import SandboxError
 from rorqual.folders import data_folder
-from rorqual.sandbox import processes
+from rorqual.sandbox import bases, processes
 from rorqual.sandbox.drivers.base import Process, Running
 from rorqual.sandbox.errors import Gone
 from rorqual.sandbox.spec import Kind, Lifetimes, Limits, SandboxSpec
@@ -91,6 +92,8 @@ class Home:
         """A new folder with a new id, locked by this process."""
         parent = sandboxes_folder(base)
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if base is not None:
+            bases.register(base)
         home = cls(parent / f"{kind}-{secrets.token_hex(6)}")
         with open(parent / ".making", "a") as making:
             fcntl.flock(making, fcntl.LOCK_SH)
@@ -101,13 +104,25 @@ class Home:
 
     @classmethod
     def find(cls, sandbox_id: str, base: Path | str | None = None) -> Home:
-        """The folder of a sandbox that exists. Raises: Gone."""
+        """The folder of a sandbox that exists, below `base` or any folder with sandboxes. Raises: Gone."""
         if not _ID.fullmatch(sandbox_id):
             raise SandboxError(f"{sandbox_id!r} is no sandbox id. Sandbox.list() shows them.")
-        home = cls(sandboxes_folder(base) / sandbox_id)
-        if not (home.path / "spec.json").exists():
-            raise gone(sandbox_id, reason_of(home.path.parent, sandbox_id))
-        return home
+        parents = [sandboxes_folder(one) for one in ([base] if base is not None else bases.known())]
+        for parent in parents:
+            if (parent / sandbox_id / "spec.json").exists():
+                return cls(parent / sandbox_id)
+        ended = [parent for parent in parents if (parent / ".gone" / sandbox_id).exists()]
+        raise gone(sandbox_id, reason_of((ended or parents)[0], sandbox_id))
+
+    @property
+    def base(self) -> Path:
+        """The data folder that it lies in."""
+        return self.path.parent.parent
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether its memory is on disk; what processes of it still live stand still and may be ended."""
+        return (self.path / "suspended").exists()
 
     def lock(self) -> bool:
         """Become the process that drives this sandbox; False when another one does."""
@@ -172,7 +187,9 @@ class Home:
         return over[0][1] if over else None
 
     def ended(self) -> str | None:
-        """Why the sandbox ended, as its keeper wrote it; None while it runs (or is being made)."""
+        """Why the sandbox ended, as its keeper wrote it; None while it runs, is being made, or needs no process."""
+        if self.is_suspended:
+            return None
         try:
             return str(json.loads((self.path / "exit.json").read_text())["reason"])
         except FileNotFoundError:

@@ -106,6 +106,6 @@ def _dead(home: Home) -> str | None:
         return "crashed"  # only its maker could have told the agent inside who it is
     if any(processes.alive(process) for process in record.running.processes):
         return None
-    if record.state == "paused" and (home.path / "suspended").exists():
+    if home.is_suspended:
         return home.overdue()  # its memory is on disk: no process is right
     return "crashed"

@@ -18,18 +18,20 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rorqual.errors import SandboxError
 from rorqual.folders import cache_folder
+from rorqual.sandbox import processes
 from rorqual.sandbox.channel import Channel
 from rorqual.sandbox.drivers.base import Driver, Running
 from rorqual.sandbox.drivers.bwrap import pss, tree_of
 from rorqual.sandbox.drivers.streams import connect_unix
-from rorqual.sandbox.errors import Unsupported
+from rorqual.sandbox.errors import TransportError, Unsupported
 from rorqual.sandbox.home import Home
 from rorqual.sandbox.images.intake import add_tar
 from rorqual.sandbox.images.store import Store
@@ -54,6 +56,8 @@ from rorqual.sandbox.wire import Tag, Type, Value
 BOOT_S = {"kvm": 8.0, "tcg": 120.0}
 """With KVM a boot takes a second where it works, and never ends where /dev/kvm is not what it seems."""
 LOAD_S = 30.0
+SETTLE_S = 5.0
+"""How long a monitor may take to answer a client that has just come."""
 
 
 class Qemu(Driver):
@@ -106,17 +110,19 @@ class Qemu(Driver):
                 "network_allowlist",
             )
         full = await asyncio.to_thread(_full_snapshot, spec)
-        machine, digests = await asyncio.to_thread(self._machine, spec, home, full)
-        if full is not None:
-            await asyncio.to_thread(snapshot.check, full, fingerprint(machine, *digests))
-            await asyncio.to_thread(snapshot.verify, full)
-            state, parents = full.folder / "state", [full.folder / name for name in full.disks]
-            disk_mb, secret = full.disk_mb, full.secret
-        else:
-            made = await self._template(machine, digests, spec)
-            state, parents, disk_mb, secret = made.state, [made.disk], spec.limits.disk_mb, ""
-        running = await self._launch(machine, spec, home, state, parents, disk_mb)
-        running.extra["fingerprint"] = fingerprint(machine, *digests)
+        layers = await asyncio.to_thread(layers_of, spec)
+        machine, digests = await asyncio.to_thread(self._machine, spec, home, layers)
+        with snapshot.reading(full) if full is not None else nullcontext():
+            if full is not None:
+                await asyncio.to_thread(snapshot.check, full, fingerprint(machine, *digests))
+                await asyncio.to_thread(snapshot.verify, full)
+                state, parents = full.folder / "state", [full.folder / name for name in full.disks]
+                disk_mb, secret = full.disk_mb, full.secret
+            else:
+                made = await self._template(machine, digests, spec)
+                state, parents, disk_mb, secret = made.state, [made.disk], spec.limits.disk_mb, ""
+            running = await self._launch(machine, spec, home, state, parents, disk_mb)
+        running.extra |= {"fingerprint": fingerprint(machine, *digests), "layers": layers}
         try:
             await self._personalise(running, spec, home, secret)
         except BaseException:
@@ -152,14 +158,29 @@ class Qemu(Driver):
         machine = replace(machine, folder=folder, disk=Disk(tuple(chain), top), incoming=True)
         return await self._run(machine, spec, home, state, uid)
 
-    async def _run(self, machine: Machine, spec: SandboxSpec, home: Path, state: Path, uid: int | None) -> Running:
+    async def _run(
+        self,
+        machine: Machine,
+        spec: SandboxSpec,
+        home: Path,
+        state: Path,
+        uid: int | None,
+        loaded: Callable[[Running], None] = lambda running: None,
+    ) -> Running:
+        """Load a machine from `state` and let it run; `loaded` is called in between."""
         started = await asyncio.to_thread(boot.start, machine, home, uid, home.name, spec.limits.cpu)
         try:
             async with await boot.monitor(machine.folder, home, boot.MONITOR_WAIT_S) as qmp:
                 await saved.load(qmp, state, LOAD_S)
+                running = self._running(started, spec, uid)
+                await asyncio.to_thread(loaded, running)
+                await qmp.execute("cont")
         except BaseException:
             await asyncio.shield(boot.end_later(started))
             raise
+        return running
+
+    def _running(self, started: boot.Started, spec: SandboxSpec, uid: int | None) -> Running:
         return Running(
             started.processes,
             {"unix": "vm/agent"},
@@ -180,17 +201,12 @@ class Qemu(Driver):
             "file_mb": "rlimit",
         }
 
-    def _machine(
-        self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None
-    ) -> tuple[Machine, tuple[str, str]]:
-        """The machine asked for, without its disk; digests of kernel and initramfs."""
+    def _machine(self, spec: SandboxSpec, home: Path, layers: Sequence[str]) -> tuple[Machine, tuple[str, str]]:
+        """The machine asked for on these layers, without its disk; digests of kernel and initramfs."""
         store = Store()
-        digests = store.resolve(names_of(spec))
-        if on_host_root(spec):
-            digests.insert(0, guest_root.host_layer(store))
-        if len(digests) > MAX_LAYERS:
+        if len(layers) > MAX_LAYERS:
             raise Unsupported(
-                f"{len(digests)} layers are more than a machine has places for disks ({MAX_LAYERS}). Make the "
+                f"{len(layers)} layers are more than a machine has places for disks ({MAX_LAYERS}). Make the "
                 "image of fewer layers: export it and import it as one.",
                 "layers",
             )
@@ -203,7 +219,7 @@ class Qemu(Driver):
             memory_mb=max(spec.limits.memory_mb, 128),
             kernel=found.image,
             initramfs=initramfs,
-            layers=tuple(store.object_path(digest) for digest in digests),
+            layers=tuple(store.object_path(digest) for digest in layers),
             disk=Disk((), None),
             folder=home / "vm",
         )
@@ -218,12 +234,15 @@ class Qemu(Driver):
             await control.ask(f"threads {spec.limits.pids}")
         fields = None if secret else provision_fields(spec, running, time.time())
         key = bytes.fromhex(secret or running.secret)
+        rekey = [*fresh_identity(home.name), *self._rekey(running, spec)]
         reader, writer = await self.connect(running, home)
         channel = await asyncio.wait_for(
             Channel.open(reader, writer, key, 0 if fields else 1 << 62, lambda kind, found: None, fields), LOAD_S
         )
         try:
-            await channel.request(Type.REKEY, [*fresh_identity(home.name), *self._rekey(running, spec)])
+            await channel.request(Type.REKEY, rekey)
+            if secret and (await channel.request(Type.PING)).text(Tag.STATE) == "paused":
+                await channel.request(Type.RESUME)  # its original was paused when the snapshot was taken
         finally:
             await channel.close()
 
@@ -250,43 +269,90 @@ class Qemu(Driver):
             if keep_memory:
                 await qmp.execute("stop")
                 return
-            await saved.save(qmp, home / "suspended", LOAD_S)
+            try:
+                await saved.save(qmp, home / "suspended", LOAD_S)
+            except BaseException:
+                await asyncio.shield(saved.go_on(qmp))
+                raise
         left = await self.stop(running, home)
         if left:
             raise SandboxError(f"the machine was saved, but its processes could not be ended: {', '.join(left)}.")
-        for leftover in ("exit.json", "keeper"):
-            (home / leftover).unlink(missing_ok=True)
+        _forget_end(home)
 
     async def resume(self, running: Running, home: Path) -> Running:
         """Let it run on and set its clock; one that was saved gets a new QEMU."""
-        suspended = home / "suspended"
-        if suspended.exists():
-            running = await self._load_suspended(running, home, suspended)
+        if Home(home).is_suspended:
+            running = await self._load_suspended(running, home)
         else:
+            running = Home(home).read().running or running  # a resume before this one may have failed half-way
             async with await self._monitor(home) as qmp:
                 await qmp.execute("cont")
         async with await self._control(home) as control:
             await control.ask(f"clock {time.time_ns() // 1000}")
         return running
 
-    async def _load_suspended(self, running: Running, home: Path, suspended: Path) -> Running:
-        spec = Home(home).read().spec
-        full = await asyncio.to_thread(_full_snapshot, spec)
-        machine, digests = await asyncio.to_thread(self._machine, spec, home, full)
-        here = fingerprint(machine, *digests)
-        snapshot.check(snapshot.Manifest("of this paused sandbox", running.extra["fingerprint"], 0, {}, (), ""), here)
+    async def _load_suspended(self, running: Running, home: Path) -> Running:
+        """A new QEMU for a saved machine. Killed at any moment, it can be done again or goes on from the record.
+
+        While the saved memory is there, the disk is as it was and whatever runs stands still; it is given up only once
+        the new processes are on record, and only then does the machine run and write.
+        """
+        strays = [one for found in Home(home).keeper() for one in (found, *processes.below(found.pid))]
+        left = await self.stop(running, home)
+        left += [f"process {one.pid}" for one in await asyncio.to_thread(processes.end_all, strays)]
+        if left:
+            raise SandboxError(f"what an interrupted resume started could not be ended: {', '.join(left)}. Try again.")
+        _forget_end(home)
+        machine, spec = await self._saved_machine(running, home)
         chain = sorted(home.glob("disk*"), key=lambda path: int(path.name[4:]))
         machine = replace(machine, disk=Disk(tuple(chain), home / "vm" / "disk"), incoming=True)
-        fresh = await self._run(machine, spec, home, suspended, running.extra["uid"])
-        suspended.unlink()
-        return replace(running, processes=fresh.processes, cgroups=fresh.cgroups, enforced=fresh.enforced)
+
+        def same(fresh: Running) -> Running:
+            return replace(running, processes=fresh.processes, cgroups=fresh.cgroups, enforced=fresh.enforced)
+
+        def loaded(fresh: Running) -> None:
+            with Home(home).editing() as record:
+                record.running = same(fresh)
+            (home / "suspended").unlink()
+
+        uid = running.extra["uid"]
+        return same(await self._run(machine, spec, home, home / "suspended", uid, loaded))
+
+    async def _saved_machine(self, running: Running, home: Path) -> tuple[Machine, SandboxSpec]:
+        """The machine as it was when it was saved, without its disk. Raises: SandboxError when it cannot be here."""
+        spec = Home(home).read().spec
+        stands_on = running.extra.get("layers")  # names may have got other layers, or be gone
+        layers = list(stands_on) if stands_on is not None else await asyncio.to_thread(layers_of, spec)
+        machine, digests = await asyncio.to_thread(self._machine, spec, home, layers)
+        here = fingerprint(machine, *digests)
+        snapshot.check(snapshot.Manifest("of this paused sandbox", running.extra["fingerprint"], 0, {}, (), ""), here)
+        return machine, spec
+
+    async def settle(self, running: Running, home: Path) -> Literal["ready", "paused"]:
+        """A machine whose client died while it stood still for a moment runs on, unless its memory is on the disk."""
+        if Home(home).is_suspended:
+            return "paused"
+        if any(processes.alive(process) for process in running.processes):
+            with suppress(TransportError):
+                async with await boot.monitor(home / "vm", home, SETTLE_S) as qmp:
+                    if not (await qmp.execute("query-status"))["running"]:
+                        await saved.go_on(qmp)
+        return "ready"
 
     async def snapshot_disk(self, running: Running, home: Path) -> str:
-        """The writable layer, sent by the machine itself as a tar: the host never mounts a disk a guest wrote."""
-        spec = Home(home).read().spec
+        """The writable layer, sent by the machine itself as a tar: the host never mounts a disk a guest wrote.
+
+        A machine that stands still is woken for it, while what its agent stopped stays stopped; of one whose memory is
+        on the disk a copy is.
+        """
+        most = (Home(home).read().spec.limits.disk_mb + 64) << 21
         with tempfile.NamedTemporaryFile(dir=home, prefix="tar-") as file:
-            async with await self._control(home) as control:
-                await control.receive_tar(Path(file.name), (spec.limits.disk_mb + 64) << 21)
+            if Home(home).is_suspended:
+                async with self._copy_of_suspended(running, home) as copy, await self._control(copy) as control:
+                    await control.receive_tar(Path(file.name), most)
+            else:
+                async with self._awake(home), await self._control(home) as control:
+                    await control.receive_tar(Path(file.name), most)
 
             def build(writer: Any) -> None:
                 with open(file.name, "rb") as archive:
@@ -295,30 +361,71 @@ class Qemu(Driver):
 
             return await asyncio.to_thread(lambda: Store().add(build))
 
-    async def snapshot_full(self, running: Running, home: Path) -> str:
-        """Memory and disk as they are at one moment; the machine stands still while they are written."""
-        spec = Home(home).read().spec
-        state = snapshot.folder() / f".state-{secrets.token_hex(8)}"
-        state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        chain = sorted(home.glob("disk*"), key=lambda path: int(path.name[4:]))
+    @asynccontextmanager
+    async def _awake(self, home: Path) -> AsyncIterator[None]:
+        """The machine runs meanwhile."""
         async with await self._monitor(home) as qmp:
-            was_running = (await qmp.execute("query-status"))["running"]
+            stands = not (await qmp.execute("query-status"))["running"]
+            if stands:
+                await qmp.execute("cont")
             try:
-                await saved.save(qmp, state, LOAD_S)
-                disk_mb = (await asyncio.to_thread(_virtual_size, home / "vm" / "disk")) >> 20
-                manifest = await asyncio.to_thread(
-                    snapshot.store,
-                    state,
-                    [*chain, home / "vm" / "disk"],
-                    running.extra["fingerprint"],
-                    disk_mb or spec.limits.disk_mb,
-                    running.secret,
-                )
+                yield
             finally:
-                state.unlink(missing_ok=True)
-                if was_running:
+                if stands:
+                    await asyncio.shield(qmp.execute("stop"))
+
+    @asynccontextmanager
+    async def _copy_of_suspended(self, running: Running, home: Path) -> AsyncIterator[Path]:
+        """Another machine with the saved one's memory, on a disk over its disk; gone afterwards. Yields its folder."""
+        machine, spec = await self._saved_machine(running, home)
+        uid = running.extra["uid"]
+        chain = [*sorted(home.glob("disk*"), key=lambda path: int(path.name[4:])), home / "vm" / "disk"]
+        with tempfile.TemporaryDirectory(dir=home, prefix="copy-") as scratch:
+            copy = Path(scratch)
+            inside = boot.own_folder(copy, uid)
+            qcow2.write_empty(inside / "disk", _virtual_size(chain[-1]))
+            boot.hand_over(inside / "disk", uid)
+            end_ms = int((time.clock_gettime(time.CLOCK_BOOTTIME) + 4 * LOAD_S) * 1000)
+            (copy / "lifetime").write_text(f"{end_ms} lifetime\n")
+            machine = replace(machine, folder=inside, disk=Disk(tuple(chain), inside / "disk"), incoming=True)
+            started = await asyncio.to_thread(boot.start, machine, copy, uid, f"{home.name}-copy", spec.limits.cpu)
+            try:
+                async with await boot.monitor(inside, copy, boot.MONITOR_WAIT_S) as qmp:
+                    await saved.load(qmp, home / "suspended", LOAD_S)
                     await qmp.execute("cont")
-        return manifest.id
+                yield copy
+            finally:
+                await asyncio.shield(boot.end_later(started))
+
+    async def snapshot_full(self, running: Running, home: Path, name: Callable[[str], Awaitable[None]]) -> None:
+        """Memory and disk as they are at one moment; the machine stands still while they are written."""
+        with snapshot.Draft() as draft:
+            if Home(home).is_suspended:
+                await asyncio.to_thread(snapshot.link_or_copy, home / "suspended", draft.folder / "state")
+                await self._store(running, home, draft)
+            else:
+                async with await self._monitor(home) as qmp:
+                    was_running = (await qmp.execute("query-status"))["running"]
+                    try:
+                        await saved.save(qmp, draft.folder / "state", LOAD_S)
+                        await self._store(running, home, draft)
+                    finally:
+                        if was_running:
+                            await asyncio.shield(saved.go_on(qmp))
+            await name(draft.id)
+
+    async def _store(self, running: Running, home: Path, draft: snapshot.Draft) -> None:
+        chain = sorted(home.glob("disk*"), key=lambda path: int(path.name[4:]))
+        disk_mb = (await asyncio.to_thread(_virtual_size, home / "vm" / "disk")) >> 20
+        await asyncio.to_thread(
+            snapshot.store,
+            draft.folder / "state",
+            [*chain, home / "vm" / "disk"],
+            running.extra["fingerprint"],
+            disk_mb or Home(home).read().spec.limits.disk_mb,
+            running.secret,
+            draft=draft,
+        )
 
     async def oom_kills(self, running: Running, home: Path) -> int:
         """How many processes the guest's kernel ended for memory."""
@@ -390,6 +497,21 @@ def fresh_identity(name: str) -> list[tuple[Tag, Value]]:
         (Tag.HOSTNAME, name[:63]),
         (Tag.TEXT, secrets.token_hex(16)),
     ]
+
+
+def layers_of(spec: SandboxSpec) -> list[str]:
+    """Digests of the layers of its root, from the bottom up."""
+    store = Store()
+    digests = store.resolve(names_of(spec))
+    if on_host_root(spec):
+        digests.insert(0, guest_root.host_layer(store))
+    return digests
+
+
+def _forget_end(home: Path) -> None:
+    """Notes about processes that were ended on purpose."""
+    for leftover in ("exit.json", "keeper"):
+        (home / leftover).unlink(missing_ok=True)
 
 
 def _full_snapshot(spec: SandboxSpec) -> snapshot.Manifest | None:
