@@ -38,7 +38,7 @@ from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.link import provision_fields
 from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Isolation, Kind, SandboxSpec
-from rorqual.sandbox.vm import boot, guest_root, kernel, qcow2, saved, snapshot, template
+from rorqual.sandbox.vm import boot, guest_root, kernel, qcow2, saved, share, snapshot, template
 from rorqual.sandbox.vm.control import Control
 from rorqual.sandbox.vm.initramfs import PCI_MODULES, build_initramfs
 from rorqual.sandbox.vm.machine import (
@@ -49,6 +49,7 @@ from rorqual.sandbox.vm.machine import (
     Disk,
     Machine,
     fingerprint,
+    qemu_version,
 )
 from rorqual.sandbox.vm.qmp import QMP
 from rorqual.sandbox.wire import Tag, Type, Value
@@ -120,6 +121,7 @@ class Qemu(Driver):
                 disk_mb, secret = full.disk_mb, full.secret
             else:
                 made = await self._template(machine, digests, spec)
+                machine = replace(machine, memory=made.memory)
                 state, parents, disk_mb, secret = made.state, [made.disk], spec.limits.disk_mb, ""
             running = await self._launch(machine, spec, home, state, parents, disk_mb)
         running.extra |= {"fingerprint": fingerprint(machine, *digests), "layers": layers}
@@ -171,7 +173,7 @@ class Qemu(Driver):
         started = await asyncio.to_thread(boot.start, machine, home, uid, home.name, spec.limits.cpu)
         try:
             async with await boot.monitor(machine.folder, home, boot.MONITOR_WAIT_S) as qmp:
-                await saved.load(qmp, state, LOAD_S)
+                await saved.load(qmp, state, LOAD_S, memory_apart=machine.memory is not None)
                 running = self._running(started, spec, uid)
                 await asyncio.to_thread(loaded, running)
                 await qmp.execute("cont")
@@ -222,6 +224,7 @@ class Qemu(Driver):
             layers=tuple(store.object_path(digest) for digest in layers),
             disk=Disk((), None),
             folder=home / "vm",
+            sharing=None if share.is_in_memory(template.folder()) else share.sharing(BINARY, qemu_version()),
         )
         return machine, (found.digest, initramfs_digest)
 

@@ -18,17 +18,18 @@ NO_BOUND = 1 << 40  # bytes a second; QEMU would keep to 128 MiB
 _ON_THE_WAY = ("setup", "active", "device", "cancelling")
 
 
-async def save(qmp: QMP, target: Path, timeout_s: float) -> None:
+async def save(qmp: QMP, target: Path, timeout_s: float, *, memory_apart: bool = False) -> None:
     """Stop the machine and write its state to a new file, synced. It stands still when this returns.
 
-    The file gets its name once it is whole. Raises: SnapshotFailed; there is no file then, and `go_on` continues.
+    memory_apart: its memory is in a file of its own (see `Machine.memory`) and is left out. The file gets its name once
+    it is whole. Raises: SnapshotFailed; there is no file then, and `go_on` continues.
     """
     part = target.with_name(f"{target.name}.part")
     part.unlink(missing_ok=True)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         await qmp.execute("stop")
-        await _ready(qmp)
+        await _ready(qmp, memory_apart)
         await qmp.execute("migrate-set-parameters", {"max-bandwidth": NO_BOUND})
         await qmp.execute("getfd", {"fdname": "state"}, descriptor=descriptor)
         await qmp.execute("migrate", {"uri": "fd:state"})
@@ -50,11 +51,11 @@ async def go_on(qmp: QMP) -> None:
     await qmp.execute("cont")
 
 
-async def load(qmp: QMP, source: Path, timeout_s: float) -> None:
+async def load(qmp: QMP, source: Path, timeout_s: float, *, memory_apart: bool = False) -> None:
     """Load a state into a machine started with `-incoming defer`, which then stands still. Raises: SandboxError."""
     descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        await _ready(qmp)
+        await _ready(qmp, memory_apart)
         await qmp.execute("getfd", {"fdname": "state"}, descriptor=descriptor)
         await qmp.execute("migrate-incoming", {"uri": "fd:state"})
         await asyncio.wait_for(_done(qmp), timeout_s)
@@ -64,8 +65,10 @@ async def load(qmp: QMP, source: Path, timeout_s: float) -> None:
         os.close(descriptor)
 
 
-async def _ready(qmp: QMP) -> None:
-    await qmp.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
+async def _ready(qmp: QMP, memory_apart: bool) -> None:
+    wanted = {"events": True, "x-ignore-shared": memory_apart}
+    capabilities = [{"capability": name, "state": state} for name, state in wanted.items()]
+    await qmp.execute("migrate-set-capabilities", {"capabilities": capabilities})
 
 
 async def _done(qmp: QMP) -> None:
