@@ -39,6 +39,8 @@ from rorqual.sandbox.spec import Kind, Lifetimes, Limits, SandboxSpec
 TOMBSTONE_S = 86400.0
 LOOK_AT_NOTES_S = 600.0
 _looked: dict[Path, float] = {}
+_driven: set[str] = set()
+"""Folders whose locks this process holds."""
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{2,62}")
 
 
@@ -135,11 +137,13 @@ class Home:
             os.close(descriptor)
             return False
         self._lock = descriptor
+        _driven.add(str(self.path))
         return True
 
     def unlock(self) -> None:
         """Let another process drive it."""
         if self._lock is not None:
+            _driven.discard(str(self.path))
             os.close(self._lock)
             self._lock = None
 
@@ -248,12 +252,18 @@ def gone(sandbox_id: str, reason: str) -> Gone:
     return Gone(f"sandbox {sandbox_id} is gone: {told}. Create a new one, from a snapshot if there is one.", reason)
 
 
-def all_homes(base: Path | str | None = None) -> list[Home]:
-    """Every folder that may be a sandbox's, by name."""
-    parent = sandboxes_folder(base)
-    if not parent.is_dir():
+def all_homes(base: Path | str | None = None, *, driven_here: bool = True) -> list[Home]:
+    """Every folder that may be a sandbox's, by name; without `driven_here` not those that this process drives itself."""
+    try:
+        with os.scandir(sandboxes_folder(base)) as entries:
+            found = sorted(
+                entry.path
+                for entry in entries
+                if (driven_here or entry.path not in _driven) and _ID.fullmatch(entry.name) and entry.is_dir()
+            )
+    except FileNotFoundError:
         return []
-    return [Home(path) for path in sorted(parent.iterdir()) if path.is_dir() and _ID.fullmatch(path.name)]
+    return [Home(Path(path)) for path in found]
 
 
 def forget_old_notes(base: Path | str | None = None) -> None:

@@ -96,7 +96,7 @@ def test_a_suspended_machine_needs_neither_its_names_nor_its_snapshot(sandbox: S
 KILLED = """
 import os, sys
 from rorqual import Sandbox
-from rorqual.sandbox.drivers import qemu
+from rorqual.sandbox.drivers import qemu, qemu_still
 from rorqual.sandbox.home import Home
 from rorqual.sandbox.vm import saved
 import pathlib
@@ -120,13 +120,13 @@ elif kill_at in ("recorded", "given up"):  # it is on record, and the saved memo
         path.name == "suspended" and die()
     pathlib.Path.unlink = unlink
 elif kill_at == "runs":          # before the record says so
-    qemu.Control.ask = die_later
+    qemu_still.Control.ask = die_later
 elif kill_at == "saving":        # the machine stands still, its memory is half written
     saved._done = die_later
 elif kill_at == "saved":         # it is written, and QEMU lives
     qemu.Qemu.stop = die_later
 elif kill_at == "ended":         # and lives no more
-    qemu._forget_end = die
+    qemu_still._forget_end = die
 elif kill_at == "stopped":       # paused in memory, and the record does not say so
     type(sandbox._sandbox)._set_state = die
 {"resume": sandbox.resume, "suspend": lambda: sandbox.pause(keep_memory=False), "pause": sandbox.pause,

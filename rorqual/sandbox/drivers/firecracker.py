@@ -25,7 +25,8 @@ from rorqual.sandbox import cgroups
 from rorqual.sandbox.agent.build import agent_binary
 from rorqual.sandbox.drivers.base import Running
 from rorqual.sandbox.drivers.bwrap import launch
-from rorqual.sandbox.drivers.qemu import Qemu, layers_of
+from rorqual.sandbox.drivers.qemu import Qemu
+from rorqual.sandbox.drivers.qemu_still import layers_of
 from rorqual.sandbox.errors import TransportError, Unsupported
 from rorqual.sandbox.home import Home
 from rorqual.sandbox.spec import Capabilities, Kind, Limits, SandboxSpec
