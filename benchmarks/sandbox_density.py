@@ -1,16 +1,22 @@
-"""How much host memory an idle sandbox of each driver takes, and how many fit in 8 GiB.
+"""How many idle sandboxes of each driver fit in 8 GiB: started until they do no more.
 
     python benchmarks/sandbox_density.py
+    python benchmarks/sandbox_density.py --only vm/qemu-tcg --within 600
     python benchmarks/sandbox_density.py --quick --json --only bwrap
 
-Sandboxes are really started (`config.started`), each runs one command and then idles; every tenth step all of them are
-weighed in three ways: `pss`, the processes' share of memory; `group`, what their control groups were charged, with the
-share of the processes outside (the keeper); `machine`, by how much the memory that others could get shrank, which also
-has what the kernel keeps for namespaces and mounts. The slope of each over the number of sandboxes is what one more
-costs. `ours` is 8 GiB over the largest of the three slopes, so the least favourable; `machine` counts where it explains
-its own points (correlation above 0.9), since it sees whatever else goes on. `config.extrapolated` says whether so many
-were really started. The peer is the same runtime started by hand with a sleeping program, weighed by `pss`. bound: bare
-sleeping processes.
+Sandboxes are made, each runs one command and then idles, until one limit is reached; at the end every one must answer.
+`config.limit` says which came first: memory, processes, open files, or time (`--within`). Memory is held to 8 GiB by a
+control group around everything: this client, keepers, sandboxes, what the kernel keeps for them, and file pages (the
+kernel drops those that nobody has mapped before it refuses anything, so they are not counted as taken). Where no such
+group can be made, it is by how much the memory that others could get shrank. `ours` is what was alive at the end; where
+time came first it is extrapolated from the bytes each took (`config.extrapolated`).
+
+`--quick` starts few and extrapolates: they are weighed every tenth step in three ways: `pss`, the processes' share of
+memory; `group`, what their control groups were charged, with the share of the processes outside (the keeper);
+`machine`, by how much the memory that others could get shrank. The slope of each over the number of sandboxes is what
+one more costs; the largest of the three counts (`machine` only where its points lie on a line).
+
+The peer is the same runtime started by hand with a sleeping program, weighed by `pss`. bound: bare sleeping processes.
 """
 
 import argparse
@@ -18,9 +24,11 @@ import asyncio
 import contextlib
 import statistics
 import subprocess
+import time
 from typing import Any
 
 import measure
+from sandbox_room import Room
 from sandbox_runtimes import (
     GIB,
     available_bytes,
@@ -37,6 +45,9 @@ from rorqual.sandbox.drivers.base import Driver
 
 ROOM = 8 * GIB
 SETTLE_S = 1.0
+AT_ONCE = 4
+NEAR = 0.985
+"""Share of the room at which filling stops, so that the last sandbox is not the one that is killed for memory."""
 
 
 def slope(points: list[tuple[int, float]]) -> tuple[float, float]:
@@ -81,6 +92,74 @@ async def weigh(driver: Driver, number: int, step: int) -> dict[str, Any]:
     return {"started": len(idle), "points": points}
 
 
+async def fill(driver: Driver, within_s: float) -> dict[str, Any]:
+    """Start idle sandboxes until something keeps the next from coming; see that all of them answer."""
+    idle: list[AsyncSandbox] = []
+    limit = "time"
+    with Room(ROOM) as room:
+        first = await make_idle(driver)  # what is made once: a template, mounts, programs in the cache
+        before, shrunk_before, begin = room.used_bytes(), room.shrunk_bytes(), time.monotonic()
+        points = [(1, before)]
+        try:
+            while time.monotonic() - begin < within_s:
+                made = await asyncio.gather(*(make_idle(driver) for _ in range(AT_ONCE)), return_exceptions=True)
+                idle += [one for one in made if isinstance(one, AsyncSandbox)]
+                points.append((1 + len(idle), room.used_bytes()))
+                failed = [one for one in made if isinstance(one, BaseException)]
+                if failed:
+                    limit = f"{type(failed[0]).__name__}: {failed[0]}"
+                    break
+                each = (points[-1][1] - before) / len(idle)
+                if points[-1][1] + AT_ONCE * each > NEAR * ROOM:
+                    limit = "memory"
+                    break
+                if len(idle) % 100 < AT_ONCE:
+                    if (reached := room.reached()) is not None:
+                        limit = reached
+                        break
+                    measure.note(f"{driver.kind}/{driver.name}: {len(idle)}, {each / (1 << 20):.2f} MiB each")
+            took_s = time.monotonic() - begin
+            await asyncio.sleep(SETTLE_S)
+            used, shrunk, counts = room.used_bytes(), room.shrunk_bytes(), room.counts()
+            answers = await asyncio.gather(*(answered(sandbox) for sandbox in [first, *idle]))
+        finally:
+            for start in range(0, len(idle), 8):
+                await asyncio.gather(*(sandbox.close() for sandbox in idle[start : start + 8]))
+            await first.close()
+    return {
+        "alive": sum(answers),
+        "limit": limit,
+        "bytes_each": (used - before) / max(1, len(idle)),
+        "before": before,
+        "used_bytes": used,
+        "machine_bytes_each": round((shrunk - shrunk_before) / max(1, len(idle))),
+        "fill_s": round(took_s, 1),
+        "measured_by": room.how,
+        **counts,
+    }
+
+
+async def make_idle(driver: Driver) -> AsyncSandbox:
+    """One that has run its first command."""
+    sandbox = await AsyncSandbox.create(driver.kind, driver=driver.name, idle_ttl=float("inf"), max_lifetime=3600)
+    try:
+        await first_output(sandbox)
+    except BaseException:
+        await sandbox.close()
+        raise
+    return sandbox
+
+
+async def answered(sandbox: AsyncSandbox) -> bool:
+    """Whether it lives."""
+    try:
+        await sandbox.ping()
+        return True
+    except Exception as error:
+        measure.note(f"{sandbox.id} does not answer: {error}")
+        return False
+
+
 def weigh_plain(driver: Driver, number: int) -> tuple[str, float | None]:
     """Share of memory of one of `number` sleeping programs in the same runtime by hand."""
     plain = plain_runtime(driver)
@@ -109,17 +188,32 @@ def bare_bytes(number: int) -> float:
             child.wait()
 
 
-async def measure_driver(options: argparse.Namespace, driver: Driver, number: int) -> None:
-    """One line."""
+async def measure_driver(options: argparse.Namespace, driver: Driver, number: int | None) -> None:
+    """One line: filled, or with `number` from so many."""
     heavy = is_machine(driver)
-    found = await weigh(driver, number, max(1, number // 10 if not heavy else 1))
-    slopes = {way: slope(points) for way, points in found["points"].items() if points}
-    each = {way: value for way, (value, fit) in slopes.items() if value > 0 and (way != "machine" or fit > 0.9)}
-    if not each:
-        measure.note(f"{driver.kind}/{driver.name}: too few sandboxes for a slope")
-        return
-    largest = max(each.values())
-    fits = int(ROOM / largest)
+    if number is None:
+        found = await fill(driver, options.within)
+        fits, spread = found["alive"], None
+        is_guess = found["limit"] == "time" and found["bytes_each"] > 0
+        if is_guess:
+            fits = int((ROOM - found["before"]) / found["bytes_each"])
+        config = {**found, "bytes_each": round(found["bytes_each"]), "extrapolated": is_guess}
+    else:
+        sample = await weigh(driver, number, max(1, number // 10 if not heavy else 1))
+        slopes = {way: slope(points) for way, points in sample["points"].items() if points}
+        each = {way: value for way, (value, fit) in slopes.items() if value > 0 and (way != "machine" or fit > 0.9)}
+        if not each:
+            measure.note(f"{driver.kind}/{driver.name}: too few sandboxes for a slope")
+            return
+        fits = int(ROOM / max(each.values()))
+        spread = {way: [min(v / n for n, v in points), max(v / n for n, v in points)]
+                  for way, points in sample["points"].items() if points}  # fmt: skip
+        config = {
+            "bytes_each": {way: round(value) for way, (value, _) in slopes.items()},
+            "correlation": {way: round(fit, 3) for way, (_, fit) in slopes.items()},
+            "started": sample["started"],
+            "extrapolated": sample["started"] < fits,
+        }
     name, plain = weigh_plain(driver, 4 if heavy else 10)
     bare = bare_bytes(10)
     line = {
@@ -132,17 +226,9 @@ async def measure_driver(options: argparse.Namespace, driver: Driver, number: in
         "ratio": None if plain is None else fits / int(ROOM / plain),
         "bound": int(ROOM / bare),
         "bound_share": fits / int(ROOM / bare),
-        "spread": {way: [min(v / n for n, v in points), max(v / n for n, v in points)]
-                   for way, points in found["points"].items() if points},
-        "config": {
-            "bytes_each": {way: round(value) for way, (value, _) in slopes.items()},
-            "correlation": {way: round(fit, 3) for way, (_, fit) in slopes.items()},
-            "started": found["started"],
-            "extrapolated": found["started"] < fits,
-            "peer_bytes_each": plain,
-            **measure.machine(),
-        },
-    }  # fmt: skip
+        "spread": spread,
+        "config": {**config, "peer_bytes_each": plain, **measure.machine()},
+    }
     measure.print_line(line, as_json=options.json)
 
 
@@ -151,13 +237,13 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="30 light ones, 6 of gVisor, 2 emulated machines")
-    parser.add_argument("--number", type=int, help="how many to start (300; gVisor 40, emulated machines 10)")
+    parser.add_argument("--number", type=int, help="start so many and extrapolate, instead of filling 8 GiB")
+    parser.add_argument("--within", type=float, default=280.0, help="seconds of filling for each driver")
     parser.add_argument("--only", nargs="*", default=[], help="drivers, e.g. bwrap vm/qemu-tcg")
     options = parser.parse_args()
     for driver in await working_drivers(options.only):
-        usual = (2, 6, 30) if options.quick else (10, 40, 300)
-        number = usual[0] if is_machine(driver) else usual[1] if driver.name == "gvisor" else usual[2]
-        await measure_driver(options, driver, options.number or number)
+        few = 2 if is_machine(driver) else 6 if driver.name == "gvisor" else 30
+        await measure_driver(options, driver, options.number or (few if options.quick else None))
 
 
 if __name__ == "__main__":

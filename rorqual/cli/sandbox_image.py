@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rorqual.cli.options import Json
-from rorqual.errors import ConfigError
+from rorqual.errors import ConfigError, SandboxError
 
 if TYPE_CHECKING:
-    from rorqual.sandbox.images.store import Store
+    from rorqual.sandbox.images.store import Reference, Store
 
 BUILD, COLLECT, WHERE = "Building", "Collecting", "Where"
 Action = Literal["build", "list", "import", "export", "remove", "gc"]
@@ -57,8 +57,14 @@ def image(
         ),
     ] = None,
     grace: Annotated[
-        float, typer.Option("--grace", min=0, help="Younger layers stay, in seconds.", rich_help_panel=COLLECT)
-    ] = 3600.0,
+        float | None,
+        typer.Option(
+            "--grace",
+            min=0,
+            help="Younger layers and snapshots stay, in seconds; an hour otherwise.",
+            rich_help_panel=COLLECT,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would go.", rich_help_panel=COLLECT)
     ] = False,
@@ -68,7 +74,7 @@ def image(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build, list, import, export and remove images, and collect layers that nothing needs.
+    """Build, list, import, export and remove images, and collect layers and snapshots that nothing needs.
 
     \b
     rorqual sandbox image build debian-12 --toolkit office
@@ -78,8 +84,8 @@ def image(
     rorqual sandbox image gc --journal runs/journal --dry-run
 
     `build` fetches packages and needs mmdebstrap; `import` takes a tar of a root file system, or an image in OCI's
-    layout as a tar or folder; `export` writes OCI's layout. `remove` takes the name away, and `gc` the layers that no
-    name, sandbox or rollout log needs any more.
+    layout as a tar or folder; `export` writes OCI's layout. `remove` takes the name away, and `gc` the layers, and the
+    full snapshots of virtual machines, that no name, sandbox or rollout log needs any more.
     """
     from rorqual.sandbox.images.store import Store
 
@@ -90,8 +96,8 @@ def image(
         raise ConfigError(f"{action} takes {len(wanted)} name(s), and {len(names)} were given. Write: {usage}")
     if action != "build" and (suite or package or toolkit or mirror):
         raise ConfigError(f"--suite, --package, --toolkit and --mirror belong to `image build`, not to {action}.")
-    if action != "gc" and (journal or dry_run):
-        raise ConfigError(f"--journal and --dry-run belong to `image gc`, not to {action}.")
+    if action != "gc" and (journal or dry_run or grace is not None):
+        raise ConfigError(f"--journal, --grace and --dry-run belong to `image gc`, not to {action}.")
     layers = Store(store)
     say = _say(as_json)
     if action == "build":
@@ -168,7 +174,7 @@ def _list(store: Store, as_json: bool) -> None:
         return
     width = max(len(one.name) for one in references)
     for one in references:
-        size = sum(store.size_of(digest) for digest in one.layers)
+        size = sum(store.size_of(digest) for digest in one.layers) + _full_bytes(one)
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.created))
         about = one.note.get("suite") or one.note.get("from") or (f"of {one.owner}" if one.owner else "")
         typer.echo(f"{one.name:<{width}}  {one.kind:<8}  {len(one.layers)} layer(s)  {_size(size)}  {made}  {about}")
@@ -176,15 +182,25 @@ def _list(store: Store, as_json: bool) -> None:
     typer.echo(f"in {store.folder}: {_size(everything)} in all, shared layers counted once")
 
 
-def _collect(store: Store, journals: list[Path], grace: float, dry_run: bool, as_json: bool) -> None:
-    from rorqual.sandbox.images.collect import collect
+def _full_bytes(reference: Reference) -> int:
+    """What a full snapshot takes beside its layers; 0 for other names, and where its files are not here."""
+    from rorqual.sandbox.vm import snapshot
 
-    done = collect(store, journals=journals, grace_s=grace, dry_run=dry_run)
+    try:
+        return snapshot.read(reference.note["full"]).size_bytes if "full" in reference.note else 0
+    except (SandboxError, OSError):
+        return 0
+
+
+def _collect(store: Store, journals: list[Path], grace: float | None, dry_run: bool, as_json: bool) -> None:
+    from rorqual.sandbox.images.collect import GRACE_S, collect
+
+    done = collect(store, journals=journals, grace_s=GRACE_S if grace is None else grace, dry_run=dry_run)
     if as_json:
         typer.echo(json.dumps(asdict(done), indent=2))
         return
     would = "would free" if dry_run else "freed"
     typer.echo(
         f"{would} {_size(done.bytes)}: {len(done.layers)} layer(s), {len(done.names)} snapshot name(s), "
-        f"{done.temporary} half-written file(s), {len(done.local)} local copies"
+        f"{len(done.full)} full snapshot(s), {done.temporary} half-written file(s), {len(done.local)} local copies"
     )

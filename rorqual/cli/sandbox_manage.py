@@ -12,11 +12,13 @@ from rorqual.errors import ConfigError
 
 
 def list_(as_json: Json = False) -> None:
-    """List the sandboxes of this user that live, whoever drives them.
+    """List the sandboxes of this user that live, whoever drives them: also those of a cluster's edges.
 
     \b
     rorqual sandbox list
     rorqual sandbox list --json
+
+    A last line says how many full snapshots of virtual machines are kept, and what they take.
     """
     from rich.console import Console
     from rich.table import Table
@@ -30,6 +32,7 @@ def list_(as_json: Json = False) -> None:
         return
     if not found:
         typer.echo("No sandboxes. `rorqual sandbox run -- COMMAND` makes one for a command.")
+        _tell_snapshots()
         return
     table = Table("id", "kind", "driver", "isolation", "state", "age", "limits", box=None)
     for info in found:
@@ -38,6 +41,18 @@ def list_(as_json: Json = False) -> None:
             info.id, info.kind, info.driver, info.isolation, info.state, f"{time.time() - info.created:,.0f} s", limits
         )
     Console().print(table)
+    _tell_snapshots()
+
+
+def _tell_snapshots() -> None:
+    from rorqual.sandbox.vm import snapshot
+
+    sizes = snapshot.sizes()
+    if sizes:
+        typer.echo(
+            f"{len(sizes)} full snapshot(s), {sum(sizes.values()) / 1e6:,.1f} MB in {snapshot.folder()}; "
+            "`rorqual sandbox prune` removes those that nothing needs."
+        )
 
 
 def end(
@@ -65,11 +80,24 @@ def prune(as_json: Json = False) -> None:
     \b
     rorqual sandbox prune
     rorqual sandbox prune --json
+
+    Full snapshots of virtual machines go too, once they are an hour old and no name, sandbox or rollout log needs them;
+    `rorqual sandbox image gc` does the same for layers. Sandboxes of a cluster's edges count, wherever those keep them.
     """
+    from rorqual.sandbox import bases
+    from rorqual.sandbox.images.collect import collect_full
     from rorqual.sandbox.sweep import sweep
 
-    removed = sweep()
+    removed = [one for base in bases.known() for one in sweep(base)]
+    bases.forget_missing()
+    if removed and not as_json:
+        typer.echo(f"removed {len(removed)}: {', '.join(removed)}")
+    done = collect_full()
     if as_json:
-        typer.echo(json.dumps({"removed": removed}))
-    else:
-        typer.echo(f"removed {len(removed)}: {', '.join(removed)}" if removed else "nothing to remove")
+        typer.echo(json.dumps({"removed": removed, "snapshots": done.full, "bytes": done.bytes}))
+    elif done.full or done.temporary:
+        typer.echo(
+            f"freed {done.bytes / 1e6:,.1f} MB: {len(done.full)} full snapshot(s), {done.temporary} half-written one(s)"
+        )
+    elif not removed:
+        typer.echo("nothing to remove")

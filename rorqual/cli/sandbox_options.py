@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from rorqual.errors import ConfigError
+
 SANDBOX, LIMITS = "Sandbox", "Limits"
 
 KindOption = Annotated[
@@ -30,3 +32,22 @@ UserOption = Annotated[
 CpuOption = Annotated[float, typer.Option("--cpu", min=0.01, help="Cores.", rich_help_panel=LIMITS)]
 MemoryOption = Annotated[int, typer.Option("--memory-mb", min=16, help="Memory in MiB.", rich_help_panel=LIMITS)]
 DiskOption = Annotated[int, typer.Option("--disk-mb", min=1, help="Disk in MiB.", rich_help_panel=LIMITS)]
+
+
+def given(ctx: typer.Context, *names: str) -> list[str]:
+    """Those of these parameters that were written on the command line, as one writes them."""
+    written = []
+    for name in names:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            written.append(f"--{name.replace('_', '-')}")
+    return written
+
+
+def check_start(image: str | None, snapshot: str | None) -> None:
+    """Raises: ConfigError when both are named: a snapshot has its image in it."""
+    if image is not None and snapshot is not None:
+        raise ConfigError(
+            f"--image {image} and --snapshot {snapshot} cannot be given together: a snapshot has its image in it. "
+            "Leave one of them out."
+        )

@@ -20,6 +20,7 @@ from rorqual.cli.sandbox_options import (
     MemoryOption,
     SnapshotOption,
     UserOption,
+    check_start,
 )
 
 
@@ -58,6 +59,7 @@ def run(
     """
     from rorqual.sandbox import Sandbox
 
+    check_start(image, snapshot)
     data = sys.stdin.buffer.read() if stdin else None
     with Sandbox.create(
         kind,

@@ -21,6 +21,8 @@ from rorqual.cli.sandbox_options import (
     MemoryOption,
     SnapshotOption,
     UserOption,
+    check_start,
+    given,
 )
 from rorqual.errors import ConfigError
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 
 def shell(
+    ctx: typer.Context,
     sandbox_id: Annotated[
         str | None, typer.Argument(help="A sandbox that lives; a new one otherwise.", metavar="ID")
     ] = None,
@@ -46,7 +49,16 @@ def shell(
     \b
     rorqual sandbox shell
     rorqual sandbox shell --kind microvm --image debian-12
+
+    With an ID it opens one in a sandbox that is there, which has its kind, image and limits already.
     """
+    written = given(ctx, "kind", "driver", "image", "snapshot", "user", "cpu", "memory_mb", "disk_mb")
+    if sandbox_id is not None and written:
+        raise ConfigError(
+            f"{', '.join(written)}: of a new sandbox, and {sandbox_id} is there already, so this would change nothing. "
+            "Leave the options out, or leave the ID out for a new sandbox."
+        )
+    check_start(image, snapshot)
     if not sys.stdin.isatty():
         raise ConfigError("`sandbox shell` needs a terminal. For a single command use `rorqual sandbox run`.")
     wanted = {

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rorqual.errors import SandboxError
+from rorqual.sandbox import bases, snapshots
 from rorqual.sandbox import history as trajectory
-from rorqual.sandbox import snapshots
 from rorqual.sandbox.clock import RunningClock
 from rorqual.sandbox.commands import Commands
 from rorqual.sandbox.drivers import driver as driver_named
@@ -175,7 +175,7 @@ class AsyncSandbox:
         place = Home.find(sandbox_id, home)
         reason = place.ended()
         if reason is not None:
-            await asyncio.to_thread(sweep, home)
+            await asyncio.to_thread(sweep, place.base)
             raise gone(sandbox_id, reason)
         held = place.lock()
         for _ in range(0 if takeover else 20):  # a sweep that looks at it holds the lock for a moment
@@ -201,6 +201,9 @@ class AsyncSandbox:
             raise
         sandbox = cls(place, record, driver_named(record.spec.kind, record.driver))
         try:
+            if record.state == "ready" and await sandbox._driver.settle(sandbox._link.running, place.path) == "paused":
+                sandbox._set_state("paused")  # the client before died when its memory was on the disk already
+                sandbox._deadlines(record.spec.lifetimes.paused_ttl)
             if record.state != "paused":
                 await sandbox._link.open(within_s=RETURN_S)
                 await sandbox._settle()
@@ -231,9 +234,9 @@ class AsyncSandbox:
     async def list(
         cls, *, metadata: Mapping[str, str] | None = None, state: str | None = None, home: str | Path | None = None
     ) -> Infos:
-        """Sandboxes of this user that live, whoever drives them. Looking changes nothing."""
+        """Sandboxes of this user that live, whoever drives them and in whichever folder. Looking changes nothing."""
         found = []
-        for place in all_homes(home):
+        for place in [one for base in ([home] if home is not None else bases.known()) for one in all_homes(base)]:
             try:
                 record = place.read()
             except (Gone, ValueError, KeyError, TypeError):
@@ -391,6 +394,8 @@ class AsyncSandbox:
             if self._record.state != "paused":
                 return
             self._alive()
+            if self._is_stale():
+                raise StaleEpoch(f"another process drives sandbox {self.id} now; this one may no longer act on it.")
             before = self._record.running
             self._record.running = await self._driver.resume(self._link.running, self._home.path)
             if self._record.running != before:

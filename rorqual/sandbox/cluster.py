@@ -21,12 +21,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rorqual import log
 from rorqual.errors import MissingExtraError, RorqualError
 from rorqual.folders import data_folder
 from rorqual.sandbox.edge import Edge
 from rorqual.sandbox.errors import CapacityRejected, Gone, TransportError
 from rorqual.sandbox.pool import PoolStats, Template
 from rorqual.sandbox.spec import CommandResult
+
+_logger = log.get(__name__)
 
 PLACEMENT_TRIES = 3
 """Edges that may refuse a lease before the caller is refused."""
@@ -77,6 +80,7 @@ class ClusterPool:
         self._random = random.Random(seed)
         self._nodes: list[_Node] = []
         self._in_flight: Counter[str] = Counter()
+        self._handing_back: set[asyncio.Task[None]] = set()
 
     async def start(self) -> ClusterPool:
         """Start an edge on every node that is alive, or find the one that is there."""
@@ -110,6 +114,7 @@ class ClusterPool:
     ) -> ClusterLease:
         """A sandbox on the less loaded of two nodes drawn at random; others are tried when it refuses.
 
+        A caller that is cancelled gets none: what was asked for is handed back.
         Raises: CapacityRejected when `PLACEMENT_TRIES` nodes refused.
         """
         template = template if isinstance(template, Template) else Template.of(template)
@@ -126,6 +131,9 @@ class ClusterPool:
                 return ClusterLease(self, node, id)
             except CapacityRejected as error:
                 refusal = error
+            except BaseException:
+                self._hand_back(node, id)
+                raise
             finally:
                 self._in_flight[node.id] -= 1
         raise refusal
@@ -137,6 +145,7 @@ class ClusterPool:
 
     async def close(self) -> None:
         """End all leases and all edges; Ray itself is left as it was."""
+        await asyncio.gather(*self._handing_back, return_exceptions=True)
         await asyncio.gather(*(self._call(node, "close") for node in self._nodes))
         for node in self._nodes:
             self._ray.kill(node.edge)
@@ -149,6 +158,32 @@ class ClusterPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _hand_back(self, node: _Node, id: str) -> None:
+        """End a lease that nobody waits for any more, whether it is made already or not.
+
+        The edge is asked before this returns, so that a caller whose event loop ends with it leaves nothing either.
+        """
+        try:
+            asked = node.edge.end.remote(id)
+        except Exception as error:  # Ray is going down, and the edge's sandboxes have their times
+            _logger.warning("a lease could not be handed back to node %s: %s", node.id, error)
+            return
+
+        async def see_to_it() -> None:
+            try:
+                await asked
+            except self._ray.exceptions.RayActorError:  # the edge was killed: its lease is on record
+                await self._call(node, "end", id)
+
+        task = asyncio.get_running_loop().create_task(see_to_it())
+        self._handing_back.add(task)
+        task.add_done_callback(self._handed_back)
+
+    def _handed_back(self, task: asyncio.Task[None]) -> None:
+        self._handing_back.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _logger.warning("a lease could not be handed back: %s", error)
 
     async def _choose(self, tried: set[str]) -> _Node | None:
         """The less loaded of two, by what each says and what this pool has just sent there; None when all were tried.

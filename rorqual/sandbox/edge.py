@@ -21,6 +21,7 @@ from typing import Any
 
 from rorqual import log
 from rorqual.errors import SandboxError
+from rorqual.sandbox import bases
 from rorqual.sandbox.async_sandbox import AsyncSandbox
 from rorqual.sandbox.errors import Gone, Unsupported
 from rorqual.sandbox.home import all_homes
@@ -28,6 +29,7 @@ from rorqual.sandbox.lease import Lease
 from rorqual.sandbox.pool import Pool, PoolStats, Template
 from rorqual.sandbox.spec import Snapshot
 from rorqual.sandbox.sweep import sweep
+from rorqual.sandbox.threads import in_thread
 
 _logger = log.get(__name__)
 
@@ -59,6 +61,19 @@ class LeaseRecord:
     kept: str | None
 
 
+@dataclass
+class _Making:
+    """A lease on its way, and how many wait for it."""
+
+    task: asyncio.Task[None]
+    askers: int = 0
+
+    def stop(self) -> None:
+        """Make it no further; asked once, since a second request would break off the clearing up."""
+        if not self.task.cancelling():
+            self.task.cancel()
+
+
 class Edge:
     """A pool with durable leases in `folder`. One process at a time per folder.
 
@@ -76,7 +91,7 @@ class Edge:
             capacity=capacity, warm=warm, max_waiting=max_waiting, maker=self._make, on_change=self._record
         )
         self._leases: dict[str, Lease] = {}
-        self._making: dict[str, asyncio.Lock] = {}
+        self._making: dict[str, _Making] = {}
         self._adopting = asyncio.Lock()
         self._is_ready = False
         self._lock: int | None = None
@@ -99,14 +114,27 @@ class Edge:
     ) -> None:
         """A lease called `name`; asking again for one that is there, or is being made, makes no other.
 
-        Raises: CapacityRejected; SandboxError.
+        When all who ask for it are cancelled, or `end` is called meanwhile, it is not made.
+        Raises: CapacityRejected; Gone when it was ended meanwhile; SandboxError.
         """
         await self.start()
-        async with self._making.setdefault(name, asyncio.Lock()):
-            if name not in self._leases:
-                self._leases[name] = await self._pool.lease(
-                    template, priority=priority, owner=owner, timeout=timeout, name=name
-                )
+        if name in self._leases:
+            return
+        making = self._making.get(name)
+        if making is None:
+            keywords = {"priority": priority, "owner": owner, "timeout": timeout, "name": name}
+            making = self._making[name] = _Making(asyncio.ensure_future(self._lend(name, template, keywords)))
+            making.task.add_done_callback(lambda _: self._making.pop(name, None))
+        making.askers += 1
+        try:
+            await asyncio.wait({making.task})
+        finally:
+            making.askers -= 1
+            if not making.askers:
+                making.stop()
+        if making.task.cancelled():
+            raise Gone(f"lease {name} was ended while it was made.", "closed")
+        making.task.result()
 
     async def do(self, name: str, room: str, method: str, *args: Any, **keywords: Any) -> Any:
         """Call `sandbox.<room>.<method>` of a lease. Raises: Gone for an unknown one, Unsupported for other methods."""
@@ -123,11 +151,14 @@ class Edge:
     async def end(self, name: str) -> None:
         """Destroy a lease; one that is gone already is no error."""
         await self.start()
+        making = self._making.get(name)
+        if making is not None:
+            making.stop()
+            await asyncio.wait({making.task})
         lease = self._leases.get(name)
         if lease is not None:
             await lease.close()
             self._leases.pop(name, None)
-        self._making.pop(name, None)
         self._path(name).unlink(missing_ok=True)
 
     async def stats(self) -> PoolStats:
@@ -141,13 +172,21 @@ class Edge:
             if not self._is_ready:
                 await self._take_over()
                 self._is_ready = True
-        for name in list(self._leases):
+        for name in [*self._making, *self._leases]:
             await self.end(name)
         await self._pool.close()
         if self._lock is not None:
             await asyncio.to_thread(_remove, self._folder)
             os.close(self._lock)
             self._lock = None
+
+    async def _lend(self, name: str, template: Template, keywords: Mapping[str, Any]) -> None:
+        """Make the lease that `lease` asked for."""
+        try:
+            self._leases[name] = await self._pool.lease(template, **keywords)
+        except BaseException:
+            self._path(name).unlink(missing_ok=True)  # it may have been written down already
+            raise
 
     async def _lease(self, name: str) -> Lease:
         await self.start()
@@ -175,6 +214,7 @@ class Edge:
                 )
             await asyncio.sleep(0.05)
         self._lock = lock
+        bases.register(self._folder)
         await asyncio.to_thread(_clear_up, self._folder)
 
     async def _adopt(self) -> None:
@@ -219,7 +259,8 @@ class Edge:
             owner=lease.owner,
             kept=lease.kept,
         )
-        await asyncio.to_thread(_write_durably, self._path(lease.name), json.dumps(asdict(record)))
+        text = json.dumps(asdict(record))
+        await in_thread(_write_durably, self._path(lease.name), text, undo=lambda _: None)  # whoever is next sees it
 
     def _path(self, name: str) -> Path:
         return self._records / f"{name}.json"
@@ -281,3 +322,4 @@ def _remove(folder: Path) -> None:
     (folder / LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
+    bases.forget(folder)

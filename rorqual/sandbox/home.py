@@ -7,6 +7,7 @@
         lifetime       when the keeper ends it, in milliseconds since boot; SIGHUP makes the keeper read it again
         exit.json      why it ended, written by the keeper
         channel, keeper, keeper.log, oom, history/
+    <data>/sandboxes/<id>/suspended a machine's memory on disk: while it is there, no process of the sandbox has to live
     <data>/sandboxes/.making        flock held while a folder is made and not yet locked
     <data>/sandboxes/.gone/<id>     why a sandbox that is no more ended, kept for a day
 
@@ -31,7 +32,7 @@ from typing import Any
 
 from rorqual.errors import SandboxError
 from rorqual.folders import data_folder
-from rorqual.sandbox import processes
+from rorqual.sandbox import bases, processes
 from rorqual.sandbox.drivers.base import Process, Running
 from rorqual.sandbox.errors import Gone
 from rorqual.sandbox.spec import Kind, Lifetimes, Limits, SandboxSpec
@@ -39,6 +40,8 @@ from rorqual.sandbox.spec import Kind, Lifetimes, Limits, SandboxSpec
 TOMBSTONE_S = 86400.0
 LOOK_AT_NOTES_S = 600.0
 _looked: dict[Path, float] = {}
+_driven: set[str] = set()
+"""Folders whose locks this process holds."""
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{2,62}")
 
 
@@ -92,6 +95,8 @@ class Home:
         """A new folder with a new id, locked by this process."""
         parent = sandboxes_folder(base)
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if base is not None:
+            bases.register(base)
         home = cls(parent / f"{kind}-{secrets.token_hex(6)}")
         with open(parent / ".making", "a") as making:
             fcntl.flock(making, fcntl.LOCK_SH)
@@ -102,13 +107,25 @@ class Home:
 
     @classmethod
     def find(cls, sandbox_id: str, base: Path | str | None = None) -> Home:
-        """The folder of a sandbox that exists. Raises: Gone."""
+        """The folder of a sandbox that exists, below `base` or any folder with sandboxes. Raises: Gone."""
         if not _ID.fullmatch(sandbox_id):
             raise SandboxError(f"{sandbox_id!r} is no sandbox id. Sandbox.list() shows them.")
-        home = cls(sandboxes_folder(base) / sandbox_id)
-        if not (home.path / "spec.json").exists():
-            raise gone(sandbox_id, reason_of(home.path.parent, sandbox_id))
-        return home
+        parents = [sandboxes_folder(one) for one in ([base] if base is not None else bases.known())]
+        for parent in parents:
+            if (parent / sandbox_id / "spec.json").exists():
+                return cls(parent / sandbox_id)
+        ended = [parent for parent in parents if (parent / ".gone" / sandbox_id).exists()]
+        raise gone(sandbox_id, reason_of((ended or parents)[0], sandbox_id))
+
+    @property
+    def base(self) -> Path:
+        """The data folder that it lies in."""
+        return self.path.parent.parent
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether its memory is on disk; what processes of it still live stand still and may be ended."""
+        return (self.path / "suspended").exists()
 
     def lock(self) -> bool:
         """Become the process that drives this sandbox; False when another one does."""
@@ -127,6 +144,7 @@ class Home:
                 raise
             if is_current:
                 self._lock = descriptor
+                _driven.add(str(self.path))
                 return True
             os.close(descriptor)  # it was taken over in this moment, and this is the old one
 
@@ -140,10 +158,12 @@ class Home:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.replace(scratch, self.path / "lock")
         self._lock = descriptor
+        _driven.add(str(self.path))
 
     def unlock(self) -> None:
         """Let another process drive it."""
         if self._lock is not None:
+            _driven.discard(str(self.path))
             os.close(self._lock)
             self._lock = None
 
@@ -191,7 +211,9 @@ class Home:
         return over[0][1] if over else None
 
     def ended(self) -> str | None:
-        """Why the sandbox ended, as its keeper wrote it; None while it runs (or is being made)."""
+        """Why the sandbox ended, as its keeper wrote it; None while it runs, is being made, or needs no process."""
+        if self.is_suspended:
+            return None
         try:
             return str(json.loads((self.path / "exit.json").read_text())["reason"])
         except FileNotFoundError:
@@ -250,12 +272,18 @@ def gone(sandbox_id: str, reason: str) -> Gone:
     return Gone(f"sandbox {sandbox_id} is gone: {told}. Create a new one, from a snapshot if there is one.", reason)
 
 
-def all_homes(base: Path | str | None = None) -> list[Home]:
-    """Every folder that may be a sandbox's, by name."""
-    parent = sandboxes_folder(base)
-    if not parent.is_dir():
+def all_homes(base: Path | str | None = None, *, driven_here: bool = True) -> list[Home]:
+    """Every folder that may be a sandbox's, by name; without `driven_here` not those that this process drives itself."""
+    try:
+        with os.scandir(sandboxes_folder(base)) as entries:
+            found = sorted(
+                entry.path
+                for entry in entries
+                if (driven_here or entry.path not in _driven) and _ID.fullmatch(entry.name) and entry.is_dir()
+            )
+    except FileNotFoundError:
         return []
-    return [Home(path) for path in sorted(parent.iterdir()) if path.is_dir() and _ID.fullmatch(path.name)]
+    return [Home(Path(path)) for path in found]
 
 
 def forget_old_notes(base: Path | str | None = None) -> None:

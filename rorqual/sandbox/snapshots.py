@@ -37,26 +37,32 @@ async def take(sandbox: AsyncSandbox, kind: Literal["disk", "full"], name: str |
             "`rorqual sandbox doctor` lists drivers that can.",
             "snapshot_disk" if kind == "disk" else "snapshot_memory",
         )
+    chosen = name or f"{sandbox.id}-{secrets.token_hex(4)}"
+    made: list[Snapshot] = []
+
+    async def record(digest: str) -> None:
+        size = (await asyncio.to_thread(Store().layer, digest)).size if kind == "disk" else 0
+        sequence = sandbox._history().last
+        await asyncio.to_thread(_record, sandbox, chosen, digest, kind, sequence, name is not None)
+        made.append(Snapshot(chosen, kind, digest, size, sequence, name))
+
     sandbox._clock.stop()
     try:
         if kind == "full":
-            digest = await sandbox._driver.snapshot_full(sandbox._link.running, sandbox._home.path)
-            size = 0
+            await sandbox._driver.snapshot_full(sandbox._link.running, sandbox._home.path, record)
         else:
-            digest = await _pack(sandbox)
-            size = (await asyncio.to_thread(Store().layer, digest)).size
+            await record(await _files(sandbox))
     finally:
         if sandbox._record.state != "paused":
             sandbox._clock.go_on()
-    sequence = sandbox._history().last
-    chosen = name or f"{sandbox.id}-{secrets.token_hex(4)}"
-    await asyncio.to_thread(_record, sandbox, chosen, digest, kind, sequence, name is not None)
-    await sandbox._history().write("snapshot", {"id": chosen, "covers": sequence, "of": kind, "digest": digest})
-    return Snapshot(chosen, kind, digest, size, sequence, name)
+    taken = made[0]
+    about = {"id": chosen, "covers": taken.history_seq, "of": kind, "digest": taken.digest}
+    await sandbox._history().write("snapshot", about)
+    return taken
 
 
-async def _pack(sandbox: AsyncSandbox) -> str:
-    """Its files as a layer of the store, taken while nothing runs; the layer's digest."""
+async def _files(sandbox: AsyncSandbox) -> str:
+    """What was written in it, as a layer; of a paused one, as it stands."""
     link, was_paused = sandbox._link, sandbox._record.state == "paused"
     if not was_paused:
         await link.request(Type.PAUSE)

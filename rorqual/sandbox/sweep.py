@@ -61,7 +61,7 @@ def _end_group(name: str) -> list[str]:
 def sweep(base: str | Path | None = None) -> list[str]:
     """Remove every sandbox that is dead and that no process drives; returns their ids. Living ones are left alone."""
     removed, unfinished = [], []
-    for home in all_homes(base):
+    for home in all_homes(base, driven_here=False):  # a client with thousands does not look at each for every new one
         if (home.path / "spec.json").exists() or (home.path / "exit.json").exists():
             removed += _remove_dead(home)
         else:
@@ -106,6 +106,6 @@ def _dead(home: Home) -> str | None:
         return "crashed"  # only its maker could have told the agent inside who it is
     if any(processes.alive(process) for process in record.running.processes):
         return None
-    if record.state == "paused" and (home.path / "suspended").exists():
+    if home.is_suspended:
         return home.overdue()  # its memory is on disk: no process is right
     return "crashed"

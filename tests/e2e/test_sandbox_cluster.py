@@ -12,6 +12,8 @@ import pytest
 from host_traces import settled, traces_of
 from sandboxes import need
 
+from rorqual.sandbox import bases
+from rorqual.sandbox.async_sandbox import AsyncSandbox
 from rorqual.sandbox.cluster import ClusterPool
 from rorqual.sandbox.errors import CapacityRejected, FileError, Gone, Unsupported
 from rorqual.sandbox.images.store import Store
@@ -128,6 +130,29 @@ def test_an_edge_killed_in_the_middle_of_a_command_loses_and_repeats_nothing(hom
         assert (stats.awake, stats.warm) == (1, 1), "the killed edge's leases and warm sandboxes are counted again"
 
     play(home, scene, capacity=2, warm={SMALL: 1})
+
+
+def test_a_cancelled_caller_leaves_no_sandbox_and_those_of_edges_are_seen(home: Path) -> None:
+    async def scene(pool: ClusterPool) -> None:
+        for wait_s in (0.0, 0.02, 0.1):
+            asking = asyncio.create_task(pool.lease(SMALL))
+            await asyncio.sleep(wait_s)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            if not asking.cancelled():
+                await asking.result().close()
+        end = asyncio.get_running_loop().time() + 30
+        while pool._handing_back or any(stats.awake for stats in (await pool.stats()).values()):
+            assert asyncio.get_running_loop().time() < end, "a lease that nobody waits for was kept"
+            await asyncio.sleep(0.05)
+        lease = await pool.lease(SMALL)
+        listed = await AsyncSandbox.list()
+        assert len(listed) == 1 and listed[0].state == "ready"
+        assert set(bases.known()) >= {home / "edges" / node.id for node in pool._nodes}
+        await lease.close()
+
+    play(home, scene, capacity=2)
+    assert bases.known() == [home]
 
 
 def test_leases_put_aside_survive_their_edge(home: Path) -> None:

@@ -6,9 +6,12 @@ What every kind of sandbox must do is in test_sandbox_conformance.py; here is wh
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from sandboxes import need, traces
@@ -19,7 +22,8 @@ from rorqual.sandbox.errors import Gone, Unsupported
 from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.processes import below
 from rorqual.sandbox.spec import Kind, Snapshot
-from rorqual.sandbox.vm import snapshot, template
+from rorqual.sandbox.vm import share, snapshot, template
+from rorqual.sandbox.vm.machine import BINARY, qemu_version
 
 pytestmark = pytest.mark.slow
 SMALL: tuple[Kind, str] = ("microvm", "qemu-tcg")
@@ -110,6 +114,62 @@ def test_a_second_machine_starts_from_the_template(sandbox: Sandbox) -> None:
         uptimes = [float(one.commands.run("cut -d' ' -f1 /proc/uptime").stdout) for one in (sandbox, other)]
         ids = [one.commands.run("cat /etc/machine-id /proc/sys/kernel/hostname").stdout for one in (sandbox, other)]
         assert uptimes[1] < 60 and ids[0] != ids[1]
+
+
+def test_machines_share_their_templates_memory_and_none_can_write_to_it(sandbox: Sandbox) -> None:
+    if share.sharing(BINARY, qemu_version()) is None:
+        pytest.skip("this QEMU cannot map a file that it may only read")
+    fill = "head -c 8M /dev/urandom > /dev/shm/own; sha256sum < /dev/shm/own"
+    with Sandbox.create(**need(SMALL)) as other:
+        made = [
+            path for path in template.folder().glob(f"*/{share.NAME}") if path.stat().st_ino == _memory(other).inode
+        ]
+        assert len(made) == 1 and _memory(sandbox).inode == _memory(other).inode
+        before = snapshot.digest_of(made[0])
+        digests = [one.commands.run(fill, check=True).stdout for one in (sandbox, other)]
+        assert digests[0] != digests[1]
+        again = [one.commands.run("sha256sum < /dev/shm/own; rm /dev/shm/own").stdout for one in (sandbox, other)]
+        assert again == digests and snapshot.digest_of(made[0]) == before
+        for one in (sandbox, other):
+            found = _memory(one)
+            assert found.shared_kb > 16_000, "most pages of the template are not shared"
+            assert "p" in found.flags and found.opened & os.O_ACCMODE == os.O_RDONLY
+        if os.geteuid() == 0:
+            with pytest.raises(PermissionError):  # by QEMU's own user, past every library
+                _open_as(int(Path(f"/proc/{_qemu(other)}/status").read_text().split("Uid:")[1].split()[0]), made[0])
+
+
+class _Memory(NamedTuple):
+    """The mapping of a template's memory in a QEMU. opened: flags of its descriptor."""
+
+    inode: int
+    flags: str
+    shared_kb: int
+    opened: int
+
+
+def _memory(sandbox: Sandbox) -> _Memory:
+    process = Path(f"/proc/{_qemu(sandbox)}")
+    lines = (process / "smaps").read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if line.endswith(share.NAME))
+    words = lines[at].split()
+    sizes = dict(line.split(":", 1) for line in lines[at + 1 : at + 20])
+    shared = sum(int(sizes[name].split()[0]) for name in ("Shared_Clean", "Shared_Dirty"))
+    descriptor = next(one for one in (process / "fd").iterdir() if os.readlink(one).endswith(share.NAME))
+    opened = re.search(r"flags:\s*(\d+)", (process / "fdinfo" / descriptor.name).read_text())
+    assert opened is not None
+    return _Memory(int(words[4]), words[1], shared, int(opened[1], 8))
+
+
+def _open_as(uid: int, path: Path) -> None:
+    code = "import os, sys; os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1])); os.open(sys.argv[2], os.O_RDWR)"
+    # through a descriptor, since its folders are shut to that user
+    with open(path, "rb") as file:
+        words = [sys.executable, "-c", code, str(uid), f"/proc/self/fd/{file.fileno()}"]
+        done = subprocess.run(words, capture_output=True, text=True, pass_fds=[file.fileno()])
+    if "PermissionError" in done.stderr:
+        raise PermissionError(done.stderr.splitlines()[-1])
+    raise AssertionError(f"it could be opened for writing: {done.stderr}")
 
 
 def test_copies_go_on_where_the_original_was_and_share_no_secret(sandbox: Sandbox, counting: Snapshot) -> None:

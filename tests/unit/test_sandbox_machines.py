@@ -9,19 +9,22 @@ import shutil
 import stat
 import struct
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rorqual.errors import SandboxError
+from rorqual.sandbox.agent.build import compiler
 from rorqual.sandbox.errors import SnapshotFailed, TransportError
-from rorqual.sandbox.vm import kernel, qcow2, snapshot
+from rorqual.sandbox.vm import kernel, qcow2, share, snapshot
 from rorqual.sandbox.vm.cpio import Archive
 from rorqual.sandbox.vm.firecracker_api import Api, connect_vsock
 from rorqual.sandbox.vm.machine import Disk, Machine, _Places, fingerprint
 from rorqual.sandbox.vm.modules import dependencies, in_order
 from rorqual.sandbox.vm.qmp import QMP
+from rorqual.sandbox.vm.share import NAME, Sharing, sharing
 
 
 def machine(folder: Path, **changes: object) -> Machine:
@@ -173,6 +176,78 @@ def test_qemu_gets_nothing_that_leads_out(tmp_path: Path) -> None:
     assert writable == ["driver=file,node-name=upperf,filename=/vm/disk,read-only=off"]
     binds = _Places(made, True).binds()
     assert binds.count("--ro-bind") == 4 and binds.count("--bind") == 1
+
+
+@pytest.mark.parametrize("way", [Sharing(options=",readonly=on,rom=off"), Sharing(preload=Path("/cache/preload.so"))])
+def test_memory_that_is_shared_is_only_read(tmp_path: Path, way: Sharing) -> None:
+    """The file of a template is outside of the machine's folder, bound read-only, and mapped privately."""
+    memory = tmp_path / "template" / NAME
+    made = machine(tmp_path, memory=memory, sharing=way, incoming=True)
+    place = _Places(made, True)
+    words = made.arguments(place)
+    backend = words[words.index("-object") + 1]
+    assert backend == f"memory-backend-file,id=ram,size=256M,mem-path=/files/{NAME},share=off{way.options}"
+    binds = place.binds()
+    at = binds.index(str(memory))
+    assert binds[at - 1 : at + 2] == ["--ro-bind", str(memory), f"/files/{NAME}"]
+    preloaded = [binds[number + 2] for number, word in enumerate(binds) if word == "--setenv"]
+    assert len(preloaded) == (way.preload is not None) and all(f"{way.preload}" in binds for _ in preloaded)
+    boots = machine(tmp_path, memory=tmp_path / "vm" / NAME, sharing=way)
+    words = boots.arguments(_Places(boots, True))
+    assert words[words.index("-object") + 1] == f"memory-backend-file,id=ram,size=256M,mem-path=/vm/{NAME},share=on"
+    assert boots.preload is None and "--setenv" not in _Places(boots, True).binds()
+
+
+def test_how_memory_is_shared_depends_on_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    dynamic, static = tmp_path / "dynamic", tmp_path / "static"
+    dynamic.write_bytes(b"\x7fELF" + bytes(60) + b"/lib64/ld-linux-x86-64.so.2\0")
+    static.write_bytes(b"\x7fELF" + bytes(200))
+    for path in (dynamic, static):
+        path.chmod(0o755)
+    assert sharing(str(static), "QEMU emulator version 8.2.0") == Sharing(options=",readonly=on,rom=off")
+    assert sharing(str(static), "QEMU emulator version 10.0.2 (Debian 1:10)") == Sharing(options=",readonly=on,rom=off")
+    assert sharing(str(static), "QEMU emulator version 7.2.19") is None
+    assert sharing(str(dynamic), "QEMU emulator version 6.2.0") is None and sharing(str(dynamic), "") is None
+    if compiler() is not None:
+        way = sharing(str(dynamic), "QEMU emulator version 8.1.5 (Debian)")
+        assert way is not None and way.options == "" and way.preload is not None and way.preload.exists()
+    monkeypatch.setenv("CC", str(tmp_path / "absent"))
+    assert sharing(str(dynamic), "QEMU emulator version 7.2.1") is None, "without a compiler each loads its own"
+
+
+def test_a_template_in_memory_is_not_shared(tmp_path: Path) -> None:
+    kinds = {}
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        kinds[line.split()[4]] = line.partition(" - ")[2].split()[0]
+    assert share.is_in_memory(Path("/dev/shm/absent/folder")) == (kinds.get("/dev/shm", kinds.get("/dev")) == "tmpfs")
+    assert not share.is_in_memory(Path("/proc/self"))
+
+
+OPENS = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+for name in ("open", "open64", "__open_2", "__open64_2"):
+    for path in sys.argv[1:3]:
+        try:
+            print(os.write(getattr(libc, name)(path.encode(), os.O_RDWR), b"x"))
+        except OSError as error:
+            print(error.strerror)
+print(oct(os.fstat(libc.open(sys.argv[3].encode(), os.O_RDWR | os.O_CREAT, 0o640)).st_mode & 0o777))
+"""
+
+
+def test_the_preloaded_library_opens_only_that_file_for_reading(tmp_path: Path) -> None:
+    library = share._built()
+    if library is None:
+        pytest.skip("no C compiler")
+    paths = [tmp_path / name for name in (NAME, "other", "new")]
+    for path in paths[:2]:
+        path.write_bytes(b"content")
+    words = [sys.executable, "-c", OPENS, *map(str, paths)]
+    done = subprocess.run(words, capture_output=True, text=True, env={"LD_PRELOAD": str(library)}, umask=0)
+    assert done.stdout.splitlines() == ["Bad file descriptor", "1"] * 4 + ["0o640"], done.stderr
+    assert [path.read_bytes() for path in paths] == [b"content", b"xontent", b""]
 
 
 def test_a_path_that_could_add_options_is_refused(tmp_path: Path) -> None:

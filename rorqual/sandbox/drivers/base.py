@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rorqual.sandbox.spec import Capabilities, Kind, SandboxSpec
 
@@ -91,15 +92,27 @@ class Driver(ABC):
         raise self._cannot("pause_memory", "pause")
 
     async def resume(self, running: Running, home: Path) -> Running:
-        """Let it run on; a driver that gave the memory back starts new processes and returns them."""
+        """Let it run on; a driver that gave the memory back starts new processes and returns them.
+
+        It writes those into the sandbox's record itself, before they run and the saved memory is given up.
+        """
         raise self._cannot("pause_memory", "resume")
+
+    async def settle(self, running: Running, home: Path) -> Literal["ready", "paused"]:
+        """What became of a sandbox whose record says that it is ready, but whose client may have died in the middle of
+        pausing, resuming or copying it. What can run on does so.
+        """
+        return "ready"
 
     async def snapshot_disk(self, running: Running, home: Path) -> str:
         """Pack what was written since the start into a layer of the store; returns its digest. Raises: Unsupported."""
         raise self._cannot("snapshot_disk", "take a disk snapshot")
 
-    async def snapshot_full(self, running: Running, home: Path) -> str:
-        """Files and memory; returns the id of the stored pair. Raises: Unsupported."""
+    async def snapshot_full(self, running: Running, home: Path, name: Callable[[str], Awaitable[None]]) -> None:
+        """Store files and memory; `name` is awaited with the id of the pair before a collector may take it.
+
+        Raises: Unsupported; SnapshotFailed; what `name` raises. Nothing is kept then.
+        """
         raise self._cannot("snapshot_memory", "take a full snapshot")
 
     async def oom_kills(self, running: Running, home: Path) -> int:

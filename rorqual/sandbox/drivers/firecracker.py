@@ -15,8 +15,10 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from rorqual.errors import SandboxError
 from rorqual.sandbox import cgroups
@@ -24,7 +26,9 @@ from rorqual.sandbox.agent.build import agent_binary
 from rorqual.sandbox.drivers.base import Running
 from rorqual.sandbox.drivers.bwrap import launch
 from rorqual.sandbox.drivers.qemu import Qemu
+from rorqual.sandbox.drivers.qemu_still import layers_of
 from rorqual.sandbox.errors import TransportError, Unsupported
+from rorqual.sandbox.home import Home
 from rorqual.sandbox.spec import Capabilities, Kind, Limits, SandboxSpec
 from rorqual.sandbox.vm import boot, template
 from rorqual.sandbox.vm.control import Control
@@ -67,7 +71,7 @@ class Firecracker(Qemu):
                 f"network={spec.network!r}: this driver gives a machine no network. Use network='none'.",
                 "network_allowlist",
             )
-        machine, _ = await asyncio.to_thread(self._machine, spec, home, None)
+        machine, _ = await asyncio.to_thread(self._machine, spec, home, await asyncio.to_thread(layers_of, spec))
         uid = boot.new_uid()
         folder = await asyncio.to_thread(boot.own_folder, home, uid)
         disk = folder / "disk"
@@ -161,6 +165,21 @@ class Firecracker(Qemu):
             await control.ask(f"clock {time.time_ns() // 1000}")
         return running
 
-    async def snapshot_full(self, running: Running, home: Path) -> str:
+    async def settle(self, running: Running, home: Path) -> Literal["ready", "paused"]:
+        """Nothing: its monitor tells no state."""
+        return "ready"
+
+    @asynccontextmanager
+    async def _awake(self, home: Path) -> AsyncIterator[None]:
+        is_paused = Home(home).read().state == "paused"
+        if is_paused:
+            await Api(home / "vm").set_state(paused=False)
+        try:
+            yield
+        finally:
+            if is_paused:
+                await Api(home / "vm").set_state(paused=True)
+
+    async def snapshot_full(self, running: Running, home: Path, name: Callable[[str], Awaitable[None]]) -> None:
         """Not by this driver. Raises: Unsupported."""
         raise self._cannot("snapshot_memory", "take a full snapshot")

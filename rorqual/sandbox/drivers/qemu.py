@@ -3,7 +3,8 @@
 Isolates: the sandbox has a kernel of its own; what it could attack is QEMU, which runs in its own namespaces, without
 capabilities, under a uid of its own when root starts it, with a system call filter. With KVM this is "vm-hw", emulated
 (TCG) "vm-emulated": slower by about ten, and a larger program to trust, but it needs nothing of the machine.
-Does not isolate: processor side channels between machines on one core. No network, no host folder, no shared memory.
+Does not isolate: processor side channels between machines on one core. No network, no host folder, no memory that
+two machines could write to: pages of their template are shared, and copied where one writes.
 
 The first machine of a shape (kernel, layers, memory, processors, disk) boots and is saved as a template; all later ones
 start from it.
@@ -16,28 +17,25 @@ import math
 import os
 import secrets
 import shutil
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rorqual.errors import SandboxError
 from rorqual.folders import cache_folder
 from rorqual.sandbox.channel import Channel
-from rorqual.sandbox.drivers.base import Driver, Running
+from rorqual.sandbox.drivers.base import Running
 from rorqual.sandbox.drivers.bwrap import pss, tree_of
+from rorqual.sandbox.drivers.qemu_still import LOAD_S, StandsStill, layers_of
 from rorqual.sandbox.drivers.streams import connect_unix
 from rorqual.sandbox.errors import Unsupported
-from rorqual.sandbox.home import Home
-from rorqual.sandbox.images.intake import add_tar
 from rorqual.sandbox.images.store import Store
 from rorqual.sandbox.link import provision_fields
-from rorqual.sandbox.snapshots import names_of, on_host_root
 from rorqual.sandbox.spec import Capabilities, Isolation, Kind, SandboxSpec
-from rorqual.sandbox.vm import boot, guest_root, kernel, pvm, qcow2, saved, snapshot, template
-from rorqual.sandbox.vm.control import Control
+from rorqual.sandbox.vm import boot, guest_root, kernel, pvm, qcow2, saved, share, snapshot, template
 from rorqual.sandbox.vm.initramfs import PCI_MODULES, build_initramfs
 from rorqual.sandbox.vm.machine import (
     BINARY,
@@ -47,16 +45,15 @@ from rorqual.sandbox.vm.machine import (
     Disk,
     Machine,
     fingerprint,
+    qemu_version,
 )
-from rorqual.sandbox.vm.qmp import QMP
 from rorqual.sandbox.wire import Tag, Type, Value
 
 BOOT_S = {"kvm": 8.0, "tcg": 120.0}
 """With KVM a boot takes a second where it works, and never ends where /dev/kvm is not what it seems."""
-LOAD_S = 30.0
 
 
-class Qemu(Driver):
+class Qemu(StandsStill):
     """What the four drivers share; they differ in board and accelerator."""
 
     board: ClassVar[Board]
@@ -109,15 +106,18 @@ class Qemu(Driver):
                 f"network={spec.network!r}: the {self.name} driver gives a machine no network. Use network='none'.",
                 "network_allowlist",
             )
-        machine, digests, full = await asyncio.to_thread(self._checked, spec, home)
-        if full is not None:
-            state, parents = full.folder / "state", [full.folder / name for name in full.disks]
-            disk_mb, secret = full.disk_mb, full.secret
-        else:
-            made = await self._template(machine, digests, spec)
-            state, parents, disk_mb, secret = made.state, [made.disk], spec.limits.disk_mb, ""
-        running = await self._launch(machine, spec, home, state, parents, disk_mb)
-        running.extra["fingerprint"] = fingerprint(machine, *digests)
+        full = await asyncio.to_thread(_full_snapshot, spec)
+        with snapshot.reading(full) if full is not None else nullcontext():
+            machine, digests, layers = await asyncio.to_thread(self._checked, spec, home, full)
+            if full is not None:
+                state, parents = full.folder / "state", [full.folder / name for name in full.disks]
+                disk_mb, secret = full.disk_mb, full.secret
+            else:
+                made = await self._template(machine, digests, spec)
+                machine = replace(machine, memory=made.memory)
+                state, parents, disk_mb, secret = made.state, [made.disk], spec.limits.disk_mb, ""
+            running = await self._launch(machine, spec, home, state, parents, disk_mb)
+        running.extra |= {"fingerprint": fingerprint(machine, *digests), "layers": layers}
         try:
             await self._personalise(running, spec, home, secret)
         except BaseException:
@@ -127,16 +127,20 @@ class Qemu(Driver):
 
     async def check(self, spec: SandboxSpec, home: Path) -> None:
         """Every layer, or the full snapshot with what it was taken under, is as it was, and there are not too many."""
-        await asyncio.to_thread(self._checked, spec, home)
+        full = await asyncio.to_thread(_full_snapshot, spec)
+        with snapshot.reading(full) if full is not None else nullcontext():
+            await asyncio.to_thread(self._checked, spec, home, full)
 
-    def _checked(self, spec: SandboxSpec, home: Path) -> tuple[Machine, tuple[str, str], snapshot.Manifest | None]:
-        """The machine asked for, digests of kernel and initramfs, and the full snapshot it starts from, if any."""
-        full = _full_snapshot(spec)
-        machine, digests = self._machine(spec, home, full)
+    def _checked(
+        self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None
+    ) -> tuple[Machine, tuple[str, str], list[str]]:
+        """The machine asked for, digests of kernel and initramfs, and its layers."""
+        layers = layers_of(spec)
+        machine, digests = self._machine(spec, home, layers)
         if full is not None:
             snapshot.check(full, fingerprint(machine, *digests))
             snapshot.verify(full)
-        return machine, digests, full
+        return machine, digests, layers
 
     async def _template(self, machine: Machine, digests: tuple[str, str], spec: SandboxSpec) -> template.Template:
         try:
@@ -166,14 +170,29 @@ class Qemu(Driver):
         machine = replace(machine, folder=folder, disk=Disk(tuple(chain), top), incoming=True)
         return await self._run(machine, spec, home, state, uid)
 
-    async def _run(self, machine: Machine, spec: SandboxSpec, home: Path, state: Path, uid: int | None) -> Running:
+    async def _run(
+        self,
+        machine: Machine,
+        spec: SandboxSpec,
+        home: Path,
+        state: Path,
+        uid: int | None,
+        loaded: Callable[[Running], None] = lambda running: None,
+    ) -> Running:
+        """Load a machine from `state` and let it run; `loaded` is called in between."""
         started = await asyncio.to_thread(boot.start, machine, home, uid, home.name, spec.limits.cpu)
         try:
             async with await boot.monitor(machine.folder, home, boot.MONITOR_WAIT_S) as qmp:
-                await saved.load(qmp, state, LOAD_S)
+                await saved.load(qmp, state, LOAD_S, memory_apart=machine.memory is not None)
+                running = self._running(started, spec, uid)
+                await asyncio.to_thread(loaded, running)
+                await qmp.execute("cont")
         except BaseException:
             await asyncio.shield(boot.end_later(started))
             raise
+        return running
+
+    def _running(self, started: boot.Started, spec: SandboxSpec, uid: int | None) -> Running:
         return Running(
             started.processes,
             {"unix": "vm/agent"},
@@ -194,17 +213,12 @@ class Qemu(Driver):
             "file_mb": "rlimit",
         }
 
-    def _machine(
-        self, spec: SandboxSpec, home: Path, full: snapshot.Manifest | None
-    ) -> tuple[Machine, tuple[str, str]]:
-        """The machine asked for, without its disk; digests of kernel and initramfs."""
+    def _machine(self, spec: SandboxSpec, home: Path, layers: Sequence[str]) -> tuple[Machine, tuple[str, str]]:
+        """The machine asked for on these layers, without its disk; digests of kernel and initramfs."""
         store = Store()
-        digests = store.resolve(names_of(spec))
-        if on_host_root(spec):
-            digests.insert(0, guest_root.host_layer(store))
-        if len(digests) > MAX_LAYERS:
+        if len(layers) > MAX_LAYERS:
             raise Unsupported(
-                f"{len(digests)} layers are more than a machine has places for disks ({MAX_LAYERS}). Make the "
+                f"{len(layers)} layers are more than a machine has places for disks ({MAX_LAYERS}). Make the "
                 "image of fewer layers: export it and import it as one.",
                 "layers",
             )
@@ -217,9 +231,10 @@ class Qemu(Driver):
             memory_mb=max(spec.limits.memory_mb, 128),
             kernel=found.image,
             initramfs=initramfs,
-            layers=tuple(store.object_path(digest) for digest in digests),
+            layers=tuple(store.object_path(digest) for digest in layers),
             disk=Disk((), None),
             folder=home / "vm",
+            sharing=None if share.is_in_memory(template.folder()) else share.sharing(BINARY, qemu_version()),
         )
         return machine, (found.digest, initramfs_digest)
 
@@ -232,12 +247,15 @@ class Qemu(Driver):
             await control.ask(f"threads {spec.limits.pids}")
         fields = None if secret else provision_fields(spec, running, time.time())
         key = bytes.fromhex(secret or running.secret)
+        rekey = [*fresh_identity(home.name), *self._rekey(running, spec)]
         reader, writer = await self.connect(running, home)
         channel = await asyncio.wait_for(
             Channel.open(reader, writer, key, 0 if fields else 1 << 62, lambda kind, found: None, fields), LOAD_S
         )
         try:
-            await channel.request(Type.REKEY, [*fresh_identity(home.name), *self._rekey(running, spec)])
+            await channel.request(Type.REKEY, rekey)
+            if secret and (await channel.request(Type.PING)).text(Tag.STATE) == "paused":
+                await channel.request(Type.RESUME)  # its original was paused when the snapshot was taken
         finally:
             await channel.close()
 
@@ -258,82 +276,6 @@ class Qemu(Driver):
         """End QEMU and its keeper; the machine's disk goes with the sandbox's folder."""
         return await asyncio.to_thread(boot.end, running.processes, running.cgroups)
 
-    async def pause(self, running: Running, home: Path, keep_memory: bool) -> None:
-        """Stop the machine; without `keep_memory` it is saved to the disk and QEMU ends."""
-        async with await self._monitor(home) as qmp:
-            if keep_memory:
-                await qmp.execute("stop")
-                return
-            await saved.save(qmp, home / "suspended", LOAD_S)
-        left = await self.stop(running, home)
-        if left:
-            raise SandboxError(f"the machine was saved, but its processes could not be ended: {', '.join(left)}.")
-        for leftover in ("exit.json", "keeper"):
-            (home / leftover).unlink(missing_ok=True)
-
-    async def resume(self, running: Running, home: Path) -> Running:
-        """Let it run on and set its clock; one that was saved gets a new QEMU."""
-        suspended = home / "suspended"
-        if suspended.exists():
-            running = await self._load_suspended(running, home, suspended)
-        else:
-            async with await self._monitor(home) as qmp:
-                await qmp.execute("cont")
-        async with await self._control(home) as control:
-            await control.ask(f"clock {time.time_ns() // 1000}")
-        return running
-
-    async def _load_suspended(self, running: Running, home: Path, suspended: Path) -> Running:
-        spec = Home(home).read().spec
-        full = await asyncio.to_thread(_full_snapshot, spec)
-        machine, digests = await asyncio.to_thread(self._machine, spec, home, full)
-        here = fingerprint(machine, *digests)
-        snapshot.check(snapshot.Manifest("of this paused sandbox", running.extra["fingerprint"], 0, {}, (), ""), here)
-        chain = sorted(home.glob("disk*"), key=lambda path: int(path.name[4:]))
-        machine = replace(machine, disk=Disk(tuple(chain), home / "vm" / "disk"), incoming=True)
-        fresh = await self._run(machine, spec, home, suspended, running.extra["uid"])
-        suspended.unlink()
-        return replace(running, processes=fresh.processes, cgroups=fresh.cgroups, enforced=fresh.enforced)
-
-    async def snapshot_disk(self, running: Running, home: Path) -> str:
-        """The writable layer, sent by the machine itself as a tar: the host never mounts a disk a guest wrote."""
-        spec = Home(home).read().spec
-        with tempfile.NamedTemporaryFile(dir=home, prefix="tar-") as file:
-            async with await self._control(home) as control:
-                await control.receive_tar(Path(file.name), (spec.limits.disk_mb + 64) << 21)
-
-            def build(writer: Any) -> None:
-                with open(file.name, "rb") as archive:
-                    add_tar(writer, archive)
-                writer.finish()
-
-            return await asyncio.to_thread(lambda: Store().add(build))
-
-    async def snapshot_full(self, running: Running, home: Path) -> str:
-        """Memory and disk as they are at one moment; the machine stands still while they are written."""
-        spec = Home(home).read().spec
-        state = snapshot.folder() / f".state-{secrets.token_hex(8)}"
-        state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        chain = sorted(home.glob("disk*"), key=lambda path: int(path.name[4:]))
-        async with await self._monitor(home) as qmp:
-            was_running = (await qmp.execute("query-status"))["running"]
-            try:
-                await saved.save(qmp, state, LOAD_S)
-                disk_mb = (await asyncio.to_thread(_virtual_size, home / "vm" / "disk")) >> 20
-                manifest = await asyncio.to_thread(
-                    snapshot.store,
-                    state,
-                    [*chain, home / "vm" / "disk"],
-                    running.extra["fingerprint"],
-                    disk_mb or spec.limits.disk_mb,
-                    running.secret,
-                )
-            finally:
-                state.unlink(missing_ok=True)
-                if was_running:
-                    await qmp.execute("cont")
-        return manifest.id
-
     async def oom_kills(self, running: Running, home: Path) -> int:
         """How many processes the guest's kernel ended for memory."""
         async with await self._control(home) as control:
@@ -342,12 +284,6 @@ class Qemu(Driver):
     async def memory_bytes(self, running: Running) -> int:
         """The proportional share of QEMU and its keeper."""
         return await asyncio.to_thread(lambda: sum(pss(process.pid) for process in tree_of(running)))
-
-    async def _control(self, home: Path) -> Control:
-        return await Control.open(home / "vm")
-
-    async def _monitor(self, home: Path) -> QMP:
-        return await boot.monitor(home / "vm", home, boot.MONITOR_WAIT_S)
 
 
 class QemuMicrovmKvm(Qemu):
@@ -413,8 +349,3 @@ def _full_snapshot(spec: SandboxSpec) -> snapshot.Manifest | None:
     found = Store().reference(spec.snapshot)
     identity = found.note.get("full", "") if found is not None else spec.snapshot
     return snapshot.read(identity) if identity.startswith("full-") else None
-
-
-def _virtual_size(path: Path) -> int:
-    with open(path, "rb") as file:
-        return int.from_bytes(file.read(32)[24:32], "big")

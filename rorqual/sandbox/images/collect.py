@@ -1,4 +1,5 @@
-"""Removes layers that nothing needs: no image or snapshot by name, no sandbox, no rollout that may yet go back to one.
+"""Removes layers and full snapshots that nothing needs: no image or snapshot by name, no sandbox, no rollout that may
+yet go back to one.
 
 What is only just made is left alone for a while, so that a layer is not taken between its writing and its naming. All
 errors on the way to knowing what is needed stop the collection: nothing is removed on a guess.
@@ -11,14 +12,16 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rorqual.errors import SandboxError
 from rorqual.folders import data_folder
 from rorqual.journal import Close, EnvSnapshot, Reader, Request
+from rorqual.sandbox import bases
 from rorqual.sandbox.images.store import Reference, Store
+from rorqual.sandbox.vm import snapshot
 
 GRACE_S = 3600.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -26,13 +29,17 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass
 class Collected:
-    """What was removed, or would be: names of snapshots, layers, half-written files, local mounts and copies."""
+    """What was removed, or would be: names of snapshots, layers, half-written files, local mounts and copies.
+
+    full: full snapshots of virtual machines by id, which are files beside the store. bytes: of these and the layers.
+    """
 
     names: list[str]
     layers: list[str]
     bytes: int
     temporary: int
     local: list[str]
+    full: list[str] = field(default_factory=list)
 
 
 def collect(
@@ -45,34 +52,73 @@ def collect(
 ) -> Collected:
     """Remove what nothing needs any more, and say what.
 
-    home: the data folder whose `sandboxes/` and agents' runs are looked through; journals: folders of more rollout
-    logs that may still be resumed, besides those of `Store.protect`; grace_s: younger layers and snapshots stay.
+    home: the data folder whose sandboxes (also those kept elsewhere, see `bases`), agents' runs and full snapshots are
+    looked through; journals: folders of more rollout logs that may still be resumed, besides those of `Store.protect`;
+    grace_s: younger layers and snapshots stay. Full snapshots are collected with the data folder's own store.
     Raises: SandboxError or JournalError when something that may name a layer cannot be read; nothing is removed then.
     """
-    living = living_sandboxes(home)
-    logs = [*journals, *store.protected(), *sorted((home or data_folder()).glob("agents/*/journal"))]
-    pinned = set(words_of(living)) | set(open_snapshots(logs))
-    before = time.time() - grace_s
-    names = [one for one in store.references() if _is_over(one, living, pinned, before)]
-    over = {one.name for one in names}
-    kept = [one for one in store.references() if one.name not in over]
-    needed = {digest for one in kept for digest in one.layers} | {word for word in pinned if _DIGEST.fullmatch(word)}
-    in_use = used_layers(store, living)
+    needs = _needs_of(store, home, journals, time.time() - grace_s)
+    before, needed = needs.before, needs.layers
+    in_use = used_layers(store, needs.living)
     if not dry_run:
-        for one in names:
+        for one in needs.over:
             store.forget(one.name)
     layers = list(store.collectable(needed | in_use, before))
     size = sum(store.remove_if_old(key, before) if not dry_run else store.size_of(key) for key in layers)
     temporary = store.objects.sweep_temporary(dry_run)
     local = [] if dry_run else store.local.sweep(in_use, cached=needed)
-    return Collected([one.name for one in names], layers, size, temporary, local)
+    full, halves = _collect_full(store, home, needs, dry_run)
+    names = [one.name for one in needs.over]
+    return Collected(names, layers, size + sum(full.values()), temporary + halves, local, list(full))
+
+
+def collect_full(home: Path | None = None, *, grace_s: float = GRACE_S) -> Collected:
+    """Remove only full snapshots of the data folder `home` that nothing needs, with their names. Raises: as above."""
+    store = Store((home or data_folder()) / "layers")
+    needs = _needs_of(store, home, (), time.time() - grace_s)
+    names = [one.name for one in needs.over if "full" in one.note]
+    for name in names:
+        store.forget(name)
+    full, halves = _collect_full(store, home, needs, False)
+    return Collected(names, [], sum(full.values()), halves, [], list(full))
+
+
+def _collect_full(store: Store, home: Path | None, needs: _Needs, dry_run: bool) -> tuple[dict[str, int], int]:
+    if store.folder.absolute() != ((home or data_folder()) / "layers").absolute():
+        return {}, 0  # their names are in the data folder's store, so nothing can be said from another
+    return snapshot.collect(needs.full, needs.before, home, dry_run=dry_run)
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What must stay: layers by digest, full snapshots by id; and the names of snapshots that are over."""
+
+    living: dict[str, Any]
+    over: list[Reference]
+    layers: set[str]
+    full: set[str]
+    before: float
+
+
+def _needs_of(store: Store, home: Path | None, journals: Iterable[Path], before: float) -> _Needs:
+    living = living_sandboxes(home)
+    logs = [*journals, *store.protected(), *sorted((home or data_folder()).glob("agents/*/journal"))]
+    pinned = set(words_of(living)) | set(open_snapshots(logs))
+    references = store.references()
+    over = [one for one in references if _is_over(one, living, pinned, before)]
+    kept = [one for one in references if one not in over]
+    layers = {digest for one in kept for digest in one.layers} | {word for word in pinned if _DIGEST.fullmatch(word)}
+    full = {one.note["full"] for one in kept if "full" in one.note} | {word for word in pinned if snapshot.is_id(word)}
+    return _Needs(living, over, layers, full, before)
 
 
 def living_sandboxes(home: Path | None = None) -> dict[str, Any]:
-    """The record of every sandbox whose folder is there, by id: dead ones count until they are swept away."""
+    """The record of every sandbox whose folder is there, by id: dead ones count until they are swept away.
+
+    Raises: SandboxError when one cannot be read, or a folder that has sandboxes cannot be looked into.
+    """
     found = {}
-    base = home or data_folder()
-    for path in sorted([*base.glob("sandboxes/*/spec.json"), *base.glob("edges/*/sandboxes/*/spec.json")]):
+    for path in sorted(path for base in bases.known(home, strict=True) for path in base.glob("sandboxes/*/spec.json")):
         try:
             found[path.parent.name] = json.loads(path.read_text())
         except FileNotFoundError:

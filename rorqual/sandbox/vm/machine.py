@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from rorqual.errors import SandboxError
+from rorqual.sandbox.vm.share import NAME, Sharing
 from rorqual.sandbox.vm.walls import can_wall, refuse_root, walled
 
 Board = Literal["microvm", "pc", "q35"]
@@ -54,7 +55,11 @@ class Disk:
 
 @dataclass(frozen=True)
 class Machine:
-    """What QEMU is asked for. folder: the machine's own (sockets, overlay); incoming: it waits for a saved state."""
+    """What QEMU is asked for. folder: the machine's own (sockets, overlay); incoming: it waits for a saved state.
+
+    memory: a file that has its memory: written to by a machine that boots, read and mapped privately, as `sharing` has
+    it, by one that loads a state saved without memory. None: memory of its own.
+    """
 
     board: Board
     accelerator: Accelerator
@@ -67,6 +72,8 @@ class Machine:
     folder: Path
     incoming: bool = False
     console: bool = False
+    memory: Path | None = None
+    sharing: Sharing | None = None
 
     def cpu_model(self) -> str:
         """What the guest sees: the host's processor with KVM, everything that can be emulated otherwise."""
@@ -79,7 +86,7 @@ class Machine:
         arguments = [
             *("-name", "rorqual", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-sandbox", _FILTER, "-machine", f"{board},accel={self.accelerator},memory-backend=ram"),
-            *("-object", f"memory-backend-ram,id=ram,size={self.memory_mb}M", "-m", str(self.memory_mb)),
+            *("-object", self._backend(place), "-m", str(self.memory_mb)),
             *("-cpu", self.cpu_model(), "-smp", str(self.cpus)),
             *("-kernel", place(self.kernel), "-initrd", place(self.initramfs)),
             *("-append", f"{line} rorqual.layers={len(self.layers)}"),
@@ -105,6 +112,20 @@ class Machine:
             arguments += ["-incoming", "defer"]
         return arguments
 
+    def _backend(self, place: _Places) -> str:
+        size = f"id=ram,size={self.memory_mb}M"
+        if self.memory is None:
+            return f"memory-backend-ram,{size}"
+        file = _without_comma(place(self.memory))
+        if not self.incoming:
+            return f"memory-backend-file,{size},mem-path={file},share=on"
+        return f"memory-backend-file,{size},mem-path={file},share=off{self.sharing.options if self.sharing else ''}"
+
+    @property
+    def preload(self) -> Path | None:
+        """A library to be preloaded into QEMU."""
+        return self.sharing.preload if self.incoming and self.memory is not None and self.sharing is not None else None
+
     def _disk(self, place: _Places) -> list[str]:
         arguments: list[str] = []
         chain = [*self.disk.parents, *([self.disk.top] if self.disk.top is not None else [])]
@@ -120,13 +141,21 @@ class Machine:
 
     def files(self) -> list[Path]:
         """Everything that QEMU only reads."""
-        return [self.kernel, self.initramfs, *self.layers, *self.disk.parents[: None if self.disk.top else -1]]
+        memory = [self.memory] if self.memory is not None and self.incoming else []
+        preload = [self.preload] if self.preload is not None else []
+        disks = self.disk.parents[: None if self.disk.top else -1]
+        return [self.kernel, self.initramfs, *self.layers, *disks, *memory, *preload]
 
 
 def _file(node: str, path: str, read_only: bool) -> str:
+    only = "on" if read_only else "off"
+    return f"driver=file,node-name={node},filename={_without_comma(path)},read-only={only}"
+
+
+def _without_comma(path: str) -> str:
     if "," in path:
         raise SandboxError(f"the path {path!r} has a comma in it, which QEMU's options cannot hold. Move the folder.")
-    return f"driver=file,node-name={node},filename={path},read-only={'on' if read_only else 'off'}"
+    return path
 
 
 class _Places:
@@ -135,6 +164,9 @@ class _Places:
     def __init__(self, machine: Machine, walled: bool) -> None:
         self._walled = walled
         self._names = {path: f"/files/{number}" for number, path in enumerate(dict.fromkeys(machine.files()))}
+        if machine.memory in self._names:
+            self._names[machine.memory] = f"/files/{NAME}"
+        self._preload = machine.preload
         self._folder = machine.folder
 
     def __call__(self, path: Path) -> str:
@@ -147,6 +179,8 @@ class _Places:
     def binds(self) -> list[str]:
         """bwrap's options that show these files and the machine's folder, and nothing else of the host."""
         options = [word for path, name in self._names.items() for word in ("--ro-bind", str(path), name)]
+        if self._preload is not None:
+            options += ["--setenv", "LD_PRELOAD", self._names[self._preload]]
         return ["--perms", "0755", "--dir", "/files", *options, "--bind", str(self._folder), "/vm"]
 
 
@@ -160,7 +194,9 @@ def command(machine: Machine, uid: int | None) -> tuple[list[str], str]:
         raise SandboxError(f"{BINARY} is not installed; `apt install qemu-system-x86` brings it.")
     if not can_wall():
         refuse_root()
-        return [binary, *machine.arguments(_Places(machine, False))], "QEMU's system call filter (no bubblewrap here)"
+        alone = ["/usr/bin/env", f"LD_PRELOAD={machine.preload}"] if machine.preload is not None else []
+        words = [*alone, binary, *machine.arguments(_Places(machine, False))]
+        return words, "QEMU's system call filter (no bubblewrap here)"
     place = _Places(machine, True)
     kvm = machine.folder.parent if machine.accelerator == "kvm" else None
     return walled([binary, *machine.arguments(place)], place.binds(), kvm, uid, "QEMU")

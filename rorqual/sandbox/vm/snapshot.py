@@ -3,7 +3,8 @@
     <data>/snapshots/<id>/      manifest.json (mode 0600: it has the agent's key), state, disk0 (raw), disk1 ... (qcow2)
 
 A snapshot is there once its manifest is. It is restored only where the fingerprint is the same: QEMU's version, board,
-processor model, kernel, initramfs, layers. Its files are never written to; copies work on overlays.
+processor model, kernel, initramfs, layers. Its files are never written to; copies work on overlays. Who writes or reads
+one holds a lock on its folder, which the kernel frees when that process dies, so a collector knows what is left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,9 +54,124 @@ class Manifest:
         return sum((self.folder / name).stat().st_blocks * 512 for name in self.files)
 
 
-def folder() -> Path:
-    """Where full snapshots are kept."""
-    return data_folder() / "snapshots"
+class Draft:
+    """A snapshot on its way: its id, and the folder that its files are written into.
+
+    Use it as a context manager. Until the block ends no collector takes it, neither while it is written nor when it is
+    whole and has no name yet. After an error, or when it did not become whole, nothing of it is left.
+    """
+
+    def __init__(self) -> None:
+        self.id = f"full-{secrets.token_hex(8)}"
+        self.folder = folder() / f".new-{self.id}"
+        self._lock = -1
+
+    def __enter__(self) -> Draft:
+        self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        while True:
+            self.folder.mkdir(mode=0o755)
+            self._lock = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._lock), self.folder.stat()):
+                    return self
+            os.close(self._lock)  # a collector came between the lines above
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if failure is not None:
+            shutil.rmtree(folder() / self.id, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+
+def folder(home: Path | None = None) -> Path:
+    """Where full snapshots are kept: below the data folder `home`, the user's own by default."""
+    return (home or data_folder()) / "snapshots"
+
+
+def is_id(word: str) -> bool:
+    """Whether this could be a full snapshot's id."""
+    return _ID.fullmatch(word) is not None
+
+
+@contextmanager
+def reading(manifest: Manifest) -> Iterator[None]:
+    """Keep collectors away from its files meanwhile. Raises: SandboxError when one was quicker."""
+    try:
+        lock = os.open(manifest.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        read(manifest.id)
+        raise
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        read(manifest.id)
+        yield
+    finally:
+        os.close(lock)
+
+
+def collect(
+    needed: Set[str], before: float, home: Path | None = None, *, dry_run: bool = False
+) -> tuple[dict[str, int], int]:
+    """Remove snapshots not in `needed`, made before `before` (seconds since 1970), that nobody writes or reads.
+
+    Returns the bytes that each frees, by id (files that a machine shares free nothing yet), and how many half-written
+    ones of dead processes went besides.
+    """
+    freed, halves = {}, 0
+    top = folder(home)
+    for path in sorted(top.iterdir()) if top.is_dir() else ():
+        is_half = path.name.startswith((".new-full-", ".state-"))
+        if not is_half and (not is_id(path.name) or path.name in needed):
+            continue
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # it just went, or got its name
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not is_half and _made(path) >= before:
+                continue
+            if is_half and path.exists():  # not renamed since it was opened
+                halves += 1
+            elif not is_half:
+                freed[path.name] = _bytes_of(path)
+            if not dry_run:
+                (path / "manifest.json").unlink(missing_ok=True) if path.is_dir() else path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
+    return freed, halves
+
+
+def sizes() -> dict[str, int]:
+    """Bytes that each full snapshot takes on the disk, by id; what it shares with a living machine counts too."""
+    top = folder()
+    found = {}
+    for path in sorted(top.iterdir()) if top.is_dir() else ():
+        if is_id(path.name):
+            found[path.name] = _bytes_of(path, shared=True)
+    return found
+
+
+def _made(path: Path) -> float:
+    """When a snapshot became whole; what never did, or is half removed, counts as old."""
+    try:
+        return (path / "manifest.json").stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _bytes_of(path: Path, shared: bool = False) -> int:
+    found = 0
+    for file in path.glob("*"):
+        with suppress(FileNotFoundError):
+            status = file.stat()
+            if stat.S_ISREG(status.st_mode) and (shared or status.st_nlink == 1):
+                found += status.st_blocks * 512
+    return found
 
 
 def read(identity: str) -> Manifest:
@@ -115,27 +233,29 @@ def store(
     disk_mb: int,
     secret: str,
     *,
-    copy_last: bool = True,
+    draft: Draft | None = None,
 ) -> Manifest:
     """Take the files of a machine that stands still into a new snapshot, durable and verified.
 
     state: moved; disks: the chain from the lowest up, linked where they are never written and copied for the last.
+    draft: what it becomes; with one it is out of a collector's reach until that ends.
     Raises: SnapshotFailed; nothing is kept then.
     """
+    if draft is None:
+        with Draft() as draft:
+            return store(state, disks, fingerprint, disk_mb, secret, draft=draft)
     if len(disks) > MAX_CHAIN:
         raise SnapshotFailed(
             f"this machine's disk is a chain of {len(disks)} snapshots, more than {MAX_CHAIN}. Take a disk snapshot "
             "and go on from that."
         )
-    identity = f"full-{secrets.token_hex(8)}"
+    identity, scratch = draft.id, draft.folder
     target = folder() / identity
-    scratch = folder() / f".new-{identity}"
     try:
-        scratch.mkdir(mode=0o755, parents=True)
         os.replace(state, scratch / "state")
         names = [f"disk{number}" for number in range(len(disks))]
         for name, path in zip(names, disks, strict=True):
-            if path == disks[-1] and copy_last:
+            if path == disks[-1]:
                 _copy(path, scratch / name)
             else:
                 link_or_copy(path, scratch / name)
@@ -154,8 +274,6 @@ def store(
         return manifest
     except OSError as error:
         raise SnapshotFailed(f"the snapshot could not be stored in {folder()}: {error}. Nothing was kept.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def remove(identity: str) -> None:

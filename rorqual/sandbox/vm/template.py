@@ -3,7 +3,8 @@
 Every sandbox with the same kernel, layers, memory, processors and disk starts from it in a fraction of the boot's time.
 No code of a user ever ran in it, it has no secret, and its agent belongs to nobody yet.
 
-    <cache>/templates/<key>/     manifest.json, disk (raw, sparse), state; a template is there once the manifest is
+    <cache>/templates/<key>/     manifest.json, disk (raw, sparse), state, template-memory (sparse; in the state itself
+                                 where machines cannot share it); a template is there once the manifest is
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from rorqual import log
 from rorqual.errors import SandboxError
 from rorqual.folders import cache_folder
 from rorqual.sandbox.spec import Limits
-from rorqual.sandbox.vm import boot, saved
+from rorqual.sandbox.vm import boot, saved, share
 from rorqual.sandbox.vm.control import Control
 from rorqual.sandbox.vm.machine import Disk, Machine, fingerprint
 
-VERSION = 1
+VERSION = 2
 KEPT = 12
 """Templates beyond this many are removed, those longest unused first."""
 _logger = log.get(__name__)
@@ -51,8 +52,14 @@ class Template:
 
     @property
     def state(self) -> Path:
-        """Its memory and devices."""
+        """Its devices, and its memory where that is not in a file of its own."""
         return self.folder / "state"
+
+    @property
+    def memory(self) -> Path | None:
+        """Its memory, which machines map; None where it is in the state."""
+        path = self.folder / share.NAME
+        return path if path.exists() else None
 
 
 def folder() -> Path:
@@ -74,7 +81,7 @@ async def obtain(machine: Machine, digests: tuple[str, str], limits: Limits, tim
     Raises: SandboxError when it does not boot within `timeout_s`.
     """
     marks = fingerprint(machine, *digests)
-    named = repr((VERSION, sorted(marks.items()), limits.disk_mb, limits.inodes))
+    named = repr((VERSION, machine.sharing is not None, sorted(marks.items()), limits.disk_mb, limits.inodes))
     key = hashlib.sha256(named.encode()).hexdigest()[:32]
     place = folder() / key
     found = _read(place)
@@ -103,7 +110,10 @@ async def _make(machine: Machine, marks: dict[str, str], limits: Limits, place: 
         (home / "lifetime").write_text(
             f"{int((time.clock_gettime(time.CLOCK_BOOTTIME) + timeout_s + 30) * 1000)} lifetime\n"
         )
-        booting = replace(machine, folder=inside, disk=Disk((disk,), None), incoming=False, console=True)
+        memory = inside / share.NAME if machine.sharing is not None else None
+        if memory is not None:
+            await asyncio.to_thread(_make_memory, memory, machine.memory_mb << 20, uid)
+        booting = replace(machine, folder=inside, disk=Disk((disk,), None), incoming=False, console=True, memory=memory)
         started = await asyncio.to_thread(
             boot.start, booting, home, uid, f"template-{home.name[5:]}", float(machine.cpus)
         )
@@ -111,12 +121,12 @@ async def _make(machine: Machine, marks: dict[str, str], limits: Limits, place: 
         async with qmp:
             await _wait(inside, home, timeout_s)
             took = time.monotonic() - begin
-            await saved.save(qmp, home / "state", timeout_s)
+            await saved.save(qmp, home / "state", timeout_s, memory_apart=memory is not None)
         left = await boot.end_later(started)
         started = None
         if left:
             raise SandboxError(f"the machine of a new template could not be ended: {', '.join(left)}.")
-        return await asyncio.to_thread(_put, home, disk, place, marks, took)
+        return await asyncio.to_thread(_put, home, inside, place, marks, took)
     finally:
         if started is not None:
             await asyncio.shield(boot.end_later(started))
@@ -137,12 +147,19 @@ async def _wait(inside: Path, home: Path, timeout_s: float) -> None:
     await asyncio.sleep(0.1)  # the agent said nothing yet, but should have come to rest
 
 
-def _put(home: Path, disk: Path, place: Path, marks: dict[str, str], took: float) -> Template:
+def _make_memory(path: Path, size: int, uid: int | None) -> None:
+    with open(path, "xb") as file:
+        file.truncate(size)
+    boot.hand_over(path, uid)
+
+
+def _put(home: Path, inside: Path, place: Path, marks: dict[str, str], took: float) -> Template:
     made = home / "made"
     made.mkdir(mode=0o755)
-    os.rename(disk, made / "disk")
-    os.rename(home / "state", made / "state")
-    for path in (made / "disk", made / "state"):
+    for path in (inside / "disk", home / "state", inside / share.NAME):
+        if path.exists():
+            os.rename(path, made / path.name)
+    for path in made.iterdir():
         if os.geteuid() == 0:
             os.chown(path, 0, 0)
         path.chmod(0o444)

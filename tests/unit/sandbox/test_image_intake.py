@@ -468,6 +468,8 @@ def test_the_command(
         (["build"], "Write: rorqual sandbox image build NAME"),
         (["list", "--suite", "x"], "belong to `image build`"),
         (["list", "--dry-run"], "belong to `image gc`"),
+        (["list", "--grace", "3600"], "--grace and --dry-run belong to `image gc`, not to list"),
+        (["remove", "plain", "--grace", "0"], "belong to `image gc`, not to remove"),
         (["import", str(tmp_path / "none"), "x"], "could not be read"),
     ):
         code, out = run(capsys, *words)
