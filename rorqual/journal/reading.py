@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rorqual.errors import JournalError
 from rorqual.journal import columns, frames
-from rorqual.journal.records import HAS_LOGPROBS, ONE_TOKEN, Record, Tokens, decode
+from rorqual.journal.records import Record, decode
 from rorqual.journal.recovery import Recovered, check_header, damaged, recover
 from rorqual.journal.segments import Bytes, Segment, list_segments
 from rorqual.journal.state import State
+from rorqual.journal.tokens import HAS_LOGPROBS, ONE_TOKEN, Tokens
 
 _ONE_TOKEN_FRAME = struct.Struct(f"{frames.HEAD.format}{ONE_TOKEN.format[1:]}I")
 
