@@ -20,17 +20,17 @@ import numpy.typing as npt
 
 from rorqual.errors import JournalError
 from rorqual.journal import frames
-from rorqual.journal.records import HAS_LOGPROBS, HAS_MASK, HAS_ROUTING, Tokens, request_of
+from rorqual.journal.records import request_of
 from rorqual.journal.segments import Segment
+from rorqual.journal.tokens import TOKENS_HEAD_BYTES, Tokens, tokens_layout
 
 _MAGIC = b"RQCOLS01"
 _PREAMBLE_BYTES = 16
 _LEVEL = 4
-_HEAD_BYTES = 20
 _TOKENS_HEAD = np.dtype(
     [("request", "<u8"), ("first", "<u4"), ("count", "<u2"), ("flags", "<u2"), ("version", "<u4")], align=False
 )
-"""`records.Tokens`' fixed part, 20 bytes."""
+"""`tokens.Tokens`' fixed part, TOKENS_HEAD_BYTES."""
 
 Array = npt.NDArray[Any]
 
@@ -93,13 +93,12 @@ def encode_columns(data: memoryview, first_lsn: int, stop_lsn: int) -> bytes:
 
 
 def _token_columns(buffer: Array, begin: Array, length: Array) -> dict[str, Array]:
-    heads = buffer[begin[:, None] + np.arange(_HEAD_BYTES)].reshape(-1).view(_TOKENS_HEAD)
-    count, flags = heads["count"].astype(np.int64), heads["flags"]
-    logprobs = np.where(flags & HAS_LOGPROBS, count, 0)
-    references = 16 * ((flags & HAS_MASK > 0).astype(np.int64) + (flags & HAS_ROUTING > 0))
-    if np.any(length != _HEAD_BYTES + 4 * (count + logprobs) + references):
+    heads = buffer[begin[:, None] + np.arange(TOKENS_HEAD_BYTES)].reshape(-1).view(_TOKENS_HEAD)
+    count = heads["count"].astype(np.int64)
+    logprobs, references, expected = tokens_layout(count, heads["flags"].astype(np.int64))
+    if np.any(length != expected):
         raise ValueError("a Tokens record has another length than its header says")
-    at = begin + _HEAD_BYTES
+    at = begin + TOKENS_HEAD_BYTES
     columns = {name: heads[name].copy() for name in ("request", "first", "count", "flags", "version")}
     columns["id"] = buffer[_ranges(at, 4 * count)].view("<u4")
     columns["logprob"] = buffer[_ranges(at + 4 * count, 4 * logprobs)].view("<u4")
@@ -163,11 +162,10 @@ def read_columns(segment: Segment) -> Iterator[tuple[int, int, int, bytes]]:
 def _payloads(columns: dict[str, Array]) -> tuple[bytes, list[int]]:
     """All payloads one behind the other, and where each begins."""
     is_tokens = columns["kind"] == Tokens.TYPE
-    count, flags = columns["count"].astype(np.int64), columns["flags"]
-    logprobs = np.where(flags & HAS_LOGPROBS, count, 0)
-    references = 16 * ((flags & HAS_MASK > 0).astype(np.int64) + (flags & HAS_ROUTING > 0))
+    count = columns["count"].astype(np.int64)
+    logprobs, references, tokens_length = tokens_layout(count, columns["flags"].astype(np.int64))
     length = np.empty(len(is_tokens), dtype=np.int64)
-    length[is_tokens] = _HEAD_BYTES + 4 * (count + logprobs) + references
+    length[is_tokens] = tokens_length
     length[~is_tokens] = columns["length"]
     offsets = np.concatenate([[0], np.cumsum(length)])
     buffer = np.empty(int(offsets[-1]), dtype=np.uint8)
@@ -175,8 +173,8 @@ def _payloads(columns: dict[str, Array]) -> tuple[bytes, list[int]]:
     heads = np.empty(len(count), dtype=_TOKENS_HEAD)
     for name in ("request", "first", "count", "flags", "version"):
         heads[name] = columns[name]
-    buffer[begin[:, None] + np.arange(_HEAD_BYTES)] = heads.view(np.uint8).reshape(-1, _HEAD_BYTES)
-    at = begin + _HEAD_BYTES
+    buffer[begin[:, None] + np.arange(TOKENS_HEAD_BYTES)] = heads.view(np.uint8).reshape(-1, TOKENS_HEAD_BYTES)
+    at = begin + TOKENS_HEAD_BYTES
     buffer[_ranges(at, 4 * count)] = columns["id"].view(np.uint8)
     buffer[_ranges(at + 4 * count, 4 * logprobs)] = columns["logprob"].view(np.uint8)
     buffer[_ranges(at + 4 * (count + logprobs), references)] = columns["reference"]

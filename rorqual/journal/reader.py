@@ -38,10 +38,14 @@ class Reader:
         for segment in list_segments(self.path).segments:
             if segment.stop_lsn is not None and segment.stop_lsn - 1 <= self.lsn:
                 continue
-            end = None if segment.stop_lsn is not None else self._durable_end(segment)
-            if end == 0:
-                return
-            yield from self._read(segment, end)
+            if segment.stop_lsn is not None:
+                yield from self._read(segment, None)
+                continue
+            end, next_lsn = self._durable_end(segment)
+            if next_lsn - 1 > self.lsn:
+                yield from self._read(segment, end)
+            elif end:  # nothing new: what is known to be durable is not read again, now or at the next record
+                self._place = (segment.path.stem, Place(end, next_lsn))
 
     def follow(self, *, poll_s: float = 0.02, timeout_s: float | None = None) -> Iterator[tuple[int, Record]]:
         """`poll` without end; with `timeout_s`, until nothing has come for so long."""
@@ -75,12 +79,16 @@ class Reader:
             self.close()
             self._state, self._state_inode = State.load(self.path, writable=False), inode
 
-    def _durable_end(self, segment: Segment) -> int:
-        """Byte behind the last durable record of the last segment; 0 when nothing is known to be durable in it."""
+    def _durable_end(self, segment: Segment) -> tuple[int, int]:
+        """Byte behind the last durable record of the last segment, and the LSN of the record that may come there.
+
+        0 and the segment's first LSN when nothing is known to be durable in it.
+        """
         if self._state is None or segment.is_columnar:
-            return judge_last(segment, self._state).end
+            judged = judge_last(segment, self._state)
+            return judged.end, judged.next_lsn
         mark = self._state.mark_of(segment.epoch, segment.first_lsn)
-        return 0 if mark is None else mark.offset
+        return (0, segment.first_lsn) if mark is None else (mark.offset, mark.lsn + 1)
 
     def _read(self, segment: Segment, end: int | None) -> Iterator[tuple[int, Record]]:
         start = None

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rorqual.errors import JournalError
 from rorqual.journal import columns, frames
-from rorqual.journal.records import HAS_LOGPROBS, ONE_TOKEN, Record, Tokens, decode
+from rorqual.journal.records import Record, decode
 from rorqual.journal.recovery import Recovered, check_header, damaged, recover
 from rorqual.journal.segments import Bytes, Segment, list_segments
 from rorqual.journal.state import State
+from rorqual.journal.tokens import HAS_LOGPROBS, ONE_TOKEN, Tokens
 
 _ONE_TOKEN_FRAME = struct.Struct(f"{frames.HEAD.format}{ONE_TOKEN.format[1:]}I")
 
@@ -53,6 +54,7 @@ class _Walk:
             at, lsn, stop, size = self._start.offset, self._start.lsn, self._stop, _ONE_TOKEN_FRAME.size
             view, read, crc32 = self.data, _ONE_TOKEN_FRAME.unpack_from, zlib.crc32
             body, last = size - frames.CRC_BYTES, len(view) - size
+            read_head, last_head = frames.HEAD.unpack_from, len(view) - frames.FRAME_BYTES
             expected = (ONE_TOKEN.size, Tokens.TYPE, 1, HAS_LOGPROBS, frames.MAGIC)
             while lsn < stop:
                 if at <= last:
@@ -64,12 +66,17 @@ class _Walk:
                             yield lsn, Tokens(request, first, version, (token,), (logprob,))
                         at, lsn = at + size, lsn + 1
                         continue
-                frame = next(frames.iterate(view, at, lsn, seed, lsn + 1), None)
-                if frame is None:
+                if at > last_head:
+                    break
+                magic, kind, _, _, length, found = read_head(view, at)
+                behind = at + frames.HEAD_BYTES + length
+                if magic != frames.MAGIC or found != lsn or behind + frames.CRC_BYTES > len(view):
+                    break
+                if crc32(view[at:behind], seed).to_bytes(4, "little") != view[behind : behind + frames.CRC_BYTES]:
                     break
                 if lsn > since:
-                    yield lsn, decode_record(self._segment, frame[1], bytes(view[frame[3] : frame[4]]), at)
-                at, lsn = frame[4] + frames.CRC_BYTES, lsn + 1
+                    yield lsn, decode_record(self._segment, kind, view[at + frames.HEAD_BYTES : behind], at)
+                at, lsn = behind + frames.CRC_BYTES, lsn + 1
             self._check_end(at, lsn, seed)
 
     def _check_end(self, at: int, lsn: int, seed: int) -> None:
@@ -131,7 +138,7 @@ def read_records(segment: Segment, since: int = 0, end: int | None = None) -> It
     yield from walk.records(since)
 
 
-def decode_record(segment: Segment, kind: int, payload: bytes, at: int) -> Record:
+def decode_record(segment: Segment, kind: int, payload: frames.Buffer, at: int) -> Record:
     """Raises: JournalError when a payload whose checksum is right is no record."""
     try:
         return decode(kind, payload)

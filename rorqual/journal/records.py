@@ -1,19 +1,20 @@
 """The records of a rollout: what they hold and their bytes.
 
-A record is a frozen dataclass. `Tokens`, by far the most frequent, has a fixed little-endian layout; the others are a
+A record is a frozen dataclass. `Tokens`, by far the most frequent, has a fixed layout (`tokens`); the others are a
 MessagePack map of their fields by name. Every record of a request carries the request's number, so that one stream of
 segments serves all requests of a worker. `Event` is for logs of other owners (the history of a sandbox).
 
 What journal code knows of records ends here: it stores them and gives them back, and draws no conclusions.
 """
 
-import struct
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import msgpack  # type: ignore[import-untyped]
 
 from rorqual.errors import JournalError
+from rorqual.journal.tokens import Tokens as Tokens
+from rorqual.journal.tokens import decode_tokens, encode_tokens
 
 INLINE_OUTPUT_BYTES = 32 * 1024
 """Output of a tool up to this size lies in its `ToolResult`; larger output is an object and the record refers to it."""
@@ -43,24 +44,6 @@ class Request:
     engine_fingerprint: str = ""
     lease: str = ""
     epoch: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Tokens drawn in one engine step of one request (TOKENS); acknowledged once this record is durable.
-
-    `logprobs` are kept as 32-bit floats. `mask` and `routing` are 16-byte references to a top-p mask and to the
-    experts that were chosen.
-    """
-
-    TYPE: ClassVar[int] = 2
-    request: int
-    first_position: int
-    policy_version: int
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...] | None = None
-    mask: bytes | None = None
-    routing: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,77 +243,6 @@ RECORDS: tuple[type[Record], ...] = (
 )
 BY_TYPE: dict[int, type[Record]] = {cls.TYPE: cls for cls in RECORDS}
 _FIELDS: dict[type[Record], tuple[str, ...]] = {cls: tuple(f.name for f in fields(cls)) for cls in RECORDS}
-
-_TOKENS = struct.Struct("<QIHHI")  # request, first position, count, flags, policy version
-ONE_TOKEN = struct.Struct("<QIHHIIf")  # the same and one token with its log-probability
-HAS_LOGPROBS, HAS_MASK, HAS_ROUTING = 1, 2, 4
-_MOST_TOKENS = 2**16 - 1
-
-
-def encode_tokens(record: Tokens) -> bytes:
-    """The fixed layout: header, ids (u32 each), log-probabilities (f32 each), 16-byte references.
-
-    Raises: JournalError when a value does not fit its place.
-    """
-    ids, logprobs = record.ids, record.logprobs
-    try:
-        if len(ids) == 1 and logprobs is not None and record.mask is None and record.routing is None:
-            (logprob,) = logprobs
-            return ONE_TOKEN.pack(
-                record.request, record.first_position, 1, HAS_LOGPROBS, record.policy_version, ids[0], logprob
-            )
-        return _encode_many(record)
-    except (struct.error, TypeError, ValueError, OverflowError) as error:
-        raise JournalError(
-            f"a Tokens record of request {record.request!r} cannot be stored: {error}. Positions, versions and ids are "
-            f"32 bits, the request 64 bits, all at least 0; there is one log-probability an id."
-        ) from None
-
-
-def _encode_many(record: Tokens) -> bytes:
-    ids, logprobs = record.ids, record.logprobs
-    if not 0 < len(ids) <= _MOST_TOKENS:
-        raise ValueError(f"it has {len(ids)} ids, and a record holds 1 to {_MOST_TOKENS}")
-    flags, layout, values = 0, f"<{len(ids)}I", list[Any](ids)
-    if logprobs is not None:
-        if len(logprobs) != len(ids):
-            raise ValueError(f"it has {len(logprobs)} log-probabilities for {len(ids)} ids")
-        flags, layout = HAS_LOGPROBS, f"{layout}{len(ids)}f"
-        values += logprobs
-    for flag, reference in ((HAS_MASK, record.mask), (HAS_ROUTING, record.routing)):
-        if reference is not None:
-            if len(reference) != 16:
-                raise ValueError(f"a reference has {len(reference)} bytes instead of 16")
-            flags, layout = flags | flag, f"{layout}16s"
-            values.append(reference)
-    head = _TOKENS.pack(record.request, record.first_position, len(ids), flags, record.policy_version)
-    return head + struct.pack(layout, *values)
-
-
-def decode_tokens(payload: bytes | memoryview) -> Tokens:
-    """Raises: ValueError when the length is not what the header says."""
-    if len(payload) == ONE_TOKEN.size:
-        request, first, count, flags, version, token, logprob = ONE_TOKEN.unpack(payload)
-        if count == 1 and flags == HAS_LOGPROBS:
-            return Tokens(request, first, version, (token,), (logprob,))
-    if len(payload) < _TOKENS.size:
-        raise ValueError(f"a Tokens record of {len(payload)} bytes")
-    request, first, count, flags, version = _TOKENS.unpack_from(payload)
-    num_references = bool(flags & HAS_MASK) + bool(flags & HAS_ROUTING)
-    layout = f"<{count}I{count if flags & HAS_LOGPROBS else 0}f{'16s' * num_references}"
-    if flags > 7 or len(payload) != _TOKENS.size + struct.calcsize(layout):
-        raise ValueError(f"a Tokens record of {len(payload)} bytes for {count} ids and flags {flags}")
-    values = struct.unpack_from(layout, payload, _TOKENS.size)
-    references = iter(values[len(values) - num_references :])
-    return Tokens(
-        request,
-        first,
-        version,
-        values[:count],
-        values[count : 2 * count] if flags & HAS_LOGPROBS else None,
-        next(references) if flags & HAS_MASK else None,
-        next(references) if flags & HAS_ROUTING else None,
-    )
 
 
 def encode(record: Record) -> bytes:

@@ -104,6 +104,12 @@ class State:
                 found.append(mark)
         return found
 
+    def acknowledged(self) -> int:
+        """LSN of the last record that the newest writer is known to have acknowledged; 0 when nothing is known."""
+        marks = self.marks()
+        newest = max((mark.epoch for mark in marks), default=0)
+        return max((mark.lsn for mark in marks if mark.epoch == newest), default=0)
+
     def mark_of(self, epoch: int, first_lsn: int) -> Mark | None:
         """The furthest mark in a segment."""
         own = [mark for mark in self.marks() if (mark.epoch, mark.first_lsn) == (epoch, first_lsn)]

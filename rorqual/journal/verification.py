@@ -97,12 +97,9 @@ def verify(path: str | os.PathLike[str]) -> Report:
             )
         )
     report.records, report.last_lsn = dict(sorted(counts.items())), expected - 1
-    marks = state.marks() if state is not None else []
-    newest = max((mark.epoch for mark in marks), default=0)
-    acknowledged = max((mark.lsn for mark in marks if mark.epoch == newest), default=0)
     report.epoch = state.epoch if state is not None else max((s.epoch for s in listing.segments), default=0)
     if not report.problems:
-        report.missing = max(0, acknowledged - report.last_lsn)
+        report.missing = max(0, (state.acknowledged() if state is not None else 0) - report.last_lsn)
     if listing.segments and listing.segments[0].first_lsn != 1:
         first = listing.segments[0]
         text = f"the journal begins with LSN {first.first_lsn}: the segments before {first.name} are missing."

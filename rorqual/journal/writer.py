@@ -9,10 +9,10 @@ sync ends this writer for good, since what a system says about the same data aft
 """
 
 import os
+import sys
 import threading
 import time
 import uuid
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +24,13 @@ from rorqual.journal.columns import num_records
 from rorqual.journal.committer import Committer
 from rorqual.journal.disk import FULL_ERRORS, Disk
 from rorqual.journal.ownership import Guard, Ownership
+from rorqual.journal.pending import Pending
 from rorqual.journal.reading import read_records
-from rorqual.journal.records import Record, Tokens, encode, encode_tokens
+from rorqual.journal.records import Record, encode
 from rorqual.journal.recovery import Recovered, recover
 from rorqual.journal.segments import Bytes, Segment, file_name, list_segments
 from rorqual.journal.state import State
+from rorqual.journal.tokens import UNFIT, unfit
 
 _LEAST_ROOM, _MOST_ROOM = 64 << 10, 1 << 20
 """Zeros written ahead in a segment's file, in bytes; they double from the least to the most."""
@@ -70,7 +72,6 @@ class Journal:
         """What was kept of the last segment; None when the journal is new."""
         self._segment_bytes, self._sync, self._disk = segment_bytes, sync, disk or Disk()
         self._lock, self._commit_lock = threading.Lock(), threading.Lock()
-        self._queue: list[bytes] = []
         self._unwritten: _Batch | None = None
         self._broken: str | None = None
         self._file, self._offset, self._room = -1, 0, 0
@@ -115,8 +116,9 @@ class Journal:
             self._disk.unlink(path)
         if state is None:
             state = State.create(self.path, worker, self.epoch, self._disk)
-        self._state, self._durable, self._next_lsn = state, next_lsn - 1, next_lsn
+        self._state, self._durable = state, next_lsn - 1
         self._seed = frames.crc_seed(state.worker, self.epoch)
+        self._pending = Pending(next_lsn, self._seed, frames.FIRST_OF_COMMIT if self._sync else 0)
         if take_over:
             self._begin_segment(next_lsn)
 
@@ -150,9 +152,7 @@ class Journal:
         return kept
 
     def _warn_of_missing(self, state: State | None, next_lsn: int) -> None:
-        marks = state.marks() if state is not None else []
-        newest = max((mark.epoch for mark in marks), default=0)
-        acknowledged = max((mark.lsn for mark in marks if mark.epoch == newest), default=0)
+        acknowledged = state.acknowledged() if state is not None else 0
         missing = max(acknowledged - next_lsn + 1, self.recovered.missing if self.recovered else 0)
         if missing > 0:
             _log.warning("%s was cut: %d acknowledged records from LSN %d on are gone", self.path, missing, next_lsn)
@@ -175,48 +175,44 @@ class Journal:
     @property
     def last_lsn(self) -> int:
         """LSN of the last record that was appended, durable or not."""
-        return self._next_lsn - 1
+        return self._pending.next_lsn - 1
 
     def append(self, record: Record) -> int:
         """Queue a record for the next commit and return its LSN.
 
         Raises: JournalError when the record cannot be stored (nothing is queued then) or the writer has ended.
         """
-        payload = encode_tokens(record) if type(record) is Tokens else encode(record)
+        payload = encode(record)
         with self._lock:
             if self._broken is not None:
                 raise JournalError(self._broken)
-            lsn, queue = self._next_lsn, self._queue
-            first = 0 if queue or not self._sync else frames.FIRST_OF_COMMIT
-            body = frames.HEAD.pack(frames.MAGIC, record.TYPE, first, 0, len(payload), lsn) + payload
-            queue.append(body)
-            queue.append(zlib.crc32(body, self._seed).to_bytes(4, "little"))
-            self._next_lsn = lsn + 1
-        return lsn
+            return self._pending.add(payload, record.TYPE)
 
     def append_many(self, records: Iterable[Record]) -> int:
         """Queue records one behind the other, all or none; returns the LSN of the last.
 
         Raises: JournalError, like `append`.
         """
-        payloads = [
-            (encode_tokens(record) if type(record) is Tokens else encode(record), record.TYPE) for record in records
-        ]
-        pack, magic, crc32, seed = frames.HEAD.pack, frames.MAGIC, zlib.crc32, self._seed
+        entries = [(encode(record), record.TYPE) for record in records]
         with self._lock:
             if self._broken is not None:
                 raise JournalError(self._broken)
-            lsn, queue = self._next_lsn, self._queue
-            add = queue.append
-            first = 0 if queue or not self._sync else frames.FIRST_OF_COMMIT
-            for payload, kind in payloads:
-                body = pack(magic, kind, first, 0, len(payload), lsn) + payload
-                add(body)
-                add(crc32(body, seed).to_bytes(4, "little"))
-                first = 0
-                lsn += 1
-            self._next_lsn = lsn
-        return lsn - 1
+            return self._pending.add_many(entries)
+
+    def append_token(self, request: int, position: int, policy_version: int, token: int, logprob: float) -> int:
+        """Queue one token of a stream, in as little time as can be; returns the LSN of its `Tokens` record.
+
+        Tokens of a request at positions that follow each other share a record until it is committed or another call
+        appends something, so two of them may have one LSN.
+        Raises: JournalError, like `append`.
+        """
+        with self._lock:
+            if self._broken is not None:
+                raise JournalError(self._broken)
+            try:
+                return self._pending.add_token(request, position, policy_version, token, logprob)
+            except UNFIT as error:
+                raise unfit(request, error) from None
 
     # Committing
 
@@ -226,7 +222,7 @@ class Journal:
         Raises: JournalError. After one that is `retryable` (a full disk) the records are still queued and another
         commit tries again; after any other this writer has ended and the journal must be opened anew.
         """
-        target = self._next_lsn - 1
+        target = self.last_lsn
         if self._durable < target:
             with self._commit_lock:
                 while self._durable < target:
@@ -235,17 +231,25 @@ class Journal:
             raise JournalError(self._broken)
         return self._durable
 
-    def commit_soon(self, at_least: int = 1) -> None:
+    def commit_soon(self, at_least: int | None = None, within_s: float | None = None) -> None:
         """Have all that was appended committed by a thread, and do not wait; `durable_lsn` says when it is done.
 
-        at_least: do nothing while fewer records than this are not durable. Each sync costs what tens of records cost,
-        so a lone fast stream whose tokens nobody waits for asks with 16 or so, and ends with `commit`.
+        With neither argument the commit begins at once. Each sync costs what tens of records cost, so a decoder with
+        few streams gathers: at_least: begin once so many records wait. within_s: begin within so many seconds of this
+        call, however few wait. With both, whichever comes first; with `at_least` alone the last few wait for `commit`.
         Raises: JournalError when the newest such commit failed; what is queued is tried again nevertheless.
         """
-        if self._next_lsn - 1 - self._durable < at_least and self._broken is None and not self._is_closed:
+        if at_least is None:
+            at_least = 1 if within_s is None else sys.maxsize
+        waiting = self._pending.next_lsn - 1 - self._durable
+        is_enough = waiting >= at_least
+        if not is_enough and (within_s is None or not waiting) and self._broken is None and not self._is_closed:
             return
         committer = self._own_committer()
-        committer.ask()
+        if is_enough:
+            committer.ask()
+        elif within_s is not None:
+            committer.ask_within(within_s)
         if committer.failure is not None:
             raise committer.failure
 
@@ -257,15 +261,16 @@ class Journal:
         with self._lock:
             if self._broken is not None or self._is_closed:
                 raise JournalError(self._broken or f"the journal {self.path} is closed. Open it anew to append.")
-            if self._committer is None:
-                self._committer = Committer(self.commit, self.path.name)
+            if self._committer is None or os.getpid() != self._pid:
+                self._check_owner()  # a child has no thread that would answer
+                self._committer = Committer(self.commit, lambda: self._durable < self.last_lsn, str(self.path))
             return self._committer
 
     def _take(self) -> _Batch:
         """Everything queued, as one batch. What is appended from now on belongs to the next one."""
         with self._lock:
-            queue, self._queue, last = self._queue, [], self._next_lsn - 1
-        self._unwritten = _Batch(b"".join(queue), last)
+            entries, last = self._pending.take()
+        self._unwritten = _Batch(self._pending.frame(entries, last), last)
         return self._unwritten
 
     def _write(self, batch: _Batch) -> None:
@@ -314,7 +319,7 @@ class Journal:
         if error.errno in FULL_ERRORS:
             return JournalError(
                 f"the journal {self.path} cannot write: {what}. Records to LSN {self._durable} are durable, "
-                f"{self._next_lsn - 1 - self._durable} wait in memory. Make room and commit again, or close.",
+                f"{self.last_lsn - self._durable} wait in memory. Make room and commit again, or close.",
                 retryable=True,
             )
         self._broken = (
