@@ -253,7 +253,7 @@ def gone(sandbox_id: str, reason: str) -> Gone:
 
 
 def all_homes(base: Path | str | None = None, *, driven_here: bool = True) -> list[Home]:
-    """Every folder that may be a sandbox's, by name; without `driven_here` not those that this process drives itself."""
+    """Every folder that may be a sandbox's, by name; without `driven_here` not those that this process drives."""
     try:
         with os.scandir(sandboxes_folder(base)) as entries:
             found = sorted(
