@@ -12,11 +12,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rorqual.errors import SandboxError
 from rorqual.sandbox.agent.build import compiler
+from rorqual.sandbox.drivers import qemu
 from rorqual.sandbox.errors import SnapshotFailed, TransportError
 from rorqual.sandbox.vm import kernel, qcow2, share, snapshot
 from rorqual.sandbox.vm.cpio import Archive
@@ -25,6 +27,7 @@ from rorqual.sandbox.vm.machine import Disk, Machine, _Places, fingerprint
 from rorqual.sandbox.vm.modules import dependencies, in_order
 from rorqual.sandbox.vm.qmp import QMP
 from rorqual.sandbox.vm.share import NAME, Sharing, sharing
+from rorqual.sandbox.vm.template import Template
 
 
 def machine(folder: Path, **changes: object) -> Machine:
@@ -222,6 +225,47 @@ def test_a_template_in_memory_is_not_shared(tmp_path: Path) -> None:
         kinds[line.split()[4]] = line.partition(" - ")[2].split()[0]
     assert share.is_in_memory(Path("/dev/shm/absent/folder")) == (kinds.get("/dev/shm", kinds.get("/dev")) == "tmpfs")
     assert not share.is_in_memory(Path("/proc/self"))
+
+
+@pytest.mark.parametrize(("rate", "delays"), [(1.0, (0, 0)), (1.0, (0.2, 0)), (1.0, (0, 0.2)), (0.9, (0, 0))])
+def test_a_clock_is_right_however_late_it_answers(
+    monkeypatch: pytest.MonkeyPatch, rate: float, delays: tuple[float, float]
+) -> None:
+    assert _watched(monkeypatch, rate, delays)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 2.0, 40.0])
+def test_a_clock_that_runs_at_another_rate_is_found(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    assert not _watched(monkeypatch, rate, (0, 0))
+
+
+def _watched(monkeypatch: pytest.MonkeyPatch, rate: float, delays: tuple[float, float]) -> bool:
+    """What is found of a guest's clock of this rate that answers so many seconds late; all in made-up time."""
+    now = [100.0]
+    late = iter(delays)
+
+    async def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    async def clock_ms() -> int:
+        told = int(now[0] * rate * 1000)
+        now[0] += next(late)
+        return told
+
+    monkeypatch.setattr(qemu, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(qemu, "asyncio", SimpleNamespace(sleep=sleep))
+    return asyncio.run(qemu.keeps_time(clock_ms))
+
+
+def test_a_template_that_does_not_keep_time_is_not_kept(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    made = Template(tmp_path, {}, 1.0)
+    assert not made.is_tried
+    made.mark_tried()
+    assert made.is_tried
+    made.discard()
+    assert not tmp_path.exists()
+    made.mark_tried()
 
 
 OPENS = """

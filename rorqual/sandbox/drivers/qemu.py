@@ -18,8 +18,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -51,6 +50,9 @@ from rorqual.sandbox.wire import Tag, Type, Value
 
 BOOT_S = {"kvm": 8.0, "tcg": 120.0}
 """With KVM a boot takes a second where it works, and never ends where /dev/kvm is not what it seems."""
+TEMPLATE_TRIES = 3
+CLOCK_S = 0.5
+"""For how long the clock of a new template's first machine is watched."""
 
 
 class Qemu(StandsStill):
@@ -109,21 +111,27 @@ class Qemu(StandsStill):
         full = await asyncio.to_thread(_full_snapshot, spec)
         with snapshot.reading(full) if full is not None else nullcontext():
             machine, digests, layers = await asyncio.to_thread(self._checked, spec, home, full)
+            extra = {"fingerprint": fingerprint(machine, *digests), "layers": layers}
             if full is not None:
-                state, parents = full.folder / "state", [full.folder / name for name in full.disks]
-                disk_mb, secret = full.disk_mb, full.secret
-            else:
-                made = await self._template(machine, digests, spec)
-                machine = replace(machine, memory=made.memory)
-                state, parents, disk_mb, secret = made.state, [made.disk], spec.limits.disk_mb, ""
-            running = await self._launch(machine, spec, home, state, parents, disk_mb)
-        running.extra |= {"fingerprint": fingerprint(machine, *digests), "layers": layers}
-        try:
-            await self._personalise(running, spec, home, secret)
-        except BaseException:
-            await asyncio.shield(asyncio.to_thread(boot.end, running.processes, running.cgroups))
-            raise
-        return running
+                parents = [full.folder / name for name in full.disks]
+                running = await self._launch(machine, spec, home, full.folder / "state", parents, full.disk_mb)
+                running.extra |= extra
+                await self._personalise(running, spec, home, full.secret)
+                return running
+        for _ in range(TEMPLATE_TRIES):
+            made = await self._template(machine, digests, spec)
+            mapped = replace(machine, memory=made.memory)
+            running = await self._launch(mapped, spec, home, made.state, [made.disk], spec.limits.disk_mb)
+            running.extra |= extra
+            if await self._personalise(running, spec, home, "", check_clock=not made.is_tried):
+                await asyncio.to_thread(made.mark_tried)
+                return running
+            await asyncio.to_thread(boot.end, running.processes, running.cgroups)
+            await asyncio.to_thread(made.discard)
+        raise SandboxError(
+            f"{TEMPLATE_TRIES} machines that were booted as templates had clocks of a wrong rate: this host was too "
+            "busy for them to measure it. Try again when it is less so."
+        )
 
     async def check(self, spec: SandboxSpec, home: Path) -> None:
         """Every layer, or the full snapshot with what it was taken under, is as it was, and there are not too many."""
@@ -238,11 +246,21 @@ class Qemu(StandsStill):
         )
         return machine, (found.digest, initramfs_digest)
 
-    async def _personalise(self, running: Running, spec: SandboxSpec, home: Path, secret: str) -> None:
+    async def _personalise(
+        self, running: Running, spec: SandboxSpec, home: Path, secret: str, check_clock: bool = False
+    ) -> bool:
         """Give a machine that was loaded what no other copy has, before any command runs in it.
 
         secret: the key of a restored sandbox's agent; empty for a template's, which belongs to nobody yet.
+        Returns False when its clock was to be checked and is wrong. After an error the machine is ended.
         """
+        try:
+            return await self._make_own(running, spec, home, secret, check_clock)
+        except BaseException:
+            await asyncio.shield(asyncio.to_thread(boot.end, running.processes, running.cgroups))
+            raise
+
+    async def _make_own(self, running: Running, spec: SandboxSpec, home: Path, secret: str, check_clock: bool) -> bool:
         async with await self._control(home) as control:
             await control.ask(f"threads {spec.limits.pids}")
         fields = None if secret else provision_fields(spec, running, time.time())
@@ -256,6 +274,11 @@ class Qemu(StandsStill):
             await channel.request(Type.REKEY, rekey)
             if secret and (await channel.request(Type.PING)).text(Tag.STATE) == "paused":
                 await channel.request(Type.RESUME)  # its original was paused when the snapshot was taken
+
+            async def idle_ms() -> int:
+                return (await channel.request(Type.PING)).number(Tag.IDLE_FOR_MS)
+
+            return not check_clock or await keeps_time(idle_ms)
         finally:
             await channel.close()
 
@@ -330,6 +353,21 @@ def _hung() -> Path:
     """Where it is noted that KVM let no guest boot, for this boot of the host."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return cache_folder() / "probes" / f"kvm-{boot_id}"
+
+
+async def keeps_time(clock_ms: Callable[[], Awaitable[int]]) -> bool:
+    """Whether a machine's clock, asked for twice, is within a quarter of ours; delays of its answers are allowed for.
+
+    A guest measures its processor's clock against its timers while it boots. On an emulated processor that gets no time
+    the result may be wrong many times over, and every machine from that template would have it.
+    """
+    asked = time.monotonic()
+    first = await clock_ms()
+    answered = time.monotonic()
+    await asyncio.sleep(CLOCK_S)
+    asked_again = time.monotonic()
+    passed = (await clock_ms() - first) / 1000
+    return 0.75 * (asked_again - answered) <= passed + 0.002 and passed - 0.002 <= 1.25 * (time.monotonic() - asked)
 
 
 def fresh_identity(name: str) -> list[tuple[Tag, Value]]:

@@ -61,6 +61,21 @@ class Template:
         path = self.folder / share.NAME
         return path if path.exists() else None
 
+    @property
+    def is_tried(self) -> bool:
+        """Whether a machine from it was found to keep time."""
+        return (self.folder / "tried").exists()
+
+    def mark_tried(self) -> None:
+        """Remember that."""
+        with suppress(OSError):  # it may have been removed meanwhile
+            (self.folder / "tried").touch()
+
+    def discard(self) -> None:
+        """Remove it, so that the next machine boots once more; machines that were started from it go on."""
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def folder() -> Path:
     """Where templates are kept."""
