@@ -6,21 +6,22 @@ until it is taken, and only then has its bytes.
 """
 
 import zlib
-from array import array
 from collections.abc import Iterable
 
 from rorqual.journal import frames
-from rorqual.journal.tokens import MOST_TOKENS, Tokens, check_tokens_head, pack_tokens
+from rorqual.journal.tokens import MOST_TOKENS, PAIR, Tokens, check_tokens_head, pack_tokens
+
+_pack_pair, _MOST_PAIR_BYTES = PAIR.pack, PAIR.size * MOST_TOKENS
 
 
 class _Growing:
     """A `Tokens` record that takes more tokens until it is committed."""
 
-    __slots__ = ("first", "ids", "logprobs", "lsn", "next", "request", "version")
+    __slots__ = ("first", "lsn", "next", "pairs", "request", "version")
 
-    def __init__(self, lsn: int, request: int, first: int, version: int, ids: "array[int]", logprobs: "array[float]"):
+    def __init__(self, lsn: int, request: int, first: int, version: int, pair: bytes):
         self.lsn, self.request, self.first, self.version = lsn, request, first, version
-        self.ids, self.logprobs, self.next = ids, logprobs, first + 1
+        self.pairs, self.next = bytearray(pair), first + 1
 
 
 _Entry = tuple[bytes, int] | _Growing
@@ -60,20 +61,18 @@ class Pending:
         Raises: struct.error, TypeError or OverflowError when a value does not fit; nothing was added then.
         """
         growing = self._growing.get(request)
-        if growing is not None and growing.next == position and growing.version == version:
-            ids, logprobs = growing.ids, growing.logprobs
-            if len(ids) < MOST_TOKENS:
-                ids.append(token)
-                try:
-                    logprobs.append(logprob)
-                except BaseException:
-                    ids.pop()
-                    raise
-                growing.next = position + 1
-                return growing.lsn
+        if (
+            growing is not None
+            and growing.next == position
+            and growing.version == version
+            and len(growing.pairs) < _MOST_PAIR_BYTES
+        ):
+            growing.pairs += _pack_pair(token, logprob)
+            growing.next = position + 1
+            return growing.lsn
         check_tokens_head(request, position, version)
         lsn = self.next_lsn
-        growing = _Growing(lsn, request, position, version, array("I", (token,)), array("f", (logprob,)))
+        growing = _Growing(lsn, request, position, version, _pack_pair(token, logprob))
         self._growing[request] = growing
         self._entries.append(growing)
         self.next_lsn = lsn + 1
@@ -95,7 +94,7 @@ class Pending:
                 payload, kind = entry
             else:
                 kind = Tokens.TYPE
-                payload = pack_tokens(entry.request, entry.first, entry.version, entry.ids, entry.logprobs)
+                payload = pack_tokens(entry.request, entry.first, entry.version, entry.pairs)
             body = pack(magic, kind, flags, 0, len(payload), lsn) + payload
             add(body)
             add(crc32(body, seed).to_bytes(4, "little"))

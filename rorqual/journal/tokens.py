@@ -9,7 +9,6 @@ All little endian.
 """
 
 import struct
-import sys
 from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -40,6 +39,7 @@ class Tokens:
 
 
 _TOKENS = struct.Struct("<QIHHI")  # request, first position, count, flags, policy version
+PAIR = struct.Struct("<If")  # a token and its log-probability
 ONE_TOKEN = struct.Struct("<QIHHIIf")  # the same and one token with its log-probability
 HAS_LOGPROBS, HAS_MASK, HAS_ROUTING = 1, 2, 4
 MOST_TOKENS = 2**16 - 1
@@ -63,16 +63,11 @@ def check_tokens_head(request: int, first_position: int, policy_version: int) ->
     _TOKENS.pack(request, first_position, 1, HAS_LOGPROBS, policy_version)
 
 
-def pack_tokens(
-    request: int, first_position: int, policy_version: int, ids: "array[int]", logprobs: "array[float]"
-) -> bytes:
-    """The payload of a `Tokens` record from arrays of types I and f, equally long: `encode_tokens` without tuples."""
-    if sys.byteorder == "big":
-        ids, logprobs = array("I", ids), array("f", logprobs)
-        ids.byteswap()
-        logprobs.byteswap()
-    head = _TOKENS.pack(request, first_position, len(ids), HAS_LOGPROBS, policy_version)
-    return head + ids.tobytes() + logprobs.tobytes()
+def pack_tokens(request: int, first_position: int, policy_version: int, pairs: bytes | bytearray) -> bytes:
+    """The payload of a `Tokens` record from PAIRs one behind the other."""
+    words = array("I", pairs)
+    head = _TOKENS.pack(request, first_position, len(words) // 2, HAS_LOGPROBS, policy_version)
+    return head + words[::2].tobytes() + words[1::2].tobytes()
 
 
 def encode_tokens(record: Tokens) -> bytes:

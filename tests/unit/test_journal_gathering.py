@@ -79,7 +79,7 @@ def test_a_record_holds_no_more_tokens_than_its_count_can_say(tmp_path: Path) ->
 def test_a_refused_token_leaves_no_trace(tmp_path: Path) -> None:
     with Journal(tmp_path / "j", disk=QuietDisk()) as journal:
         wrong: tuple[tuple[object, ...], ...] = (
-            (1, 0, 0, 2**32, -0.5), (1, 0, 0, -1, -0.5), (1, 0, 0, 5, "likely"), (1, 0, 0, None, -0.5),
+            (1, 0, 0, 2**32, -0.5), (1, 0, 0, -1, -0.5), (1, 0, 0, 5, "likely"), (1, 0, 0, 5, 1e300),
             (1, -1, 0, 5, -0.5), (1, 0, 2**32, 5, -0.5), (2**64, 0, 0, 5, -0.5), ("one", 0, 0, 5, -0.5),
         )  # fmt: skip
         for values in wrong:
