@@ -144,9 +144,9 @@ def eval(
     """Measure a model: figures with intervals beside those of trivial programs, plots, and a report.
 
     \b
-    rorqual eval facts --quick                       what the bundled model knows, and whether it says so
-    rorqual eval needle --lengths 1K,4K --json       recall by length, depth and phase
-    rorqual eval tools --url http://127.0.0.1:8000   the same against a server
+    rorqual eval facts --quick
+    rorqual eval needle --lengths 1K,4K --seed 7 --json
+    rorqual eval tools --url http://127.0.0.1:8000
     """
     from rorqual.evals.economy import PriceVector
     from rorqual.evals.run import RunSettings
