@@ -144,9 +144,9 @@ def eval(
     """Measure a model: figures with intervals beside those of trivial programs, plots, and a report.
 
     \b
-    rorqual eval facts --quick                       what the bundled model knows, and whether it says so
-    rorqual eval needle --lengths 1K,4K --json       recall by length, depth and phase
-    rorqual eval tools --url http://127.0.0.1:8000   the same against a server
+    rorqual eval facts --quick
+    rorqual eval needle --lengths 1K,4K --seed 7 --json
+    rorqual eval tools --url http://127.0.0.1:8000
     """
     from rorqual.evals.economy import PriceVector
     from rorqual.evals.run import RunSettings
@@ -167,7 +167,7 @@ def eval(
         price=PriceVector() if price is None else PriceVector.parse(price), options=options,
     )  # fmt: skip
     use_threads(threads)
-    found = find_world(world, None if url is not None else model or "minke")
+    found = find_world(world, None if url is not None else model or "minke", is_told=suite == "facts")
     if url is not None:
         target = open_server(url, model_name, guard, parallel)
     else:
@@ -201,8 +201,10 @@ def run(
         print_tables(outcome)
 
 
-def find_world(world: str | None, model: str | None) -> "World":
-    """The world asked for, the checkpoint's, or the bundled model's. Raises: ConfigError, CheckpointError."""
+def find_world(world: str | None, model: str | None, *, is_told: bool) -> "World":
+    """The world asked for, the checkpoint's, or the bundled model's, which is then told. Raises: ConfigError,
+    CheckpointError.
+    """
     from rorqual.checkpoint.load import locate
     from rorqual.data.tasks import World
     from rorqual.evals.worlds import read_world, world_of
@@ -210,6 +212,9 @@ def find_world(world: str | None, model: str | None) -> "World":
     if world is not None:
         return read_world(Path(world).expanduser())
     found = None if model is None else world_of(locate(model))
+    if found is None and is_told:
+        whose = "a server tells no world" if model is None else f"{model} has no world.json"
+        typer.echo(f"{whose}: facts are asked of the bundled model's world; --world names another", err=True)
     return found or World.build()
 
 
