@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.cache_format import kept_entries, pack_entries, packs_entries, unpacked_keys
 from rorqual.model.compressor import Compressor
+from rorqual.model.guarded import choose
 from rorqual.model.indexer import Indexer
 from rorqual.model.layer_state import LayerState
 from rorqual.model.layout import Layout
@@ -220,10 +221,17 @@ class Attention(nn.Module):
         q, weights = p.index_q, p.index_weights
         choice = self._chooses(layout, trace)
         if choice or captures:
-            picked = self._picked(q, weights, keys, visible, trace)
-            visible = picked if choice else visible
+            if layout.shown is not None and choice:
+                visible, own = choose(
+                    self.indexer, self.name, q, weights, keys, visible, layout.shown, layout.start[0]
+                )
+                picked = Visible(visible.end, visible.start, own)
+            else:
+                picked = self._picked(q, weights, keys, visible, trace)
+                visible = picked if choice else visible
             if trace is not None and picked.picks is not None:
                 trace.keep(f"{self.name}.index_topk", picked.picks)
+                trace.keep(f"{self.name}.index_used", picked.picks if visible.picks is None else visible.picks)
         if trace is not None:
             keys = unpacked_keys(self.cfg, keys, q.dtype)
             trace.keep(f"{self.name}.index_entries", keys)

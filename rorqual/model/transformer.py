@@ -139,6 +139,8 @@ class Transformer(nn.Module):
             return self.reference.new_zeros(layout.batch_size, 0, self.cfg.hc_mult, self.cfg.hidden_size)
         if state is not None:
             state.begin(layout.num_tokens)
+            if state.guard is not None:
+                layout.shown = state.shown(tokens[0, : layout.lengths[0]].tolist())
         tokens = layout.own(tokens)
         streams = self.through(tokens, layout, None if state is None else state.layers, trace, streams)
         if state is not None:
