@@ -48,6 +48,7 @@ from rorqual.cli.options import (
     MODEL,
     NETWORK,
     CacheFormat,
+    Guard,
     IndexSearch,
     Json,
     Memory,
@@ -163,6 +164,7 @@ def serve(
     memory: Memory = None,
     cache_format: CacheFormat = None,
     index_search: IndexSearch = "exact",
+    guard: Guard = "off",
     api_key: ApiKeys = None,
     key_file: KeyFile = None,
     no_auth: NoAuth = False,
@@ -203,7 +205,7 @@ def serve(
         )
     settings = _settings(
         max_running, max_queue, context, state_bytes, cache_bytes, cache_dir, cache_disk_bytes, cache_writes,
-        cache_policy, cache_period, speculate, index_search,
+        cache_policy, cache_period, speculate, index_search, guard,
     )  # fmt: skip
     require_server()
     elsewhere = Elsewhere(
@@ -262,6 +264,7 @@ def _settings(
     cache_period: int | None,
     speculate: bool,
     index_search: str,
+    guard: str,
 ) -> "EngineSettings":
     """The options as the engine takes them. Raises: ConfigError for sizes that are none, or options that clash."""
     from rorqual.engine import CacheSettings, EngineSettings
@@ -288,4 +291,5 @@ def _settings(
         cache=cache if memory_bytes else None,
         speculate=speculate,
         index_search=index_search,
+        guard=guard,
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rorqual.errors import RequestError
 from rorqual.model import Segment, State, Transformer
+from rorqual.model.guard import Guard
 from rorqual.model.trace import Trace
 
 MOST_TOKENS = 32_768
@@ -70,8 +71,13 @@ def check_picks(model: Any, num_prompt: int, num_output: int) -> None:  # Any: a
         )
 
 
-def find_picks(model: Transformer, prompt: Sequence[int], output: Sequence[int]) -> Generator[None, None, Picks]:
-    """Run prompt and output again, in pieces for `Engine.aside`; returns the picks. Raises as `check_picks`."""
+def find_picks(
+    model: Transformer, prompt: Sequence[int], output: Sequence[int], guard: Guard | None = None
+) -> Generator[None, None, Picks]:
+    """Run prompt and output again, in pieces for `Engine.aside`; returns the picks. Raises as `check_picks`.
+
+    guard: the answer's, which then counts as a picker too.
+    """
     check_picks(model, len(prompt), len(output))
     layers = [spec for spec in model.cfg.layers if spec.has_indexer]
     row_tokens = -(-len(output) // MOST_ROWS)
@@ -89,6 +95,7 @@ def find_picks(model: Transformer, prompt: Sequence[int], output: Sequence[int])
         for spec in layers
     }
     state = model.new_state(1)
+    state.guard_by(None if guard is None else guard.anew())
     first = len(prompt) - 1  # the query that chose the first token
     for at in range(0, first, READ):
         model.step([Segment(state, list(prompt[at : min(at + READ, first)]))])
@@ -113,11 +120,11 @@ def _trace(
 ) -> None:
     """Run some queries, of which the first chose answer token `number`, and count what they picked."""
     begin = state.lengths[0]
-    trace = Trace(capture=[f"layers.{index}.attn.index_topk" for index in found])
+    trace = Trace(capture=[f"layers.{index}.attn.index_used" for index in found])
     model.forward_streams(torch.tensor([queries], device=model.reference.device), state=state, trace=trace)
     rows_T = torch.arange(number, number + len(queries)) // row_tokens
     for index, layer in found.items():
-        picks_Tk = trace.captured[f"layers.{index}.attn.index_topk"][0].cpu()
+        picks_Tk = trace.captured[f"layers.{index}.attn.index_used"][0].cpu()
         blocks_Tk = picks_Tk.clamp_min(0) * layer.entry_tokens // block_tokens
         places_Tk = rows_T[:, None] * layer.picked.shape[1] + blocks_Tk
         layer.picked.view(-1).index_add_(0, places_Tk.flatten(), (picks_Tk >= 0).long().flatten())

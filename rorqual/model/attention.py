@@ -210,7 +210,8 @@ class Attention(nn.Module):
             return None, visible
         captures = trace is not None and bool(trace.capture)
         if captures and trace is not None and not layout.entries(self.spec.compress_ratio).total:
-            trace.keep(f"{self.name}.index_topk", p.kv.new_empty(*p.kv.shape[:2], 0, dtype=torch.int64))
+            for name in ("index_topk", "index_used"):
+                trace.keep(f"{self.name}.{name}", p.kv.new_empty(*p.kv.shape[:2], 0, dtype=torch.int64))
         scores = self._scores_entries(layout, trace)
         if state is None and not scores:
             return None, visible

@@ -128,10 +128,6 @@ class Guard:
             self.added += int(kinds.sum() + budgets.sum()) - self.cfg.index_topk * len(budgets)
             self.queries += len(budgets)
 
-    def bytes_factor(self) -> float:
-        """Bytes that a CSA layer reads for a query at the present length, over those without a guard: at most."""
-        return bytes_factor(self.cfg, self.grams.length, self.added / max(1, self.queries))
-
 
 def budgets_of(cfg: ModelConfig, rules: Rules, start: int, count: int) -> NDArray[np.int64]:
     """How many entries the indexer chooses for queries [start, start + count): by the budget law, in steps of `STEP`."""

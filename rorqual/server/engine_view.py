@@ -139,8 +139,9 @@ async def engine_picks(service: Service, id: str, account: str = "") -> dict[str
     model, prompt = served.engine.model, request.prompt_ids
     check_picks(model, len(prompt), len(output))
     assert isinstance(model, Transformer)
+    guard = served.engine.guards.of(request.params.guard, request.params.pin)
     began = time.perf_counter()
-    picks: Picks = await asyncio.wrap_future(served.engine.aside(find_picks(model, prompt, output)))
+    picks: Picks = await asyncio.wrap_future(served.engine.aside(find_picks(model, prompt, output, guard)))
     tokens = [*prompt, *output]
     width, height, first = picks.block_tokens, picks.row_tokens, picks.prompt_tokens
     blocks = [(at, min(at + width, len(tokens))) for at in range(0, len(tokens), width)]
