@@ -162,7 +162,7 @@ def use_of(guard: Guard) -> GuardUse:
     added = guard.added / max(1, guard.queries)
     return GuardUse(
         sources=tuple(name for name in SOURCES if is_on[name]),
-        forced={name: int(count) for name, count in zip(KINDS, guard.counts, strict=True)},
+        forced={name: count for name, count in zip(KINDS, guard.counts, strict=True)},
         queries=guard.queries,
         rechecked=guard.rechecked,
         entries_added=round(added, 1),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Shown:
     @property
     def entries(self) -> Tensor:
         """int64 [T, F]."""
-        return torch.from_numpy(self.forced.entries)
+        return torch.from_numpy(np.ascontiguousarray(self.forced.entries))
 
 
 class Guard:
@@ -85,7 +86,7 @@ class Guard:
         self.grams = Grams(rules.policy.ratio, roles)
         self.recent: dict[int, dict[str, set[int]]] = {}
         """T: by place of a query and layer, what it picked."""
-        self.counts = np.zeros(len(KINDS), np.int64)
+        self.counts = [0] * len(KINDS)
         """Entries forced so far, by kind."""
         self.added = self.queries = self.rechecked = 0
         """Entries that queries read beyond k, queries with a choice, and those that read everything."""
@@ -98,7 +99,7 @@ class Guard:
         """One that goes on by itself."""
         other = Guard.__new__(Guard)
         other.__dict__.update(vars(self))
-        other.grams, other.counts = self.grams.copy(), self.counts.copy()
+        other.grams = self.grams.copy()
         other.recent = {place: dict(picks) for place, picks in self.recent.items()}
         return other
 
@@ -119,21 +120,36 @@ class Guard:
         self._count(start, forced, budgets)
         return Shown(forced, budgets, self.rules, self)
 
+    def _add_kinds(self, kinds: Sequence[int]) -> None:
+        self.counts = [a + b for a, b in zip(self.counts, kinds, strict=True)]
+
     def _count(self, start: int, forced: Forced, budgets: NDArray[np.int64]) -> None:
         """Of queries that have a choice; at most, as the indexer may pick what is forced too."""
+        if len(budgets) == 1:
+            if (start + 1) // self.rules.policy.ratio > budgets[0]:
+                anchors, pinned, lexical = forced.kinds[0].tolist()
+                self._add_kinds((anchors, pinned, lexical))
+                self.added += anchors + pinned + lexical + int(budgets[0]) - self.cfg.index_topk
+                self.queries += 1
+            return
         first = max(0, int(budgets[-1] + 1) * self.rules.policy.ratio - 1 - start)  # the first one with a choice
         if first < len(budgets):
             kinds, budgets = forced.kinds[first:], budgets[first:]
-            self.counts += kinds.sum(0)
+            self._add_kinds(kinds.sum(0).tolist())
             self.added += int(kinds.sum() + budgets.sum()) - self.cfg.index_topk * len(budgets)
             self.queries += len(budgets)
+
+
+@lru_cache(maxsize=64)
+def _plain(k: int, count: int) -> NDArray[np.int64]:
+    return np.full(count, k, np.int64)
 
 
 def budgets_of(cfg: ModelConfig, rules: Rules, start: int, count: int) -> NDArray[np.int64]:
     """How many entries the indexer chooses for queries [start, start + count): by the budget law, in steps of `STEP`."""
     k = cfg.index_topk
     if not rules.extra:
-        return np.full(count, k, np.int64)
+        return _plain(k, count)
     seen = np.arange(start + 1, start + count + 1) // rules.policy.ratio
     key, entry = row_bytes(cfg)
     allowed = rules.extra * (seen * key + (np.minimum(k, seen) + cfg.sliding_window) * entry) - seen * key

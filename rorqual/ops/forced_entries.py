@@ -25,8 +25,8 @@ from rorqual.ops import registry
 from rorqual.ops.native import library
 
 ORDERS = 3
-LOOKED_AT = 64
-"""Best entries that are looked at for hits."""
+LOOKED_AT, MOST_CUT = 64, 256
+"""Best entries that are looked at for hits; the largest `cut`."""
 NO_ROLE, ASKS, ANSWERS = 0, 1, 2
 """Of a token: it begins what is asked (a user's message), or what is not."""
 
@@ -57,6 +57,8 @@ class Policy(NamedTuple):
     hits: int = 16
     back: int = 1
     behind: int = 8
+    visits: int = 512
+    """Entries that are looked at for the last tokens, and for the message, the rarest n-grams first."""
     lexical_most: int = 0
     """Best entries, what is shown before and behind each, and how many in all."""
 
@@ -68,7 +70,7 @@ class Policy(NamedTuple):
 
 class Forced(NamedTuple):
     """Of T queries: entries int64 [T, F] ascending with -1 behind, how many [T], and by kind [T, 3] (anchors, pinned,
-    lexical).
+    lexical). All three are views of one array, which C fills.
     """
 
     entries: Ints
@@ -123,23 +125,27 @@ def _best(
     """Show what follows the entries that share most with the n-grams ending in [begin, stop); how many are new."""
     end, ratio = (query + 1) // policy.ratio, policy.ratio
     scores: dict[int, int] = {}
+    terms: list[tuple[int, int, int, list[int]]] = []
     for place in range(stop - 1, begin - 1, -1):
         for order in range(ORDERS, 0, -1):
-            if place < order - 1:
-                continue
-            term = tuple(tokens[place - order + 1 : place + 1])
-            if term in done:
+            term = tuple(tokens[place - order + 1 : place + 1]) if place >= order - 1 else ()
+            if not term or term in done:
                 continue
             done.add(term)
             places = [at for at in range(order - 1, place + 1) if tuple(tokens[at - order + 1 : at + 1]) == term]
-            entries = {at // ratio for at in places}
-            if len(entries) > policy.cut:
-                continue
-            rarity = max(0.0, math.log2((end + 1) / (len(entries) + 1)))
-            weight = round(256.0 * order * rarity * rarity) >> min((stop - 1 - place) // policy.half, 60)
-            for entry in {at // ratio for at in places if at <= query - policy.window} if weight > 0 else ():
-                if entry < end:
-                    scores[entry] = scores.get(entry, 0) + weight
+            spread = len({at // ratio for at in places})
+            if spread <= min(policy.cut, MOST_CUT) and len(places) > 1:
+                terms.append((spread, order, stop - 1 - place, places))
+    visits = 0
+    for spread, order, age, places in sorted(terms, key=lambda term: term[0]):
+        visits += spread
+        if visits > policy.visits:
+            break
+        rarity = max(0.0, math.log2((end + 1) / (spread + 1)))
+        weight = round(256.0 * order * rarity * rarity) >> min(age // policy.half, 60)
+        for entry in {at // ratio for at in places if at <= query - policy.window} if weight else ():
+            if entry < end:
+                scores[entry] = scores.get(entry, 0) + weight
     ranked = sorted(scores, key=lambda entry: (-scores[entry], -entry))[:LOOKED_AT]
     taken = hits = 0
     for entry in ranked:
@@ -160,6 +166,7 @@ class Grams:
     def __init__(self, ratio: int, roles: NDArray[np.uint8]) -> None:
         self.ratio, self.roles, self.length, self.system = ratio, roles, 0, -1
         """`system`: the place of the first token with a role, -1 while there is none."""
+        self._begin = frozenset(np.flatnonzero(roles).tolist())
         self.tokens = np.zeros(0, np.int32)
         self._native = registry.allows("native") and library.load() is not None
         self._grow(256)
@@ -177,6 +184,7 @@ class Grams:
             "table": np.full((ORDERS, self._table_size), -1, np.int32),
             "asked": np.empty(room, np.int32), "closed": np.empty(room, np.int32),
             "scores": np.zeros(entries, np.int64), "touched": np.zeros(entries, np.int32),
+            "terms": np.zeros(0, np.int32),
             "done": np.zeros((ORDERS, room), np.uint8), "marks": np.zeros(entries // 64 + 2, np.uint64),
         }  # fmt: skip
         self._take_addresses()
@@ -192,7 +200,7 @@ class Grams:
         )  # fmt: skip
         self._to_cut = room, size, at["before"], at["table"]
         self._to_force = tokens, at["before"], at["spread"], at["asked"], at["closed"], room
-        self._to_search = at["scores"], at["touched"], at["done"], at["marks"]
+        self._to_search = at["scores"], at["touched"], at["terms"], at["done"], at["marks"]
 
     def _add(self, begin: int, end: int) -> None:
         _kernel("grams_add")(self._to_force[0], begin, end, *self._to_add)
@@ -217,14 +225,15 @@ class Grams:
         begin, end = self.length, self.length + len(ids)
         if end > len(self.tokens):
             self._grow(max(end, 2 * len(self.tokens)))
-        self.tokens[begin:end] = ids
+        if end - begin == 1:
+            self.tokens[begin] = ids[0]
+        else:
+            self.tokens[begin:end] = ids
         if self._native:
             self._add(begin, end)
         self.length = end
         if self.system < 0:
-            mine = self.tokens[begin:end]
-            found = np.flatnonzero(self.roles[mine.clip(0, len(self.roles) - 1)] * (mine < len(self.roles)))
-            self.system = begin + int(found[0]) if len(found) else -1
+            self.system = next((i for i, token in enumerate(ids, begin) if token in self._begin), -1)
 
     def cut(self, length: int) -> None:
         """Take back the tokens from place `length` on."""
@@ -239,9 +248,8 @@ class Grams:
     def force(self, policy: Policy, first: int, pins: Sequence[tuple[int, int]] = ()) -> Forced:
         """What the queries at places [first, length) must be shown."""
         count, width = self.length - first, max(policy.width, 1)
-        room = np.empty(count * (width + 4), np.int64)
-        out, sizes = room[: count * width].reshape(count, width), room[count * width : count * (width + 1)]
-        kinds = room[count * (width + 1) :].reshape(count, 3)
+        room = np.empty((count, width + 4), np.int64)
+        out, sizes, kinds = room[:, :width], room[:, width], room[:, width + 1 :]
         if not self._native:
             out.fill(-1)
             tokens = self.tokens[: self.length].tolist()
@@ -250,10 +258,13 @@ class Grams:
                 out[row, : len(entries)], sizes[row] = entries, len(entries)
             return Forced(out, sizes, kinds)
         numbers, spans = array("q", policy), array("q", [place for pin in pins for place in pin])
-        begin = room.ctypes.data
+        begin, terms = room.ctypes.data, 2 * ORDERS * (policy.recent + policy.message)
+        if len(self._arrays["terms"]) < terms:
+            self._arrays["terms"] = np.zeros(terms, np.int32)
+            self._take_addresses()
         _kernel("forced_entries")(
             *self._to_force, first, count, numbers.buffer_info()[0], max(self.system, 0), spans.buffer_info()[0],
-            len(pins), *self._to_search, width, begin, begin + 8 * count * width, begin + 8 * count * (width + 1),
+            len(pins), *self._to_search, width, begin,
         )  # fmt: skip
         return Forced(out, sizes, kinds)
 

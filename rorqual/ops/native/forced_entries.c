@@ -11,9 +11,10 @@
 
 #define ORDERS 3
 #define MOST_HITS 64
+#define MOST_CUT 256
 
 enum Policy { RATIO, WINDOW, FIRST, LAST, SYSTEM_FIRST, SYSTEM_LAST, PINNED_MOST, RECENT, MESSAGE, HALF, CUT, HITS, BACK, BEHIND,
-              LEXICAL_MOST, POLICY_END };
+              VISITS, LEXICAL_MOST, POLICY_END };
 enum Role { NO_ROLE, ASKS, ANSWERS }; /* of a token: begins what is asked, or what is not */
 
 static long least(long a, long b) { return a < b ? a : b; }
@@ -72,7 +73,7 @@ typedef struct {
     const int64_t *policy;
     long room, query, end; /* place of the query, entries that it sees */
     int64_t *scores;       /* [entries], zero but for `touched` */
-    int32_t *touched;
+    int32_t *touched, *terms;
     uint8_t *done; /* [ORDERS][room]: places whose n-gram was scored */
     uint64_t *marks;
     long num_touched;
@@ -92,31 +93,44 @@ static long mark_range(Search *s, long from, long to, long room) {
     return count;
 }
 
-/* Scores the entries where n-grams that end in [from, to) stood before, out of sight of the window. Weights are whole
- * numbers, so that they add up to the same in any order: 256 n log2((entries + 1) / (entries with it + 1))^2, half of that
- * for every HALF tokens that the n-gram stands before the end of the range. */
+/* Scores the entries where n-grams that end in [from, to) stood before, out of sight of the window: the rarest n-grams
+ * first, as long as the entries to look at are no more than VISITS. Weights are whole numbers, so that they add up to the
+ * same in any order: 256 n log2((entries + 1) / (entries with it + 1))^2, half of that for every HALF tokens that the n-gram
+ * stands before the end of the range. */
 static void score_terms(Search *s, long from, long to) {
-    long ratio = s->policy[RATIO], hidden = s->query - s->policy[WINDOW];
+    const int64_t *policy = s->policy;
+    long ratio = policy[RATIO], hidden = s->query - policy[WINDOW], cut = least(policy[CUT], MOST_CUT);
+    long begins[MOST_CUT + 2] = {0}, num_terms = 0;
+    int32_t *terms = s->terms, *sorted = terms + ORDERS * (to - from);
     for (long place = to - 1; place >= from; place--)
         for (int n = ORDERS; n >= 1; n--) {
             long row = (n - 1) * s->room;
             if (place < n - 1 || s->done[row + place]) continue;
-            long spread, last = -1;
             s->done[row + place] = 1;
             for (long at = s->before[row + place]; at >= from; at = s->before[row + at]) s->done[row + at] = 1;
-            spread = s->spread[row + place];
-            if (spread > s->policy[CUT]) continue;
-            double rarity = log2((double)(s->end + 1) / (double)(spread + 1));
-            int64_t weight = rarity > 0 ? (int64_t)rint(256.0 * n * rarity * rarity) >> least((to - 1 - place) / s->policy[HALF], 60) : 0;
-            if (weight <= 0) continue;
-            for (long at = place; at >= 0; at = s->before[row + at]) {
-                long entry = at / ratio;
-                if (at > hidden || entry == last || entry >= s->end) continue;
-                last = entry;
-                if (!s->scores[entry]) s->touched[s->num_touched++] = (int32_t)entry;
-                s->scores[entry] += weight;
-            }
+            if (s->spread[row + place] > cut || s->before[row + place] < 0) continue;
+            begins[s->spread[row + place] + 1]++;
+            terms[num_terms++] = (int32_t)(place * ORDERS + n - 1);
         }
+    for (long i = 1; i <= cut + 1; i++) begins[i] += begins[i - 1];
+    for (long i = 0; i < num_terms; i++) sorted[begins[s->spread[terms[i] % ORDERS * s->room + terms[i] / ORDERS]]++] = terms[i];
+    long visits = 0;
+    for (long i = 0; i < num_terms; i++) {
+        long place = sorted[i] / ORDERS, n = sorted[i] % ORDERS + 1, row = (n - 1) * s->room, last = -1;
+        long spread = s->spread[row + place];
+        visits += spread;
+        if (visits > policy[VISITS]) break;
+        double rarity = log2((double)(s->end + 1) / (double)(spread + 1));
+        if (!(rarity > 0)) continue;
+        int64_t weight = (int64_t)rint(256.0 * n * rarity * rarity) >> least((to - 1 - place) / policy[HALF], 60);
+        for (long at = place; weight && at >= 0; at = s->before[row + at]) {
+            long entry = at / ratio;
+            if (at > hidden || entry == last || entry >= s->end) continue;
+            last = entry;
+            if (!s->scores[entry]) s->touched[s->num_touched++] = (int32_t)entry;
+            s->scores[entry] += weight;
+        }
+    }
 }
 
 /* Marks what follows the best places, and forgets the scores; returns how many entries that is. */
@@ -147,19 +161,19 @@ static long take_best(Search *s, long room) {
     return taken;
 }
 
-/* For queries at places [first, first + count): entries that they must be shown, ascending -> out [count, width] with -1 for
- * an empty place, sizes [count], and how many came by each kind (anchors, pinned, lexical) kinds [count, 3]. system: the end
- * of the system message, 0 without one; pins [num_pins, 2]: spans of tokens. scores [entries], touched [entries], done
+/* For queries at places [first, first + count): entries that they must be shown, ascending -> out [count, width + 4] with -1 for
+ * an empty place, behind which stand how many they are and how many came by each kind (anchors, pinned, lexical). system: the end
+ * of the system message, 0 without one; pins [num_pins, 2]: spans of tokens. scores [entries], touched [entries], terms [2 ORDERS (RECENT + MESSAGE)], done
  * [ORDERS][room] and marks [entries / 64 + 1] are zero and are left so. */
 void forced_entries(const int32_t *tokens, const int32_t *before, const int32_t *spread, const int32_t *asked,
                     const int32_t *closed, long room, long first, long count, const int64_t *policy, long system,
-                    const int64_t *pins, long num_pins, int64_t *scores, int32_t *touched, uint8_t *done, uint64_t *marks,
-                    long width, int64_t *out, int64_t *sizes, int64_t *kinds) {
+                    const int64_t *pins, long num_pins, int64_t *scores, int32_t *touched, int32_t *terms, uint8_t *done, uint64_t *marks,
+                    long width, int64_t *out) {
     long ratio = policy[RATIO];
     for (long i = 0; i < count; i++) {
         long query = first + i, end = (query + 1) / ratio;
-        Search s = {tokens, before, spread, policy, room, query, end, scores, touched, done, marks, 0};
-        int64_t *kind = kinds + 3 * i;
+        Search s = {tokens, before, spread, policy, room, query, end, scores, touched, terms, done, marks, 0};
+        int64_t *mine = out + i * (width + 4), *kind = mine + width + 1;
         long near = most(0, query - policy[WINDOW] + 1) / ratio; /* the first entry that the window has a token of */
         kind[0] = mark_range(&s, 0, policy[FIRST], policy[FIRST]);
         kind[0] += mark_range(&s, near - policy[LAST], near, policy[LAST]);
@@ -194,10 +208,10 @@ void forced_entries(const int32_t *tokens, const int32_t *before, const int32_t 
         long size = 0;
         for (long word = 0; word <= end >> 6; word++) {
             for (uint64_t bits = marks[word]; bits; bits &= bits - 1)
-                if (size < width) out[i * width + size++] = word * 64 + __builtin_ctzll(bits);
+                if (size < width) mine[size++] = word * 64 + __builtin_ctzll(bits);
             marks[word] = 0;
         }
-        sizes[i] = size;
-        for (; size < width; size++) out[i * width + size] = -1;
+        mine[width] = size;
+        for (; size < width; size++) mine[size] = -1;
     }
 }
