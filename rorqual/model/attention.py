@@ -235,7 +235,8 @@ class Attention(nn.Module):
                 trace.keep(f"{self.name}.index_used", picked.picks if visible.picks is None else visible.picks)
         if trace is not None:
             keys = unpacked_keys(self.cfg, keys, q.dtype)
-            trace.keep(f"{self.name}.index_entries", keys)
+            for what, value in (("index_entries", keys), ("index_q", q), ("index_weights", weights)):
+                trace.keep(f"{self.name}.{what}", value)
         return (q, weights, keys), visible
 
     def _picked(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, trace: Trace | None) -> Visible:

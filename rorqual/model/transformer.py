@@ -19,6 +19,7 @@ from rorqual.config import ModelConfig
 from rorqual.errors import CacheError, RequestError
 from rorqual.model import decode
 from rorqual.model.block import Block, RunBlock, Runner
+from rorqual.model.compressor import cover
 from rorqual.model.context import Context, LayoutPart, part_bounds
 from rorqual.model.engram import Engram
 from rorqual.model.expert_fetch import expect_experts
@@ -179,6 +180,13 @@ class Transformer(nn.Module):
         hidden = self.final_hidden(streams if len(wanted) == streams.shape[1] else streams[:, wanted])
         logits = self.logits(hidden)[..., :choices]
         return Scores(streams, hidden, logits, best_of(logits))
+
+    def cover(self, layer: int, begin: int, end: int, length: int) -> tuple[int, int]:
+        """Entries [first, last) of `layer` that hold something of tokens [begin, end) of a text of `length` tokens.
+
+        Raises: RequestError as `compressor.cover`.
+        """
+        return cover(self.cfg.layers[layer], begin, end, length)
 
     def _check(self, segments: Sequence[Segment]) -> None:
         check_segments(self, segments)
