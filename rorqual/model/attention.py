@@ -165,8 +165,11 @@ class Attention(nn.Module):
             trace.index_recall.append(recall)
         if state is not None:
             state.write_window(p.kv, layout)
-        if trace is not None and entries is not None:
-            trace.keep(f"{self.name}.entries", unpacked(entries))
+        if trace is not None:
+            trace.keep(f"{self.name}.q", p.q)
+            trace.keep(f"{self.name}.keys", keys)
+            if entries is not None:
+                trace.keep(f"{self.name}.entries", unpacked(entries))
         return o
 
     def _round(self, kv: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class Trace:
     `router_ids` the experts used. `forced`: the experts that learned routers must use instead of selecting them (see
     `forced_experts`). `health`: keep the figures of `model/health.py`, taken from a sample of the call's tokens.
     `capture`: names of intermediates to keep, e.g. `layers.1.attn` (attention output), `layers.1.ffn` (MoE output),
-    `layers.1.streams`, `layers.1.attn.entries`, `layers.1.attn.index_entries`, `layers.1.attn.index_topk` (the indexer's
+    `layers.1.streams`, `layers.1.attn.q`, `layers.1.attn.keys` (of the window), `layers.1.attn.entries`,
+    `layers.1.attn.index_q`, `layers.1.attn.index_weights`, `layers.1.attn.index_entries`, `layers.1.attn.index_topk` (the indexer's
     own choice), `layers.1.attn.index_used` (with what a guard adds); `"*"` keeps all.
     """
 
