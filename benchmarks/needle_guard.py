@@ -2,8 +2,9 @@
 
 A haystack with many needles is read once for each policy; then for each needle the state is forked, its question is read
 and the beginning of its answer, up to the token before the value. For that last query the entries that hold the value
-(`Transformer.cover`) are looked for among what each CSA layer attends to. NBH needs no right answer: it asks whether the
-value could be read at all. Kinds of lines:
+(`Transformer.cover`) are looked for among what each CSA layer attends to. A value that stands in the sliding window with
+all its tokens is read there, which counts as a hit for every policy and is told (`in_window`). NBH needs no right answer:
+it asks whether the value could be read at all. Kinds of lines:
 
     nbh        of a length and policy: share of probes with a hit in any CSA layer (`ours`; `peer` the trained choice), per
                layer, NBH_full, by depth and by phase, Wilson intervals, random and recency choices beside them, and a
@@ -204,10 +205,11 @@ class Tally:
     random_chance: list[float]
     recent: list[bool]
     added: list[int]
+    in_window: list[bool]
 
 
 def empty(layers: list[int]) -> Tally:
-    return Tally([], [], {i: [] for i in layers}, [], [], [], [], [], [])
+    return Tally([], [], {i: [] for i in layers}, [], [], [], [], [], [], [])
 
 
 def probe_text(
@@ -219,10 +221,13 @@ def probe_text(
         for policy, by_layer in zip(policies, found, strict=True):
             tally = tallies[policy.name]
             layer_hits, layer_full = {}, {}
+            is_near = length + len(probe.ids) - probe.begin <= model.cfg.sliding_window
+            tally.in_window.append(is_near)
             for i, used in by_layer.items():
                 first, last = model.cover(i, probe.begin, probe.end, seen * 4)
                 held = (used >= first) & (used < last)
-                layer_hits[i], layer_full[i] = bool(held.any()), int(held.sum()) == last - first
+                layer_hits[i] = is_near or bool(held.any())
+                layer_full[i] = is_near or int(held.sum()) == last - first
                 tally.by_layer[i].append(layer_hits[i])
             k = policy.k or model.cfg.index_topk
             tally.hits.append(any(layer_hits.values()))
@@ -250,7 +255,7 @@ def line_of(length: int, policy: str, overlap: str, tally: Tally, trained: Tally
         "ratio": (hits / count) / max(1e-9, statistics.fmean(trained.hits)), "bound": 1.0, "bound_share": hits / count,
         "spread": {"ours": [low, high], "peer": [*wilson(sum(trained.hits), count)]},
         "config": {
-            "probes": count, "misses": count - hits, "rho": model.cfg.index_topk / (length / 4),
+            "probes": count, "misses": count - hits, "in_window": sum(tally.in_window), "rho": model.cfg.index_topk / (length / 4),
             "nbh_full": statistics.fmean(tally.full),
             "by_layer": {str(i): statistics.fmean(found) for i, found in tally.by_layer.items()},
             "by_depth": {str(d): [sum(found), len(found)] for d, found in depth.items()},
@@ -341,6 +346,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("literal", "paraphrased", "decode"), nargs="+", help="instead of all")
     parser.add_argument("--ablate", action="store_true", help="also smaller k, noise and single sources, up to 16K")
     parser.add_argument("--keys", choices=("exact", "fp4-keys"), default="exact", help="how index keys are kept")
+    parser.add_argument("--haystacks", type=int, nargs=2, metavar=("NUMBER", "NEEDLES"), help="instead of those known")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--plot", type=Path, nargs=2, metavar=("LINES", "FOLDER"), help="draw figures of earlier lines")
@@ -350,6 +356,8 @@ def main() -> None:
         draw_all(lines, options.plot[1])
         return
     sizes = QUICK if options.quick else {length: LENGTHS[length] for length in options.lengths}
+    if options.haystacks:
+        sizes = {length: tuple(options.haystacks) for length in sizes}
     model, tokenizer = rorqual.load("minke", dtype=torch.bfloat16 if options.dtype == "bf16" else torch.float32)
     if options.keys != "exact":
         from rorqual.model.quantised import keep_cache_as

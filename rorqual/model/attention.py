@@ -21,7 +21,7 @@ from rorqual.model.indexer import Indexer
 from rorqual.model.layer_state import LayerState
 from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear, RMSNorm
-from rorqual.model.trace import Trace
+from rorqual.model.trace import Swappable, Trace
 from rorqual.ops.cache_codec import PackedEntries, unpacked
 from rorqual.ops.linear import linear
 from rorqual.ops.rope import apply_rope, norm_rope, rope_frequencies
@@ -145,7 +145,12 @@ class Attention(nn.Module):
         visible = index = None
         if self.compressor is not None:
             visible = layout.entries(self.compressor.ratio).visible
-            index, visible = self._index(p, layout, state, trace, visible)
+            every = visible
+            index, visible = self._index(p, layout, state, trace, every)
+            swap = None if trace is None or trace.swaps is None else trace.swaps.get(self.name)
+            if swap is not None and visible.picks is not None and entries is not None:
+                mine = Swappable(p.q, unpacked(entries), every, visible.picks[0], self.scale, layout.start[0])
+                visible = swap(mine)
         o, lse = sparse_attention(
             p.q,
             keys,

@@ -3,14 +3,16 @@
 Pass a `Trace` to the model to train its indexers and routers, or to look inside. Without one nothing is recorded.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rorqual.errors import RequestError
 from rorqual.model.layout import Layout
+from rorqual.ops.sparse_attention import Visible
 
 PROBE_TOKENS = 256
 """Tokens of a call that health figures are taken from."""
@@ -30,6 +32,23 @@ class RouterRecord:
     is_hash: bool
     experts: Tensor | None = None
     """Ids of the experts used, int64 [B, S, A], with `Trace.router_ids`."""
+
+
+class Swappable(NamedTuple):
+    """What a swap is told of a CSA layer's call: attention queries [1, T, H, K], entries [1, C, K], what all is visible,
+    what would be used int64 [T, k], the scale of the scores, and the place of the first query.
+    """
+
+    q: Tensor
+    entries: Tensor
+    visible: Visible
+    used: Tensor
+    scale: float
+    first: int
+
+
+Swap = Callable[[Swappable], Visible]
+"""What the queries attend to instead."""
 
 
 @dataclass
@@ -66,6 +85,9 @@ class Trace:
     picks: dict[str, Tensor] | None = None
     """Entries that indexers picked, int64 [B, S, k] by the attention's module path: what stands here is used, what does
     not is added (a block that is computed again must pick the same). None: neither."""
+    swaps: Mapping[str, Swap] | None = None
+    """By the attention's module path, what takes the place of the entries it would use where there is a choice; for calls
+    of one row."""
     _probe: Tensor | None = None
 
     def keep(self, name: str, value: Tensor) -> None:

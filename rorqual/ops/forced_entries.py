@@ -42,7 +42,7 @@ class Policy(NamedTuple):
     """Tokens of the sliding window, which need no entry."""
     first: int = 0
     last: int = 0
-    """Anchors: the first entries, and the ones just before the window."""
+    """Anchors: the first entries, and the last ones that hold a token from before the window."""
     system_first: int = 0
     system_last: int = 0
     pinned_most: int = 0
@@ -90,7 +90,8 @@ def force_reference(
         shown.update(new)
         return len(new)
 
-    near = max(0, query - policy.window + 1) // ratio
+    hidden = query - policy.window  # the last token behind the window, which two entries hold
+    near = hidden // ratio + 2 if hidden >= 0 else 0
     anchors = show(0, policy.first, policy.first) + show(near - policy.last, near, policy.last)
     left = policy.pinned_most
     for begin, stop in pins:

@@ -73,7 +73,7 @@ def test_anchors_pins_and_system_message() -> None:
     grams.add([1] * 40 + [USER] + [i % 13 for i in range(300)])
     policy = Policy(ratio=4, window=16, first=2, last=3, system_first=4, system_last=2, pinned_most=20)
     found = grams.force(policy, 340, [(100, 104)])
-    near = (340 - 15) // 4
+    near = (340 - 16) // 4 + 2
     # the system message fills entries 0 to 9; two of its first four are anchors already
     assert set(found.entries[0, : found.sizes[0]].tolist()) == {0, 1, 2, 3, 8, 9, 25, 26, near - 1, near - 2, near - 3}
     assert found.kinds[0].tolist() == [5, 6, 0]

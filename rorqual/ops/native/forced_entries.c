@@ -174,7 +174,8 @@ void forced_entries(const int32_t *tokens, const int32_t *before, const int32_t 
         long query = first + i, end = (query + 1) / ratio;
         Search s = {tokens, before, spread, policy, room, query, end, scores, touched, terms, done, marks, 0};
         int64_t *mine = out + i * (width + 4), *kind = mine + width + 1;
-        long near = most(0, query - policy[WINDOW] + 1) / ratio; /* the first entry that the window has a token of */
+        long out_of_sight = query - policy[WINDOW]; /* the last token behind the window, which two entries hold */
+        long near = out_of_sight < 0 ? 0 : out_of_sight / ratio + 2;
         kind[0] = mark_range(&s, 0, policy[FIRST], policy[FIRST]);
         kind[0] += mark_range(&s, near - policy[LAST], near, policy[LAST]);
         long left = policy[PINNED_MOST];
