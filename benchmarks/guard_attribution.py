@@ -1,19 +1,19 @@
 """Why needle items fail: each gets one label by causal tests, the first that fits.
 
-Items are those of the needle family that Minke was trained for (`data/tasks/needle.py`, test split), at lengths where it
-can answer at all. The deployed engine (bf16) answers greedily; each wrong item is run again:
+Items are those of the needle family that Minke was trained for (`data/tasks/needle.py`, test split), at lengths where
+it can answer at all. The deployed engine (bf16) answers greedily; each wrong item is run again:
 
     ENGINE       the reference (fp32, layer code) is right
     TIE          the deployed engine, asked again, says something else
-    MODEL        wrong with every entry visible (DENSE), and with the needle's lines alone, or in the window before the question
+    MODEL        wrong with every entry visible (DENSE), and with the needle's lines alone or in the window at the end
     COMPRESSION  wrong with DENSE, right when the needle's line stands raw in the window before the question
     BUDGET       right with DENSE, wrong with the k best entries by dense mass (ORACLE)
     SELECTOR     right with ORACLE, and with the trained choice and the needle's entries (PLUS)
     CONTEXT      wrong with PLUS, though DENSE is right
     DECODE       none of these
 
-A line gives the counts, by length too, the share that each swap answers right among the failed items, and the answers
-that MINUS turns wrong among the right ones, by layer (retrieval layers, 5.4). Source: evaluation specification, 5.4, 5.5.
+A line gives the counts, by length too, what each swap answers right among the failed items, and the answers that MINUS
+turns wrong among the right ones, by layer (retrieval layers). Source: evaluation specification, 5.4 and 5.5.
 
     python benchmarks/guard_attribution.py --json --items 120
 """
@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter, defaultdict
-from typing import Any
+from itertools import islice
 
 import measure
 import torch
@@ -134,8 +134,8 @@ def main() -> None:
     options = parser.parse_args()
     family = NeedleFamily(World.build(), lengths=LENGTHS)
     judge, began = Judge(family), time.perf_counter()
-    items = [one for i, one in zip(range(10_000), family.items("test", 11), strict=False) if one.stratum["task"] != "absent"
-             and one.thinking_mode == "chat" and i < 10_000][: options.items if not options.quick else 24]  # fmt: skip
+    asked = (one for one in family.items("test", 11) if one.stratum["task"] != "absent" and one.thinking_mode == "chat")
+    items = list(islice(asked, 24 if options.quick else options.items))
     right = judge.served(items)
     failed = [item for item, is_right in zip(items, right, strict=True) if not is_right]
     labels, by_length, by_swap = Counter[str](), defaultdict[str, Counter[str]](Counter), Counter[str]()
@@ -163,7 +163,7 @@ def main() -> None:
         "peer_name": "none", "ratio": None, "bound": 1.0, "bound_share": None, "spread": {"ours": [], "peer": []},
         "config": {
             "items": len(items), "right": sum(right), "failed": len(failed), "labelled": judged, "labels": dict(labels),
-            "by_length": {length: dict(counts) for length, counts in sorted(by_length.items(), key=lambda one: int(one[0]))},
+            "by_length": {length: dict(by_length[length]) for length in sorted(by_length, key=int)},
             "right_with": {swap: by_swap[swap] for swap in SWAPS},
             "lost_by_minus": lost, "right_items": len(kept), **measure.machine(),
         },
@@ -171,8 +171,8 @@ def main() -> None:
     if options.json:
         measure.print_line(line, as_json=True)
     else:
-        print(f"{len(items)} items, {sum(right)} right; labels {dict(labels)}; right with {line['config']['right_with']}; "
-              f"of {len(kept)} right ones MINUS loses {lost}")  # fmt: skip
+        print(f"{len(items)} items, {sum(right)} right; labels {dict(labels)}; right with {dict(by_swap)}")
+        print(f"of {len(kept)} right ones MINUS loses {lost}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def draw_all(lines: Sequence[dict[str, Any]], folder: Path) -> None:
 
 
 def _of(lines: Sequence[dict[str, Any]], policy: str, overlap: str = "literal") -> dict[str, dict[str, Any]]:
-    found = {line["case"].split("/")[0]: line for line in lines if (line["policy"], line["overlap"]) == (policy, overlap)}
+    found = {
+        line["case"].split("/")[0]: line for line in lines if (line["policy"], line["overlap"]) == (policy, overlap)
+    }
     return {length: found[length] for length in LENGTH_ORDER if length in found}
 
 
@@ -48,7 +50,9 @@ def _heat(plt: Any, axis: Any, rows: dict[str, dict[str, Any]], key: str, column
 
 def _depths(plt: Any, lines: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), sharey=True, layout="constrained")
-    for axis, (policy, title) in zip(axes, (("trained", "without the guard"), ("default", "with the guard")), strict=True):
+    for axis, (policy, title) in zip(
+        axes, (("trained", "without the guard"), ("default", "with the guard")), strict=True
+    ):
         image = _heat(plt, axis, _of(lines, policy), "by_depth", 16, title)
         axis.set_xlabel("depth of the needle, sixteenths of the text")
     axes[0].set_ylabel("tokens")
@@ -60,7 +64,9 @@ def _depths(plt: Any, lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _phases(plt: Any, lines: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 2.8), sharey=True, layout="constrained")
-    for axis, (policy, title) in zip(axes, (("trained", "without the guard"), ("default", "with the guard")), strict=True):
+    for axis, (policy, title) in zip(
+        axes, (("trained", "without the guard"), ("default", "with the guard")), strict=True
+    ):
         image = _heat(plt, axis, _of(lines, policy), "by_phase", 16, title)
         axis.set_xlabel("4 × (needle's place mod 4) + text's length mod 4")
     axes[0].set_ylabel("tokens")
@@ -82,7 +88,9 @@ def _lengths(plt: Any, lines: Sequence[dict[str, Any]], path: Path) -> None:
             axis.plot(list(rows), share, style, label=f"{overlap}, {'guard' if policy == 'default' else 'no guard'}")
             axis.fill_between(list(rows), [100 * x for x in low], [100 * x for x in high], alpha=0.15)
     rows = _of(lines, "trained")
-    axis.plot(list(rows), [100 * line["config"]["random"] for line in rows.values()], ":", color="grey", label="random k")
+    axis.plot(
+        list(rows), [100 * line["config"]["random"] for line in rows.values()], ":", color="grey", label="random k"
+    )
     axis.set_xlabel("tokens of the text")
     axis.set_ylabel("needles shown, %")
     axis.legend(fontsize=8)

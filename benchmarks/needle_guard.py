@@ -1,19 +1,19 @@
 """Needles in long texts: how often a query is shown the entry that holds the answer, without and with the guard.
 
-A haystack with many needles is read once for each policy; then for each needle the state is forked, its question is read
-and the beginning of its answer, up to the token before the value. For that last query the entries that hold the value
-(`Transformer.cover`) are looked for among what each CSA layer attends to. A value that stands in the sliding window with
-all its tokens is read there, which counts as a hit for every policy and is told (`in_window`). NBH needs no right answer:
-it asks whether the value could be read at all. Kinds of lines:
+A haystack with many needles is read once for each policy; then for each needle the state is forked, its question is
+read and the beginning of its answer, up to the token before the value. For that last query the entries that hold the
+value (`Transformer.cover`) are looked for among what each CSA layer attends to. A value with all its tokens in the
+sliding window is read there, which counts as a hit for every policy and is told (`in_window`). NBH needs no right
+answer: it asks whether the value could be read at all. Kinds of lines:
 
-    nbh        of a length and policy: share of probes with a hit in any CSA layer (`ours`; `peer` the trained choice), per
-               layer, NBH_full, by depth and by phase, Wilson intervals, random and recency choices beside them, and a
-               chi-square test whether misses are spread evenly over depth and over phase
+    nbh        of a length and policy: share of probes with a hit in any CSA layer (`ours`; `peer` the trained choice),
+               per layer, NBH_full, by depth and by phase, Wilson intervals, random and recency choices beside them, and
+               a chi-square test whether misses are spread evenly over depth and over phase
     decode     a token with the guard over one without, by turns, and the bytes factor of a CSA layer
 
-Policies: trained (no guard), default (the guard as served), and with --ablate FP4 keys, a smaller k (16 and 8), noise on
-the scores (a tenth and a half of their standard deviation), and single sources. Probes: `literal` questions repeat the
-key; `paraphrased` ones name it by what another line says about it, so that no word of the needle is in the question.
+Policies: trained (no guard), default (the guard as served), and with --ablate a smaller k (16 and 8), noise on the
+scores (a tenth and a half of their standard deviation), and single sources; --keys fp4-keys has the text read with FP4
+keys. Probes: `literal` questions repeat the key; `paraphrased` ones spell it in other tokens and use other words.
 
 Minke's CSA layers are all taken: their union is the headline, and each is shown. `docs/guard.md` has the figures.
 
@@ -123,7 +123,9 @@ def question(needle: Needle, overlap: str) -> str:
 
 
 def guard_of(model: Transformer, tokenizer: Any, sources: tuple[str, ...]) -> Guard | None:
-    return Guard(model.cfg, rules_of(model.cfg, sources), roles_of(tokenizer, model.cfg.vocab_size)) if sources else None
+    return (
+        Guard(model.cfg, rules_of(model.cfg, sources), roles_of(tokenizer, model.cfg.vocab_size)) if sources else None
+    )
 
 
 def read(model: Transformer, ids: list[int], guard: Guard | None) -> State:
@@ -136,7 +138,7 @@ def read(model: Transformer, ids: list[int], guard: Guard | None) -> State:
 
 @dataclass(frozen=True)
 class Policy:
-    """A choice to look at. `k`, `noise` and `fp4` are drawn from the scores at the query; the text is read as trained."""
+    """A choice to look at. `k` and `noise` are applied to the query's scores; the text is read with the model's k."""
 
     name: str
     sources: tuple[str, ...] = ()
@@ -152,16 +154,20 @@ ABLATED = (
 )  # fmt: skip
 
 
-def looked_at(model: Transformer, state: State, probe: Probe, policies: list[Policy], rng: torch.Generator) -> list[Any]:
-    """What each CSA layer attends to at the probe's last token under each policy, as tensors by layer; and the entries of
-    the value.
+def looked_at(
+    model: Transformer, state: State, probe: Probe, policies: list[Policy], rng: torch.Generator
+) -> list[Any]:
+    """What each CSA layer attends to at the probe's last token under each policy, as tensors by layer; and how many
+    entries it sees.
 
     The scores are those of one pass with the state's own guard; another k or noise is applied to them.
     """
     mine = state.fork()
     layers = [spec.index for spec in model.cfg.layers if spec.has_indexer]
     model.step([Segment(mine, probe.ids[:-1])])
-    names = [f"layers.{i}.attn.{what}" for i in layers for what in ("index_q", "index_weights", "index_used", "index_topk")]
+    names = [
+        f"layers.{i}.attn.{what}" for i in layers for what in ("index_q", "index_weights", "index_used", "index_topk")
+    ]
     trace = Trace(capture=names)
     model.forward_streams(torch.tensor([probe.ids[-1:]]), state=mine, trace=trace)
     seen = mine.lengths[0] // 4
@@ -213,7 +219,12 @@ def empty(layers: list[int]) -> Tally:
 
 
 def probe_text(
-    model: Transformer, text: Text, state: State, policies: list[Policy], tallies: dict[str, Tally], rng: torch.Generator
+    model: Transformer,
+    text: Text,
+    state: State,
+    policies: list[Policy],
+    tallies: dict[str, Tally],
+    rng: torch.Generator,
 ) -> None:
     length = len(text.ids)
     for probe in text.probes:
@@ -241,7 +252,9 @@ def probe_text(
             tally.added.append(max(len(used) for used in by_layer.values()) - min(k, seen))
 
 
-def line_of(length: int, policy: str, overlap: str, tally: Tally, trained: Tally, model: Transformer, dtype: str) -> Any:
+def line_of(
+    length: int, policy: str, overlap: str, tally: Tally, trained: Tally, model: Transformer, dtype: str
+) -> Any:
     count, hits = len(tally.hits), sum(tally.hits)
     low, high = wilson(hits, count)
     depth = {d: [h for h, at in zip(tally.hits, tally.depths, strict=True) if at == d] for d in range(DEPTHS)}
@@ -255,7 +268,8 @@ def line_of(length: int, policy: str, overlap: str, tally: Tally, trained: Tally
         "ratio": (hits / count) / max(1e-9, statistics.fmean(trained.hits)), "bound": 1.0, "bound_share": hits / count,
         "spread": {"ours": [low, high], "peer": [*wilson(sum(trained.hits), count)]},
         "config": {
-            "probes": count, "misses": count - hits, "in_window": sum(tally.in_window), "rho": model.cfg.index_topk / (length / 4),
+            "probes": count, "misses": count - hits, "in_window": sum(tally.in_window),
+            "rho": model.cfg.index_topk / (length / 4),
             "nbh_full": statistics.fmean(tally.full),
             "by_layer": {str(i): statistics.fmean(found) for i, found in tally.by_layer.items()},
             "by_depth": {str(d): [sum(found), len(found)] for d, found in depth.items()},
@@ -269,11 +283,18 @@ def line_of(length: int, policy: str, overlap: str, tally: Tally, trained: Tally
 
 
 def measure_length(
-    model: Transformer, tokenizer: Any, length: int, haystacks: int, needles: int, overlap: str, ablate: bool, options: Any
+    model: Transformer,
+    tokenizer: Any,
+    length: int,
+    haystacks: int,
+    needles: int,
+    overlap: str,
+    ablate: bool,
+    options: Any,
 ) -> None:
     rng, noise = random.Random(f"{options.seed}/{length}/{overlap}"), torch.Generator().manual_seed(options.seed)
     family = NeedleFamily(World.build(), count_tokens=lambda text: len(tokenizer.encode(text)))
-    policies = [*PLAIN, *(ABLATED if ablate else ())]
+    policies = [one for one in (*PLAIN, *(ABLATED if ablate else ())) if one.name in (options.policies or [one.name])]
     layers = [spec.index for spec in model.cfg.layers if spec.has_indexer]
     tallies = {policy.name: empty(layers) for policy in policies}
     for number in range(haystacks):
@@ -285,7 +306,9 @@ def measure_length(
         measure.note(f"{length} {overlap} haystack {number + 1}/{haystacks}: {time.perf_counter() - began:.0f} s")
     for policy in policies:
         print_line(
-            line_of(length, policy.name, overlap, tallies[policy.name], tallies["trained"], model, options.dtype),
+            line_of(
+                length, policy.name, overlap, tallies[policy.name], tallies[policies[0].name], model, options.dtype
+            ),
             as_json=options.json,
         )
 
@@ -313,7 +336,8 @@ def decode_line(model: Transformer, tokenizer: Any, length: int, options: Any) -
     on, off = statistics.median(times["on"]), statistics.median(times["off"])
     added = guard.added / max(1, guard.queries)
     return {
-        "name": "needle_guard", "case": f"{measure.length_name(length)}/minke/{torch.get_num_threads()}t/{options.dtype}",
+        "name": "needle_guard",
+        "case": f"{measure.length_name(length)}/minke/{torch.get_num_threads()}t/{options.dtype}",
         "kind": "decode", "policy": "default", "overlap": "", "unit": "ms a token", "ours": on, "peer": off,
         "peer_name": "without the guard", "ratio": off / on, "bound": None, "bound_share": None,
         "spread": {"ours": [min(times["on"]), max(times["on"])], "peer": [min(times["off"]), max(times["off"])]},
@@ -328,14 +352,15 @@ def print_line(line: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         measure.print_line(line, as_json=True)
     elif line["kind"] == "decode":
-        print(f"{line['case']}: {line['ours']:.3f} ms a token with the guard, {line['peer']:.3f} without: "
-              f"{line['config']['cost']:.2f} times; bytes {line['config']['bytes_factor']:.2f}", flush=True)  # fmt: skip
+        config = line["config"]
+        told = f"{line['case']}: {line['ours']:.3f} ms a token with the guard, {line['peer']:.3f} without: "
+        print(f"{told}{config['cost']:.2f} times; bytes {config['bytes_factor']:.2f}", flush=True)
     else:
         config = line["config"]
         layers = ", ".join(f"layer {i} {100 * share:.1f}" for i, share in config["by_layer"].items())
-        print(f"{line['case']} {line['overlap']} {line['policy']}: {100 * line['ours']:.2f} % of {config['probes']} "
-              f"({layers}); random {100 * config['random']:.1f}; misses even over depth p = "
-              f"{config['uniform_over_depth']['p']:.2g}, phase p = {config['uniform_over_phase']['p']:.2g}", flush=True)  # fmt: skip
+        told = f"{line['case']} {line['overlap']} {line['policy']}: {100 * line['ours']:.2f} % of {config['probes']} "
+        even = [f"{what} p = {config[f'uniform_over_{what}']['p']:.2g}" for what in ("depth", "phase")]
+        print(f"{told}({layers}); random {100 * config['random']:.1f}; even misses: {', '.join(even)}", flush=True)
 
 
 def main() -> None:
@@ -346,6 +371,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("literal", "paraphrased", "decode"), nargs="+", help="instead of all")
     parser.add_argument("--ablate", action="store_true", help="also smaller k, noise and single sources, up to 16K")
     parser.add_argument("--keys", choices=("exact", "fp4-keys"), default="exact", help="how index keys are kept")
+    parser.add_argument("--policies", nargs="+", help="instead of all; the first stands as the peer")
     parser.add_argument("--haystacks", type=int, nargs=2, metavar=("NUMBER", "NEEDLES"), help="instead of those known")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")

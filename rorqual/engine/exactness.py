@@ -53,8 +53,8 @@ class Exactness:
     """`grouped`: beyond 22,527 tokens the indexer's entries are found by an approximation, so the model's definition
     would give other tokens, though what is promised here holds."""
     guard: dict[str, Any] | None
-    """The retrieval guard that was on, and what it cost (`GuardUse`): tokens are then those of the guarded model, to which
-    all that is promised here applies. None: it was off."""
+    """The retrieval guard that was on, and what it cost (`GuardUse`): tokens are then those of the guarded model, and
+    what is promised here is promised of these. None: it was off."""
     operations: Operations
     kernels: str
     """The C library by its hash (of source, compiler and processor), or the version of torch: equal names promise equal

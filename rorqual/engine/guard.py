@@ -26,7 +26,7 @@ from rorqual.ops.forced_entries import ANSWERS, ASKS, Policy
 SOURCES = ("anchors", "pinned", "lexical", "extra", "temporal", "neighbours", "recheck")
 DEFAULT = ("anchors", "pinned", "lexical")
 LAYER_CODE = frozenset(("temporal", "neighbours", "recheck"))
-"""These read scores or other layers' picks; the fused step does not, so every token then takes the layer code's time."""
+"""These read scores or other layers' picks; the fused step does not, so every token takes the layer code's time."""
 OFF, ON = "off", "default"
 
 FIRST, LAST = 8, 32
@@ -34,8 +34,8 @@ SYSTEM_FIRST, SYSTEM_LAST, PINNED = 64, 32, 128
 LEXICAL = 192
 FACTOR = 1.2
 MARGIN = 1e-3
-"""Sizes of the specification: entries, the factor that a CSA layer's bytes may grow by, and the part of the scores' standard
-deviation below which the k-th entry is not told from the next."""
+"""Sizes of the specification: entries, the factor that a CSA layer's bytes may grow by, and the part of the scores'
+standard deviation below which the k-th entry is not told from the next."""
 
 
 def sources_of(text: str) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ class GuardUse:
     entries_added: float
     """Most entries that a query read beyond the model's k, mean over queries."""
     bytes_factor: float
-    """Bytes that a CSA layer reads at the end of the text, over those without a guard (rows as V4 is served): at most."""
+    """Bytes that a CSA layer reads at the end of the text, over those without a guard (rows as V4 is served): most."""
     step: str
     """`fused`, or `layers`: the slower layer code ran every token."""
 
@@ -143,7 +143,7 @@ class Guards:
 
 
 def roles_of(tokenizer: TextTokenizer, vocab_size: int) -> NDArray[np.uint8]:
-    """uint8 [V]: which token begins what a user says, and which an answer; none where the tokenizer has no such tokens."""
+    """uint8 [V]: which token begins what a user says, and which an answer; none if a tokenizer has no such tokens."""
     roles = np.zeros(vocab_size, np.uint8)
     for text, role in (("<｜User｜>", ASKS), ("<｜Assistant｜>", ANSWERS)):
         ids = tokenizer.encode(text)
@@ -162,7 +162,7 @@ def use_of(guard: Guard) -> GuardUse:
     added = guard.added / max(1, guard.queries)
     return GuardUse(
         sources=tuple(name for name in SOURCES if is_on[name]),
-        forced={name: count for name, count in zip(KINDS, guard.counts, strict=True)},
+        forced=dict(zip(KINDS, guard.counts, strict=True)),
         queries=guard.queries,
         rechecked=guard.rechecked,
         entries_added=round(added, 1),

@@ -124,8 +124,8 @@ class SamplingParams:
             len(pin) != 2 or not all(map(_is_int, pin)) or not 0 <= pin[0] < pin[1] <= MAX_SEED for pin in pins
         ):
             raise RequestError(
-                f"Invalid pin value: expected up to {MOST_PINS} spans [begin, end] of prompt tokens, each from 0 and not "
-                "empty.",
+                f"Invalid pin value: expected up to {MOST_PINS} spans [begin, end] of prompt tokens, each from 0 and "
+                "not empty.",
                 param="pin",
             )
         object.__setattr__(self, "pin", tuple(pins))

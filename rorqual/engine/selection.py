@@ -115,10 +115,11 @@ def measured(
             "nbh": held > 0, "nbh_full": held == last - first, "rank": (int((scores_C > top).sum()) + 1) / seen,
             "margin": float((top - kth) / spread.clamp_min(1e-30)), "needle_entries": (first, last),
         }  # fmt: skip
+    picks = tuple(used_S.tolist())
     return Choice(
-        layer, q_pos, seen, k, tuple(used_S.tolist()), len(used_S) - len(own_S), float(kth), int((scores_C == kth).sum()),
+        layer, q_pos, seen, k, picks, len(picks) - len(own_S), float(kth), int((scores_C == kth).sum()),
         float(counts.max()) / seen, float(caught), float(caught / best.clamp_min(1e-30)), float(heads.min()),
-        1.0 - float(lost), float(kl), selection_hash(used_S.tolist()), **found,
+        1.0 - float(lost), float(kl), selection_hash(picks), **found,
     )  # fmt: skip
 
 
@@ -154,7 +155,16 @@ def choices_of(
             continue
         kept = {
             part: trace.captured[f"layers.{spec.index}.attn.{part}"][0]
-            for part in ("index_topk", "index_used", "q", "keys", "entries", "index_q", "index_weights", "index_entries")
+            for part in (
+                "index_topk",
+                "index_used",
+                "q",
+                "keys",
+                "entries",
+                "index_q",
+                "index_weights",
+                "index_entries",
+            )
             if f"layers.{spec.index}.attn.{part}" in trace.captured
         }
         if "index_entries" not in kept:
@@ -228,8 +238,8 @@ class SelectionTap:
     def __post_init__(self) -> None:
         if self.level not in (0, 1, 2, 3) or self.every < 1:
             raise ConfigError(
-                f"A tap of level {self.level!r} that keeps every {self.every!r}th row: levels go from 0 to 3, and rows are "
-                "kept from every 1st on."
+                f"A tap of level {self.level!r} that keeps every {self.every!r}th row: levels go from 0 to 3, and rows "
+                "are kept from every 1st on."
             )
 
     def on_select(self, one: Choice) -> None:

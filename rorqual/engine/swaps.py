@@ -1,7 +1,7 @@
 """The same text with another choice of entries in chosen layers: what causes a wrong answer, not what goes with it.
 
-A swap stands in a `Trace` and takes the place of what a CSA layer's queries would attend to, for all queries of the call
-that have a choice. Source: evaluation specification, section 5.4.
+A swap stands in a `Trace` and takes the place of what a CSA layer's queries would attend to, for all queries of the
+call that have a choice. Source: evaluation specification, section 5.4.
 
 B = 1 row, T query tokens, H heads, K head width, C entries, k picks.
 """
@@ -32,12 +32,13 @@ def swaps_of(
 ) -> Mapping[str, Swap]:  # fmt: skip
     """A `Trace`'s swaps for `layers` (all with an indexer).
 
-    ids: the tokens of the whole text so far, which the list may grow by later. needle: tokens [begin, end) that PLUS adds
-    and MINUS takes away. Raises: RequestError for another kind, or a needle that is wanting.
+    ids: the tokens of the whole text so far, which the list may grow by later. needle: tokens [begin, end) that PLUS
+    adds and MINUS takes away. Raises: RequestError for another kind, or a needle that is wanting.
     """
     if kind not in KINDS or (kind in ("PLUS", "MINUS") and needle is None):
         raise RequestError(
-            f"No swap {kind!r}" + (" without a needle, which it adds or takes away." if kind in KINDS else ".")
+            f"No swap {kind!r}"
+            + (" without a needle, which it adds or takes away." if kind in KINDS else ".")
             + f" There are {', '.join(KINDS)}."
         )
     out = {}
@@ -113,7 +114,7 @@ def continue_with(
     model: Transformer, prompt: Sequence[int], swap: Kind | None, most: int, stop: int,
     needle: tuple[int, int] | None = None, layers: Sequence[int] | None = None, num_choices: int | None = None,
 ) -> list[int]:  # fmt: skip
-    """Greedy tokens after a prompt with a swap (None: as the model chooses), by the layer code; `stop` is the last one."""
+    """Greedy tokens after a prompt with a swap (None: as the model chooses), by the layer code, up to `stop`."""
     ids = list(prompt)
     swaps = None if swap is None else swaps_of(model, swap, ids, needle, layers)
     state: State = model.new_state(1)

@@ -231,9 +231,7 @@ class Attention(nn.Module):
         choice = self._chooses(layout, trace)
         if choice or captures:
             if layout.shown is not None and choice:
-                visible, own = choose(
-                    self.indexer, self.name, q, weights, keys, visible, layout.shown, layout.start[0]
-                )
+                visible, own = choose(self.indexer, self.name, q, weights, keys, visible, layout.shown, layout.start[0])
                 picked = Visible(visible.end, visible.start, own)
             else:
                 picked = self._picked(q, weights, keys, visible, trace)

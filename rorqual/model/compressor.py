@@ -19,7 +19,7 @@ from rorqual.ops.rope import norm_rope, rope_table
 
 
 def cover(spec: LayerSpec, begin: int, end: int, length: int) -> tuple[int, int]:
-    """Entries [first, last) of a layer whose pooling window holds a token of [begin, end), of those complete at `length`.
+    """Entries [first, last) of a layer whose pooling window holds one of tokens [begin, end), of those at `length`.
 
     With overlap an entry pools its own block and the one before, so a token has two entries. Raises: RequestError for a
     layer without entries, or an empty span.

@@ -367,7 +367,10 @@ def _decode(
     first: list[int] = []
     tables: list[int] = []
     memories: list[int] = []
-    shown = [state.shown(ids[at : at + count]) for state, at, count in zip(states, accumulate(counts, initial=0), counts, strict=False)]
+    shown = [
+        state.shown(ids[at : at + count])
+        for state, at, count in zip(states, accumulate(counts, initial=0), counts, strict=False)
+    ]
     for state, count in zip(states, counts, strict=True):
         state.interrupted = True
         memory = _memory(state, plan, count)

@@ -36,8 +36,8 @@ class Rules:
 
     policy: Policy
     extra: float = 0.0
-    """E: the factor that the bytes read by a CSA layer may grow by; the indexer's best beyond k fill what is left of it.
-    0: none."""
+    """E: the factor that the bytes read by a CSA layer may grow by; the indexer's best beyond k fill what is left of
+    it. 0: none."""
     neighbours: bool = False
     """N: what two of the three CSA layers before picked for the same token."""
     temporal: bool = False
@@ -71,7 +71,7 @@ class Shown:
 
 
 class Guard:
-    """The guard of one sequence. `cfg`: the model's; `roles` uint8 [vocabulary]: what tokens begin (`forced_entries`)."""
+    """The guard of one sequence. `cfg`: the model's; `roles` uint8 [vocabulary]: see `ops/forced_entries.py`."""
 
     def __init__(
         self, cfg: ModelConfig, rules: Rules, roles: NDArray[np.uint8], pins: Sequence[tuple[int, int]] = ()
@@ -146,7 +146,7 @@ def _plain(k: int, count: int) -> NDArray[np.int64]:
 
 
 def budgets_of(cfg: ModelConfig, rules: Rules, start: int, count: int) -> NDArray[np.int64]:
-    """How many entries the indexer chooses for queries [start, start + count): by the budget law, in steps of `STEP`."""
+    """How many entries the indexer chooses for queries [start, start + count): the budget law, in steps of `STEP`."""
     k = cfg.index_topk
     if not rules.extra:
         return _plain(k, count)

@@ -1,4 +1,4 @@
-"""What a CSA layer's queries attend to under a guard, by the layer code; `ops/native/decode_step.c` does the first half.
+"""What a CSA layer's queries attend to under a guard, by the layer code; the fused step does it for what reads no scores.
 
 B = 1 batch row, T query tokens, J index heads, K index width, C entries, k picks.
 """
@@ -96,14 +96,14 @@ def _temporal(shown: Shown, name: str, own: Tensor, wide: Tensor, first: int) ->
         del kept[place]
     for t, (mine, more) in enumerate(zip(own[0].tolist(), wide[0].tolist(), strict=True)):
         before = [kept.get(place, {}).get(name, set()) for place in range(first + t - STEPS_BACK, first + t)]
-        rows.append([entry for entry in more if entry >= 0 and sum(entry in one for one in before) >= TWICE][-MOST_ADDED:])
+        rows.append(
+            [entry for entry in more if entry >= 0 and sum(entry in one for one in before) >= TWICE][-MOST_ADDED:]
+        )
         kept.setdefault(first + t, {})[name] = {entry for entry in mine if entry >= 0}
     return _rows(rows, own)
 
 
-def _rechecked(
-    indexer: Indexer, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, shown: Shown
-) -> Tensor:
+def _rechecked(indexer: Indexer, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, shown: Shown) -> Tensor:
     """All visible entries where the choice hangs on a small margin or a tie."""
     length = keys.shape[1]
     if q.is_cpu:

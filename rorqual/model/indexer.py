@@ -79,9 +79,7 @@ class Indexer(nn.Module):
         return round_index_fp4(x) if self.rounding else x
 
     @torch.no_grad()
-    def select(
-        self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, top_k: int | None = None
-    ) -> Visible:
+    def select(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, top_k: int | None = None) -> Visible:
         """Narrow `visible` to the top k entries per query (the model's k, unless told otherwise); scores are computed in
         blocks of queries.
 

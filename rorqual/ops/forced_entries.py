@@ -154,7 +154,10 @@ def _best(
             break
         if entry in shown:
             continue
-        new = [entry, *(e for e in range(max(0, entry - policy.back), min(end, entry + policy.behind + 1)) if e != entry)]
+        new = [
+            entry,
+            *(e for e in range(max(0, entry - policy.back), min(end, entry + policy.behind + 1)) if e != entry),
+        ]
         new = [e for e in new if e not in shown][: room - taken]
         shown.update(new)
         taken, hits = taken + len(new), hits + 1

@@ -165,9 +165,15 @@ def _stretch(served: ServedModel, tokens: list[int], begin: int, end: int) -> di
 
 
 def _layer(picks: LayerPicks) -> dict[str, Any]:
-    """`share` [rows][blocks]: of the entries that could be seen, how many were picked; null where none could be."""
+    """`share` [rows][blocks]: of the entries that could be seen, how many were picked; null where none could be.
+    `mass`: the part of a row's attention over all entries that the block would get; null likewise.
+    """
     share = picks.picked.double() / picks.seen
     cells = [[None if seen == 0 else round(value, 4) for value, seen in zip(*row, strict=True)]
              for row in zip(share.tolist(), picks.seen.tolist(), strict=True)]  # fmt: skip
     has_choice = bool((picks.picked.sum(1) < picks.seen.sum(1)).any())
-    return {"layer": picks.layer, "entry_tokens": picks.entry_tokens, "has_choice": has_choice, "share": cells}
+    part = picks.mass / picks.mass.sum(1, keepdim=True).clamp_min(1e-30)
+    mass = [[None if seen == 0 else round(value, 4) for value, seen in zip(*row, strict=True)]
+            for row in zip(part.tolist(), picks.seen.tolist(), strict=True)]  # fmt: skip
+    told = {"layer": picks.layer, "entry_tokens": picks.entry_tokens, "has_choice": has_choice}
+    return {**told, "share": cells, "mass": mass}
