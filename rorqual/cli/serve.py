@@ -203,6 +203,11 @@ def serve(
         raise ConfigError(
             f"--revision is {revision!r}, which is no prompt format known here. Use {' or '.join(REVISIONS)}."
         )
+    if guard != "off" and (upstream is not None or engine is not None):
+        raise ConfigError(
+            "--guard works inside the engine of this process, and --upstream or --engine lets another server run the "
+            "model. Leave one of them out."
+        )
     settings = _settings(
         max_running, max_queue, context, state_bytes, cache_bytes, cache_dir, cache_disk_bytes, cache_writes,
         cache_policy, cache_period, speculate, index_search, guard,

@@ -92,7 +92,7 @@ class _Swap:
 
 def _best(values_TC: Tensor, seen_TC: Tensor, k: int) -> Tensor:
     """The k largest of what is seen, lowest index first among equals."""
-    order = values_TC.masked_fill(~seen_TC, -torch.inf).sort(-1, descending=True, stable=True).indices[:, :k]
+    order = values_TC.masked_fill(~seen_TC, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return torch.zeros_like(seen_TC).scatter_(-1, order, True)
 
 

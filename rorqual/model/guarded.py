@@ -1,4 +1,4 @@
-"""What a CSA layer's queries attend to under a guard, by the layer code; the fused step does it for what reads no scores.
+"""What a CSA layer's queries attend to under a guard, by the layer code; the fused step does what reads no scores.
 
 B = 1 batch row, T query tokens, J index heads, K index width, C entries, k picks.
 """

@@ -80,7 +80,7 @@ class Indexer(nn.Module):
 
     @torch.no_grad()
     def select(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, top_k: int | None = None) -> Visible:
-        """Narrow `visible` to the top k entries per query (the model's k, unless told otherwise); scores are computed in
+        """Narrow `visible` to the top k entries per query (the model's k unless told otherwise); scores are computed in
         blocks of queries.
 
         keys: [B, C, K], or packed rows uint8 [B, C, Y].

@@ -35,7 +35,7 @@ class RouterRecord:
 
 
 class Swappable(NamedTuple):
-    """What a swap is told of a CSA layer's call: attention queries [1, T, H, K], entries [1, C, K], what all is visible,
+    """What a swap is told of a CSA layer's call: attention queries [1, T, H, K], entries [1, C, K], what is visible,
     what would be used int64 [T, k], the scale of the scores, and the place of the first query.
     """
 
@@ -61,8 +61,8 @@ class Trace:
     `forced_experts`). `health`: keep the figures of `model/health.py`, taken from a sample of the call's tokens.
     `capture`: names of intermediates to keep, e.g. `layers.1.attn` (attention output), `layers.1.ffn` (MoE output),
     `layers.1.streams`, `layers.1.attn.q`, `layers.1.attn.keys` (of the window), `layers.1.attn.entries`,
-    `layers.1.attn.index_q`, `layers.1.attn.index_weights`, `layers.1.attn.index_entries`, `layers.1.attn.index_topk` (the indexer's
-    own choice), `layers.1.attn.index_used` (with what a guard adds); `"*"` keeps all.
+    `layers.1.attn.index_q`, `layers.1.attn.index_weights`, `layers.1.attn.index_entries`, `layers.1.attn.index_topk`
+    (the indexer's own choice), `layers.1.attn.index_used` (with what a guard adds); `"*"` keeps all.
     """
 
     dense: bool = False
@@ -86,8 +86,8 @@ class Trace:
     """Entries that indexers picked, int64 [B, S, k] by the attention's module path: what stands here is used, what does
     not is added (a block that is computed again must pick the same). None: neither."""
     swaps: Mapping[str, Swap] | None = None
-    """By the attention's module path, what takes the place of the entries it would use where there is a choice; for calls
-    of one row."""
+    """By the attention's module path, what takes the place of the entries it would use where there is a choice; for
+    calls of one row."""
     _probe: Tensor | None = None
 
     def keep(self, name: str, value: Tensor) -> None:

@@ -19,8 +19,10 @@ def some_policy(draw: random.Random) -> Policy:
     return Policy(
         ratio=4, window=draw.choice((4, 8, 13)), first=draw.choice((0, 2)), last=draw.choice((0, 3)),
         system_first=draw.choice((0, 2)), system_last=draw.choice((0, 1)), pinned_most=draw.choice((0, 3, 9)),
-        recent=draw.choice((1, 6, 20)), message=draw.choice((0, 5, 40)), half=draw.choice((2, 32)), cut=draw.choice((1, 3, 8)),
-        hits=draw.choice((1, 3, 16)), visits=draw.choice((3, 20, 512)), back=draw.choice((0, 1)), behind=draw.choice((0, 2)),
+        recent=draw.choice((1, 6, 20)), message=draw.choice((0, 5, 40)), half=draw.choice((2, 32)),
+        cut=draw.choice((1, 3, 8)),
+        hits=draw.choice((1, 3, 16)), visits=draw.choice((3, 20, 512)),
+        back=draw.choice((0, 1)), behind=draw.choice((0, 2)),
         lexical_most=draw.choice((0, 4, 30)),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mock_model import HashModel, byte_tokenizer
 from small_models import build, config
+from starlette.testclient import TestClient
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.guard import SOURCES, sources_of
@@ -17,6 +18,7 @@ from rorqual.errors import ConfigError, RequestError
 from rorqual.model import Segment, Trace, Transformer
 from rorqual.model.guard import Guard, Rules
 from rorqual.ops.forced_entries import ANSWERS, ASKS, Policy
+from rorqual.server import create_app
 
 TOKENIZER = byte_tokenizer()
 ROLES = np.zeros(64, np.uint8)
@@ -207,3 +209,15 @@ def test_what_cannot_be_guarded_is_refused(speaker: Transformer) -> None:
         assert refused.value.param == "guard"
     with pytest.raises(RequestError, match="pin value"):
         SamplingParams(pin=[(4, 4)])
+
+
+def test_over_http_a_request_chooses_and_its_answer_tells(speaker: Transformer) -> None:
+    with Engine(speaker, TOKENIZER) as engine:
+        client = TestClient(create_app(engine, "small"))
+        fields = {"model": "small", "prompt": "to be or not to be, that is what is asked " * 4, "max_tokens": 3}
+        told = [
+            client.post("/v1/completions", json={**fields, **more}).json()["exactness"]["guard"]
+            for more in ({}, {"rorqual": {"guard": "lexical"}}, {"rorqual": {"guard": "off"}})
+        ]
+    assert told[0] is None and told[2] is None
+    assert told[1]["sources"] == ["lexical"] and told[1]["forced"]["lexical"] > 0 == told[1]["forced"]["anchors"]

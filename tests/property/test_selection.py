@@ -58,7 +58,7 @@ def test_figures_are_their_formulas(model: Transformer) -> None:
         assert one.kth_score == pytest.approx(kth, abs=1e-5)
         norm = sum(math.exp(x) for x in scores)
         assert one.kl == pytest.approx(
-            sum(p * math.log(p / (math.exp(x) / norm)) for p, x in zip(mean, scores)), abs=1e-4
+            sum(p * math.log(p / (math.exp(x) / norm)) for p, x in zip(mean, scores, strict=True)), abs=1e-4
         )
         if t == 5:
             assert one.nbh is None and set(one.selected) == set(range(seen)) and one.amr == pytest.approx(1)

@@ -28,7 +28,8 @@ RUNGS = {
            "property/test_paged_state.py::test_a_paged_life_equals_a_contiguous_one"],
     "L4": ["property/test_state.py::test_the_future_does_not_show",
            "property/test_guard.py::test_what_is_read_holds_all_that_the_indexer_picks"],
-    "L5": ["property/test_bitwise.py::test_any_split", "property/test_guard.py::test_any_cut_gives_the_bits_of_one_pass"],
+    "L5": ["property/test_bitwise.py::test_any_split",
+           "property/test_guard.py::test_any_cut_gives_the_bits_of_one_pass"],
     "L6": ["unit/test_selftest.py::test_every_residue_is_met", "unit/test_selftest.py::test_a_check_passes"],
     "L7": ["unit/test_index_scan.py::test_ties_go_to_the_lowest_index",
            "unit/test_index_scan.py::test_a_row_does_not_depend_on_its_neighbours_or_on_threads"],
@@ -44,12 +45,13 @@ RUNGS = {
 
 def small(**changes: object) -> Transformer:
     """Window, CSA, HCA, CSA; four picks; random weights, so that every query sees all that it may."""
-    values = dict(
-        vocab_size=64, hidden_size=32, num_hidden_layers=4, compress_ratios=[0, 4, 8, 4], num_attention_heads=4, head_dim=32,
-        qk_rope_head_dim=8, q_lora_rank=16, o_groups=2, o_lora_rank=8, sliding_window=8, n_routed_experts=4,
-        num_experts_per_tok=2, moe_intermediate_size=16, index_n_heads=4, index_head_dim=32, index_topk=4, hc_mult=2,
-        num_nextn_predict_layers=0, num_hash_layers=1, max_position_embeddings=8192, torch_dtype="float32",
-    )  # fmt: skip
+    values = {
+        "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "compress_ratios": [0, 4, 8, 4],
+        "num_attention_heads": 4, "head_dim": 32, "qk_rope_head_dim": 8, "q_lora_rank": 16, "o_groups": 2,
+        "o_lora_rank": 8, "sliding_window": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 4, "hc_mult": 2,
+        "num_nextn_predict_layers": 0, "num_hash_layers": 1, "max_position_embeddings": 8192, "torch_dtype": "float32",
+    }  # fmt: skip
     return Transformer(ModelConfig.from_dict({**values, **changes}), seed=3).eval()
 
 
