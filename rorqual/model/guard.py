@@ -99,7 +99,7 @@ class Guard:
         """One that goes on by itself."""
         other = Guard.__new__(Guard)
         other.__dict__.update(vars(self))
-        other.grams = self.grams.copy()
+        other.grams, other.counts = self.grams.copy(), list(self.counts)
         other.recent = {place: dict(picks) for place, picks in self.recent.items()}
         return other
 
@@ -111,31 +111,38 @@ class Guard:
     def shown(self, tokens: Tensor, start: int, ids: Sequence[int]) -> Shown:
         """What the queries of `ids` must be shown, which follow the first `start` of `tokens`."""
         grams = self.grams
-        grams.cut(start)
-        if grams.length < start:
+        if grams.length > start:
+            grams.cut(start)
+        elif grams.length < start:
             grams.add(tokens[grams.length : start].numpy())
+        if len(ids) == 1 and not self.rules.extra:
+            forced = grams.force_next(int(ids[0]), self.rules.policy, self.pins)
+            budgets = _plain(self.cfg.index_topk, 1)
+            self._count(start, forced, budgets)
+            return Shown(forced, budgets, self.rules, self)
         grams.add(ids)
         forced = grams.force(self.rules.policy, start, self.pins)
         budgets = budgets_of(self.cfg, self.rules, start, len(ids))
         self._count(start, forced, budgets)
         return Shown(forced, budgets, self.rules, self)
 
-    def _add_kinds(self, kinds: Sequence[int]) -> None:
-        self.counts = [a + b for a, b in zip(self.counts, kinds, strict=True)]
-
     def _count(self, start: int, forced: Forced, budgets: NDArray[np.int64]) -> None:
         """Of queries that have a choice; at most, as the indexer may pick what is forced too."""
         if len(budgets) == 1:
-            if (start + 1) // self.rules.policy.ratio > budgets[0]:
+            k = int(budgets[0])
+            if (start + 1) // self.rules.policy.ratio > k:
                 anchors, pinned, lexical = forced.kinds[0].tolist()
-                self._add_kinds((anchors, pinned, lexical))
-                self.added += anchors + pinned + lexical + int(budgets[0]) - self.cfg.index_topk
+                counts = self.counts
+                counts[0] += anchors
+                counts[1] += pinned
+                counts[2] += lexical
+                self.added += anchors + pinned + lexical + k - self.cfg.index_topk
                 self.queries += 1
             return
         first = max(0, int(budgets[-1] + 1) * self.rules.policy.ratio - 1 - start)  # the first one with a choice
         if first < len(budgets):
             kinds, budgets = forced.kinds[first:], budgets[first:]
-            self._add_kinds(kinds.sum(0).tolist())
+            self.counts = [a + b for a, b in zip(self.counts, kinds.sum(0).tolist(), strict=True)]
             self.added += int(kinds.sum() + budgets.sum()) - self.cfg.index_topk * len(budgets)
             self.queries += len(budgets)
 
@@ -182,8 +189,7 @@ def forced_columns(shown: Sequence[Shown | None], counts: Sequence[int], num_row
             sizes += [0] * count
             budgets += [0] * count
             continue
-        entries = one.forced.entries
-        begin, step = entries.ctypes.data, entries.strides[0]
+        begin, step = one.forced.address, one.forced.entries.strides[0]
         places += range(begin, begin + count * step, step)
         sizes += one.forced.sizes.tolist()
         budgets += one.budgets.tolist()

@@ -112,7 +112,7 @@ def _rechecked(indexer: Indexer, q: Tensor, weights: Tensor, keys: Tensor, visib
         from rorqual.ops.index_topk import index_scores
 
         scores = index_scores(q, weights, unpacked_keys(indexer.cfg, keys, q.dtype))[0]
-    rows = []
+    rows: list[list[int]] = []
     for t, end in enumerate(visible.end.expand(1, -1)[0].tolist()):
         k, mine = int(shown.budgets[t]), scores[t, :end]
         if end <= k:

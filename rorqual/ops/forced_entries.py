@@ -13,10 +13,12 @@ What a query is shown is a function of the tokens up to it and of the policy, wh
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +78,8 @@ class Forced(NamedTuple):
     entries: Ints
     sizes: Ints
     kinds: Ints
+    address: int
+    """Of the entries."""
 
 
 def force_reference(
@@ -164,6 +168,25 @@ def _best(
     return taken
 
 
+class _Next(NamedTuple):
+    """What `Grams.force_next` gives C; `kept` is what the address points at."""
+
+    policy: Policy
+    pins: Sequence[tuple[int, int]]
+    address: int
+    forced: Forced
+    kept: tuple[object, ...]
+
+
+@lru_cache(maxsize=1)
+def _columns() -> list[str]:
+    """The fields of C's enum Sequence, in order."""
+    text = (Path(library.__file__).parent / "forced_entries.c").read_text()
+    found = re.search(r"enum Sequence \{([^}]*)\}", text)
+    assert found is not None
+    return [name.strip().lower() for name in found.group(1).split(",")][:-1]
+
+
 class Grams:
     """A sequence's tokens, and where each of their n-grams stood before: some 50 to 75 bytes a token."""
 
@@ -171,6 +194,7 @@ class Grams:
         self.ratio, self.roles, self.length, self.system = ratio, roles, 0, -1
         """`system`: the place of the first token with a role, -1 while there is none."""
         self._begin = frozenset(np.flatnonzero(roles).tolist())
+        self._next: _Next | None = None
         self.tokens = np.zeros(0, np.int32)
         self._native = registry.allows("native") and library.load() is not None
         self._grow(256)
@@ -183,7 +207,7 @@ class Grams:
             return
         self._table_size = 1 << (2 * room).bit_length()
         entries = room // self.ratio + 64
-        self._arrays = {
+        self._arrays: dict[str, NDArray[Any]] = {
             "before": np.empty((ORDERS, room), np.int32), "spread": np.empty((ORDERS, room), np.int32),
             "table": np.full((ORDERS, self._table_size), -1, np.int32),
             "asked": np.empty(room, np.int32), "closed": np.empty(room, np.int32),
@@ -205,6 +229,7 @@ class Grams:
         self._to_cut = room, size, at["before"], at["table"]
         self._to_force = tokens, at["before"], at["spread"], at["asked"], at["closed"], room
         self._to_search = at["scores"], at["touched"], at["terms"], at["done"], at["marks"]
+        self._next = None
 
     def _add(self, begin: int, end: int) -> None:
         _kernel("grams_add")(self._to_force[0], begin, end, *self._to_add)
@@ -218,7 +243,7 @@ class Grams:
         """One that goes on by itself."""
         other = Grams.__new__(Grams)
         other.__dict__.update(vars(self))
-        other.tokens = self.tokens.copy()
+        other.tokens, other._next = self.tokens.copy(), None
         if self._native:
             other._arrays = {name: array.copy() for name, array in self._arrays.items()}
             other._take_addresses()
@@ -249,6 +274,44 @@ class Grams:
         if self.system >= length:
             self.system = -1
 
+    def force_next(self, token: int, policy: Policy, pins: Sequence[tuple[int, int]] = ()) -> Forced:
+        """`add` of one token and `force` of its query; what is returned holds until the next call."""
+        place = self.length
+        if not self._native or place >= len(self.tokens):
+            self.add([token])
+            return self.force(policy, place, pins)
+        if self._next is None or self._next.policy is not policy or self._next.pins is not pins:
+            self._next = self._prepared(policy, pins)
+        if self.system < 0 and token in self._begin:
+            self.system = place
+        _kernel("forced_next")(self._next.address, place, token, max(self.system, 0))
+        self.length = place + 1
+        return self._next.forced
+
+    def _prepared(self, policy: Policy, pins: Sequence[tuple[int, int]]) -> _Next:
+        """Where C finds what it needs, once for many tokens."""
+        self._make_terms(policy)
+        width = max(policy.width, 1)
+        room = np.empty((1, width + 4), np.int64)
+        numbers, spans = array("q", policy), array("q", [place for pin in pins for place in pin])
+        tokens, before, spread, asked, closed, capacity = self._to_force
+        values = {
+            "tokens": tokens, "before": before, "spread": spread, "table": self._to_cut[3], "asked": asked,
+            "closed": closed, "roles": self.roles.ctypes.data, "vocabulary": len(self.roles), "room": capacity,
+            "size": self._table_size, "policy": numbers.buffer_info()[0], "pins": spans.buffer_info()[0],
+            "num_pins": len(pins), "width": width, "out": room.ctypes.data,
+        }  # fmt: skip
+        values |= dict(zip(("scores", "touched", "terms", "done", "marks"), self._to_search, strict=True))
+        sequence = array("q", [values[name] for name in _columns()])
+        forced = Forced(room[:, :width], room[:, width], room[:, width + 1 :], room.ctypes.data)
+        return _Next(policy, pins, sequence.buffer_info()[0], forced, (numbers, spans, sequence))
+
+    def _make_terms(self, policy: Policy) -> None:
+        terms = 2 * ORDERS * (policy.recent + policy.message)
+        if len(self._arrays["terms"]) < terms:
+            self._arrays["terms"] = np.zeros(terms, np.int32)
+            self._take_addresses()
+
     def force(self, policy: Policy, first: int, pins: Sequence[tuple[int, int]] = ()) -> Forced:
         """What the queries at places [first, length) must be shown."""
         count, width = self.length - first, max(policy.width, 1)
@@ -260,17 +323,15 @@ class Grams:
             for row in range(count):
                 entries, kinds[row] = force_reference(tokens, first + row, policy, self.roles, pins)
                 out[row, : len(entries)], sizes[row] = entries, len(entries)
-            return Forced(out, sizes, kinds)
+            return Forced(out, sizes, kinds, out.ctypes.data)
         numbers, spans = array("q", policy), array("q", [place for pin in pins for place in pin])
-        begin, terms = room.ctypes.data, 2 * ORDERS * (policy.recent + policy.message)
-        if len(self._arrays["terms"]) < terms:
-            self._arrays["terms"] = np.zeros(terms, np.int32)
-            self._take_addresses()
+        begin = room.ctypes.data
+        self._make_terms(policy)
         _kernel("forced_entries")(
             *self._to_force, first, count, numbers.buffer_info()[0], max(self.system, 0), spans.buffer_info()[0],
             len(pins), *self._to_search, width, begin,
         )  # fmt: skip
-        return Forced(out, sizes, kinds)
+        return Forced(out, sizes, kinds, begin)
 
 
 @lru_cache(maxsize=4)

@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rorqual.engine import Request
+from rorqual.engine import Engine, Request
 from rorqual.engine.picks import LayerPicks, Picks, check_picks, find_picks
 from rorqual.engine.watch import RequestView
 from rorqual.errors import RequestError
@@ -139,7 +139,8 @@ async def engine_picks(service: Service, id: str, account: str = "") -> dict[str
     model, prompt = served.engine.model, request.prompt_ids
     check_picks(model, len(prompt), len(output))
     assert isinstance(model, Transformer)
-    guard = served.engine.guards.of(request.params.guard, request.params.pin)
+    engine = served.engine
+    guard = engine.guards.of(request.params.guard, request.params.pin) if isinstance(engine, Engine) else None
     began = time.perf_counter()
     picks: Picks = await asyncio.wrap_future(served.engine.aside(find_picks(model, prompt, output, guard)))
     tokens = [*prompt, *output]

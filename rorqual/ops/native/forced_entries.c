@@ -216,3 +216,20 @@ void forced_entries(const int32_t *tokens, const int32_t *before, const int32_t 
         for (; size < width; size++) mine[size] = -1;
     }
 }
+
+/* Names of what ops/forced_entries.py fills in; it reads them here. */
+enum Sequence { TOKENS, BEFORE, SPREAD, TABLE, ASKED, CLOSED, ROLES, VOCABULARY, SCORES, TOUCHED, TERMS, DONE, MARKS, ROOM, SIZE,
+                POLICY, PINS, NUM_PINS, WIDTH, OUT, SEQUENCE_END };
+#define AT(field) ((void *)(uintptr_t)sequence[field])
+
+/* Takes in one token at `place` and finds what its query must be shown, to OUT: both of the above in one call, as it is made
+ * for every token that is decoded. sequence [SEQUENCE_END]. */
+void forced_next(const int64_t *sequence, long place, long token, long system) {
+    ((int32_t *)AT(TOKENS))[place] = (int32_t)token;
+    long room = sequence[ROOM];
+    const int64_t *policy = AT(POLICY);
+    grams_add(AT(TOKENS), place, place + 1, room, sequence[SIZE], policy[RATIO], AT(ROLES), sequence[VOCABULARY], AT(BEFORE),
+              AT(SPREAD), AT(TABLE), AT(ASKED), AT(CLOSED));
+    forced_entries(AT(TOKENS), AT(BEFORE), AT(SPREAD), AT(ASKED), AT(CLOSED), room, place, 1, policy, system, AT(PINS),
+                   sequence[NUM_PINS], AT(SCORES), AT(TOUCHED), AT(TERMS), AT(DONE), AT(MARKS), sequence[WIDTH], AT(OUT));
+}
