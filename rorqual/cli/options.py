@@ -47,6 +47,14 @@ IndexSearch = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+Guard = Annotated[
+    str,
+    typer.Option(
+        "--guard",
+        help="Show queries of long texts more than the indexer picks: off, default, or sources with commas between.",
+        rich_help_panel=MODEL,
+    ),
+]
 EffortOption = Annotated[
     Effort | None,
     typer.Option("--effort", help="none, low, medium, high or max; none answers at once.", rich_help_panel=MODEL),

@@ -48,6 +48,7 @@ from rorqual.cli.options import (
     MODEL,
     NETWORK,
     CacheFormat,
+    Guard,
     IndexSearch,
     Json,
     Memory,
@@ -163,6 +164,7 @@ def serve(
     memory: Memory = None,
     cache_format: CacheFormat = None,
     index_search: IndexSearch = "exact",
+    guard: Guard = "off",
     api_key: ApiKeys = None,
     key_file: KeyFile = None,
     no_auth: NoAuth = False,
@@ -201,9 +203,14 @@ def serve(
         raise ConfigError(
             f"--revision is {revision!r}, which is no prompt format known here. Use {' or '.join(REVISIONS)}."
         )
+    if guard != "off" and (upstream is not None or engine is not None):
+        raise ConfigError(
+            "--guard works inside the engine of this process, and --upstream or --engine lets another server run the "
+            "model. Leave one of them out."
+        )
     settings = _settings(
         max_running, max_queue, context, state_bytes, cache_bytes, cache_dir, cache_disk_bytes, cache_writes,
-        cache_policy, cache_period, speculate, index_search,
+        cache_policy, cache_period, speculate, index_search, guard,
     )  # fmt: skip
     require_server()
     elsewhere = Elsewhere(
@@ -262,6 +269,7 @@ def _settings(
     cache_period: int | None,
     speculate: bool,
     index_search: str,
+    guard: str,
 ) -> "EngineSettings":
     """The options as the engine takes them. Raises: ConfigError for sizes that are none, or options that clash."""
     from rorqual.engine import CacheSettings, EngineSettings
@@ -288,4 +296,5 @@ def _settings(
         cache=cache if memory_bytes else None,
         speculate=speculate,
         index_search=index_search,
+        guard=guard,
     )

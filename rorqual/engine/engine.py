@@ -27,6 +27,7 @@ from rorqual.engine.events import Completion, FinishReason, TokenEvent
 from rorqual.engine.exactness import describe, examine
 from rorqual.engine.failures import closed, failed
 from rorqual.engine.grammar import Grammars
+from rorqual.engine.guard import OFF, Guards, use_of
 from rorqual.engine.handover import let_others_run
 from rorqual.engine.interfaces import LanguageModel, TextTokenizer
 from rorqual.engine.job import Job
@@ -68,6 +69,7 @@ class Engine:
         (`speculation.py`), which changes no token. A function from the tokens so far and a number to at most so many
         drafts takes the place of both.
     index_search: `exact` or `grouped` (`ModelConfig.index_search`), set on the model; as the model has it unless given.
+    guard: the retrieval guard of requests that do not choose one (`guard.py`): `off`, `default`, or names of sources.
 
     Use as a context manager or call `close()`. A failure while running a request ends that request with a
     RequestError; the engine goes on.
@@ -89,6 +91,7 @@ class Engine:
         prefix_cache: PrefixCache | None = None,
         speculate: bool | OwnDrafter = False,
         index_search: str | None = None,
+        guard: str = OFF,
     ) -> None:
         if index_search is not None and index_search != model.cfg.index_search:
             if prefix_cache is not None:
@@ -120,6 +123,7 @@ class Engine:
         if speculate:
             own = speculate if callable(speculate) else None
             self.speculation = Speculation(model, self._num_choices, own)
+        self.guards = Guards(model, tokenizer, guard, prefix_cache is not None)
         self._stepper = Stepper(model, self._num_choices, prefix_cache)
         self.grammars = Grammars(tokenizer, self._num_choices)
         self._delivery = Delivery(tokenizer)
@@ -162,6 +166,8 @@ class Engine:
         a full queue (429) or a closed engine (503).
         """
         params = params or SamplingParams()
+        guard = self.guards.of(params.guard, params.pin)
+        cache_scope = self.guards.scope(guard, cache_scope)
         if rendered and self.prefix_cache is not None:
             tokens = self.prefix_cache.as_sampled(tokens, cache_scope)
         if isinstance(tokens, list):
@@ -177,7 +183,7 @@ class Engine:
             listener=listener, on_progress=on_progress, wake=self._notify, cache_scope=cache_scope,
         )  # fmt: skip
         constraint = None if params.grammar is None else self.grammars.constraint(params.grammar)
-        job = Job(request, self.tokenizer.stream_decoder(), StopFilter(params.stop), constraint=constraint)
+        job = Job(request, self.tokenizer.stream_decoder(), StopFilter(params.stop), constraint=constraint, guard=guard)
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: not self._scheduler.is_full or not self.is_alive)
@@ -429,6 +435,8 @@ class Engine:
             if (seconds := job.request.running_s) is not None:
                 self._meter.add_stay(seconds)
             self._changed.notify_all()
+        if job.guard is not None and job.state is not None:
+            job.request.guard = use_of(job.state.guard)
         job.request.exactness = describe(examine(self.model), job.request)
         if self.prefix_cache is not None and job.lease is not None and reason != "error":
             try:

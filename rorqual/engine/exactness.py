@@ -52,6 +52,9 @@ class Exactness:
     index_search: Literal["exact", "grouped"]
     """`grouped`: beyond 22,527 tokens the indexer's entries are found by an approximation, so the model's definition
     would give other tokens, though what is promised here holds."""
+    guard: dict[str, Any] | None
+    """The retrieval guard that was on, and what it cost (`GuardUse`): tokens are then those of the guarded model, and
+    what is promised here is promised of these. None: it was off."""
     operations: Operations
     kernels: str
     """The C library by its hash (of source, compiler and processor), or the version of torch: equal names promise equal
@@ -163,6 +166,7 @@ def describe(facts: Arithmetic, request: Request) -> Exactness:
         cache=kept if cached else "none",
         speculation=kept if request.drafted else "none",
         index_search=facts.index_search,
+        guard=None if request.guard is None else request.guard.to_dict(),
         operations=facts.operations,
         kernels=facts.kernels,
         device=facts.device,

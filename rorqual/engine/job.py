@@ -23,6 +23,7 @@ class Job:
     stops: StopFilter
     order: int = 0  # of arrival, given by the scheduler
     state: Any = None  # the model's State; made at the first step, owned by this job alone
+    guard: Any = None  # shows its queries more than the indexer picks; the state has one made like it
     lease: Any = None  # what the prefix cache knows of the state, where there is a cache
     num_read: int = 0
     ids: list[int] = field(default_factory=list)  # sampled so far

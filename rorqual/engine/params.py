@@ -22,6 +22,7 @@ from rorqual.errors import RequestError
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+MOST_PINS = 64
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class SamplingParams:
     top_logprobs: how many of the likeliest tokens to report beside it (needs `logprobs`).
     prompt_logprobs: also report them for the prompt's own tokens.
     grammar: what the output must be; tokens it does not allow are never chosen (`grammar.py`).
+    guard: the retrieval guard of this request (`guard.py`): `off`, `default`, or names of sources; `None` as the engine
+        has it.
+    pin: spans [begin, end) of prompt tokens that a guard with the source `pinned` always shows.
 
     Raises: RequestError naming the first field that is out of range.
     """
@@ -59,6 +63,8 @@ class SamplingParams:
     top_logprobs: int = 0
     prompt_logprobs: bool = False
     grammar: Grammar | None = None
+    guard: str | None = None
+    pin: Sequence[tuple[int, int]] = ()
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature <= 2:
@@ -74,6 +80,7 @@ class SamplingParams:
         if self.max_tokens is not None and (not _is_int(self.max_tokens) or self.max_tokens < 1):
             raise _range_error("max_tokens", self.max_tokens, "1 and above")
         self._check_stops()
+        self._check_guard()
         if not _is_int(self.top_logprobs) or not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise _range_error("top_logprobs", self.top_logprobs, f"[0, {MAX_TOP_LOGPROBS}].")
         if self.top_logprobs and not (self.logprobs or self.prompt_logprobs):
@@ -106,6 +113,22 @@ class SamplingParams:
                     param=name,
                 )
             object.__setattr__(self, name, tuple(ids))
+
+    def _check_guard(self) -> None:
+        if self.guard is not None and not isinstance(self.guard, str):
+            raise RequestError(
+                f"Invalid guard value {self.guard!r}: expected off, default, or names of sources.", param="guard"
+            )
+        pins = [tuple(pin) for pin in self.pin]
+        if len(pins) > MOST_PINS or any(
+            len(pin) != 2 or not all(map(_is_int, pin)) or not 0 <= pin[0] < pin[1] <= MAX_SEED for pin in pins
+        ):
+            raise RequestError(
+                f"Invalid pin value: expected up to {MOST_PINS} spans [begin, end] of prompt tokens, each from 0 and "
+                "not empty.",
+                param="pin",
+            )
+        object.__setattr__(self, "pin", tuple(pins))
 
     @cached_property
     def suppressed(self) -> frozenset[int]:

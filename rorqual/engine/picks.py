@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rorqual.errors import RequestError
 from rorqual.model import Segment, State, Transformer
+from rorqual.model.guard import Guard
 from rorqual.model.trace import Trace
 
 MOST_TOKENS = 32_768
@@ -31,13 +32,15 @@ READ, TRACED = 128, 32
 @dataclass(frozen=True)
 class LayerPicks:
     """One CSA layer. `picked` and `seen` int64 [rows, blocks]: entries that were picked, and that could have been,
-    summed over the row's tokens.
+    summed over the row's tokens. `mass` fp32 likewise: what attention over all of them, without the window, would have
+    put there, mean over heads and summed over tokens.
     """
 
     layer: int
     entry_tokens: int
     picked: Tensor
     seen: Tensor
+    mass: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,13 @@ def check_picks(model: Any, num_prompt: int, num_output: int) -> None:  # Any: a
         )
 
 
-def find_picks(model: Transformer, prompt: Sequence[int], output: Sequence[int]) -> Generator[None, None, Picks]:
-    """Run prompt and output again, in pieces for `Engine.aside`; returns the picks. Raises as `check_picks`."""
+def find_picks(
+    model: Transformer, prompt: Sequence[int], output: Sequence[int], guard: Guard | None = None
+) -> Generator[None, None, Picks]:
+    """Run prompt and output again, in pieces for `Engine.aside`; returns the picks. Raises as `check_picks`.
+
+    guard: the answer's, which then counts as a picker too.
+    """
     check_picks(model, len(prompt), len(output))
     layers = [spec for spec in model.cfg.layers if spec.has_indexer]
     row_tokens = -(-len(output) // MOST_ROWS)
@@ -85,10 +93,12 @@ def find_picks(model: Transformer, prompt: Sequence[int], output: Sequence[int])
             spec.compress_ratio,
             torch.zeros(shape, dtype=torch.int64),
             torch.zeros(shape, dtype=torch.int64),
+            torch.zeros(shape),
         )
         for spec in layers
     }
     state = model.new_state(1)
+    state.guard_by(None if guard is None else guard.anew())
     first = len(prompt) - 1  # the query that chose the first token
     for at in range(0, first, READ):
         model.step([Segment(state, list(prompt[at : min(at + READ, first)]))])
@@ -113,11 +123,11 @@ def _trace(
 ) -> None:
     """Run some queries, of which the first chose answer token `number`, and count what they picked."""
     begin = state.lengths[0]
-    trace = Trace(capture=[f"layers.{index}.attn.index_topk" for index in found])
+    trace = Trace(capture=[f"layers.{i}.attn.{part}" for i in found for part in ("index_used", "q", "entries")])
     model.forward_streams(torch.tensor([queries], device=model.reference.device), state=state, trace=trace)
     rows_T = torch.arange(number, number + len(queries)) // row_tokens
     for index, layer in found.items():
-        picks_Tk = trace.captured[f"layers.{index}.attn.index_topk"][0].cpu()
+        picks_Tk = trace.captured[f"layers.{index}.attn.index_used"][0].cpu()
         blocks_Tk = picks_Tk.clamp_min(0) * layer.entry_tokens // block_tokens
         places_Tk = rows_T[:, None] * layer.picked.shape[1] + blocks_Tk
         layer.picked.view(-1).index_add_(0, places_Tk.flatten(), (picks_Tk >= 0).long().flatten())
@@ -125,3 +135,11 @@ def _trace(
         edges_B = torch.arange(layer.seen.shape[1]) * (block_tokens // layer.entry_tokens)
         seen_TB = (ends_T[:, None] - edges_B).clamp(0, block_tokens // layer.entry_tokens)
         layer.seen.index_add_(0, rows_T, seen_TB)
+        if f"layers.{index}.attn.entries" in trace.captured:
+            q_THK, entries_CK = (trace.captured[f"layers.{index}.attn.{part}"][0].float() for part in ("q", "entries"))
+            logits_THC = (q_THK @ entries_CK.T).mul_(q_THK.shape[-1] ** -0.5).cpu()
+            is_seen = torch.arange(entries_CK.shape[0]) < ends_T[:, None]
+            mass_TC = logits_THC.masked_fill_(~is_seen[:, None], -math.inf).softmax(-1).mean(1).nan_to_num_(0.0)
+            blocks_C = torch.arange(entries_CK.shape[0]) * layer.entry_tokens // block_tokens
+            mass_TB = torch.zeros(len(queries), layer.mass.shape[1]).index_add_(1, blocks_C, mass_TC)
+            layer.mass.index_add_(0, rows_T, mass_TB)

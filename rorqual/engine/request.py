@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rorqual.engine.events import Completion, FinishReason, Timing, TokenEvent, TokenScore, Usage
 from rorqual.engine.exactness import Exactness
+from rorqual.engine.guard import GuardUse
 from rorqual.engine.params import SamplingParams
 from rorqual.engine.store.explain import Explanation
 from rorqual.errors import RequestError
@@ -56,6 +57,7 @@ class Request:
         self.error: RequestError | None = None
         self.cache: Explanation | None = None  # what the prefix cache did for it, once it runs
         self.drafted = self.accepted = 0  # tokens, by speculation
+        self.guard: GuardUse | None = None  # what the retrieval guard did, once it ends
         self.exactness: Exactness | None = None  # what is promised about its bits, once it ends
         self.batched_with = self.prompt_steps = 0
         self.finish_reason: FinishReason | None = None

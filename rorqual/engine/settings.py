@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.engine.engine import Engine
+from rorqual.engine.guard import OFF
 from rorqual.engine.prefix_cache import PrefixCache, Windows
 from rorqual.errors import ConfigError
 from rorqual.model.index_groups import search_index_by
@@ -38,6 +39,7 @@ class EngineSettings:
     cache: CacheSettings | None = None
     speculate: bool = False
     index_search: str | None = None
+    guard: str = OFF
 
     @contextmanager
     def open(self, model: Any, tokenizer: Any) -> Iterator[Engine]:  # Any: what Engine takes
@@ -59,6 +61,7 @@ class EngineSettings:
                 prefix_cache=cache,
                 speculate=self.speculate,
                 index_search=self.index_search,
+                guard=self.guard,
             ) as engine:
                 yield engine
         finally:

@@ -107,6 +107,7 @@ class Stepper:
         if cache is None:
             if job.state is None:
                 job.state = self._model.new_state(1)
+                self._guard(job)
             return count
         if job.state is None:
             known = job.request.prompt_array
@@ -115,10 +116,16 @@ class Stepper:
             asks = not job.request.params.prompt_logprobs
             job.lease = cache.begin(known, asks, job.request.cache_scope)
             job.state, job.num_read = job.lease.state, job.lease.num_cached
+            self._guard(job)
             if job.request.cache is None:  # not after a preemption
                 job.request.cache = job.lease.explanation
         stop = cache.next_stop(job.lease) if job.is_prefilling else None
         return min(count, job.num_tokens - job.num_read, count if stop is None else stop - job.num_read)
+
+    @staticmethod
+    def _guard(job: Job) -> None:
+        if job.guard is not None:
+            job.state.guard_by(job.guard.anew())
 
     def _step(self, work: Work) -> Outcome:
         work = [(job, self._start(job, count)) for job, count in work]

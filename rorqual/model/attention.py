@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from rorqual.config import LayerSpec, ModelConfig
 from rorqual.model.cache_format import kept_entries, pack_entries, packs_entries, unpacked_keys
 from rorqual.model.compressor import Compressor
+from rorqual.model.guarded import choose
 from rorqual.model.indexer import Indexer
 from rorqual.model.layer_state import LayerState
 from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear, RMSNorm
-from rorqual.model.trace import Trace
+from rorqual.model.trace import Swappable, Trace
 from rorqual.ops.cache_codec import PackedEntries, unpacked
 from rorqual.ops.linear import linear
 from rorqual.ops.rope import apply_rope, norm_rope, rope_frequencies
@@ -144,7 +145,12 @@ class Attention(nn.Module):
         visible = index = None
         if self.compressor is not None:
             visible = layout.entries(self.compressor.ratio).visible
-            index, visible = self._index(p, layout, state, trace, visible)
+            every = visible
+            index, visible = self._index(p, layout, state, trace, every)
+            swap = None if trace is None or trace.swaps is None else trace.swaps.get(self.name)
+            if swap is not None and visible.picks is not None and entries is not None:
+                mine = Swappable(p.q, unpacked(entries), every, visible.picks[0], self.scale, layout.start[0])
+                visible = swap(mine)
         o, lse = sparse_attention(
             p.q,
             keys,
@@ -164,8 +170,11 @@ class Attention(nn.Module):
             trace.index_recall.append(recall)
         if state is not None:
             state.write_window(p.kv, layout)
-        if trace is not None and entries is not None:
-            trace.keep(f"{self.name}.entries", unpacked(entries))
+        if trace is not None:
+            trace.keep(f"{self.name}.q", p.q)
+            trace.keep(f"{self.name}.keys", keys)
+            if entries is not None:
+                trace.keep(f"{self.name}.entries", unpacked(entries))
         return o
 
     def _round(self, kv: Tensor) -> Tensor:
@@ -209,7 +218,8 @@ class Attention(nn.Module):
             return None, visible
         captures = trace is not None and bool(trace.capture)
         if captures and trace is not None and not layout.entries(self.spec.compress_ratio).total:
-            trace.keep(f"{self.name}.index_topk", p.kv.new_empty(*p.kv.shape[:2], 0, dtype=torch.int64))
+            for name in ("index_topk", "index_used"):
+                trace.keep(f"{self.name}.{name}", p.kv.new_empty(*p.kv.shape[:2], 0, dtype=torch.int64))
         scores = self._scores_entries(layout, trace)
         if state is None and not scores:
             return None, visible
@@ -220,13 +230,19 @@ class Attention(nn.Module):
         q, weights = p.index_q, p.index_weights
         choice = self._chooses(layout, trace)
         if choice or captures:
-            picked = self._picked(q, weights, keys, visible, trace)
-            visible = picked if choice else visible
+            if layout.shown is not None and choice:
+                visible, own = choose(self.indexer, self.name, q, weights, keys, visible, layout.shown, layout.start[0])
+                picked = Visible(visible.end, visible.start, own)
+            else:
+                picked = self._picked(q, weights, keys, visible, trace)
+                visible = picked if choice else visible
             if trace is not None and picked.picks is not None:
                 trace.keep(f"{self.name}.index_topk", picked.picks)
+                trace.keep(f"{self.name}.index_used", picked.picks if visible.picks is None else visible.picks)
         if trace is not None:
             keys = unpacked_keys(self.cfg, keys, q.dtype)
-            trace.keep(f"{self.name}.index_entries", keys)
+            for what, value in (("index_entries", keys), ("index_q", q), ("index_weights", weights)):
+                trace.keep(f"{self.name}.{what}", value)
         return (q, weights, keys), visible
 
     def _picked(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, trace: Trace | None) -> Visible:

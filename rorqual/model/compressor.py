@@ -10,11 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from rorqual.config import LayerSpec, ModelConfig
+from rorqual.errors import RequestError
 from rorqual.model.layer_state import Pending
 from rorqual.model.layout import EntryPlan, Layout
 from rorqual.model.linear import Linear, RMSNorm
 from rorqual.ops.compress import pool_rows
 from rorqual.ops.rope import norm_rope, rope_table
+
+
+def cover(spec: LayerSpec, begin: int, end: int, length: int) -> tuple[int, int]:
+    """Entries [first, last) of a layer whose pooling window holds one of tokens [begin, end), of those at `length`.
+
+    With overlap an entry pools its own block and the one before, so a token has two entries. Raises: RequestError for a
+    layer without entries, or an empty span.
+    """
+    ratio = spec.compress_ratio
+    if not ratio or not 0 <= begin < end:
+        raise RequestError(
+            f"Asked which entries of layer {spec.index} cover tokens {begin} to {end}: "
+            + ("it has none. Ask about a compressed layer." if not ratio else "the span is empty or negative.")
+        )
+    last = (end - 1) // ratio + (2 if spec.overlap else 1)
+    return min(begin // ratio, length // ratio), min(last, length // ratio)
 
 
 class Compressor(nn.Module):

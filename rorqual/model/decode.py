@@ -8,6 +8,7 @@ L layers, R rows (sequences), N streams, D hidden.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from rorqual.model.cache_format import packs_keys, row_of
 from rorqual.model.compressor import Compressor
 from rorqual.model.decode_memory import Addresses, Memory
 from rorqual.model.expert_fetch import Fetcher, expect_experts
+from rorqual.model.guard import forced_columns
 from rorqual.model.index_groups import bring_up_to_date
 from rorqual.model.moe import MoE
 from rorqual.model.mtp import MTPModule
@@ -259,6 +261,11 @@ def _signature(model: "Transformer") -> list[Any]:
     return out
 
 
+def _needs_layer_code(state: "State") -> bool:
+    """Whether the fused step must not run this state's next token."""
+    return state.is_replaying or (state.guard is not None and state.guard.rules.needs_layer_code)
+
+
 def plan_of(model: "Transformer", states: Sequence["State"]) -> Plan | None:
     """The plan that runs the next token of these states, or None where the layer code must.
 
@@ -269,7 +276,7 @@ def plan_of(model: "Transformer", states: Sequence["State"]) -> Plan | None:
     plan: Plan | None = model.__dict__.get("decode_plan")
     is_new = plan is None
     for state in states:
-        if state.is_replaying:
+        if _needs_layer_code(state):
             return None
         is_new = is_new or state.decoding is None or state.decoding.plan is not plan
     if plan is None or (is_new and not plan.holds_for(model)):
@@ -323,7 +330,7 @@ def step(
     """Checked segments' streams [1, T, N, D] by the fused step, those of a few tokens together, longer ones alone and
     in pieces; by the layer code where it must run.
     """
-    fits = [not segment.state.is_replaying for segment in segments]
+    fits = [not _needs_layer_code(segment.state) for segment in segments]
     known = [segment for segment, is_known in zip(segments, fits, strict=True) if is_known]
     plan = plan_of(model, [segment.state for segment in known]) if known else None
     if plan is None:
@@ -360,6 +367,10 @@ def _decode(
     first: list[int] = []
     tables: list[int] = []
     memories: list[int] = []
+    shown = [
+        state.shown(ids[at : at + count])
+        for state, at, count in zip(states, accumulate(counts, initial=0), counts, strict=False)
+    ]
     for state, count in zip(states, counts, strict=True):
         state.interrupted = True
         memory = _memory(state, plan, count)
@@ -369,7 +380,7 @@ def _decode(
             positions += range(length, length + count)
             tables += [table] * count
             memories += [address] * count
-    places = [*ids, *positions, *first, *tables, *memories]
+    places = [*ids, *positions, *first, *tables, *memories, *forced_columns(shown, counts, len(ids))]
     if plan.fetcher is not None:
         expect_experts(plan.routed, ids)
         plan.fetcher.begin()

@@ -79,13 +79,14 @@ class Indexer(nn.Module):
         return round_index_fp4(x) if self.rounding else x
 
     @torch.no_grad()
-    def select(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible) -> Visible:
-        """Narrow `visible` to the top k entries per query; scores are computed in blocks of queries.
+    def select(self, q: Tensor, weights: Tensor, keys: Tensor, visible: Visible, top_k: int | None = None) -> Visible:
+        """Narrow `visible` to the top k entries per query (the model's k unless told otherwise); scores are computed in
+        blocks of queries.
 
         keys: [B, C, K], or packed rows uint8 [B, C, Y].
         """
         if infers(q) or triton.usable(q):
-            top_k, weights = min(self.top_k, keys.shape[1]), weights.float()
+            top_k, weights = min(top_k or self.top_k, keys.shape[1]), weights.float()
             picks = [
                 self._search(q[b], weights[b], IndexKeys(keys[b], self.width), start, end, top_k)
                 for b, (start, end) in enumerate(zip(*visible.by_row(q.shape[0]), strict=True))
@@ -97,7 +98,7 @@ class Indexer(nn.Module):
             mask = visible.mask(lo, hi, keys.shape[1])
             if mask is not None:
                 scores.masked_fill_(~mask, float("-inf"))
-            parts.append(select_entries(scores, self.top_k))
+            parts.append(select_entries(scores, top_k or self.top_k))
         return Visible(visible.end, visible.start, torch.cat(parts, 1))
 
     def _search(

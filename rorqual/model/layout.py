@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import RequestError
+from rorqual.model.guard import Shown
 from rorqual.ops.sparse_attention import Visible
 
 
@@ -51,6 +52,8 @@ class Layout:
 
     is_part = False
     """Whether these are parts of rows whose other parts are elsewhere (see `context.py`)."""
+    shown: Shown | None = None
+    """What a guard shows this call's queries besides the indexer's picks; one row, one state."""
     is_flat = False
     """Whether several sequences stand one behind the other in one row (see `segments.py`)."""
 

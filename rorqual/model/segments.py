@@ -98,6 +98,8 @@ def flat_step(model: "Transformer", segments: Sequence[Segment]) -> Tensor:
     tokens = torch.cat([torch.as_tensor(segment.tokens, device=device) for segment in segments]).unsqueeze(0)
     layout = FlatLayout([Layout(1, len(one.tokens), tokens.device, one.state.lengths) for one in segments])
     states = [segment.state for segment in segments]
+    for segment, part in zip(segments, layout.segments, strict=True):
+        part.shown = segment.state.shown(segment.ids)
     for state in states:
         state.begin()
     streams = model.through(tokens, layout, [*zip(*(state.layers for state in states), strict=True)], None, None)

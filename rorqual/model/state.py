@@ -22,6 +22,7 @@ from torch import Tensor
 from rorqual.config import ModelConfig
 from rorqual.errors import CacheError
 from rorqual.model.cache_format import is_lossless
+from rorqual.model.guard import Guard, Shown
 from rorqual.model.layer_state import LayerState, Pending, Recall, new_layer, recalls
 from rorqual.model.layout import Layout
 from rorqual.model.page_table import Paged, PageTable
@@ -76,6 +77,8 @@ class State:
     """The model's when this was made (see `cache_format.py`)."""
     index_search: str = ""
     """The model's when this was made (`ModelConfig.index_search`)."""
+    guard: Guard | None = None
+    """What its queries are shown besides what the indexer picks; one row only. See `guard_by`."""
     frozen: int = 0
     """Tokens whose entries came from elsewhere, complete: up to there tokens are only run again for the windows."""
 
@@ -107,6 +110,23 @@ class State:
         if pool is not None:
             state.attach(PageTable(pool))
         return state
+
+    def guard_by(self, guard: Guard | None) -> None:
+        """From the next token on, show queries what `guard` says, a guard of this state alone (None: nothing).
+
+        Tokens read before stay as they were read, so a state's text is best read with one guard from its beginning.
+        Raises: CacheError for a state of several rows.
+        """
+        if guard is not None and self.batch_size != 1:
+            raise CacheError(
+                f"A state of {self.batch_size} rows was to get a retrieval guard, which looks at one sequence. Make a "
+                "state a sequence: model.new_state(1)."
+            )
+        self.guard = guard
+
+    def shown(self, ids: Sequence[int]) -> Shown | None:
+        """What the queries of the next tokens must be shown; None without a guard."""
+        return None if self.guard is None else self.guard.shown(self.tokens[0], self.lengths[0], ids)
 
     def attach(self, table: PageTable, frozen: int = 0) -> None:
         """Let entries and index keys lie in the pages of `table`, whose first `frozen` tokens are complete there.
@@ -206,6 +226,8 @@ class State:
     def hold(self, tokens: Tensor) -> None:
         """Make this one row count as having seen `tokens`, int [n]; what they leave behind the caller fills in."""
         self._make_room(tokens.shape[0])
+        if self.guard is not None:
+            self.guard = self.guard.anew()
         self.tokens[0, : tokens.shape[0]] = tokens
         self.lengths[0] = tokens.shape[0]
 
@@ -273,6 +295,7 @@ class State:
         state = restore(self.model, best.data).rows([row])
         missing = self.tokens[row : row + 1, best.lengths[row] : target].long()
         if missing.shape[1]:
+            state.guard_by(None if self.guard is None else self.guard.anew())
             with torch.no_grad():
                 self.model.forward_streams(missing, state=state)
         return state
@@ -298,6 +321,8 @@ class State:
             segments=[self.segments[r] for r in rows],
             interrupted=self.interrupted,
         )
+        if self.guard is not None and len(rows) == 1:
+            copy.guard = self.guard.copy()
         if self.table is not None:
             copy._hold_pages_of(self)
         return copy
@@ -317,9 +342,11 @@ class State:
             layers = [LayerState.of({name: t.clone() for name, t in layer.contents().items()}) for layer in self.layers]
             tokens = self.tokens.clone()
         lengths, floor, segments = list(self.lengths), list(self.floor), list(self.segments)
-        return State(
+        copy = State(
             self.model, self.rewind, layers, lengths, tokens, floor, segments=segments, interrupted=self.interrupted
         )
+        copy.guard = None if self.guard is None else self.guard.copy()
+        return copy
 
     def put_row(self, row: int, other: "State") -> None:
         """Replace one row by the only row of `other`; snapshots taken earlier no longer hold for it.
@@ -356,6 +383,8 @@ class State:
                     target = grown
                 target[row, : value.shape[1]] = value[0]
         count = other.lengths[0]
+        if self.guard is not None:
+            self.guard = self.guard.anew()
         self._make_room(count)
         self.tokens[row, :count] = other.tokens[0, :count]
         self.lengths[row], self.floor[row], self.segments[row] = count, other.floor[0], other.segments[0]
@@ -380,6 +409,8 @@ class State:
                 out[name] += pages.nbytes
             if layer.groups is not None:
                 out["index_groups"] = out.get("index_groups", 0) + layer.groups.nbytes
+        if self.guard is not None:
+            out["guard"] = self.guard.nbytes
         return {**out, "total": sum(out.values())}
 
     def snapshot(self, remember: bool = True) -> bytes:

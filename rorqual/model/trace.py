@@ -3,14 +3,16 @@
 Pass a `Trace` to the model to train its indexers and routers, or to look inside. Without one nothing is recorded.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rorqual.errors import RequestError
 from rorqual.model.layout import Layout
+from rorqual.ops.sparse_attention import Visible
 
 PROBE_TOKENS = 256
 """Tokens of a call that health figures are taken from."""
@@ -32,6 +34,23 @@ class RouterRecord:
     """Ids of the experts used, int64 [B, S, A], with `Trace.router_ids`."""
 
 
+class Swappable(NamedTuple):
+    """What a swap is told of a CSA layer's call: attention queries [1, T, H, K], entries [1, C, K], what is visible,
+    what would be used int64 [T, k], the scale of the scores, and the place of the first query.
+    """
+
+    q: Tensor
+    entries: Tensor
+    visible: Visible
+    used: Tensor
+    scale: float
+    first: int
+
+
+Swap = Callable[[Swappable], Visible]
+"""What the queries attend to instead."""
+
+
 @dataclass
 class Trace:
     """A record of one forward call.
@@ -41,8 +60,9 @@ class Trace:
     `router_ids` the experts used. `forced`: the experts that learned routers must use instead of selecting them (see
     `forced_experts`). `health`: keep the figures of `model/health.py`, taken from a sample of the call's tokens.
     `capture`: names of intermediates to keep, e.g. `layers.1.attn` (attention output), `layers.1.ffn` (MoE output),
-    `layers.1.streams`, `layers.1.attn.entries`, `layers.1.attn.index_entries`, `layers.1.attn.index_topk`;
-    `"*"` keeps all.
+    `layers.1.streams`, `layers.1.attn.q`, `layers.1.attn.keys` (of the window), `layers.1.attn.entries`,
+    `layers.1.attn.index_q`, `layers.1.attn.index_weights`, `layers.1.attn.index_entries`, `layers.1.attn.index_topk`
+    (the indexer's own choice), `layers.1.attn.index_used` (with what a guard adds); `"*"` keeps all.
     """
 
     dense: bool = False
@@ -65,6 +85,9 @@ class Trace:
     picks: dict[str, Tensor] | None = None
     """Entries that indexers picked, int64 [B, S, k] by the attention's module path: what stands here is used, what does
     not is added (a block that is computed again must pick the same). None: neither."""
+    swaps: Mapping[str, Swap] | None = None
+    """By the attention's module path, what takes the place of the entries it would use where there is a choice; for
+    calls of one row."""
     _probe: Tensor | None = None
 
     def keep(self, name: str, value: Tensor) -> None:

@@ -19,6 +19,7 @@ from rorqual.config import ModelConfig
 from rorqual.errors import CacheError, RequestError
 from rorqual.model import decode
 from rorqual.model.block import Block, RunBlock, Runner
+from rorqual.model.compressor import cover
 from rorqual.model.context import Context, LayoutPart, part_bounds
 from rorqual.model.engram import Engram
 from rorqual.model.expert_fetch import expect_experts
@@ -139,6 +140,8 @@ class Transformer(nn.Module):
             return self.reference.new_zeros(layout.batch_size, 0, self.cfg.hc_mult, self.cfg.hidden_size)
         if state is not None:
             state.begin(layout.num_tokens)
+            if state.guard is not None:
+                layout.shown = state.shown(tokens[0, : layout.lengths[0]].tolist())
         tokens = layout.own(tokens)
         streams = self.through(tokens, layout, None if state is None else state.layers, trace, streams)
         if state is not None:
@@ -177,6 +180,13 @@ class Transformer(nn.Module):
         hidden = self.final_hidden(streams if len(wanted) == streams.shape[1] else streams[:, wanted])
         logits = self.logits(hidden)[..., :choices]
         return Scores(streams, hidden, logits, best_of(logits))
+
+    def cover(self, layer: int, begin: int, end: int, length: int) -> tuple[int, int]:
+        """Entries [first, last) of `layer` that hold something of tokens [begin, end) of a text of `length` tokens.
+
+        Raises: RequestError as `compressor.cover`.
+        """
+        return cover(self.cfg.layers[layer], begin, end, length)
 
     def _check(self, segments: Sequence[Segment]) -> None:
         check_segments(self, segments)

@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rorqual.engine import Request
+from rorqual.engine import Engine, Request
 from rorqual.engine.picks import LayerPicks, Picks, check_picks, find_picks
 from rorqual.engine.watch import RequestView
 from rorqual.errors import RequestError
@@ -139,8 +139,10 @@ async def engine_picks(service: Service, id: str, account: str = "") -> dict[str
     model, prompt = served.engine.model, request.prompt_ids
     check_picks(model, len(prompt), len(output))
     assert isinstance(model, Transformer)
+    engine = served.engine
+    guard = engine.guards.of(request.params.guard, request.params.pin) if isinstance(engine, Engine) else None
     began = time.perf_counter()
-    picks: Picks = await asyncio.wrap_future(served.engine.aside(find_picks(model, prompt, output)))
+    picks: Picks = await asyncio.wrap_future(served.engine.aside(find_picks(model, prompt, output, guard)))
     tokens = [*prompt, *output]
     width, height, first = picks.block_tokens, picks.row_tokens, picks.prompt_tokens
     blocks = [(at, min(at + width, len(tokens))) for at in range(0, len(tokens), width)]
@@ -164,9 +166,15 @@ def _stretch(served: ServedModel, tokens: list[int], begin: int, end: int) -> di
 
 
 def _layer(picks: LayerPicks) -> dict[str, Any]:
-    """`share` [rows][blocks]: of the entries that could be seen, how many were picked; null where none could be."""
+    """`share` [rows][blocks]: of the entries that could be seen, how many were picked; null where none could be.
+    `mass`: the part of a row's attention over all entries that the block would get; null likewise.
+    """
     share = picks.picked.double() / picks.seen
     cells = [[None if seen == 0 else round(value, 4) for value, seen in zip(*row, strict=True)]
              for row in zip(share.tolist(), picks.seen.tolist(), strict=True)]  # fmt: skip
     has_choice = bool((picks.picked.sum(1) < picks.seen.sum(1)).any())
-    return {"layer": picks.layer, "entry_tokens": picks.entry_tokens, "has_choice": has_choice, "share": cells}
+    part = picks.mass / picks.mass.sum(1, keepdim=True).clamp_min(1e-30)
+    mass = [[None if seen == 0 else round(value, 4) for value, seen in zip(*row, strict=True)]
+            for row in zip(part.tolist(), picks.seen.tolist(), strict=True)]  # fmt: skip
+    told = {"layer": picks.layer, "entry_tokens": picks.entry_tokens, "has_choice": has_choice}
+    return {**told, "share": cells, "mass": mass}

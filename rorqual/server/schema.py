@@ -46,6 +46,9 @@ class Extension(Body):
 
     priority: int | None = Field(None, ge=-100, le=100, description="Higher goes first; 0 unless given.")
     timeout_s: float | None = Field(None, description="Seconds after which the answer ends with what it has.")
+    guard: str | None = Field(
+        None, description="The retrieval guard: off, default, or names of sources; as the server has it unless given."
+    )
 
 
 class JsonSchema(Body):
@@ -113,7 +116,7 @@ class Sampling(Body):
     n: int | None = Field(None, description="Only 1.")
     user: str | None = Field(None, description="As `user_id`, with any characters.")
     user_id: str | None = Field(None, description="Your end user: each has a cache of its own.")
-    rorqual: Extension | None = Field(None, description="Our own: `priority` and `timeout_s`.")
+    rorqual: Extension | None = Field(None, description="Our own: `priority`, `timeout_s` and `guard`.")
 
     @property
     def owner(self) -> str:

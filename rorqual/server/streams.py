@@ -44,7 +44,9 @@ class TokenStream:
             loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
         more = more or Extension.model_validate({})
-        with named_as_sent(timeout_s="rorqual.timeout_s"):
+        if more.guard is not None:
+            params = params.replace(guard=more.guard)
+        with named_as_sent(timeout_s="rorqual.timeout_s", guard="rorqual.guard"):
             self.request: Request = engine.submit(
                 tokens,
                 params,

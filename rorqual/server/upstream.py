@@ -131,6 +131,12 @@ class RemoteEngine:
                 "logprobs need token ids, and the server that runs this model tells text only. Leave logprobs out.",
                 param="logprobs",
             )
+        if params.guard not in (None, "off") or params.pin:
+            raise RequestError(
+                "A retrieval guard works inside the engine that runs a model, and this one runs on another server. "
+                "Leave guard out.",
+                param="guard",
+            )
         tokens = tuple(tokens)
         ids = as_array(tokens)
         checked = tokens if ids is None else ids

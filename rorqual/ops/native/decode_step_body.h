@@ -5,6 +5,8 @@
 /* One call, or the part of its rows that a thread runs: what came in, and room for what lies between kernels. */
 typedef struct {
     const int64_t *shape, *tokens, *positions, *first, *tables, *memories; /* of each row: see decode_step */
+    const int64_t *forced, *num_forced, *budgets; /* likewise; NULL: nothing is forced */
+    long most_picks; /* of a row: what it may choose and what is forced on it */
     const float *numbers;
     long rows, at, total, parts; /* rows of this part, of the call before it and in all; parts of the call */
     T *other, *x, *normed, *y, *latent, *latent_normed, *q, *q_turned, *kv, *o, *z, *index_q,
@@ -31,7 +33,9 @@ static void NAME(make_shared)(NAME(Step) * s) {
     for (int i = 0; i < 2; i++, next += keys) s->turned[i] = (T *)next;
     for (int i = 0; i < 4; i++, next += projected) s->blocks[i] = (float *)next;
     for (int i = 0; i < 4; i++, next += projected) s->scores[i] = (float *)next;
-    s->total = s->rows, s->parts = 1;
+    s->total = s->rows, s->parts = 1, s->most_picks = s->shape[TOP_K];
+    for (long row = 0; s->forced && row < s->rows; row++)
+        s->most_picks = most(s->most_picks, most(s->shape[TOP_K], s->budgets[row]) + s->num_forced[row]);
 }
 
 static void NAME(make_room)(NAME(Step) * s) {
@@ -61,7 +65,7 @@ static void NAME(make_room)(NAME(Step) * s) {
         int64_t **place;
         long size;
     } wholes[] = {{&s->chosen, n[ACTIVE]}, {&s->token, n[ACTIVE]}, {&s->choice, n[ACTIVE]}, {&s->slots, n[ACTIVE]},
-                  {&s->picks, n[TOP_K]}, {&s->bounds, n[EXPERTS] + 1}};
+                  {&s->picks, s->most_picks}, {&s->bounds, n[EXPERTS] + 1}};
     uint8_t *all_of_it = NULL;
     size_t used = 0;
 #define PUT_PARTS(parts)                                                                                             \
@@ -224,12 +228,41 @@ static void NAME(keep_blocks)(NAME(Step) * s, const int64_t *layer, const NAME(C
 
 /* ---- attention -------------------------------------------------------------------------------------------------- */
 
+/* How many entries the indexer chooses for a row: more than the model's k where its guard says so. */
+INLINE long NAME(budget_of)(const NAME(Step) * s, long row) {
+    return s->forced ? most(s->shape[TOP_K], s->budgets[row]) : s->shape[TOP_K];
+}
+INLINE int NAME(has_choice)(const NAME(Step) * s, const int64_t *layer, long row) {
+    return layer[INDEX_WKV] && (s->positions[row] + 1) / layer[RATIO] > NAME(budget_of)(s, row);
+}
+
+/* Rows of picks `k` apart -> `most_picks` apart, with what is forced on each row (entries that it sees) put in order. */
+static void NAME(add_forced)(NAME(Step) * s, long first, long count, long k) {
+    int64_t chosen[k];
+    for (long i = count - 1; i >= 0; i--) {
+        int64_t *out = s->picks + (first + i) * s->most_picks;
+        const int64_t *forced = (const int64_t *)(uintptr_t)s->forced[first + i];
+        long a = 0, b = 0, n = 0, num_forced = s->num_forced[first + i];
+        memcpy(chosen, s->picks + first * s->most_picks + i * k, sizeof(int64_t) * k);
+        while (a < k || b < num_forced) {
+            int64_t x = a < k && chosen[a] >= 0 ? chosen[a] : INT64_MAX, y = b < num_forced ? forced[b] : INT64_MAX;
+            if (x == INT64_MAX && y == INT64_MAX) break;
+            out[n++] = x < y ? x : y;
+            a += x <= y, b += y <= x;
+        }
+        for (; n < k + num_forced; n++) out[n] = -1;
+    }
+}
+
 /* The indexer's choice for every row that sees more entries than it may use. */
 static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const float *angles) {
     const int64_t *n = s->shape;
-    long heads = n[INDEX_HEADS], width = n[INDEX_WIDTH], longest = 0;
-    for (long row = 0; row < s->rows; row++) longest = most(longest, (s->positions[row] + 1) / layer[RATIO]);
-    if (longest <= n[TOP_K]) return;
+    long heads = n[INDEX_HEADS], width = n[INDEX_WIDTH], longest = 0, choices = 0;
+    for (long row = 0; row < s->rows; row++) {
+        longest = most(longest, (s->positions[row] + 1) / layer[RATIO]);
+        choices += NAME(has_choice)(s, layer, row);
+    }
+    if (!choices) return;
     NAME(project)(s, s->latent_normed, layer + INDEX_WQ_B, 1, heads * width, n[QUERY_RANK], s->index_q);
     NAME(rope_rotate)(s->index_q, angles, s->rows * heads, heads, s->rows, width, n[ROPE], 1.0f, s->index_turned);
     NAME(linear)(s->index_turned, PLACE(layer, HADAMARD), s->rows * heads, 1, width, width, s->index_out, NULL);
@@ -243,12 +276,14 @@ static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const flo
     int is_one = s->first[0] == s->first[s->rows - 1]; /* sequence: its rows share the tiles of its keys */
     long threads = !is_one || longest < 4096 || s->parts > 1 ? 1 : omp_get_max_threads();
     SHARED_OUT(!is_one && longest * heads * width * s->rows > FORK_FROM, long row = 0; row < s->rows; row++, {
-        if (row && s->first[row - 1] == s->first[row]) continue;
+        long k = NAME(budget_of)(s, row);
+        if (row && s->first[row - 1] == s->first[row] && NAME(budget_of)(s, row - 1) == k) continue;
         int64_t ends[s->rows - row];
         long count = 0;
-        for (; row + count < s->rows && s->first[row + count] == s->first[row]; count++)
+        for (; row + count < s->rows && s->first[row + count] == s->first[row] && NAME(budget_of)(s, row + count) == k; count++)
             ends[count] = (s->positions[row + count] + 1) / layer[RATIO];
-        if (ends[count - 1] <= n[TOP_K]) continue;
+        if (ends[count - 1] <= k) continue;
+        int64_t *picks = s->picks + row * s->most_picks;
         const int64_t *mine = NAME(memory_of)(s, row);
         void *keys = PLACE(mine, INDEX_KEYS);
         const T *queries = s->index_out + row * heads * width, *plain = n[KEY_BYTES] ? NULL : keys;
@@ -256,18 +291,20 @@ static void NAME(select_entries)(NAME(Step) * s, const int64_t *layer, const flo
         const int64_t *table = (const int64_t *)(uintptr_t)s->tables[row];
         if (n[GROUP_BUDGET] && mine[GROUP_ORDER])
             NAME(index_search)(queries, s->head_weights + row * heads, plain, packed, table, PLACE(mine, GROUP_ORDER),
-                               PLACE(mine, GROUP_MEANS), PLACE(mine, GROUP_FINE), ends, count, heads, width, mine[KEY_ROWS], n[TOP_K],
-                               n[GROUP_BUDGET], threads, s->picks + row * n[TOP_K]);
+                               PLACE(mine, GROUP_MEANS), PLACE(mine, GROUP_FINE), ends, count, heads, width, mine[KEY_ROWS], k,
+                               n[GROUP_BUDGET], threads, picks);
         else
             NAME(index_scan)(queries, s->head_weights + row * heads, plain, packed, table, NULL, ends, count, heads, width,
-                             mine[KEY_ROWS], n[TOP_K], threads, s->picks + row * n[TOP_K]);
+                             mine[KEY_ROWS], k, threads, picks);
+        if (s->most_picks > k) NAME(add_forced)(s, row, count, k);
     });
 }
 
 /* Entries that a row's token uses: all it sees, or the indexer's choice. */
 INLINE long NAME(used_entries)(const NAME(Step) * s, const int64_t *layer, long row) {
     long end = layer[RATIO] ? (s->positions[row] + 1) / layer[RATIO] : 0;
-    return layer[INDEX_WKV] && end > s->shape[TOP_K] ? s->shape[TOP_K] : end;
+    if (!NAME(has_choice)(s, layer, row)) return end;
+    return NAME(budget_of)(s, row) + (s->forced ? s->num_forced[row] : 0);
 }
 
 /* The keys of a row's token: its window, oldest first (the ring, then rows of this call), then the entries it uses;
@@ -280,7 +317,7 @@ static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, long row, 
         keys[count++] = t < NAME(begin_of)(s, row) ? ring + t % memory[RING_SIZE] * width
                                                  : s->kv_turned + (row - (position - t)) * width;
     long used = NAME(used_entries)(s, layer, row);
-    int is_choice = used && layer[INDEX_WKV] && (position + 1) / layer[RATIO] > n[TOP_K];
+    int is_choice = used && NAME(has_choice)(s, layer, row);
     if (!is_choice && !n[ENTRY_BYTES]) { /* all of them: runs of rows */
         long run = table ? memory[ENTRY_ROWS] : used;
         for (long first = 0; first < used; first += run) {
@@ -292,7 +329,7 @@ static long NAME(keys_of)(const NAME(Step) * s, const int64_t *layer, long row, 
         return count;
     }
     for (long i = 0; i < used; i++) {
-        long entry = is_choice ? s->picks[row * n[TOP_K] + i] : i;
+        long entry = is_choice ? s->picks[row * s->most_picks + i] : i;
         if (entry < 0) continue;
         long place = entry_row(table, memory[ENTRY_ROWS], entry);
         if (n[ENTRY_BYTES]) {

@@ -43,20 +43,23 @@ static void NAME(run_part)(const NAME(Step) * whole, const int64_t *layers, T *s
     long parts = omp_get_num_threads(), part = omp_get_thread_num(), end = whole->rows * (part + 1) / parts;
     s.parts = parts, s.at = whole->rows * part / parts, s.rows = end - s.at;
     s.tokens += s.at, s.positions += s.at, s.first += s.at, s.tables += s.at, s.memories += s.at;
+    s.forced += s.at, s.num_forced += s.at, s.budgets += s.at;
     NAME(make_room)(&s);
     NAME(run_layers)(&s, layers, streams + s.at * s.shape[STREAMS] * s.shape[HIDDEN]);
     free(s.all);
 }
 
 /* embedding [V, D]; shape, numbers and layers [L, LAYER_END] of the model; of each row, one behind the other in `places`
- * [5][rows]: its token, its position, the row where its sequence begins (whose rows stand one behind the other), and the
- * addresses of the sequence's pages (0: none) and of its memory [L, MEMORY_END] -> streams [rows, N, D]. Behind `count` of
+ * [8][rows]: its token, its position, the row where its sequence begins (whose rows stand one behind the other), the
+ * addresses of the sequence's pages (0: none) and of its memory [L, MEMORY_END], and what its guard says: address and number
+ * of entries that it must be shown, ascending, and how many the indexer chooses (0: the model's k) -> streams [rows, N, D]. Behind `count` of
  * the rows, those in `wanted`, also hidden states [count, D], logits [count, choices] and the best token of each [count]. */
 void NAME(decode_step)(const T *embedding, const int64_t *shape, const float *numbers, const int64_t *layers,
                        const int64_t *head, const int64_t *places, long rows, const int64_t *wanted, long count,
                        long choices, T *streams, T *hidden, float *logits, int64_t *best) {
     NAME(Step) s = {.shape = shape, .tokens = places, .positions = places + rows, .first = places + 2 * rows,
-                    .tables = places + 3 * rows, .memories = places + 4 * rows, .numbers = numbers, .rows = rows};
+                    .tables = places + 3 * rows, .memories = places + 4 * rows, .forced = places + 5 * rows,
+                    .num_forced = places + 6 * rows, .budgets = places + 7 * rows, .numbers = numbers, .rows = rows};
     long d = shape[HIDDEN], n = shape[STREAMS];
     for (long i = 0; i < rows * n; i++) memcpy(streams + i * d, embedding + places[i / n] * d, sizeof(T) * d);
     NAME(make_shared)(&s);

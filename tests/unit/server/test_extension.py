@@ -32,6 +32,8 @@ def test_an_answer_says_how_it_ran(client: TestClient) -> None:
         ({"priority": "high"}, "rorqual.priority"),
         ({"timeout_s": 0}, "rorqual.timeout_s"),
         ({"deadline": 3}, "rorqual.deadline"),
+        ({"guard": "luck"}, "rorqual.guard"),
+        ({"guard": "default"}, "rorqual.guard"),  # the client's model has no indexer
     ],
 )
 def test_what_is_asked_beyond_the_api_is_checked(client: TestClient, given: dict[str, Any], param: str) -> None:

@@ -10,17 +10,21 @@ const TALLEST = 320, ROW_LEAST = 3, ROW_MOST = 12;
 export class HeatMap {
   #data = null;
   #layer = 0;           // place in data.layers
+  #isDense = false;     // what attention over all entries would weigh, instead of what was picked
   #row = -1;            // -1: all rows together
   #block = -1;
 
   constructor(box) {
     this.layers = h("div", { class: "segments", role: "radiogroup", "aria-label": "Layer" });
+    this.kinds = h("div", { class: "segments", role: "radiogroup", "aria-label": "What is shown" },
+      ...["Picked", "Dense attention"].map((name, i) => h("button", { type: "button", role: "radio",
+        on: { click: () => { this.#isDense = i === 1; this.draw(); } } }, name)));
     this.canvas = h("canvas", { tabindex: "0", role: "img", "aria-describedby": "cell" });
     this.axis = h("p", { class: "axis" }, h("span", {}, "↓ answer, → what it could look up"), h("span", {}, "newest"));
     this.cell = h("p", { id: "cell", class: "cell", "aria-live": "polite" });
     this.note = h("p", { class: "hint" });
     this.text = h("div", { class: "context", tabindex: "0", role: "group", "aria-label": "The context, tinted" });
-    box.append(this.note, this.layers, h("div", { class: "map" }, this.canvas, this.axis), this.cell, this.text);
+    box.append(this.note, this.layers, this.kinds, h("div", { class: "map" }, this.canvas, this.axis), this.cell, this.text);
     this.layers.addEventListener("keydown", (event) => {
       const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
       if (!step) return;
@@ -29,6 +33,13 @@ export class HeatMap {
       this.#layer = (this.#layer + step + number) % number;
       this.draw();
       this.layers.children[this.#layer].focus();
+    });
+    this.kinds.addEventListener("keydown", (event) => {
+      if (!event.key.startsWith("Arrow")) return;
+      event.preventDefault();
+      this.#isDense = !this.#isDense;
+      this.draw();
+      this.kinds.children[Number(this.#isDense)].focus();
     });
     this.canvas.addEventListener("pointermove", (event) => this.#point(event));
     this.canvas.addEventListener("pointerdown", (event) => this.#point(event));
@@ -53,7 +64,17 @@ export class HeatMap {
   }
 
   get #cells() {
-    return this.#data.layers[this.#layer].share;
+    const layer = this.#data.layers[this.#layer];
+    return this.#isDense ? layer.mass : layer.share;
+  }
+
+  // How bright a cell is: a share as it is, a mass beside the row's largest.
+  get #shades() {
+    if (!this.#isDense) return this.#cells;
+    return this.#cells.map((row) => {
+      const most = Math.max(...row, 1e-9);
+      return row.map((one) => one === null ? null : one / most);
+    });
   }
 
   draw() {
@@ -66,6 +87,11 @@ export class HeatMap {
     });
     const what = `For each of ${count(output)} tokens of the answer, the indexer of layer ${layer.layer} picks up to ${most} ` +
       `entries of ${layer.entry_tokens} tokens out of ${count(prompt + output)}; the last ${near} are read in full besides.`;
+    [...this.kinds.children].forEach((one, i) => {
+      const isOn = this.#isDense === (i === 1);
+      one.setAttribute("aria-checked", String(isOn));
+      one.tabIndex = isOn ? 0 : -1;
+    });
     this.note.textContent = layer.has_choice ? what
       : `${what} Here there were no more than ${most}, so it took all of them: ask something longer to see it choose.`;
     this.canvas.setAttribute("aria-label", `Heat map: ${this.#data.rows.length} rows of answer, ` +
@@ -89,7 +115,7 @@ export class HeatMap {
     const style = getComputedStyle(this.canvas), color = (name) => style.getPropertyValue(name).trim();
     const { blocks, rows, prompt_tokens: prompt } = this.#data, w = width / blocks.length, high = height / rows.length;
     const dark = color("--heat-none"), bright = color("--heat");
-    this.#cells.forEach((row, y) => row.forEach((share, x) => {
+    this.#shades.forEach((row, y) => row.forEach((share, x) => {
       if (share === null) return;
       context.globalAlpha = 1;
       context.fillStyle = dark;
@@ -117,7 +143,7 @@ export class HeatMap {
   }
 
   #tint() {
-    const cells = this.#cells;
+    const cells = this.#shades;
     [...this.text.children].forEach((span, i) => {
       const column = this.#row >= 0 ? [cells[this.#row][i]] : cells.map((row) => row[i]);
       const known = column.filter((one) => one !== null);
@@ -134,7 +160,8 @@ export class HeatMap {
       return;
     }
     const share = row ? this.#cells[this.#row][this.#block] : undefined;
-    const what = share === null ? "not there yet: " : share === 1 ? "picked " : share === 0 ? "left out "
+    const weight = (value) => `${(value * 100).toFixed(value < .1 ? 1 : 0)} % of dense attention on `;
+    const what = this.#isDense ? (share === null ? "not there yet: " : weight(share ?? 0)) : share === null ? "not there yet: " : share === 1 ? "picked " : share === 0 ? "left out "
       : `${Math.round(share * 100)} % picked of `;
     this.cell.replaceChildren(...(row ? ["Writing ", h("q", {}, shown(row.text)), ", ", what] : []),
       h("q", {}, shown(block.text)), h("span", { class: "place" }, ` tokens ${block.begin}–${block.end - 1}`));
