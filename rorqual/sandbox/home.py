@@ -237,8 +237,12 @@ class Home:
         notes = self.path.parent / ".gone"
         notes.mkdir(mode=0o700, exist_ok=True)
         (notes / self.id).write_text(reason)
-        shutil.rmtree(self.path, ignore_errors=True)
-        if self.path.exists():
+        for _ in range(50):
+            shutil.rmtree(self.path, ignore_errors=True)
+            if not self.path.exists():
+                break
+            time.sleep(0.002)  # a sweep looked at it in this moment, and made its lock anew
+        else:
             shutil.rmtree(self.path)
         self.unlock()
 

@@ -18,7 +18,10 @@ from sandboxes import need, traces
 
 from rorqual import Sandbox
 from rorqual.errors import SandboxError
-from rorqual.sandbox.home import sandboxes_folder
+from rorqual.sandbox import cgroups
+from rorqual.sandbox.drivers.bwrap import tree_of
+from rorqual.sandbox.home import Home, sandboxes_folder
+from rorqual.sandbox.processes import below
 from rorqual.sandbox.spec import Kind, Limits
 
 Case = tuple[Kind, str]
@@ -100,13 +103,25 @@ def test_s2_memory_hog_is_told_apart_from_a_failing_program(sandbox: Sandbox) ->
     assert sandbox.commands.run("exit 3").oom_killed is False
 
 
+def strangers(sandbox: Sandbox) -> set[int]:
+    """Processes of a sandbox outside of its control group, where it has one."""
+    running = Home.find(sandbox.id).read().running
+    assert running is not None
+    if not running.cgroups:
+        return set()
+    return {process.pid for process in below(running.processes[1].pid)} - set(cgroups.adopt(running.cgroups).pids())
+
+
 @pytest.mark.slow
 def test_s2_a_spinning_sandbox_leaves_its_neighbour_time() -> None:
     """Half a processor each: a crowd spins next door, and the count goes on at a good part of its pace."""
     arguments = need(("container", "bwrap"))
     with Sandbox.create(**arguments, cpu=0.5) as quiet, Sandbox.create(**arguments, cpu=0.5) as loud:
         alone = amount(arm(quiet), "count", "400", "1")
-        spinning = arm(loud).commands.start([PLACE, "count", "4000", "8"])
+        spinning = arm(loud).commands.start([PLACE, "count", "30000", "8"])
+        while len(tree_of(loud._sandbox._link.running)) < 8:
+            time.sleep(0.02)
+        assert strangers(loud) == set(), "processes that no limit on the processor holds"
         shared = max(amount(quiet, "count", "400", "1") for _ in range(3))
         assert shared > alone / 5, "the neighbour starves"
         assert loud.commands.run("echo reachable", timeout=20).stdout == "reachable\n"
@@ -151,12 +166,15 @@ def test_s3_a_stream_that_nobody_reads_takes_no_memory_here(sandbox: Sandbox) ->
     taken = [0]
 
     def slowly(text: str) -> None:
+        while not taken[0] and not sandbox.files.exists("/tmp/written"):
+            time.sleep(0.02)  # all of it is written before the first piece is taken
         taken[0] += len(text)
-        time.sleep(0.002)
 
     with allocation() as most:
-        sandbox.commands.run("yes", timeout=0.7, on_stdout=slowly)
-    assert taken[0] > 0 and most[0] < 64 << 20
+        flood = "rm -f /tmp/written; head -c 20000000 /dev/zero; touch /tmp/written; sleep 0.2"
+        assert sandbox.commands.run(flood, timeout=60, on_stdout=slowly).exit_code == 0
+    assert 0 < taken[0] < 5 << 20, "4 MiB wait for a callback, and one piece is on its way"
+    assert most[0] < 64 << 20
 
 
 def test_s3_control_a_plain_pipe_takes_all_of_it() -> None:

@@ -162,7 +162,9 @@ def test_s7_frames_with_a_wrong_code_are_not_obeyed() -> None:
         forged = frame(secret, 7, CLIENT, Type.POWER_OFF, 1, b"")  # sealed with the secret, but in no session
         claim = frame(b"\1" * 32, 0, CLIENT, Type.HELLO, 0, pack([(Tag.NONCE, b"n" * 16), (Tag.SECRET, b"\1" * 32)]))
         junk = MAGIC * 50 + os.urandom(5000) + MAGIC[:7]
+        channel = sandbox._sandbox._link._channel
         assert not asyncio.run(_hello(sandbox.id, b"\0" * 32, forged + claim + junk))
+        assert sandbox._sandbox._link._channel is channel and channel is not None and channel.open_now, "it was put out"
         assert sandbox.commands.run("echo obeys").stdout == "obeys\n"
         assert asyncio.run(_hello(sandbox.id, secret, forged + claim + junk)), "nothing would be obeyed, right or wrong"
 

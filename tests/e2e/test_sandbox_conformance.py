@@ -296,6 +296,7 @@ def test_c12_snapshot_restore_fork_and_rollback(sandbox: Sandbox, case: Case) ->
         assert chained.commands.run("cat d/f").stdout == "one\nthree\n"
     copies = sandbox.fork(2 if is_full_machine(case) else 8)
     try:
+        assert {copy.files.read("d/f") for copy in copies} == {"two\n"}, "a fork has the files as they are now"
         for index, copy in enumerate(copies):
             copy.files.write("d/f", f"{index}")
         assert [copy.files.read("d/f") for copy in copies] == [str(index) for index in range(len(copies))]

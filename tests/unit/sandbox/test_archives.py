@@ -200,6 +200,7 @@ def test_s4_races_while_packing_bring_nothing_in(tmp_path: Path) -> None:
     door, other, link = source / "door", tmp_path / "other", tmp_path / "link"
     door.mkdir()
     (door / "key").write_text("public")
+    (source / "standing").symlink_to(secret)  # as one that won every race
 
     def change() -> None:
         os.rename(door, other)
