@@ -17,7 +17,7 @@ from rorqual.referee.reasons import Finding, failed
 
 _MOST_BITS: Final = 4096
 _NUM = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-_SIDE = rf"\(*[+\-−]?\s*\(*{_NUM}\)*(?:\s*(?:\*\*|[-+*/^×÷·−])\s*\(*[-−]?{_NUM}\)*)*"
+_SIDE = rf"\(*(?:[+\-−]\s*)?\(*{_NUM}\)*(?:\s*(?:\*\*|[-+*/^×÷·−])\s*\(*[-−]?{_NUM}\)*)*"
 _EQUATION = re.compile(rf"(?P<first>{_SIDE})(?P<rest>(?:\s*(?:=|≈)\s*{_SIDE})+)")
 _SPLIT = re.compile(r"\s*(=|≈)\s*")
 _TOKEN = re.compile(rf"\s*(?:({_NUM})|(\*\*|[-+*/^×÷·−()]))")
