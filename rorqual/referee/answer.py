@@ -25,7 +25,7 @@ class Answer:
     """One answer. finish: the finish reason. usage: of chat completions, as the server told it.
 
     raw: the message's other fields, which travel on unchanged. envelope: those of the completion around it.
-    had_plain_arguments: arguments came as objects, not as their text.
+    had_plain_arguments: arguments came as objects, not as their text. source: the message as it came.
     """
 
     content: str | None = None
@@ -38,9 +38,16 @@ class Answer:
     refusal: str | None = None
     had_plain_arguments: bool = False
     logprobs: Any = None  # whatever the server sent
+    source: Mapping[str, Any] | None = None
 
     def with_calls(self, calls: Sequence[Call]) -> Answer:
         return replace(self, calls=tuple(calls))
+
+    def within(self, envelope: Mapping[str, Any]) -> Answer:
+        """The same answer in the completion it came in."""
+        return replace(
+            self, envelope={key: value for key, value in envelope.items() if key not in ("choices", "usage")}
+        )
 
     @property
     def same(self) -> tuple[Any, ...]:
@@ -48,7 +55,9 @@ class Answer:
         return self.content or "", tuple((call.name, call.arguments) for call in self.calls), self.finish
 
     def message(self) -> dict[str, Any]:
-        """As chat completions' assistant message."""
+        """As chat completions' assistant message; exactly as it came where nothing was changed."""
+        if self.source is not None and _parts(self) and _parts(read_message(self.source, None)) == _parts(self):
+            return dict(self.source)
         message: dict[str, Any] = {"role": "assistant", "content": self.content, **self.raw}
         if self.reasoning is not None:
             message["reasoning_content"] = self.reasoning
@@ -57,6 +66,12 @@ class Answer:
         if self.calls:
             message["tool_calls"] = [call_body(call) for call in self.calls]
         return message
+
+
+def _parts(answer: Answer) -> tuple[Any, ...]:
+    if answer.had_plain_arguments:
+        return ()
+    return answer.content, answer.reasoning, answer.calls, answer.refusal
 
 
 def call_body(call: Call) -> dict[str, Any]:
@@ -73,11 +88,11 @@ def read_answer(body: Any) -> Answer:  # Any: whatever JSON holds
         choice = body["choices"][0]
         message = choice["message"]
         answer = read_message(message, choice.get("finish_reason"), body.get("usage"), choice.get("logprobs"))
-        return replace(answer, envelope={key: value for key, value in body.items() if key not in ("choices", "usage")})
+        return answer.within(body)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise RequestError(
-            f"The upstream's answer is no chat completion ({type(error).__name__}: {error}). Look at what it sends, and "
-            "check the address.",
+            f"The upstream's answer is no chat completion ({type(error).__name__}: {error}). Look at what it "
+            "sends, and check the address.",
             status=502,
             type="upstream_error",
             code="answer_malformed",
@@ -115,6 +130,7 @@ def read_message(message: Any, finish: Any, usage: Any = None, logprobs: Any = N
         refusal=message.get("refusal"),
         had_plain_arguments=plain,
         logprobs=logprobs,
+        source=message,
     )
 
 

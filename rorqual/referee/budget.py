@@ -1,8 +1,8 @@
 """What another round may cost, and whether it is worth it.
 
-A round is worth asking while q · loss > cost: q is how often rounds for that reason have helped so far, loss what a wrong
-answer costs in right answers (the profile's loss ratio), and cost the tokens of the round, where a right answer is worth
-`WORTH` times the tokens of the first one. Source: the stopping law of the specification, 8.5.
+A round is worth asking while q · loss > cost: q is how often rounds for that reason have helped so far, loss what a
+wrong answer costs in right answers (the profile's loss ratio), and cost the tokens of the round, where a right answer
+is worth `WORTH` times the tokens of the first one. Source: the stopping law of the specification, 8.5.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ class Spending:
 
 def add_usage(total: Mapping[str, Any] | None, more: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Usage objects added, member by member."""
-    if total is None or more is None:
-        return dict(total or more) if (total or more) else None
+    if not total or not more:
+        one = total or more
+        return dict(one) if one else None
     out = dict(total)
     for key, value in more.items():
         was = out.get(key)

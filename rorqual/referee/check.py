@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rorqual import log
 from rorqual.referee.answer import Answer, Asked
 from rorqual.referee.check_arith import check_arith
 from rorqual.referee.check_content import check_citations, check_schema
@@ -14,7 +15,9 @@ from rorqual.referee.check_done import check_done
 from rorqual.referee.check_format import check_format
 from rorqual.referee.check_tools import check_tools
 from rorqual.referee.policy import Options
-from rorqual.referee.reasons import Finding
+from rorqual.referee.reasons import Finding, failed
+
+logger = log.get(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,19 @@ class Checked:
 
 
 def check_answer(asked: Asked, answer: Answer, options: Options) -> Checked:
-    """Run the checks the options ask for. No model is called and nothing is executed."""
+    """Run the checks the options ask for. No model is called and nothing is executed.
+
+    A check that raises is our mistake: it is logged, and `check_failed` stands among the findings (rule 1).
+    """
+    try:
+        return _check(asked, answer, options)
+    except Exception as error:
+        logger.exception("a check failed")
+        says = f"the referee failed to check this answer ({type(error).__name__}); its log has the trace"
+        return Checked(answer, (failed("check_failed", says),), {})
+
+
+def _check(asked: Asked, answer: Answer, options: Options) -> Checked:
     findings: list[Finding] = []
     costs: dict[str, float] = {}
     policy = options.policy

@@ -26,9 +26,7 @@ _DOUBTFUL = re.compile(
     r"(?i)\b(?:mod(?:ulo)?|binary|hex(?:adecimal)?|octal|base|wrong|incorrect|false|not|isn't|mistake|error|instead|"
     r"impossible|suppose|assume|if|claim(?:s|ed)?|typo)\b|≡|≠|!="
 )
-_BEFORE_BAD = re.compile(
-    r"(?:[\w.,]|[)\]}²³√^*/+×÷·=<>%°$€£|!-]\s*|\b(?:minus|plus|times|by|over|of|[b-zB-HJ-Z])\s+)$"
-)
+_BEFORE_BAD = re.compile(r"(?:[\w.,]|[)\]}²³√^*/+×÷·=<>%°$€£|!-]\s*|\b(?:minus|plus|times|by|over|of|[b-zB-HJ-Z])\s+)$")
 _DATE_LIKE = re.compile(r"\d-\d[^=≈]*\s[=≈]|\d/\d+/\d")
 _LEADING_ZERO = re.compile(r"(?<![\d.,])0\d")
 _AFTER_BAD = re.compile(
@@ -37,7 +35,9 @@ _AFTER_BAD = re.compile(
 _TABLE_ROW = re.compile(r"^\s*\|(.+)\|\s*$")
 _RULE_ROW = re.compile(r"^[\s|:-]+$")
 _CELL = re.compile(r"\**\s*[$€£]?\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)\s*\**")
-_NO_SUM = re.compile(r"(?i)price|rate|avg|average|mean|%|percent|share|year|date|ratio|per\b|unit|age|score|rank|id|#|no\.")
+_NO_SUM = re.compile(
+    r"(?i)price|rate|avg|average|mean|%|percent|share|year|date|ratio|per\b|unit|age|score|rank|id|#|no\."
+)
 
 
 def check_arith(asked: Asked, answer: Answer) -> list[Finding]:

@@ -1,9 +1,9 @@
 """Identifiers in an answer against the context: paths, file names, hashes, UUIDs, long numbers.
 
-An identifier that the context has passes. One that differs from the context's by one or two characters was copied wrong;
-one that nobody makes up (a UUID, a hash) and that the context does not have was invented. Both reject a call; in prose
-they are told. Any other new identifier may be new on purpose (a file to be written), which only the profile `strict`
-takes for an error.
+An identifier that the context has passes. One that differs from the context's by one or two characters was copied
+wrong; one that nobody makes up (a UUID, a hash) and that the context does not have was invented. Both reject a call; in
+prose they are told. Any other new identifier may be new on purpose (a file to be written), which only the profile
+`strict` takes for an error.
 """
 
 from __future__ import annotations

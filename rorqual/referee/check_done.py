@@ -1,7 +1,7 @@
 """A claim of completion needs evidence from after the last edit: a test, build or command that ran and succeeded.
 
-Looks at the calls and results in the conversation. Only asked for by name (`checks: ["done", ...]`), since only an agent's
-caller knows that the conversation is one about work to be verified.
+Looks at the calls and results in the conversation. Only asked for by name (`checks: ["done", ...]`), since only an
+agent's caller knows that the conversation is one about work to be verified.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _CLAIM = re.compile(
     r"completed|finished|resolved))"
 )
 _EDIT = re.compile(r"(?i)write|edit|patch|replace|insert|create_file|apply|delete|move|rename|save")
-_EDIT_COMMAND = re.compile(r"(?i)\bsed\s+-i|\bpatch\b|\bgit\s+apply|(?<![0-9&])>{1,2}\s*[\w./]|\btee\s|\bmv\s|\brm\s|\bcp\s")
+_EDIT_COMMAND = re.compile(
+    r"(?i)\bsed\s+-i|\bpatch\b|\bgit\s+apply|(?<![0-9&])>{1,2}\s*[\w./]|\btee\s|\bmv\s|\brm\s|\bcp\s"
+)
 _VERIFY = re.compile(r"(?i)\btest|pytest|unittest|tox|jest|cargo (?:test|check|build)|go (?:test|build|vet)|make\b|mvn|"
                      r"gradle|npm (?:test|run)|lint|mypy|tsc|build|verify|check|compile|\brun_")  # fmt: skip
 _FAILED = re.compile(
@@ -28,8 +30,8 @@ _FAILED = re.compile(
     r"[\"':= ]+[1-9]|\bassertionerror\b|\bcommand not found\b|\berror:"
 )
 _SUCCEEDED = re.compile(
-    r"(?i)\b\d+ (?:tests? )?pass(?:ed|ing)?\b|\bok\b|exit(?:ed)?[ _]?(?:code|status)?[\"':= ]+0\b|\bsuccess(?:ful(?:ly)?)?\b|"
-    r"\bno (?:issues|errors)\b|\bbuild succeeded\b|\b0 (?:failed|errors|failures)\b"
+    r"(?i)\b\d+ (?:tests? )?pass(?:ed|ing)?\b|\bok\b|exit(?:ed)?[ _]?(?:code|status)?[\"':= ]+0\b|"
+    r"\bsuccess(?:ful(?:ly)?)?\b|\bno (?:issues|errors)\b|\bbuild succeeded\b|\b0 (?:failed|errors|failures)\b"
 )
 
 

@@ -46,7 +46,9 @@ def _reasoning(asked: Asked, answer: Answer, found: list[Finding]) -> Answer:
     whole = _THINK.match(content)
     if whole is not None and markers.THINK_START not in asked.context:
         reasoning = "\n".join(filter(None, [answer.reasoning, whole[1].strip()]))
-        found.append(repaired("thinking_in_content", "the reasoning at the beginning of the content was moved out of it"))
+        found.append(
+            repaired("thinking_in_content", "the reasoning at the beginning of the content was moved out of it")
+        )
         return replace(answer, content=content[whole.end() :], reasoning=reasoning)
     if content.lstrip().startswith(markers.THINK_START) and markers.THINK_START not in asked.context:
         found.append(failed("thinking_unclosed", "the content begins with reasoning that does not end; close it"))
@@ -54,7 +56,9 @@ def _reasoning(asked: Asked, answer: Answer, found: list[Finding]) -> Answer:
         before, _, after = content.partition(markers.THINK_END)
         if markers.THINK_START not in before and not answer.reasoning and after.strip():
             # a template that opens the reasoning itself leaves its end alone in the text
-            found.append(repaired("thinking_in_content", "the reasoning before `</think>` was moved out of the content"))
+            found.append(
+                repaired("thinking_in_content", "the reasoning before `</think>` was moved out of the content")
+            )
             return replace(answer, content=after.lstrip(), reasoning=before.strip())
         found.append(failed("thinking_in_content", "the content holds reasoning between its sentences; leave it out"))
     return answer
@@ -71,7 +75,9 @@ def _calls_as_text(asked: Asked, answer: Answer, found: list[Finding]) -> Answer
         parser.feed(content)
         parser.finish("stop")
         message = parser.result.message
-        calls = [Call(one["id"], one["function"]["name"], one["function"]["arguments"]) for one in message["tool_calls"]]
+        calls = [
+            Call(one["id"], one["function"]["name"], one["function"]["arguments"]) for one in message["tool_calls"]
+        ]
         rest = message["content"]
         if not calls:
             found.append(failed("calls_in_content", "a call stands in the content as markup that nobody can read"))
@@ -96,7 +102,11 @@ def _hermes(text: str, asked: Asked) -> Call | None:
         value, _ = read_leniently(text)
     except NotJson:
         return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or set(value) - {"name", "arguments", "id"}:
+    if (
+        not isinstance(value, dict)
+        or not isinstance(value.get("name"), str)
+        or set(value) - {"name", "arguments", "id"}
+    ):
         return None
     arguments = value.get("arguments", {})
     return Call(None, value["name"], arguments if isinstance(arguments, str) else dump(arguments))
@@ -156,7 +166,9 @@ def _finish(asked: Asked, answer: Answer, found: list[Finding]) -> Answer:
         return replace(answer, finish="tool_calls")
     elif not answer.calls and finish in ("tool_calls", "function_call"):
         if (answer.content or "").strip() and not _was_a_call(found):
-            found.append(repaired("finish_inconsistent", "finish_reason `tool_calls` set to `stop`: there are no calls"))
+            found.append(
+                repaired("finish_inconsistent", "finish_reason `tool_calls` set to `stop`: there are no calls")
+            )
             return replace(answer, finish="stop")
         found.append(failed("finish_inconsistent", "it says that it calls tools, and there are no calls"))
     elif finish == "function_call":

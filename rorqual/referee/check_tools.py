@@ -236,7 +236,9 @@ def _check_together(asked: Asked, calls: Sequence[Call], found: list[Finding]) -
         elif any(name != wanted for name in names):
             found.append(failed("call_unwanted", f"tool_choice asks for `{wanted}` alone"))
     if asked.body.get("parallel_tool_calls") is False and len(calls) > 1:
-        found.append(failed("calls_parallel", f"there are {len(calls)} calls, and one is allowed; make the first alone"))
+        found.append(
+            failed("calls_parallel", f"there are {len(calls)} calls, and one is allowed; make the first alone")
+        )
     for (name, _), times in Counter((call.name, call.arguments) for call in calls).items():
         if times > 1:
             found.append(failed("call_repeated", f"`{name}` is called {times} times with the same arguments"))

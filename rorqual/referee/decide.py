@@ -56,6 +56,8 @@ def decide(now: Situation) -> Action:
     """What happens to the candidate."""
     standing = [one for one in now.findings if one.rejects]
     codes = tuple(dict.fromkeys(one.code for one in standing))
+    if "check_failed" in codes:  # open in annotate, closed in enforce
+        return Action(1, "ERROR" if now.mode == "enforce" else "BEST", ("check_failed",))
     if "side_effect_forbidden" in codes:
         return Action(2, "BLOCK", ("side_effect_forbidden",))
     copies = tuple(one for one in codes if one.startswith("copy_"))

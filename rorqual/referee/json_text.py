@@ -1,8 +1,9 @@
 """JSON as models write it: read strictly, or else read for what was plainly meant, with a note of each liberty.
 
 Liberties: code fences, a byte order mark, single quotes, bare keys, Python's literals, trailing and doubled commas,
-comments, raw line breaks in strings, escapes JSON does not have, brackets that are missing at the end or too many there.
-Never guessed: the rest of a string that was cut off, numbers that are none (NaN), text around the value, two values.
+comments, raw line breaks in strings, escapes JSON does not have, brackets that are missing at the end or too many
+there. Never guessed: the rest of a string that was cut off, numbers that are none (NaN), text around the value, two
+values.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class Policy:
     @cached_property
     def id(self) -> str:
         """A name that changes whenever the policy does."""
-        parts = [asdict(self.profile), dict(self.aliases), {k: dict(v) for k, v in self.arguments.items()}]
+        parts: list[Any] = [asdict(self.profile), dict(self.aliases), {k: dict(v) for k, v in self.arguments.items()}]
         parts.append([one.model_dump() for one in self.forbid])
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return f"{self.profile.name}-{digest[:10]}"
@@ -146,8 +146,8 @@ class Policy:
             raise RequestError(custom, param="referee.profile")
         if any(rule.matches is not None for rule in custom.forbid):
             raise RequestError(
-                "referee.profile.forbid has `matches`: regular expressions are taken from the server's policy file only. "
-                "Name tools and arguments.",
+                "referee.profile.forbid has `matches`: regular expressions are taken from the server's policy file "
+                "only. Name tools and arguments.",
                 param="referee.profile",
             )
         made = _policy(custom, "custom")
@@ -251,7 +251,7 @@ class Options:
     mode: Mode
     policy: Policy
     checks: tuple[str, ...] = DEFAULT
-    budget: BudgetBody = field(default_factory=BudgetBody)
+    budget: BudgetBody = field(default_factory=lambda: BudgetBody.model_validate({}))
     evidence: tuple[Evidence, ...] = ()
     stream: Streaming | None = None
 

@@ -1,8 +1,8 @@
 """Asking a model again: the conversation as it was, what was wrong, and nothing else that is new.
 
 Reasoning and tool results stay. The rejected answer is not repeated as one: calls that are no JSON break templates, and
-a broken answer in the history is an example. Where a schema takes it, calls are asked for under it (`strict`), so that an
-upstream with constrained decoding cannot break it again.
+a broken answer in the history is an example. Where a schema takes it, calls are asked for under it (`strict`), so that
+an upstream with constrained decoding cannot break it again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def ask_again(
     asks = asked.question.strip()
     if (found or evidence) and asks:
         parts.append(f"The question was: {asks}")
-    parts.append("Answer again, with this corrected." if lines else "Answer from these sources, or say what is missing.")
+    parts.append(
+        "Answer again, with this corrected." if lines else "Answer from these sources, or say what is missing."
+    )
     messages = list(asked.body.get("messages") or ())
     if answer.reasoning and thinks:
         messages.append({"role": "assistant", "content": "", "reasoning_content": answer.reasoning})
@@ -58,7 +60,7 @@ def ask_again(
 
 
 def constrained(body: Mapping[str, Any], about_calls: bool) -> dict[str, Any]:
-    """The body with `strict` on functions whose schema the strict mode takes; unchanged where calls are not at fault."""
+    """The body with `strict` on functions whose schema the strict mode takes, where calls are at fault."""
     out = dict(body)
     tools = body.get("tools")
     if not about_calls or not isinstance(tools, list):

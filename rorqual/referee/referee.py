@@ -52,6 +52,7 @@ class _Case:
     next_model: int = 0
     seen: set[tuple[Any, ...]] = field(default_factory=set)
     extra: list[Finding] = field(default_factory=list)
+    rounds: list[dict[str, list[str]]] = field(default_factory=list)
 
 
 class Referee:
@@ -80,26 +81,24 @@ class Referee:
         word: Word = "flagged" if checked.standing or checked.is_repaired else "pass"
         return self._verdict(case, _Candidate(checked, None, (0, 0)), word, answer)
 
-    async def judge(self, asked: Asked, options: Options, ask: Ask, *, sent: str = "") -> Verdict:
+    async def judge(self, asked: Asked, options: Options, ask: Ask, *, sent: Callable[[], str] = lambda: "") -> Verdict:
         """Ask, check, and act until the rules end it.
 
-        sent: text of the answer that the client already has; it cannot be taken back. The first answer comes from `ask`,
-        too. Raises: RequestError when the upstream refuses the request, or fails and the mode is enforce (rule 1).
+        sent: called when the first answer is whole: the text of it that the client already has, which cannot be taken
+        back. Raises: RequestError when the upstream refuses the request, or has failed for good (rule 1).
         """
         case = _Case(asked, options, ask, Spending(options.budget))
         first = await self._first(case)
-        return await self.conclude(case, first, sent=sent)
+        return await self._conclude(case, first, sent())
 
-    async def judge_answer(
-        self, asked: Asked, answer: Answer, options: Options, ask: Ask | None, *, sent: str = ""
-    ) -> Verdict:
+    async def judge_answer(self, asked: Asked, answer: Answer, options: Options, ask: Ask | None = None) -> Verdict:
         """As `judge` for an answer that is already there. ask: None where no model can be asked."""
         if ask is None:
             options = replace(options, budget=options.budget.model_copy(update={"max_rounds": 0}))
         case = _Case(asked, options, ask or _nobody, Spending(options.budget))
-        return await self.conclude(case, answer, sent=sent)
+        return await self._conclude(case, answer, "")
 
-    async def conclude(self, case: _Case, answer: Answer, *, sent: str) -> Verdict:
+    async def _conclude(self, case: _Case, answer: Answer, sent: str) -> Verdict:
         """The rules from the first answer on."""
         case.usage = _plain_usage(answer)
         first_usage = _tokens(case.asked, answer)
@@ -110,6 +109,7 @@ class Referee:
             case.candidates.append(candidate)
             if findings_before:
                 self.rates.note(findings_before, candidate.checked.standing)
+                case.rounds.append({"codes": list(findings_before), "left": list(candidate.checked.standing)})
             action = decide(self._situation(case, candidate, sent))
             if action.kind not in ("RE-ASK", "RETRIEVE"):
                 case.actions.append(action.to_dict())
@@ -270,6 +270,7 @@ class Referee:
             case.usage,
             case.actions,
             costs,
+            case.rounds,
         )
 
 
@@ -285,7 +286,9 @@ def _tokens(asked: Asked, answer: Answer) -> tuple[int, int]:
     """Prompt and completion tokens, as told, or about a token for every four characters."""
     usage = answer.usage or {}
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    written = len(answer.content or "") + len(answer.reasoning or "") + sum(len(call.arguments) for call in answer.calls)
+    written = (
+        len(answer.content or "") + len(answer.reasoning or "") + sum(len(call.arguments) for call in answer.calls)
+    )
     return (
         prompt if isinstance(prompt, int) else len(asked.context) // 4,
         completion if isinstance(completion, int) else written // 4,

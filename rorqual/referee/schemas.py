@@ -30,8 +30,8 @@ _BACKTRACKS: Final = 100_000
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 _DECIMAL = re.compile(r"[+-]?\d{1,300}(?:\.\d{1,300})?(?:[eE][+-]?\d{1,3})?")
 _OPEN: Final = (
-    "additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "not", "if", "$ref",
-    "$dynamicRef", "dependentSchemas",
+    "additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "not", "if",
+    "$ref", "$dynamicRef", "dependentSchemas",
 )  # fmt: skip
 _RANGES: Final = {
     "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "minItems",
@@ -62,8 +62,8 @@ class Schema:
             )
         except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError, TypeError) as error:
             raise RequestError(
-                f"{where} is no JSON Schema that answers can be held to: {str(error).splitlines()[0][:200]}. Correct it, "
-                "or leave the referee off.",
+                f"{where} is no JSON Schema that answers can be held to: {str(error).splitlines()[0][:200]}. Correct "
+                "it, or leave the referee off.",
                 param=where,
                 code="schema_unusable",
             ) from None

@@ -31,6 +31,8 @@ class Verdict:
     usage: Mapping[str, Any] | None = None
     actions: Sequence[Mapping[str, Any]] = ()
     costs_ms: Mapping[str, float] = field(default_factory=dict)
+    rounds_asked: Sequence[Mapping[str, Sequence[str]]] = ()
+    """Of each round, why it was asked and what was left: what `RepairRates` learns from."""
 
     @property
     def tokens(self) -> int:
@@ -68,8 +70,8 @@ class Verdict:
         says = "; ".join(one.says for one in faults[:8]) or "no check passed"
         asked = f" after {self.rounds} further attempts" if self.rounds else ""
         return RequestError(
-            f"The referee did not let the model's answer pass{asked}: {says}. Send the request again, loosen the schema, "
-            "or use mode annotate to have it all the same.",
+            f"The referee did not let the model's answer pass{asked}: {says}. Send the request again, loosen the "
+            "schema, or use mode annotate to have it all the same.",
             status=422,
             type="referee_rejected",
             code=faults[0].code if faults else "referee_rejected",

@@ -1,4 +1,4 @@
-"""Any call, any text: a valid call is not touched, a repaired one obeys its schema, nothing else goes out in enforce."""
+"""Any call, any text: a valid call is not touched, a repaired one obeys its schema, nothing else goes out."""
 
 import asyncio
 import json
@@ -106,7 +106,9 @@ def test_a_damaged_call_is_repaired_to_its_schema_or_does_not_go_out(
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(text)))
         until = data.draw(st.integers(at, min(len(text), at + 3)))
-        piece = data.draw(st.sampled_from(["", "'", '"', ",", "}", "]", "{", "[", "True", "null", "1", "\n", "\\", ":", "NaN"]))
+        piece = data.draw(
+            st.sampled_from(["", "'", '"', ",", "}", "]", "{", "[", "True", "null", "1", "\n", "\\", ":", "NaN"])
+        )
         text = text[:at] + piece + text[until:]
     check(schema, text)
 

@@ -61,8 +61,8 @@ def text(content: str, finish: str = "stop") -> Answer:
 
 
 DSML = (
-    'Let me look.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" string="true">'
-    "Oslo</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+    'Let me look.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n'
+    '<｜DSML｜parameter name="city" string="true">Oslo</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
 )
 KINDS = [
     # text that is no JSON
@@ -126,7 +126,8 @@ KINDS = [
     Kind("no name", call('{"city": "Oslo"}', None), "call_malformed"),
     Kind("no id", call('{"city": "Oslo"}', id=None), "call_id_missing", OSLO),
     Kind("forbidden", call('{"path": "a"}', "delete_file"), "side_effect_forbidden"),
-    Kind("finish reason stop", Answer(calls=call('{"city": "Oslo"}').calls, finish="stop"), "finish_inconsistent", OSLO),
+    Kind("finish reason stop", Answer(calls=call('{"city": "Oslo"}').calls, finish="stop"), "finish_inconsistent",
+         OSLO),
     Kind("cut off", Answer(calls=call('{"city": "Oslo"').calls, finish="length"), "truncated_call"),
     Kind("cut off after it", Answer(calls=call('{"city": "Oslo"}').calls, finish="length"), "truncated_call"),
     Kind("no finish reason", Answer(calls=call('{"city": "Oslo"}').calls), "finish_missing"),
@@ -195,9 +196,7 @@ def test_there_are_well_over_twenty_kinds():
 
 
 def test_ids_that_two_calls_share_are_told_apart():
-    answer = Answer(
-        calls=(Call("a", "now", "{}"), Call("a", "get_weather", '{"city": "Oslo"}')), finish="tool_calls"
-    )
+    answer = Answer(calls=(Call("a", "now", "{}"), Call("a", "get_weather", '{"city": "Oslo"}')), finish="tool_calls")
     verdict = judged(Kind("", answer, ""))
     assert verdict.word == "repaired" and len({one.id for one in verdict.answer.calls}) == 2
     assert verdict.answer.calls[0] == answer.calls[0]

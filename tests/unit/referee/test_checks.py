@@ -17,8 +17,10 @@ TOOLS = [{"type": "function", "function": {"name": "read", "parameters": {"type"
 UUID = "3f2b8c1e-90ab-4cde-8f01-23456789abcd"
 
 
-def checked(content: str | None = None, *, asked: str = "Hi", finish: str | None = "stop", calls: Any = (),
-            profile: str = "assistant", checks: Any = None, reasoning: str | None = None, **request: Any) -> Checked:  # fmt: skip
+def checked(
+    content: str | None = None, *, asked: str = "Hi", finish: str | None = "stop", calls: Any = (),
+    profile: str = "assistant", checks: Any = None, reasoning: str | None = None, **request: Any,
+) -> Checked:  # fmt: skip
     body = {"messages": [{"role": "user", "content": asked}], "tools": TOOLS, **request}
     answer = Answer(content, reasoning, tuple(calls), finish if not calls else "tool_calls")
     options = Options("enforce", Policy(PROFILES[profile]))
@@ -56,7 +58,7 @@ def test_control_tokens():
 
 
 @pytest.mark.parametrize("finish, standing", [("stop", ()), ("length", ()), (None, ("finish_missing",)),
-                                               ("content_filter", ()), ("whatever", ("finish_inconsistent",))])  # fmt: skip
+                                              ("content_filter", ()), ("what", ("finish_inconsistent",))])  # fmt: skip
 def test_finish_reasons(finish: str | None, standing: tuple[str, ...]):
     assert checked("Yes.", finish=finish).standing == standing
 
@@ -143,7 +145,8 @@ WRONG = [
 ]  # fmt: skip
 SILENT = [
     "x + 2 * 3 = 10", "5 + 9 = 2 (mod 12)", "In binary 1 + 1 = 10", "2 + 2 = 5 is wrong", "3 + 4 = 7x", "`1 + 1 = 3`",
-    "```\na = 1 + 1 = 3\n```", "if 1 + 1 = 3", "version 1.2 = 3", "2024-01-05 = 3", "3 * 4 = 12.5%", "5 km + 3 km = 9 km",
+    "```\na = 1 + 1 = 3\n```", "if 1 + 1 = 3", "version 1.2 = 3", "2024-01-05 = 3", "3 * 4 = 12.5%",
+    "5 km + 3 km = 9 km",
     "2 + 3 = 5 million", "9^9^9^9^9 = 1", "1 / 0 = 5", "a/2 = 7", "10 % 3 = 1", "2 + 3 = 10 / 2 + y", "f(2) + 3 = 9",
     "2 + 3 != 6", "1/2/2024 = 3", "007 + 1 = 9", "x 5 + 3 = 9", "sqrt(16) + 1 = 6",
 ]  # fmt: skip
