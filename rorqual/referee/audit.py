@@ -1,7 +1,7 @@
 """The record of what was asked and decided, in a journal: every request with its verdict, and no secrets.
 
 One `Event` of kind `referee.verdict` a request: who asked (the key's name), the model, digests of the conversation, the
-checks with their findings, actions, usage and times; `referee.failure` where no verdict was reached. Texts of the
+checks that ran, what they found, actions, usage and times; `referee.failure` where no verdict was reached. Texts of the
 conversation are kept only on request (`texts`). Headers are never kept, and what looks like a key or a password is
 blotted out of everything that is.
 """
@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,9 +52,9 @@ def without_secrets(value: Any) -> Any:
         if len(value) < 8:
             return value
         return _NAMED.sub(rf"\1{HIDDEN}", _SECRET.sub(HIDDEN, value))
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {
-            key: HIDDEN if isinstance(key, str) and isinstance(inner, str) and _SECRET_KEY.match(key)
+            key: HIDDEN if isinstance(inner, str) and isinstance(key, str) and _SECRET_KEY.match(key)
             else without_secrets(inner)
             for key, inner in value.items()
         }  # fmt: skip
@@ -94,7 +93,8 @@ class Audit:
         told = verdict.to_dict()
         fields = self._about(asked, options, account, trace, duration_s)
         fields |= {name: told[name] for name in ("verdict", "p_correct", "rounds", "usage", "actions", "policy_id")}
-        fields["checks"] = told["checks"]
+        fields["ran"] = list(verdict.ran)
+        fields["checks"] = [row for row in told["checks"] if row["reason_code"] is not None]
         fields["rounds_asked"] = [dict(one) for one in verdict.rounds_asked]
         fields["tokens"] = None if verdict.usage is None else dict(verdict.usage)
         given = answer or verdict.answer

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.background import BackgroundTask
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from rorqual import log
 from rorqual.errors import RequestError
@@ -77,9 +78,7 @@ async def relay(gateway: Gateway, http: HttpRequest) -> Response:
     response = await stack.enter_async_context(
         gateway.upstream.send(http.method, http.url.path, gateway.upstream.headers(http.headers), raw, http.url.query)
     )
-    return StreamingResponse(
-        _pieces(gateway, stack, response, None), response.status_code, headers_back(response.headers)
-    )
+    return _Relayed(stack, None, _pieces(gateway, response, None), response.status_code, headers_back(response.headers))
 
 
 async def observe(
@@ -127,27 +126,47 @@ async def observe(
             meter.error = error
             tap.failed(error)
         raise
-    return StreamingResponse(
-        _pieces(gateway, stack, response, tap), response.status_code, back, background=BackgroundTask(tap.look)
-    )
+    return _Relayed(stack, tap, _pieces(gateway, response, tap), response.status_code, back)
 
 
-async def _pieces(gateway: Gateway, stack: AsyncExitStack, response: Any, tap: _Tap | None) -> AsyncIterator[bytes]:
-    async with stack:
+class _Relayed(StreamingResponse):
+    """A body passed on. The upstream's connection ends with it, also when the client goes away."""
+
+    def __init__(
+        self,
+        stack: AsyncExitStack,
+        tap: _Tap | None,
+        pieces: AsyncIterator[bytes],
+        status: int,
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(pieces, status, headers, background=None if tap is None else BackgroundTask(tap.look))
+        self._stack, self._tap = stack, tap
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if response.is_stream_consumed:
-                yield response.content
-            else:
-                async for piece in response.aiter_raw():
-                    if tap is not None:
-                        tap.piece(piece)
-                    yield piece
-        except gateway.upstream.errors as error:
-            if tap is not None:
-                tap.meter.error = tap.failure = gateway.upstream.failure(error)
-            raise  # the client's connection breaks as the upstream's did
+            await super().__call__(scope, receive, send)
+        finally:
+            if self._tap is not None:
+                self._tap.close()
+            await self._stack.aclose()
+
+
+async def _pieces(gateway: Gateway, response: Any, tap: _Tap | None) -> AsyncIterator[bytes]:
+    try:
+        if response.is_stream_consumed:
+            yield response.content
+        else:
+            async for piece in response.aiter_raw():
+                if tap is not None:
+                    tap.piece(piece)
+                yield piece
+    except gateway.upstream.errors as error:
         if tap is not None:
-            tap.read_stream()
+            tap.meter.error = tap.failure = gateway.upstream.failure(error)
+        raise  # the client's connection breaks as the upstream's did
+    if tap is not None:
+        tap.read_stream()
 
 
 class _Tap:
@@ -168,7 +187,11 @@ class _Tap:
         self._began = time.monotonic()
         self._parts: list[bytes] = []
         self._answer: Answer | None = None
+        self._has_looked = False
         self._status = 200
+        self._tickets: list[Ticket] = http.scope["state"]["tickets"] if "state" in http.scope else []
+        if not ticket.is_held:  # nothing is reserved: it is settled behind the answer, not before its last byte
+            self._tickets.remove(ticket)
         self.failure: RequestError | None = None
 
     def piece(self, piece: bytes) -> None:
@@ -203,6 +226,8 @@ class _Tap:
 
     async def look(self) -> None:
         """Judge, remember and record it; whatever goes wrong here is no business of the client's."""
+        self._has_looked = True
+        self._give_ticket_back()
         try:
             await asyncio.sleep(0)  # the answer's last bytes go first
             self._look()
@@ -210,7 +235,20 @@ class _Tap:
             logger.exception("an answer could not be observed")
 
     def failed(self, error: RequestError) -> None:
+        """There is no answer."""
+        self._give_ticket_back()
         self._record_failure(str(error), error.status)
+
+    def close(self) -> None:
+        """The exchange is over; one that ended in its middle is recorded as that."""
+        self._give_ticket_back()
+        if not self._has_looked:
+            self._record_failure(str(self.failure or "the client went away"), 499 if self.failure is None else 502)
+
+    def _give_ticket_back(self) -> None:
+        """From here on the end of the exchange settles it."""
+        if self._ticket not in self._tickets:
+            self._tickets.append(self._ticket)
 
     def _look(self) -> None:
         answer, gateway = self._answer, self._gateway

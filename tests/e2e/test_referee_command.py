@@ -49,7 +49,7 @@ def test_a_process_from_start_to_end(tmp_path: Path):
     assert b"sk-upstream" not in stored
 
 
-@pytest.mark.parametrize("arguments, says", [
+@pytest.mark.parametrize("arguments, told", [
     (["--upstream", "here"], "--upstream is 'here'"),
     (["--upstream", "http://a", "--mode", "enforce", "--stream", "annotate_after"], "before they are checked"),
     (["--upstream", "http://a", "--policy", "/nowhere.toml"], "cannot be read"),
@@ -57,16 +57,16 @@ def test_a_process_from_start_to_end(tmp_path: Path):
     (["--upstream", "http://a", "--api-key", "k", "--no-journal", "--no-ledger"], "RORQUAL_UPSTREAM_KEY"),
     (["--upstream", "http://a", "--journal", "x", "--no-journal"], "Leave one of them out"),
 ])  # fmt: skip
-def test_options_that_cannot_be(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+def test_options_that_cannot_be(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         main(["referee", *arguments])
-    assert ended.value.code == 2 and says in capsys.readouterr().err
+    assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_a_policy_with_a_field_nobody_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     policy = tmp_path / "policy.toml"
-    for text, says in (("mood = 1", "mood"), ("[[forbid]]\ntool = 'a'\nmatches = '('", "regular expression")):
+    for text, told in (("mood = 1", "mood"), ("[[forbid]]\ntool = 'a'\nmatches = '('", "regular expression")):
         policy.write_text(text)
         with pytest.raises(SystemExit):
             main(["referee", "--upstream", "http://a", "--policy", str(policy)])
-        assert says in capsys.readouterr().err
+        assert told in capsys.readouterr().err

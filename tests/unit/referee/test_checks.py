@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,3 +210,12 @@ def test_done_needs_a_check_after_the_last_edit():
         one = checked("The bug is fixed and all tests pass.", checks=["done"], messages=messages)
         assert bool(one.standing) != is_shown
         assert not checked("I will look at it now.", checks=["done"], messages=messages).findings
+
+
+def test_the_documentation_lists_every_reason():
+    page = (Path(__file__).parents[3] / "docs" / "referee.md").read_text(encoding="utf-8")
+    rows = [
+        f"| `{one.code}` | {one.check} | {'yes' if one.hard else 'no'} | {one.says} | {one.example} |"
+        for one in REASONS
+    ]
+    assert [line for line in page.splitlines() if line.startswith("| `") and line.count("|") == 6] == rows

@@ -484,3 +484,15 @@ def test_keys_budgets_and_what_rounds_cost(tmp_path: Path):
         assert row["completion_tokens"] == 2 * USAGE["completion_tokens"] and row["cost"] > 0
         much = client.post("/v1/chat/completions", json={**body, "max_tokens": 10**9}, headers=headers)
         assert much.status_code == 402
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_observed_is_counted_too(stream: bool, tmp_path: Path):
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    operations = Operations(Accounts(ledger, tariff=Tariff(like="deepseek-v4-flash")))
+    with in_front_of(MockUpstream([says("Hello.")]), "observe", operations=operations) as client:
+        assert ask(client, stream=stream, stream_options={"include_usage": True}).status_code == 200
+    operations.accounts._writer.shutdown()  # type: ignore[union-attr]
+    (row,) = ledger.summary(["model"])
+    assert (row["model"], row["completion_tokens"]) == ("m", USAGE["completion_tokens"]) and row["cost"] > 0
+    ledger.close()
