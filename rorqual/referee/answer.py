@@ -114,15 +114,14 @@ def read_message(message: Any, finish: Any, usage: Any = None, logprobs: Any = N
         elif not isinstance(arguments, str):  # some servers send the object itself
             arguments, plain = json.dumps(arguments, ensure_ascii=False), True
         name, call_id = function.get("name"), one.get("id") if isinstance(one, Mapping) else None
-        calls.append(
-            Call(call_id if isinstance(call_id, str) else None, name if isinstance(name, str) else None, arguments)
-        )
+        call_id, name = (one if isinstance(one, str) else None for one in (call_id, name))
+        calls.append(Call(whole_characters(call_id), whole_characters(name), whole_characters(arguments) or ""))
     reasoning = message.get("reasoning_content")
     if reasoning is None:
         reasoning = message.get("reasoning")
     return Answer(
-        content=_text(message.get("content")),
-        reasoning=reasoning if isinstance(reasoning, str) else None,
+        content=whole_characters(_text(message.get("content"))),
+        reasoning=whole_characters(reasoning if isinstance(reasoning, str) else None),
         calls=tuple(calls),
         finish=finish if isinstance(finish, str) else None,
         usage=usage if isinstance(usage, Mapping) else None,
@@ -130,8 +129,27 @@ def read_message(message: Any, finish: Any, usage: Any = None, logprobs: Any = N
         refusal=message.get("refusal"),
         had_plain_arguments=plain,
         logprobs=logprobs,
-        source=message,
+        source=message if _is_text(message) else None,
     )
+
+
+def whole_characters(text: str | None) -> str | None:
+    """The text with halves of surrogate pairs joined, and lone ones replaced: no protocol could carry them on."""
+    if text is None or text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _is_text(message: Any) -> bool:
+    try:
+        json.dumps(message, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text(content: Any) -> str | None:
@@ -190,8 +208,7 @@ class Asked:
         pieces: list[str] = []
         for message in self.messages:
             pieces += _strings(message.get("content"))
-            for call in message.get("tool_calls") or ():
-                pieces += _strings(call)
+            pieces += _strings(message.get("tool_calls"))
         pieces += _strings(self.body.get("tools"))
         return "\n".join(pieces)
 

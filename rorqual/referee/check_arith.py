@@ -10,15 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import islice
 from typing import Final
 
 from rorqual.referee.answer import Answer, Asked
 from rorqual.referee.reasons import Finding, failed
 
 _MOST_BITS: Final = 4096
-_NUM = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
-_SIDE = rf"\(*(?:[+\-−]\s*)?\(*{_NUM}\)*(?:\s*(?:\*\*|[-+*/^×÷·−])\s*\(*[-−]?{_NUM}\)*)*"
-_EQUATION = re.compile(rf"(?P<first>{_SIDE})(?P<rest>(?:\s*(?:=|≈)\s*{_SIDE})+)")
+# Possessive and bounded: a text made to be slow takes no longer than another of its length.
+_NUM = r"(?<![\d.,])(?>\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?+"
+_OPEN, _SHUT, _SIGN = r"[(]{0,8}", r"[)]{0,8}", r"(?:\*\*|[-+*/^×÷·−])"
+_SIDE = rf"{_OPEN}(?:[+\-−] ?)?{_OPEN}{_NUM}{_SHUT}(?: ?{_SIGN} ?{_OPEN}[-−]?{_NUM}{_SHUT}){{0,64}}"
+_EQUATION = re.compile(rf"(?P<first>{_SIDE})(?P<rest>(?: ?(?:=|≈) ?{_SIDE}){{1,16}})")
+_MOST, _AROUND = 500, 300
 _SPLIT = re.compile(r"\s*(=|≈)\s*")
 _TOKEN = re.compile(rf"\s*(?:({_NUM})|(\*\*|[-+*/^×÷·−()]))")
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
@@ -50,7 +54,7 @@ def check_arith(asked: Asked, answer: Answer) -> list[Finding]:
 
 
 def _equations(text: str, asked: Asked) -> Iterator[Finding]:
-    for match in _EQUATION.finditer(text):
+    for match in islice(_EQUATION.finditer(text), _MOST):
         if _is_doubtful(text, match.start(), match.end()) or match[0].strip() in asked.context:
             continue
         parts = _SPLIT.split(match[0])
@@ -70,10 +74,10 @@ def _equations(text: str, asked: Asked) -> Iterator[Finding]:
 
 
 def _is_doubtful(text: str, start: int, end: int) -> bool:
-    line_start = text.rfind("\n", 0, start) + 1
-    line_end = text.find("\n", end)
-    line = text[line_start : line_end if line_end >= 0 else len(text)]
-    before, after = text[line_start:start], text[end : end + 24]
+    line_start = max(text.rfind("\n", 0, start) + 1, start - _AROUND)
+    line_end = text.find("\n", end, end + _AROUND)
+    line = text[line_start : line_end if line_end >= 0 else end + _AROUND]
+    before, after = text[max(line_start, start - 24) : start], text[end : end + 24]
     itself = text[start:end]
     if _DATE_LIKE.search(itself) or _LEADING_ZERO.search(itself):
         return True

@@ -13,7 +13,7 @@ from rorqual.referee.policy import Evidence, Policy
 from rorqual.referee.reasons import Finding, failed, repaired
 from rorqual.referee.schemas import fit, schema_of, violations
 
-_CITED = re.compile(r'(?:"([^"\n]{8,400})"|“([^”\n]{8,400})”)?\s*\[([A-Za-z0-9][\w.:-]{0,63})\]')
+_CITED = re.compile(r'(?:(?:"([^"\n]{8,400})"|“([^”\n]{8,400})”)\s{0,4})?\[([A-Za-z0-9][\w.:-]{0,63})\]')
 
 
 def check_schema(asked: Asked, answer: Answer) -> tuple[Answer, list[Finding]]:

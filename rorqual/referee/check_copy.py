@@ -26,7 +26,7 @@ _FILE = r"[\w@~+-][\w.@~+-]*\.[A-Za-z][A-Za-z0-9]{0,7}"
 _ID = r"(?=[\w-]*\d)(?=[\w-]*[A-Za-z])[A-Za-z0-9]+(?:[_-][A-Za-z0-9]+)+|[A-Za-z]{1,6}\d{4,}"
 _NUMBER = r"\d{4,}"
 _IDENTIFIER = re.compile(
-    rf"(?<![\w./\\-])(?:(?P<uuid>{_UUID})|(?P<hash>{_HASH})|(?P<path>{_PATH})|(?P<file>{_FILE})|(?P<id>{_ID})"
+    rf"(?<![\w./\\@~+-])(?:(?P<uuid>{_UUID})|(?P<hash>{_HASH})|(?P<path>{_PATH})|(?P<file>{_FILE})|(?P<id>{_ID})"
     rf"|(?P<number>{_NUMBER}))(?![\w/\\-])"
 )
 _DATE = re.compile(r"\d{4}-\d{1,2}(?:-\d{1,2})?(?:[T ].*)?|(?:19|20)\d\d")

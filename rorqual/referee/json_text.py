@@ -16,7 +16,7 @@ from typing import Any, Final
 
 MAX_DEPTH: Final = 64
 MAX_CHARACTERS: Final = 1 << 20
-_FENCE = re.compile(r"\s*```[A-Za-z0-9_-]*[ \t]*\r?\n(.*?)\r?\n?[ \t]*```\s*", re.DOTALL)
+_FENCE_OPEN = re.compile(r"```[A-Za-z0-9_-]*[ \t]*\r?\n")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _WORD = re.compile(r"[A-Za-z_$][A-Za-z0-9_$-]*")
 _SPACE = re.compile(r"(?:[ \t\r\n]+|//[^\n]*|/\*.*?\*/)+", re.DOTALL)
@@ -106,9 +106,9 @@ class _Reader:
 
     def __init__(self, text: str) -> None:
         self.notes: list[str] = []
-        fenced = _FENCE.fullmatch(text)
-        if fenced is not None:
-            text = fenced[1]
+        opening = _FENCE_OPEN.match(text.lstrip())
+        if opening is not None and text.rstrip().endswith("```"):
+            text = text.strip()[opening.end() : -3]
             self._note("a code fence removed")
         if text.startswith("\ufeff"):
             text = text[1:]

@@ -16,7 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from rorqual import log
 from rorqual.errors import RequestError
 from rorqual.referee import Answer, Asked, Options, Verdict
-from rorqual.referee.answer import call_body
+from rorqual.referee.answer import call_body, whole_characters
 from rorqual.referee.budget import add_usage
 from rorqual.referee.holdback import Holdback
 from rorqual.referee.reasons import Finding
@@ -305,13 +305,15 @@ class _Live:
             return
         reasoning = delta.get("reasoning_content")
         reasoning = delta.get("reasoning") if reasoning is None else reasoning
-        if isinstance(reasoning, str) and reasoning:
+        reasoning = whole_characters(reasoning) if isinstance(reasoning, str) else None
+        if reasoning:
             if self._way == "annotate_after":
                 self._put({"reasoning_content": reasoning})
             else:
                 self._reasoning += reasoning
         content = delta.get("content")
-        if isinstance(content, str) and content:
+        content = whole_characters(content) if isinstance(content, str) else None
+        if content:
             piece = content if self._way == "annotate_after" else self._holdback.feed(content)
             if piece:
                 if self._reasoning:  # an answer whose text goes out is not asked for again

@@ -157,7 +157,7 @@ async def _pieces(gateway: Gateway, response: Any, tap: _Tap | None) -> AsyncIte
         if response.is_stream_consumed:
             yield response.content
         else:
-            async for piece in response.aiter_raw():
+            async for piece in response.aiter_bytes():
                 if tap is not None:
                     tap.piece(piece)
                 yield piece

@@ -119,7 +119,7 @@ class Upstream:
                 return self._at_once(await self.read(response), each)
             reader, assembler = SseReader(), Assembler()
             try:
-                async for piece in response.aiter_raw():
+                async for piece in response.aiter_bytes():
                     for data in reader.feed(piece):
                         if data == "[DONE]":
                             return self._finished(assembler)

@@ -94,7 +94,8 @@ class MockUpstream:
             "model": body["model"],
             "system_fingerprint": "f",
         }
-        return JSONResponse({**around, "choices": [{"index": 0, **answer}], "usage": USAGE})
+        body = {**around, "choices": [{"index": 0, **answer}], "usage": USAGE}
+        return Response(json.dumps(body), media_type="application/json")  # escaped, so halves of characters too
 
     def refusal(self, body: dict[str, Any]) -> str | None:
         """What a strict host says of the history."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rorqual.referee import Answer, Asked, Call, Evidence, Options, Policy
+from rorqual.referee.audit import without_secrets
 from rorqual.referee.check import Checked, check_answer
 from rorqual.referee.check_arith import evaluate
 from rorqual.referee.check_copy import edit_distance
@@ -219,3 +220,17 @@ def test_the_documentation_lists_every_reason():
         for one in REASONS
     ]
     assert [line for line in page.splitlines() if line.startswith("| `") and line.count("|") == 6] == rows
+
+
+@pytest.mark.parametrize("text", [
+    "(" * 50_000, "1" * 200_000, "1,111" * 40_000, "1+" * 100_000, "1 + 1 = 3 " * 20_000, "=" * 100_000,
+    "+@" * 100_000, "a/" * 100_000, "a-" * 100_000, "a." * 100_000, "://" * 50_000, "| 1 " * 50_000, "<think>" * 20_000,
+    "<tool_call>" * 20_000, "```json\n" + " " * 200_000, '"' * 100_000, "[" * 100_000, "/*" * 100_000,
+])  # fmt: skip
+def test_texts_made_to_be_slow_are_read_in_time(text: str):
+    """They would take hours if the reading were quadratic or worse."""
+    checked(text, asked="whales", checks=["format", "copy", "arith", "citations", "done"])
+    checked(text, response_format=FORM)
+    checked(calls=(Call("c", "read", text),))
+    checked(calls=(Call("c", "read", json.dumps({"path": text})),))
+    without_secrets(text)

@@ -381,6 +381,17 @@ def test_text_that_is_out_is_corrected_apart_and_calls_behind_it_are_asked_again
         assert [call["function"] for call in made] == [GOOD["function"]] and finish == "tool_calls"
 
 
+def test_halves_of_characters_do_no_harm():
+    mock = MockUpstream(
+        [says("a \ud83d b", calls=[calls("get_weather", '{"city": "\ud83d"}')]), says("\U0001f40b!")], piece=1
+    )
+    with in_front_of(mock, "annotate") as client:
+        assert ask(client).json()["choices"][0]["message"]["content"] == "a \ufffd b"
+        for way in ("buffer", "holdback", "annotate_after"):
+            mock.answers = [says("a \ud83d b")]
+            assert joined(events(ask(client, stream=True, referee={"stream": way})))[0] == "a \ufffd b"
+
+
 # ---------------------------------------------------------------- the request object
 
 
