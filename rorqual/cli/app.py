@@ -36,6 +36,8 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("Serve any checkpoint over HTTP, with the web page.", TALK),
     "agent": Command("Do a task with tools in a sandbox; survives being killed.", ACT),
     "tasks": Command("An agent on tasks that hidden tests judge: Terminal-Bench, SWE-bench.", ACT),
+    "referee": Command("Check, repair and record the answers of any endpoint on their way.", RUN),
+    "connect": Command("Point a coding client at your server: claude-code, opencode, cline, cursor.", RUN),
     "keys": Command("Make, list, top up and revoke API keys with budgets and limits.", RUN),
     "usage": Command("Show requests, tokens and cost by day, key and model.", RUN),
     "eval": Command("Measure a model or an endpoint: facts, long context, tools, code and more.", LOOK),

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 EXTRAS = {
-    "serve": ("fastapi", "uvicorn", "prometheus_client", "httpx2"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "httpx2", "jsonschema_rs"),
     "plots": ("matplotlib",),
     "hub": ("huggingface_hub",),
     "gguf": ("gguf",),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # it brings torch, which takes seconds to import
     from rorqual.server.service import Behaviour
     from rorqual.server.upstream import UpstreamSettings
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "httpx2")
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "httpx2", "jsonschema_rs")
 
 
 def start(

@@ -6,7 +6,8 @@ standard shape has no such field. So the server remembers the reasoning of every
 
 A call was sampled as markup and is sent as JSON. A client that reads and writes that JSON again may order its keys and
 spell its numbers otherwise, and the prompt would no longer hold what the model wrote. So the parameters are remembered
-as sampled, and an answer known again is rendered with them.
+as sampled, and an answer known again is rendered with them; where the model is elsewhere, with the arguments' text as
+it came (`spelling`).
 
 An answer is known again by its call ids, which are random, or, where a client made up its own, by its text, its calls
 and by what it answered. Whitespace around a text and the spelling of arguments (spaces, order of keys, `2.0` for
@@ -54,11 +55,13 @@ class _Kept:
     used: float
     reasoning: str | None
     calls: tuple[Parameters, ...]
+    arguments: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         texts = [
             self.reasoning or "",
+            *self.arguments,
             *(text for call in self.calls for key, value, _ in call for text in (key, value)),
         ]
         return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
@@ -88,16 +91,27 @@ class Continuity:
         return self._nbytes
 
     def remember(
-        self, owner: str, before: Sequence[Message], answer: Message, sampled: Sequence[Parameters] = ()
+        self,
+        owner: str,
+        before: Sequence[Message],
+        answer: Message,
+        sampled: Sequence[Parameters] = (),
+        *,
+        spelling: bool = False,
     ) -> None:
-        """Keep the reasoning of `answer`, which was given to the conversation `before`, and its calls as `sampled`."""
+        """Keep the reasoning of `answer`, which was given to the conversation `before`, and its calls as `sampled`.
+
+        spelling: keep the text of its calls' arguments, too.
+        """
         reasoning = answer.get("reasoning_content") or None
-        if reasoning is None and not sampled or not (answer.get("tool_calls") or _text(answer).strip()):
+        calls = answer.get("tool_calls") or []
+        arguments = tuple(call["function"]["arguments"] for call in calls) if spelling else ()
+        if reasoning is None and not sampled and not arguments or not (calls or _text(answer).strip()):
             return
         with self._lock:
             for key in _keys(owner, before, answer):
                 self._drop(key)
-                self._kept[key] = _Kept(self._clock(), reasoning, tuple(sampled))
+                self._kept[key] = _Kept(self._clock(), reasoning, tuple(sampled), arguments)
                 self._nbytes += len(key) + self._kept[key].nbytes
             self._forget_old()
 
@@ -119,6 +133,12 @@ class Continuity:
                     pairs = zip(message["tool_calls"], kept.calls, strict=True)
                     out[i] = {**message, "tool_calls": [{**call, "sampled_parameters": was} for call, was in pairs]}
                     as_sampled.append(i)
+                elif kept is not None and kept.arguments:
+                    given = zip(message["tool_calls"], kept.arguments, strict=True)
+                    spelled = [{**call, "function": {**call["function"], "arguments": was}} for call, was in given]
+                    if spelled != list(message["tool_calls"]):
+                        out[i] = {**message, "tool_calls": spelled}
+                        as_sampled.append(i)
                 if wants_reasoning:
                     reasoning = kept and kept.reasoning
                     out[i] = {**out[i], "reasoning_content": reasoning}

@@ -94,6 +94,11 @@ class Ticket:
     def asked(self) -> Asked:
         return self._asked
 
+    @property
+    def is_held(self) -> bool:
+        """Whether money or a place is reserved for it, which has to be given back in time."""
+        return self._held is not None
+
     def follow(self, running: Running, usage: Callable[[], Mapping[str, Any]]) -> None:
         """Say what runs, and where its usage object (of chat completions) can be read at any moment."""
         self._running, self._usage = running, usage

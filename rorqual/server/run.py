@@ -15,15 +15,16 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
-from rorqual.engine import Engine, EngineSettings
+from rorqual.engine import EngineSettings
 from rorqual.errors import ConfigError
 from rorqual.server import logs
 from rorqual.server.app import create_app
 from rorqual.server.auth import check_exposure, is_loopback
 from rorqual.server.operations import Operations
 from rorqual.server.service import Behaviour
-from rorqual.server.upstream import RemoteEngine, UpstreamSettings
+from rorqual.server.upstream import UpstreamSettings
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -78,35 +79,57 @@ def run(
     operations = operations or Operations()
     check_exposure(host, operations.accounts.gatekeeper)
     listener = bind(host, port)
-    scheme = "http" if certificate is None else "https"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    url = address_of(host, listener, certificate)
     hosts = (*LOOPBACK, host) if is_loopback(host) else None
     with contextlib.closing(operations), (settings or EngineSettings()).open(model, tokenizer) as engine:
         app = create_app(
             engine, model_name, revision=revision, behaviour=behaviour, allowed_hosts=hosts, operations=operations
         )
-        logs.configure(log_style)
-        tls: dict[str, Any] = {}
-        if certificate is not None:
-            tls = {"ssl_certfile": certificate.file, "ssl_keyfile": certificate.key_file}
-        if log_style == "json":
-            tls["log_config"] = None  # uvicorn's lines then go where all others do
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, **tls)
-        server = _Server(config, engine, operations, drain_s)
-        if on_ready is not None:
-            on_ready(url)  # the socket listens already, so a browser opened now will get its answer
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
-            server.run(sockets=[listener])
+        serve_app(
+            app, listener, operations, engine.close, url=url, certificate=certificate, drain_s=drain_s,
+            log_style=log_style, on_ready=on_ready,
+        )  # fmt: skip
+
+
+def serve_app(
+    app: FastAPI,
+    listener: socket.socket,
+    operations: Operations,
+    end: Callable[[], None] = lambda: None,
+    *,
+    url: str,
+    certificate: Certificate | None = None,
+    drain_s: float = 30.0,
+    log_style: logs.Style = "off",
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve an application on a listening socket until a signal, as `run` says. end: ends what still runs then."""
+    logs.configure(log_style)
+    tls: dict[str, Any] = {}
+    if certificate is not None:
+        tls = {"ssl_certfile": certificate.file, "ssl_keyfile": certificate.key_file}
+    if log_style == "json":
+        tls["log_config"] = None  # uvicorn's lines then go where all others do
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, **tls)
+    server = _Server(config, end, operations, drain_s)
+    if on_ready is not None:
+        on_ready(url)  # the socket listens already, so a browser opened now will get its answer
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
+        server.run(sockets=[listener])
+
+
+def address_of(host: str, listener: socket.socket, certificate: Certificate | None) -> str:
+    """The URL of what listens there."""
+    scheme = "http" if certificate is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 class _Server(uvicorn.Server):
-    """Drains at SIGTERM, and ends the engine's requests before it shuts down, so that no open stream holds it up."""
+    """Drains at SIGTERM, and ends what runs before it shuts down, so that no open stream holds it up."""
 
-    def __init__(
-        self, config: uvicorn.Config, engine: Engine | RemoteEngine, operations: Operations, drain_s: float
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, end: Callable[[], None], operations: Operations, drain_s: float) -> None:
         super().__init__(config)
-        self._engine, self._drain, self._drain_s = engine, operations.drain, drain_s
+        self._end, self._drain, self._drain_s = end, operations.drain, drain_s
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
 
@@ -129,7 +152,7 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await asyncio.to_thread(self._engine.close)
+        await asyncio.to_thread(self._end)
         await super().shutdown(sockets)
 
 

@@ -93,7 +93,7 @@ class TokenStream:
     async def collect(self, http: HttpRequest) -> list[TokenEvent]:
         """All events; when the client goes away first, the request is cancelled and ClientGone raised."""
         task = asyncio.ensure_future(self._all())
-        watcher = asyncio.ensure_future(_gone(http))
+        watcher = asyncio.ensure_future(gone(http))
         try:
             await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -108,7 +108,7 @@ class TokenStream:
         return [event async for batch in self.batches(3600.0) for event in batch]
 
 
-async def _gone(http: HttpRequest) -> None:
+async def gone(http: HttpRequest) -> None:
     """Return when the client has closed the connection."""
     while (await http.receive())["type"] != "http.disconnect":
         pass

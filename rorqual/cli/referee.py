@@ -1,0 +1,221 @@
+"""`rorqual referee`: checks and repairs the answers of any OpenAI-style endpoint on their way."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rorqual.cli.elsewhere import KEY_VARIABLE
+from rorqual.cli.operating import (
+    AllowOrigin,
+    ApiKeys,
+    CertFile,
+    DrainSeconds,
+    KeyFile,
+    KeyOfCert,
+    LedgerOption,
+    Limit,
+    LogStyle,
+    MaxBody,
+    NoAuth,
+    NoLedger,
+    PriceAs,
+    Prices,
+    RequestsPerMinute,
+    TokensPerMinute,
+    UserLimit,
+    build_operations,
+    certificate,
+)
+from rorqual.cli.options import NETWORK, Json, Port
+from rorqual.cli.serving import require_server
+from rorqual.errors import ConfigError
+from rorqual.sizes import parse_bytes
+
+JUDGING, ROUNDS, RECORD = "Judging", "Asking again", "Record"
+
+
+def referee(
+    upstream: Annotated[
+        str,
+        typer.Option(
+            "--upstream",
+            help=f"Address of the endpoint; its key in {KEY_VARIABLE}, or else the one each client sends.",
+        ),
+    ],
+    mode: Annotated[
+        Literal["observe", "annotate", "enforce"],
+        typer.Option(
+            "--mode",
+            help="observe: pass on and record. annotate: repair and tell. enforce: nothing broken goes out.",
+            rich_help_panel=JUDGING,
+        ),
+    ] = "observe",
+    profile: Annotated[
+        Literal["chat", "assistant", "regulated"] | None,
+        typer.Option("--profile", help="How careful to be; the policy's, or assistant.", rich_help_panel=JUDGING),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option("--policy", help="TOML file: forbidden calls, other names of tools.", rich_help_panel=JUDGING),
+    ] = None,
+    stream: Annotated[
+        Literal["buffer", "holdback", "annotate_after"] | None,
+        typer.Option("--stream", help="How streams go out; buffer with enforce.", rich_help_panel=JUDGING),
+    ] = None,
+    max_rounds: Annotated[
+        int, typer.Option("--max-rounds", min=0, max=8, help="Times to ask again.", rich_help_panel=ROUNDS)
+    ] = 2,
+    token_ratio: Annotated[
+        float,
+        typer.Option(
+            "--token-ratio", min=0, help="Tokens that may take, of the first answer's.", rich_help_panel=ROUNDS
+        ),
+    ] = 0.5,
+    wall_ms: Annotated[
+        float, typer.Option("--wall-ms", min=0, help="Time it may take.", rich_help_panel=ROUNDS)
+    ] = 20_000.0,
+    fallback: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fallback", help="Model asked when the request's own fails; repeatable.", rich_help_panel=ROUNDS
+        ),
+    ] = None,
+    constrain: Annotated[
+        bool,
+        typer.Option(
+            "--constrain/--no-constrain",
+            help="Ask again with strict tool schemas, where taken.",
+            rich_help_panel=ROUNDS,
+        ),
+    ] = True,
+    upstream_timeout: Annotated[
+        float, typer.Option("--upstream-timeout", help="Longest silence, in seconds.", rich_help_panel=NETWORK)
+    ] = 600.0,
+    keep_reasoning: Annotated[
+        bool,
+        typer.Option(
+            "--keep-reasoning/--no-keep-reasoning",
+            help="Put reasoning and calls back that a client dropped or respelled.",
+            rich_help_panel=JUDGING,
+        ),
+    ] = True,
+    missing_reasoning: Annotated[
+        Literal["rethink", "error"],
+        typer.Option(
+            "--missing-reasoning",
+            help="Reasoning nobody has any more: go on without, or refuse.",
+            rich_help_panel=JUDGING,
+        ),
+    ] = "rethink",
+    journal: Annotated[
+        Path | None,
+        typer.Option("--journal", help="Folder of the record; in your data folder otherwise.", rich_help_panel=RECORD),
+    ] = None,
+    no_journal: Annotated[bool, typer.Option("--no-journal", help="Keep no record.", rich_help_panel=RECORD)] = False,
+    texts: Annotated[
+        bool,
+        typer.Option(
+            "--texts", help="Keep conversations too, what looks like a secret hidden.", rich_help_panel=RECORD
+        ),
+    ] = False,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            help="Address to listen on; beyond this machine it takes keys, or --no-auth.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = "127.0.0.1",
+    port: Port = 8100,
+    api_key: ApiKeys = None,
+    key_file: KeyFile = None,
+    no_auth: NoAuth = False,
+    ledger: LedgerOption = None,
+    no_ledger: NoLedger = False,
+    limit: Limit = None,
+    user_limit: UserLimit = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    prices: Prices = None,
+    price_as: PriceAs = None,
+    allow_origin: AllowOrigin = None,
+    max_body: MaxBody = "48MiB",
+    ssl_certfile: CertFile = None,
+    ssl_keyfile: KeyOfCert = None,
+    drain_s: DrainSeconds = 30.0,
+    log: LogStyle = "text",
+    as_json: Json = False,
+) -> None:
+    """Check, repair and record the answers of any OpenAI-style endpoint on their way to its clients.
+
+    \b
+    rorqual referee --upstream https://api.deepseek.com
+    rorqual referee --upstream http://127.0.0.1:8000 --mode enforce --profile regulated
+    """
+    require_server()
+    from rorqual.folders import data_folder
+    from rorqual.referee import Continuity, Options, Referee, load_policy
+    from rorqual.referee.audit import Audit
+    from rorqual.referee.policy import BudgetBody
+    from rorqual.server.gateway import Gateway
+    from rorqual.server.gateway_run import run_gateway
+    from rorqual.server.gateway_threads import Threads
+    from rorqual.server.gateway_wire import Upstream
+
+    if not upstream.startswith(("http://", "https://")):
+        raise ConfigError(f"--upstream is {upstream!r}. Give an address such as http://127.0.0.1:8000.")
+    if mode == "enforce" and stream == "annotate_after":
+        raise ConfigError(
+            "--stream annotate_after sends answers before they are checked, and --mode is enforce. Use buffer or "
+            "holdback."
+        )
+    if journal is not None and no_journal:
+        raise ConfigError("--journal names a folder and --no-journal says that there is none. Leave one of them out.")
+    operations = build_operations(
+        api_keys=api_key,
+        key_file=key_file,
+        no_auth=no_auth,
+        ledger=ledger,
+        no_ledger=no_ledger,
+        limit=limit,
+        user_limit=user_limit,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        prices=prices,
+        price_as=price_as,
+        allow_origin=allow_origin,
+        max_body_bytes=parse_bytes(max_body, "--max-body"),
+    )
+    budget = BudgetBody(max_rounds=max_rounds, token_ratio=token_ratio, wall_ms=wall_ms)
+    options = Options(mode, load_policy(policy, profile), budget=budget, stream=stream)
+    audit = Audit(None if no_journal else journal or data_folder() / "referee", texts=texts)
+    judge = Referee(fallbacks=fallback or (), constrain=constrain)
+    audit.learn(judge.rates)
+    gateway = Gateway(
+        Upstream(upstream, os.environ.get(KEY_VARIABLE) or None, upstream_timeout),
+        options,
+        judge,
+        audit,
+        Threads(Continuity() if keep_reasoning else None, missing_reasoning),
+        operations,
+    )
+
+    def say_where(url: str) -> None:
+        if as_json:
+            about = {"url": url, "api": f"{url}/v1", "upstream": upstream, "mode": mode, "policy_id": options.policy.id}
+            typer.echo(json.dumps(about))
+        else:
+            typer.echo(f"The referee ({mode}) is at {url}/v1 in front of {upstream}   (Ctrl-C stops it)")
+
+    run_gateway(
+        gateway,
+        host=host,
+        port=port,
+        certificate=certificate(ssl_certfile, ssl_keyfile),
+        drain_s=drain_s,
+        log_style=log,
+        on_ready=say_where,
+    )

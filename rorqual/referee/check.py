@@ -1,0 +1,79 @@
+"""All deterministic checks over one answer, in the order in which they may change it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rorqual import log
+from rorqual.referee.answer import Answer, Asked
+from rorqual.referee.check_arith import check_arith
+from rorqual.referee.check_content import check_citations, check_schema
+from rorqual.referee.check_copy import check_copy
+from rorqual.referee.check_done import check_done
+from rorqual.referee.check_format import check_format
+from rorqual.referee.check_tools import check_tools
+from rorqual.referee.policy import Options
+from rorqual.referee.reasons import Finding, failed
+
+logger = log.get(__name__)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An answer with what could be repaired. costs_ms: of each check that ran, in their order."""
+
+    answer: Answer
+    findings: Sequence[Finding]
+    costs_ms: dict[str, float]
+
+    @property
+    def standing(self) -> tuple[str, ...]:
+        """Codes of the faults that reject it."""
+        return tuple(dict.fromkeys(one.code for one in self.findings if one.rejects))
+
+    @property
+    def is_repaired(self) -> bool:
+        return any(one.status == "repaired" for one in self.findings)
+
+
+def check_answer(asked: Asked, answer: Answer, options: Options) -> Checked:
+    """Run the checks the options ask for. No model is called and nothing is executed.
+
+    A check that raises is our mistake: it is logged, and `check_failed` stands among the findings (rule 1).
+    """
+    try:
+        return _check(asked, answer, options)
+    except Exception as error:
+        logger.exception("a check failed")
+        says = f"the referee failed to check this answer ({type(error).__name__}); its log has the trace"
+        return Checked(answer, (failed("check_failed", says),), {})
+
+
+def _check(asked: Asked, answer: Answer, options: Options) -> Checked:
+    findings: list[Finding] = []
+    costs: dict[str, float] = {}
+    policy = options.policy
+    for name in ("format", "tool", "schema", "copy", "arith", "citations", "done"):
+        if name not in options.checks:
+            continue
+        began = time.perf_counter()
+        found: list[Finding]
+        if name == "format":
+            answer, found = check_format(asked, answer)
+        elif name == "tool":
+            answer, found = check_tools(asked, answer, policy)
+        elif name == "schema":
+            answer, found = check_schema(asked, answer)
+        elif name == "copy":
+            found = check_copy(asked, answer, policy)
+        elif name == "arith":
+            found = check_arith(asked, answer)
+        elif name == "citations":
+            found = check_citations(answer, options.evidence, policy)
+        else:
+            found = check_done(asked, answer)
+        findings += found
+        costs[name] = 1000 * (time.perf_counter() - began)
+    return Checked(answer, tuple(findings), costs)

@@ -1,0 +1,203 @@
+"""The referee as a gateway: the same API in front of any OpenAI-style endpoint, its answers checked on the way.
+
+`/v1/chat/completions` is judged (or, in mode observe, passed on byte for byte and judged afterwards); the list of
+models and completions pass through. `POST /v1/referee/check` judges an answer that somebody already has.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from rorqual.errors import RequestError
+from rorqual.referee import Asked, Continuity, Options, Referee, options_of, read_answer, read_message
+from rorqual.referee.audit import Audit
+from rorqual.server import errors
+from rorqual.server.accounts import account_of, owner_of
+from rorqual.server.gateway_chat import Exchange
+from rorqual.server.gateway_relay import observe, relay
+from rorqual.server.gateway_threads import Threads, owner_with_key
+from rorqual.server.gateway_wire import Upstream, UpstreamRefusal
+from rorqual.server.operations import Operations
+
+_PASSED_ON = ("/v1/models", "/v1/completions", "/v1/embeddings")
+
+
+@dataclass
+class Gateway:
+    """What every request shares. options: for requests that say nothing themselves. verdicts: how many of each word."""
+
+    upstream: Upstream
+    options: Options
+    referee: Referee = field(default_factory=Referee)
+    audit: Audit = field(default_factory=lambda: Audit(None))
+    threads: Threads = field(default_factory=lambda: Threads(Continuity()))
+    operations: Operations = field(default_factory=Operations)
+    keep_alive_s: float = 10.0
+    verdicts: Counter[str] = field(default_factory=Counter)
+
+    async def chat(self, http: HttpRequest) -> Response:
+        """POST /v1/chat/completions. Raises: RequestError for what cannot be served."""
+        raw = await http.body()
+        body = read_body(raw)
+        given = body.pop("referee", None)
+        options = options_of(given, self.options)
+        headers = self.upstream.headers(http.headers)
+        owner = owner_with_key(owner_of(http, _user(body)), {} if self.upstream.has_key else http.headers)
+        sent, found = self.threads.restore(owner, body)
+        asked = Asked(sent)
+        if options.mode in ("off", "observe"):
+            as_came = raw if given is None and sent is body else None
+            return await observe(self, http, asked, options, headers, owner, as_came)
+        if body.get("n") not in (None, 1):
+            raise RequestError(
+                f"n is {body['n']}, and the referee judges one answer a request. Send n=1, or mode off.",
+                param="n",
+            )
+        return await Exchange(self, http, asked, options, headers, owner, found).respond()
+
+    async def check(self, http: HttpRequest) -> Response:
+        """POST /v1/referee/check: an answer somebody has, judged without asking any model."""
+        try:
+            given = CheckBody.model_validate(read_body(await http.body()))
+        except ValidationError as error:
+            raise errors.from_validation(error.errors()) from None
+        began = time.monotonic()
+        options = options_of(given.referee or {}, self.options)
+        if options.mode in ("off", "observe"):
+            options = options_of({"mode": "annotate"}, options)
+        asked = Asked(given.model_dump(exclude={"answer", "finish_reason", "referee"}, exclude_none=True))
+        if "choices" in given.answer:
+            answer = read_answer(given.answer)
+        else:
+            answer = read_message(given.answer, given.finish_reason or given.assumed_finish)
+        verdict = await self.referee.judge_answer(asked, answer, options)
+        self.verdicts[verdict.word] += 1
+        self.audit.verdict(
+            asked, options, verdict, account=account_of(http), trace=getattr(http.state, "trace", ""),
+            duration_s=time.monotonic() - began,
+        )  # fmt: skip
+        message = None if verdict.answer is None else verdict.answer.message()
+        finish = None if verdict.answer is None else verdict.answer.finish
+        refusal = errors.error_body(verdict.error())["error"] if verdict.word == "rejected" else None
+        body = {"referee": verdict.to_dict(), "message": message, "finish_reason": finish, "error": refusal}
+        return JSONResponse(body, headers=verdict.headers())
+
+    def note(self, word: str) -> None:
+        """Count a verdict."""
+        self.verdicts[word] += 1
+
+    async def close(self) -> None:
+        """Close the upstream's connections and the journal."""
+        await self.upstream.close()
+        await self.audit.settled()
+        self.audit.close()
+
+
+class CheckBody(BaseModel):
+    """The body of /v1/referee/check: a chat request, and its answer: a message or a completion."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    messages: list[dict[str, Any]] = []
+    model: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    answer: dict[str, Any]
+    finish_reason: str | None = None
+    referee: dict[str, Any] | None = None
+
+    @property
+    def assumed_finish(self) -> str:
+        """Of a bare message, which has none."""
+        return "tool_calls" if self.answer.get("tool_calls") else "stop"
+
+
+def create_gateway(gateway: Gateway, allowed_hosts: Collection[str] | None = None) -> FastAPI:
+    """The application. allowed_hosts: names the Host header may carry; None allows any. It closes the gateway."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> Any:
+        yield
+        await gateway.close()
+
+    app = FastAPI(title="Rorqual referee", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    errors.install(app)
+    gateway.operations.install(app, allowed_hosts)
+
+    @app.exception_handler(UpstreamRefusal)
+    async def refused(request: HttpRequest, error: UpstreamRefusal) -> Response:
+        request.state.refusal = error
+        return Response(error.body, error.status, dict(error.headers))
+
+    async def chat(http: HttpRequest) -> Response:
+        return await gateway.chat(http)
+
+    async def check(http: HttpRequest) -> Response:
+        return await gateway.check(http)
+
+    async def passed_on(http: HttpRequest) -> Response:
+        return await relay(gateway, http)
+
+    async def unchecked(http: HttpRequest) -> Response:
+        if gateway.options.mode == "observe":
+            return await relay(gateway, http)
+        raise RequestError(
+            f"{http.url.path} is not judged by this referee, and its mode is {gateway.options.mode}. Use "
+            "/v1/chat/completions, or start it with --mode observe to have it passed on.",
+            status=501,
+            type="not_supported",
+        )
+
+    async def health(http: HttpRequest) -> Response:
+        return JSONResponse({"status": "draining" if gateway.operations.drain.is_draining else "ok"})
+
+    async def statistics(http: HttpRequest) -> Response:
+        return JSONResponse(
+            {"mode": gateway.options.mode, "policy_id": gateway.options.policy.id, "upstream": gateway.upstream.url,
+             "verdicts": dict(gateway.verdicts), "repair_rates": gateway.referee.rates.to_dict()}
+        )  # fmt: skip
+
+    async def metrics(http: HttpRequest) -> Response:
+        return PlainTextResponse(gateway.operations.meters.text(), media_type="text/plain; version=0.0.4")
+
+    for prefix in ("/v1", ""):
+        app.add_route(f"{prefix}/chat/completions", chat, ["POST"])
+    app.add_route("/v1/referee/check", check, ["POST"])
+    for path in _PASSED_ON:
+        app.add_route(path, passed_on, ["GET", "POST"])
+    app.add_route("/v1/models/{name:path}", passed_on, ["GET"])
+    for path in ("/v1/responses", "/v1/messages", "/anthropic/v1/messages"):
+        app.add_route(path, unchecked, ["POST"])
+    app.add_route("/health", health, ["GET"])
+    app.add_route("/stats", statistics, ["GET"])
+    app.add_route("/metrics", metrics, ["GET"])
+    return app
+
+
+def read_body(raw: bytes) -> dict[str, Any]:
+    """A request body. Raises: RequestError when it is no JSON object."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"Failed to parse the request body as JSON: {error}. Send one JSON object.") from error
+    if not isinstance(body, dict):
+        raise RequestError("The request body is not a JSON object. Send one.")
+    return body
+
+
+def _user(body: Mapping[str, Any]) -> str:
+    return str(body.get("user_id") or body.get("user") or "")
