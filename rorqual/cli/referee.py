@@ -30,6 +30,7 @@ from rorqual.cli.operating import (
     certificate,
 )
 from rorqual.cli.options import NETWORK, Json, Port
+from rorqual.cli.referee_trial import trial
 from rorqual.cli.serving import require_server
 from rorqual.errors import ConfigError
 from rorqual.sizes import parse_bytes
@@ -37,14 +38,25 @@ from rorqual.sizes import parse_bytes
 JUDGING, ROUNDS, RECORD = "Judging", "Asking again", "Record"
 
 
-def referee(
+referee = typer.Typer(
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    subcommand_metavar="[trial ...]",
+)
+
+
+@referee.callback()
+def stand(
+    context: typer.Context,
     upstream: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--upstream",
             help=f"Address of the endpoint; its key in {KEY_VARIABLE}, or else the one each client sends.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     mode: Annotated[
         Literal["observe", "annotate", "enforce"],
         typer.Option(
@@ -154,7 +166,11 @@ def referee(
     \b
     rorqual referee --upstream https://api.deepseek.com
     rorqual referee --upstream http://127.0.0.1:8000 --mode enforce --profile regulated
+    rorqual referee trial --upstream https://api.deepseek.com --set my.jsonl
     """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     require_server()
     from rorqual.folders import data_folder
     from rorqual.referee import Continuity, Options, Referee, load_policy
@@ -165,6 +181,8 @@ def referee(
     from rorqual.server.gateway_threads import Threads
     from rorqual.server.gateway_wire import Upstream
 
+    if upstream is None:
+        raise ConfigError("--upstream is missing: the referee stands in front of an endpoint. Give its address.")
     if not upstream.startswith(("http://", "https://")):
         raise ConfigError(f"--upstream is {upstream!r}. Give an address such as http://127.0.0.1:8000.")
     if mode == "enforce" and stream == "annotate_after":
@@ -219,3 +237,17 @@ def referee(
         log_style=log,
         on_ready=say_where,
     )
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Raises: ConfigError for options before the name of a command, which would have no effect."""
+    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    if given:
+        named = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(
+            f"{named} before {context.invoked_subcommand} has no effect there. Give the options behind "
+            f"`rorqual referee {context.invoked_subcommand}`."
+        )
+
+
+referee.command("trial")(trial)

@@ -90,17 +90,7 @@ class PublicQuestions(TaskFamily):
 
     def grade(self, item: Item, output_text: str) -> Grade:
         """C: the answer is the gold text, or a short, unhedged sentence with it as whole words; A: it declines."""
-        answer, gold = final_answer(output_text, item.thinking_mode), str(item.meta["value"])
-        if is_abstention(answer):
-            return Grade("A", 0.0, None, "abstained")
-        text, wanted = _plain(answer), _plain(gold)
-        if text == wanted:
-            return correct(answer)
-        if len(answer.split()) > MOST_WORDS or not wanted:
-            return wrong(answer[:200], f"longer than {MOST_WORDS} words")
-        if f" {wanted} " in f" {text} " and not is_hedged(answer):
-            return correct(answer)
-        return wrong(answer[:200], f"expected {gold}")
+        return grade_short(final_answer(output_text, item.thinking_mode), str(item.meta["value"]))
 
     def adversary(self, item: Item) -> list[str]:
         gold = str(item.meta["value"])
@@ -158,6 +148,20 @@ class PublicMrcr(TaskFamily):
     def adversary(self, item: Item) -> list[str]:
         body = item.meta["body"]
         return [completion("thinking", "", text) for text in ("", body, IDK, item.meta["prefix"], f"Here: {body}")]
+
+
+def grade_short(answer: str, gold: str) -> Grade:
+    """C: `answer` is the gold text, or a short, unhedged sentence with it as whole words; A: it declines."""
+    if is_abstention(answer):
+        return Grade("A", 0.0, None, "abstained")
+    text, wanted = _plain(answer), _plain(gold)
+    if text == wanted:
+        return correct(answer)
+    if len(answer.split()) > MOST_WORDS or not wanted:
+        return wrong(answer[:200], f"longer than {MOST_WORDS} words")
+    if f" {wanted} " in f" {text} " and not is_hedged(answer):
+        return correct(answer)
+    return wrong(answer[:200], f"expected {gold}")
 
 
 def _messages(row: Mapping[str, Any], index: int) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from rorqual.evals.suites.base import Row
 MOST_FAILURES = 20
 MOST_CHARACTERS = 1200
 
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 70rem; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -63,8 +63,8 @@ def page(outcome: Outcome, drawn: Sequence[tuple[str, str, bytes]]) -> str:
     """The page's text."""
     result = outcome.result
     title = f"{result['suite']} of {result['model']['id']}"
-    parts = [f"<h1>{_text(title)}</h1>", f"<p>{_text(_sentence(result))}</p>"]
-    parts += [f'<p class="note">{_text(note)}</p>' for note in result["notes"]]
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_sentence(result))}</p>"]
+    parts += [f'<p class="note">{escape(note)}</p>' for note in result["notes"]]
     parts += ["<h2>Headline, beside programs without a model</h2>", _headline(result)]
     parts += ['<div class="plots">']
     for _, caption, image in drawn:
@@ -74,12 +74,12 @@ def page(outcome: Outcome, drawn: Sequence[tuple[str, str, bytes]]) -> str:
             f'<figure><figcaption>{alt}</figcaption><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
         )
     parts += ["</div>", "<h2>Strata</h2>"]
-    for key, table in result["strata"].items():
-        parts += [f"<h3>{_text(key)}</h3>", _strata(table)]
+    for key, cells in result["strata"].items():
+        parts += [f"<h3>{escape(key)}</h3>", _strata(cells)]
     parts += ["<h2>Failures, as they came</h2>", *_failures(outcome.rows)]
-    parts += ["<h2>What was run</h2>", _table(("", ""), _facts(result))]
+    parts += ["<h2>What was run</h2>", table(("", ""), _facts(result))]
     body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en">{head}\n{body}\n</html>\n'
 
 
@@ -106,12 +106,12 @@ def _headline(result: Mapping[str, Any]) -> str:
         bounds = intervals.get(metric)
         between = "" if bounds is None else f"{shown(bounds[0])} to {shown(bounds[1])}"
         rows.append([metric, shown(value), between, *(shown(names[name].get(metric)) for name in names)])
-    return _table(("metric", "model", "95 % interval", *names), rows)
+    return table(("metric", "model", "95 % interval", *names), rows)
 
 
-def _strata(table: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = list(dict.fromkeys(name for cell in table.values() for name in cell))
-    return _table(("", *columns), ([name, *(shown(cell.get(c)) for c in columns)] for name, cell in table.items()))
+def _strata(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for cell in cells.values() for name in cell))
+    return table(("", *columns), ([name, *(shown(cell.get(c)) for c in columns)] for name, cell in cells.items()))
 
 
 def _failures(rows: Sequence[Row]) -> Iterable[str]:
@@ -124,9 +124,9 @@ def _failures(rows: Sequence[Row]) -> Iterable[str]:
     yield f"<p>{len(failed)} of {len(rows)} items were not right; {len(chosen)} of them:</p>"
     for row in chosen:
         asked = str(row.item.messages[-1].get("content", "")) if row.item.messages else str(row.item.prompt)
-        yield f"<h3>{_text(row.item.id)} · {row.grade} · {_text(row.item.stratum)}</h3>"
+        yield f"<h3>{escape(row.item.id)} · {row.grade} · {escape(row.item.stratum)}</h3>"
         for text in (asked, row.text, f"gold: {row.item.gold}"):
-            yield f"<pre>{_text(_cut(text))}</pre>"
+            yield f"<pre>{escape(_cut(text))}</pre>"
 
 
 def _facts(result: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -134,9 +134,10 @@ def _facts(result: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         yield name, result.get(name)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = ["<table><tr>" + "".join(f"<th>{_text(name)}</th>" for name in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in HTML; its cells are plain text."""
+    lines = ["<table><tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return "\n".join([*lines, "</table>"])
 
 
@@ -145,5 +146,6 @@ def _cut(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:half]}\n[...]\n{text[-half:]}"
 
 
-def _text(value: Any) -> str:
+def escape(value: Any) -> str:
+    """A value as text that is safe inside an element or a quoted attribute."""
     return html.escape(str(value), quote=True)

@@ -183,6 +183,12 @@ def prepare(folder: Path, settings: RunSettings, suite: Suite, target: Target) -
     }
     asked = json.loads(json.dumps(asked, default=str))
     run_id = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    keep_settings(folder, asked)
+    return run_id
+
+
+def keep_settings(folder: Path, asked: dict[str, Any]) -> None:
+    """Write what was asked into a new folder, or see that it holds the same. Raises: ConfigError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.json"
@@ -206,7 +212,6 @@ def prepare(folder: Path, settings: RunSettings, suite: Suite, target: Target) -
         raise ConfigError(
             f"{folder} cannot hold a run ({getattr(error, 'strerror', None) or error}). Choose another --out."
         ) from None
-    return run_id
 
 
 def _write(path: Path, data: Any) -> None:

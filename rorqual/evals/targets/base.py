@@ -16,7 +16,11 @@ Abstains = Callable[[str], int | None]
 
 
 class TransportError(Exception):
-    """The target gave no answer that could be graded; the item becomes an X."""
+    """The target gave no answer that could be graded; the item becomes an X. status: of HTTP, where it refused."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)

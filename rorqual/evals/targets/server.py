@@ -10,6 +10,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rorqual.chat import encode_messages
@@ -71,12 +72,12 @@ class ServerTarget:
     def answer(self, prompt: Prompt, sampling: Sampling) -> Answer:
         body = self._body(prompt, sampling)
         began = time.perf_counter()
-        reply = self._post(body)
+        reply = self.post(body)
         total_ms = 1000 * (time.perf_counter() - began)
         try:
             choice = reply["choices"][0]
             message = choice["message"]
-            usage = _usage(reply.get("usage") or {})
+            usage = usage_of(reply.get("usage") or {})
             text = completion_of(message, prompt, str(choice.get("finish_reason")))
             said = [float(t["logprob"]) for t in ((choice.get("logprobs") or {}).get("content") or ())]
         except (KeyError, IndexError, TypeError, ValueError, RequestError) as error:
@@ -117,9 +118,9 @@ class ServerTarget:
             body["tools"] = list(prompt.tools)
         return {name: value for name, value in body.items() if name not in self._refused}
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The reply's body; asks again after a failure that may pass. Raises: TransportError."""
-        problem = ""
+    def post(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The reply to a request's body; asks again after a failure that may pass. Raises: TransportError."""
+        problem, status = "", None
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(min(8.0, 2.0**attempt) * (0.5 + random.random() / 2))
@@ -135,13 +136,13 @@ class ServerTarget:
                     problem = f"the reply is no JSON: {answer.text[:100]!r}"
                     continue
                 return found if isinstance(found, dict) else {}
-            problem = f"{answer.status_code}: {answer.text[:300]}"
+            problem, status = f"{answer.status_code}: {answer.text[:300]}", answer.status_code
             dropped = self._without_refused(body, answer.status_code, answer.text)
             if dropped is not None:
-                return self._post(dropped)
+                return self.post(dropped)
             if answer.status_code not in _AGAIN:
                 break
-        raise TransportError(problem)
+        raise TransportError(problem, status)
 
     def _without_refused(self, body: dict[str, Any], status: int, text: str) -> dict[str, Any] | None:
         """The body without the optional field that a 400 or 422 names; remembered for later requests."""
@@ -194,7 +195,8 @@ def _restored(reply: dict[str, Any], prompt: Prompt) -> dict[str, float]:
     return {"restored": len(told.get("restored") or ()) / lacking} if isinstance(told, dict) and lacking else {}
 
 
-def _usage(usage: dict[str, Any]) -> Usage:
+def usage_of(usage: Mapping[str, Any]) -> Usage:
+    """Of a chat completion's `usage`, in the words of a record."""
     prompt, output = (usage.get(f"{side}_tokens_details") or {} for side in ("prompt", "completion"))
     return Usage(
         prompt=int(usage.get("prompt_tokens") or 0),
