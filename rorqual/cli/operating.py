@@ -11,6 +11,7 @@ from rorqual.errors import ConfigError
 if TYPE_CHECKING:  # it brings torch, which takes seconds to import
     from rorqual.ledger import Ledger
     from rorqual.server import Behaviour
+    from rorqual.server.dashboard import Dashboard
     from rorqual.server.operations import Operations
     from rorqual.server.run import Certificate
 
@@ -127,6 +128,12 @@ EngineView = Annotated[
         rich_help_panel=NETWORK,
     ),
 ]
+Evals = Annotated[
+    Path | None,
+    typer.Option(
+        "--evals", help="Folder of runs whose results /dashboard shows, to all who may ask.", rich_help_panel=NETWORK
+    ),
+]
 LogStyle = Annotated[
     Literal["text", "json", "off"],
     typer.Option("--log", help="A line on stderr for each request; not what is said in it.", rich_help_panel=NETWORK),
@@ -219,3 +226,12 @@ def certificate(cert_file: Path | None, key_file: Path | None) -> "Certificate |
             raise ConfigError("--ssl-keyfile is the key of a certificate, and none was given. Add --ssl-certfile.")
         return None
     return Certificate(cert_file, key_file)
+
+
+def build_dashboard(evals: Path | None, verdicts: Path | None) -> "Dashboard":
+    """What the dashboard shows. Raises: ConfigError for a folder of evals that is none."""
+    from rorqual.server.dashboard import Dashboard
+
+    if evals is not None and not evals.is_dir():
+        raise ConfigError(f"--evals {evals} is no folder. Give the one that holds the folders of runs.")
+    return Dashboard(evals, verdicts)

@@ -13,6 +13,7 @@ from rorqual.cli.operating import (
     ApiKeys,
     CertFile,
     DrainSeconds,
+    Evals,
     KeyFile,
     KeyOfCert,
     LedgerOption,
@@ -26,6 +27,7 @@ from rorqual.cli.operating import (
     RequestsPerMinute,
     TokensPerMinute,
     UserLimit,
+    build_dashboard,
     build_operations,
     certificate,
 )
@@ -158,6 +160,7 @@ def stand(
     ssl_certfile: CertFile = None,
     ssl_keyfile: KeyOfCert = None,
     drain_s: DrainSeconds = 30.0,
+    evals: Evals = None,
     log: LogStyle = "text",
     as_json: Json = False,
 ) -> None:
@@ -209,7 +212,9 @@ def stand(
     )
     budget = BudgetBody(max_rounds=max_rounds, token_ratio=token_ratio, wall_ms=wall_ms)
     options = Options(mode, load_policy(policy, profile), budget=budget, stream=stream)
-    audit = Audit(None if no_journal else journal or data_folder() / "referee", texts=texts)
+    kept = None if no_journal else journal or data_folder() / "referee"
+    dashboard = build_dashboard(evals, kept)
+    audit = Audit(kept, texts=texts)
     judge = Referee(fallbacks=fallback or (), constrain=constrain)
     audit.learn(judge.rates)
     gateway = Gateway(
@@ -219,6 +224,7 @@ def stand(
         audit,
         Threads(Continuity() if keep_reasoning else None, missing_reasoning),
         operations,
+        dashboard=dashboard,
     )
 
     def say_where(url: str) -> None:

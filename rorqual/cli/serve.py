@@ -25,6 +25,7 @@ from rorqual.cli.operating import (
     CertFile,
     DrainSeconds,
     EngineView,
+    Evals,
     ForcedWhileThinking,
     KeepReasoning,
     KeyFile,
@@ -41,6 +42,7 @@ from rorqual.cli.operating import (
     TokensPerMinute,
     UserLimit,
     build_behaviour,
+    build_dashboard,
     build_operations,
     certificate,
 )  # fmt: skip
@@ -185,6 +187,15 @@ def serve(
     keep_reasoning: KeepReasoning = True,
     force_while_thinking: ForcedWhileThinking = False,
     engine_view: EngineView = True,
+    evals: Evals = None,
+    verdicts: Annotated[
+        Path | None,
+        typer.Option(
+            "--verdicts",
+            help="Journal of a referee, whose verdicts /dashboard counts for all who may ask.",
+            rich_help_panel=NETWORK,
+        ),
+    ] = None,
     log: LogStyle = "text",
     as_json: Json = False,
 ) -> None:
@@ -249,6 +260,7 @@ def serve(
         cache_format=cache_format,
         operations=operations,
         behaviour=build_behaviour(alias, keep_reasoning, force_while_thinking, engine_view),
+        shown=build_dashboard(evals, verdicts),
         certificate=certificate(ssl_certfile, ssl_keyfile),
         drain_s=drain_s,
         log_style=log,

@@ -12,6 +12,7 @@ from rorqual.errors import MissingExtraError
 if TYPE_CHECKING:  # it brings torch, which takes seconds to import
     from rorqual.cli.elsewhere import Elsewhere
     from rorqual.engine import EngineSettings
+    from rorqual.server.dashboard import Dashboard
     from rorqual.server.logs import Style
     from rorqual.server.operations import Operations
     from rorqual.server.run import Certificate
@@ -35,6 +36,7 @@ def start(
     cache_format: str | None = None,
     operations: "Operations | None" = None,
     behaviour: "Behaviour | None" = None,
+    shown: "Dashboard | None" = None,
     certificate: "Certificate | None" = None,
     drain_s: float = 30.0,
     log_style: "Style" = "off",
@@ -46,6 +48,7 @@ def start(
     elsewhere: where the model runs, if not here; of `model` only config.json and tokenizer.json are read then.
 
     settings: of the engine; without any, its own limits and a cache in memory. operations: accounts and limits.
+    shown: what the dashboard shows.
 
     Raises: ConfigError when the address cannot be used, CheckpointError when the model cannot be loaded,
     MissingExtraError without the `serve` extra.
@@ -80,6 +83,7 @@ def start(
             settings=settings,
             operations=operations,
             behaviour=behaviour,
+            shown=shown,
             certificate=certificate,
             drain_s=drain_s,
             log_style=log_style,

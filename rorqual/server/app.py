@@ -12,8 +12,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from rorqual.engine import Engine
-from rorqual.server import anthropic, chat, completions, errors, openapi, page, responses
+from rorqual.server import anthropic, chat, completions, dashboard, errors, openapi, page, responses
 from rorqual.server.accounts import account_of
+from rorqual.server.dashboard import Dashboard
 from rorqual.server.engine_view import engine_picks, engine_view
 from rorqual.server.metadata import metrics, statistics
 from rorqual.server.operations import Operations
@@ -34,6 +35,7 @@ def create_app(
     keep_alive_s: float = 10.0,
     allowed_hosts: Collection[str] | None = None,
     operations: Operations | None = None,
+    shown: Dashboard | None = None,
 ) -> FastAPI:
     """The API and the page for one model, or several.
 
@@ -43,6 +45,7 @@ def create_app(
     keep_alive_s: a waiting stream gets a comment line this often.
     allowed_hosts: names the Host header may carry; None allows any. `run` sets it for loopback addresses.
     operations: accounts, log, meters and what else running a server for others takes.
+    shown: the evals and verdicts of the dashboard.
     The engines stay the caller's to close. Raises: ConfigError when two models share a name.
     """
     operations = operations or Operations()
@@ -125,5 +128,6 @@ def create_app(
         """Which blocks of its context the indexer picked for an answer of this process, by the answer's id."""
         return JSONResponse(await engine_picks(service, request, account_of(http)))
 
+    dashboard.install(app, shown or Dashboard())
     page.install(app)
     return app

@@ -1,6 +1,6 @@
 """Who may come in: nobody while the server goes away, and only known keys where it asks for them.
 
-Open to all stay the page with its files, the description of the API and `/health`, which say nothing about anybody.
+Open to all stay the pages with their files, the description of the API and `/health`, which say nothing about anybody.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rorqual.server.auth import Identity, NoKey
 from rorqual.server.drain import Drain
 from rorqual.server.errors import error_body
 
-_OPEN = ("/", "/health", "/openapi.json")
+_OPEN = ("/", "/dashboard", "/health", "/openapi.json")
 _OPEN_WHILE_DRAINING = ("/health", "/metrics", "/stats")
 
 

@@ -23,8 +23,9 @@ from starlette.responses import Response
 from rorqual.errors import RequestError
 from rorqual.referee import Asked, Continuity, Options, Referee, options_of, read_answer, read_message
 from rorqual.referee.audit import Audit
-from rorqual.server import errors
+from rorqual.server import dashboard, errors, page
 from rorqual.server.accounts import account_of, owner_of
+from rorqual.server.dashboard import Dashboard
 from rorqual.server.gateway_chat import Exchange
 from rorqual.server.gateway_relay import observe, relay
 from rorqual.server.gateway_threads import Threads, owner_with_key
@@ -46,6 +47,7 @@ class Gateway:
     operations: Operations = field(default_factory=Operations)
     keep_alive_s: float = 10.0
     verdicts: Counter[str] = field(default_factory=Counter)
+    dashboard: Dashboard = field(default_factory=Dashboard)
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions. Raises: RequestError for what cannot be served."""
@@ -102,6 +104,7 @@ class Gateway:
         """Close the upstream's connections and the journal."""
         await self.upstream.close()
         await self.audit.settled()
+        self.dashboard.close()
         self.audit.close()
 
 
@@ -185,6 +188,8 @@ def create_gateway(gateway: Gateway, allowed_hosts: Collection[str] | None = Non
     app.add_route("/health", health, ["GET"])
     app.add_route("/stats", statistics, ["GET"])
     app.add_route("/metrics", metrics, ["GET"])
+    dashboard.install(app, gateway.dashboard)
+    page.install_files(app)
     return app
 
 

@@ -22,6 +22,7 @@ from rorqual.errors import ConfigError
 from rorqual.server import logs
 from rorqual.server.app import create_app
 from rorqual.server.auth import check_exposure, is_loopback
+from rorqual.server.dashboard import Dashboard
 from rorqual.server.operations import Operations
 from rorqual.server.service import Behaviour
 from rorqual.server.upstream import UpstreamSettings
@@ -60,6 +61,7 @@ def run(
     settings: EngineSettings | UpstreamSettings | None = None,
     operations: Operations | None = None,
     behaviour: Behaviour | None = None,
+    shown: Dashboard | None = None,
     certificate: Certificate | None = None,
     drain_s: float = 30.0,
     log_style: logs.Style = "off",
@@ -72,7 +74,7 @@ def run(
 
     port: 0 takes a free one. settings: of the engine and its cache, or where the model runs (`upstream.py`); of
     `model` only the `cfg` is used then. operations: accounts and limits, closed at the end.
-    behaviour: where the server differs from the hosted one.
+    behaviour: where the server differs from the hosted one. shown: what the dashboard shows.
     on_ready: called with the URL once the server listens.
     Raises: ConfigError when the address cannot be used, or others reach it and no key is asked for.
     """
@@ -83,8 +85,9 @@ def run(
     hosts = (*LOOPBACK, host) if is_loopback(host) else None
     with contextlib.closing(operations), (settings or EngineSettings()).open(model, tokenizer) as engine:
         app = create_app(
-            engine, model_name, revision=revision, behaviour=behaviour, allowed_hosts=hosts, operations=operations
-        )
+            engine, model_name, revision=revision, behaviour=behaviour, allowed_hosts=hosts, operations=operations,
+            shown=shown,
+        )  # fmt: skip
         serve_app(
             app, listener, operations, engine.close, url=url, certificate=certificate, drain_s=drain_s,
             log_style=log_style, on_ready=on_ready,
