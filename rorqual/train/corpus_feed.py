@@ -216,8 +216,9 @@ def _families(config: TrainConfig) -> dict[str, TaskFamily]:
     tasks = config.data.tasks
     if tasks.weight == 0:
         return {}
-    known = task_room.families(tasks.world, size=tasks.world_size, model_name=tasks.model_name)
-    chosen = list(tasks.families) or list(known)
+    usual = task_room.families(tasks.world, size=tasks.world_size, model_name=tasks.model_name)
+    known = usual | task_room.evaluation_families(tasks.world, size=tasks.world_size)
+    chosen = list(tasks.families) or list(usual)
     for name in chosen:
         if name not in known:
             raise ConfigError(
