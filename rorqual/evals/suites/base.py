@@ -181,10 +181,12 @@ def interval_dict(interval: Interval, n: int) -> dict[str, Any]:
 
 
 def spent(rows: Sequence[Row], price: economy.PriceVector) -> Figures:
-    """Tokens and money: TPS, CPS and WASTE."""
+    """Tokens and money: TPS and WASTE; CPS with prices, VER with a referee."""
     figures = {"TPS": Figure(economy.tokens_per_solved(rows)), "WASTE": Figure(economy.waste(rows))}
     if price != economy.PriceVector():
         figures["CPS"] = Figure(economy.cost_per_solved(rows, price))
+    if any(row.usage.referee_completion for row in rows):
+        figures["VER"] = Figure(economy.verification_ratio(rows))
     return figures
 
 
