@@ -160,6 +160,10 @@ class Suite(ABC):
         """The headline by metric ids. `rows` hold no undecided item."""
         return {"ACC": Figure.of_share(row.passed for row in rows), **spent(rows, price)}
 
+    def mapped(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows whose share right a map over length and depth may mix."""
+        return list(rows)
+
     def cells(self, rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
         """Share of full scores with its interval for each value of each stratum."""
         keys = self.strata or tuple(rows[0].item.stratum if rows else ())
