@@ -147,8 +147,8 @@ def _spans(offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 class GeneratorSource:
-    """Endless synthetic documents: `make(rng)` returns pieces `(text, is_loss)`, e.g.
-    `TaskFamily.train_document`.
+    """Endless synthetic documents: `make(rng, index)` returns pieces `(text, is_loss)`, e.g.
+    `TaskFamily.document_at`.
 
     `version` goes into the fingerprint; change it when the generator's output changes.
     """
@@ -158,7 +158,7 @@ class GeneratorSource:
     def __init__(
         self,
         name: str,
-        make: Callable[[random.Random], Iterable[tuple[str, bool]]],
+        make: Callable[[random.Random, int], Iterable[tuple[str, bool]]],
         tokenizer: Tokenizer,
         *,
         version: str = "",
@@ -170,7 +170,7 @@ class GeneratorSource:
 
     def documents(self, seed: int, index: int) -> list[Document]:
         rng = random.Random(derive(seed, self.name, index))
-        return [Document(*encode_pieces(self._tokenizer, list(self._make(rng))))]
+        return [Document(*encode_pieces(self._tokenizer, list(self._make(rng, index))))]
 
 
 def _spec_hash(family: TaskFamily) -> str:
@@ -198,6 +198,6 @@ def task_sources(
                 f"Fix: choose from {', '.join(sorted(families))}."
             )
     return [
-        GeneratorSource(f"task:{name}", family.train_document, tokenizer, version=_spec_hash(family))
+        GeneratorSource(f"task:{name}", family.document_at, tokenizer, version=_spec_hash(family))
         for name, family in ((name, families[name]) for name in chosen)
     ]

@@ -20,6 +20,8 @@ from rorqual.data.tasks.base import (
     Turn,
     split_of,
 )
+from rorqual.data.tasks.census import CensusFamily
+from rorqual.data.tasks.census_world import Census
 from rorqual.data.tasks.chat import ChatFamily
 from rorqual.data.tasks.code import CodeFamily
 from rorqual.data.tasks.facts import FactsFamily
@@ -59,6 +61,14 @@ def families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny", model_name: 
     return {family.name: family for family in made}
 
 
+def study_families(world_id: str, *, size: Size = "small") -> dict[str, TaskFamily]:
+    """Families for studies, which no mixture takes unless a recipe names them: so far `census`.
+
+    Raises: DataError for an unknown size or an empty id.
+    """
+    return {"census": CensusFamily(Census.build(world_id, size))}
+
+
 __all__ = [
     "CANARY",
     "DEFAULT_WEIGHTS",
@@ -66,6 +76,8 @@ __all__ = [
     "SPLITS",
     "WORLD_VERSION",
     "ArithFamily",
+    "Census",
+    "CensusFamily",
     "ChatFamily",
     "CodeFamily",
     "FactsFamily",
@@ -83,4 +95,5 @@ __all__ = [
     "World",
     "families",
     "split_of",
+    "study_families",
 ]
