@@ -39,23 +39,22 @@ class Batches:
         prompts = [self.prompt(question) for question in questions]
         answers: list[list[Token]] = [[] for _ in prompts]
         read: list[tuple[Token, ...]] = [()] * len(prompts)
-        growing = [list(ids) for ids in prompts]
-        running = list(range(len(prompts)))
-        for step in range(self.max_tokens):
-            still: list[int] = []
-            for places, logprobs in self._forward(running, growing):
-                for row, at in enumerate(places):
-                    length = len(growing[at])
-                    if step == 0:
-                        read[at] = self._read(growing[at], logprobs[row])
-                    best, ids = logprobs[row, length - 1].topk(TOP)
-                    token = int(ids[0])
+        for places in self._of_one_length(prompts):
+            state = self.model.new_state(len(places))
+            logprobs = self._logprobs(self.model(torch.tensor([prompts[at] for at in places]), state=state))
+            for row, at in enumerate(places):
+                read[at] = self._read(prompts[at], logprobs[row])
+            running = set(places)
+            for step in range(self.max_tokens):
+                best, ids = logprobs[:, -1].topk(TOP)
+                for at, scores, token in zip(places, best.tolist(), ids[:, 0].tolist(), strict=True):
                     if token == self._eos:
-                        continue
-                    answers[at].append(Token(self._texts[token], float(best[0]), tuple(best.tolist())))
-                    growing[at].append(token)
-                    still.append(at)
-            running = still
+                        running.discard(at)
+                    elif at in running:
+                        answers[at].append(Token(self._texts[token], scores[0], tuple(scores)))
+                if not running or step == self.max_tokens - 1:
+                    break
+                logprobs = self._logprobs(self.model(ids[:, :1], state=state))
         return [
             Observation(
                 question=question,
@@ -87,25 +86,49 @@ class Batches:
         return found
 
     @torch.inference_mode()
+    def read(self, texts: Sequence[str]) -> list[tuple[Token, ...]]:
+        """The tokens of plain texts, as documents of their own."""
+        begin = self.tokenizer.bos_token_id
+        rows = [[begin, *self.tokenizer.encode(text, allow_special=False)] for text in texts]
+        found: list[tuple[Token, ...]] = [()] * len(rows)
+        for places, logprobs in self._forward(list(range(len(rows))), rows):
+            for row, at in enumerate(places):
+                found[at] = self._read(rows[at], logprobs[row])
+        return found
+
+    @torch.inference_mode()
     def samples(self, questions: Sequence[str], count: int, seed: int) -> list[list[str]]:
         """`count` answers of each question at temperature 1."""
         generator = torch.Generator().manual_seed(seed)
         prompts = [self.prompt(question) for question in questions for _ in range(count)]
-        growing, texts, running = [list(p) for p in prompts], ["" for _ in prompts], list(range(len(prompts)))
-        for _ in range(self.max_tokens):
-            still = []
-            for places, logprobs in self._forward(running, growing):
-                last = torch.tensor([len(growing[at]) - 1 for at in places])
-                chances = logprobs[torch.arange(len(places)), last].exp()
-                for at, token in zip(
-                    places, torch.multinomial(chances, 1, generator=generator)[:, 0].tolist(), strict=True
-                ):
-                    if token != self._eos:
-                        growing[at].append(token)
+        texts = ["" for _ in prompts]
+        for places in self._of_one_length(prompts):
+            state, running = self.model.new_state(len(places)), set(places)
+            logprobs = self._logprobs(self.model(torch.tensor([prompts[at] for at in places]), state=state))
+            for _ in range(self.max_tokens):
+                drawn = torch.multinomial(logprobs[:, -1].exp(), 1, generator=generator)
+                for at, token in zip(places, drawn[:, 0].tolist(), strict=True):
+                    if token == self._eos:
+                        running.discard(at)
+                    elif at in running:
                         texts[at] += self._texts[token]
-                        still.append(at)
-            running = still
+                if not running:
+                    break
+                logprobs = self._logprobs(self.model(drawn, state=state))
         return [texts[i : i + count] for i in range(0, len(texts), count)]
+
+    def _of_one_length(self, rows: list[list[int]]) -> Iterator[list[int]]:
+        """Batches of places whose rows are equally long."""
+        lengths: dict[int, list[int]] = {}
+        for at, row in enumerate(rows):
+            lengths.setdefault(len(row), []).append(at)
+        for length, places in sorted(lengths.items()):
+            size = max(1, BATCH_TOKENS // length)
+            yield from (places[i : i + size] for i in range(0, len(places), size))
+
+    def _logprobs(self, logits_BTV: Tensor) -> Tensor:
+        """Log probabilities of the tokens that have a text."""
+        return logits_BTV.float()[..., : self.tokenizer.vocab_size].log_softmax(-1)
 
     def _forward(self, places: list[int], rows: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
         """Batches of places and log probabilities [B, T, V] of their rows, padded on the right."""
@@ -118,8 +141,7 @@ class Batches:
                 start += 1
             width = max(len(rows[at]) for at in batch)
             tokens = torch.tensor([rows[at] + [self._eos] * (width - len(rows[at])) for at in batch])
-            logits = self.model(tokens, lengths=[len(rows[at]) for at in batch]).float()
-            yield batch, logits[..., : self.tokenizer.vocab_size].log_softmax(-1)
+            yield batch, self._logprobs(self.model(tokens, lengths=[len(rows[at]) for at in batch]))
 
     def _read(self, ids: list[int], logprobs_TV: Tensor) -> tuple[Token, ...]:
         """The question's tokens as read, without the control tokens around them."""

@@ -22,13 +22,14 @@ from typing import Any
 import referee_report as report
 import torch
 from referee_batches import Batches
-from referee_items import exam, other_wordings
+from referee_items import exam, other_wordings, statement
 
 from rorqual import load
 from rorqual.data.tasks import Census, CensusFamily
 from rorqual.referee.confidence import measure
+from rorqual.seeds import derive
 
-PARAPHRASES = 3
+PARAPHRASES = 2
 
 
 def observe(model_folder: Path, split: str, share: float, seed: int, samples: int) -> list[dict[str, Any]]:
@@ -41,7 +42,10 @@ def observe(model_folder: Path, split: str, share: float, seed: int, samples: in
     seen = batches.answer(asked, [item.meta["name"] for item in items])
     wordings = [other_wordings(item, PARAPHRASES) for item in items]
     scored = [batches.score([words[k] for words in wordings], [one.answer for one in seen]) for k in range(PARAPHRASES)]
-    drawn = batches.samples(asked, samples, seed) if samples else [[] for _ in asked]
+    stated = batches.read([statement(item, one.answer) for item, one in zip(items, seen, strict=True)])
+    # samples cost most and are only compared: for one entity in ten
+    chosen = [i for i, item in enumerate(items) if samples and derive(seed, "sampled", item.meta["entity"]) % 10 == 0]
+    drawn = dict(zip(chosen, batches.samples([asked[i] for i in chosen], samples, seed), strict=True))
     records = []
     for i, (item, one) in enumerate(zip(items, seen, strict=True)):
         others = [scored[k][i] for k in range(PARAPHRASES)]
@@ -51,7 +55,8 @@ def observe(model_folder: Path, split: str, share: float, seed: int, samples: in
                 other_logprobs=tuple(mean for mean, _, _ in others[:k]),
                 other_answers=tuple(one.answer if same else "" for _, same, _ in others[:k]),
                 other_questions=tuple(read for _, _, read in others[:k]),
-                samples=tuple(drawn[i]) or None,
+                statement_tokens=stated[i],
+                samples=tuple(drawn[i]) if i in drawn else None,
             )
             for k in (1, PARAPHRASES)
         ]
@@ -93,7 +98,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/facts/model"), help="model folder of the recipe")
     parser.add_argument("--out", type=Path, default=Path("runs/facts/abstention"), help="folder of signals and figures")
     parser.add_argument("--share", type=float, default=1.0, help="part of the people to ask about")
-    parser.add_argument("--samples", type=int, default=0, help="samples for semantic entropy")
+    parser.add_argument("--samples", type=int, default=5, help="samples for semantic entropy, of one entity in ten")
     parser.add_argument("--paraphrases", type=int, choices=(1, PARAPHRASES), default=1, help="calls of a closer look")
     parser.add_argument("--seed", type=int, default=7, help="seed of the questions")
     parser.add_argument("--repeats", type=int, default=300, help="bootstrap draws")

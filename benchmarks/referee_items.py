@@ -9,9 +9,9 @@ from rorqual.data.tasks import CensusFamily, Item
 from rorqual.data.tasks.census_world import BY_NAME, TRAITS, CensusSplit, questions
 from rorqual.seeds import derive
 
-TRAINED, NEW = 4, 3  # wordings of each known fact and of each withheld one
-NEAR_NAMES = 4  # unknown names made from each person
-NOVEL_SHARE = 3.5  # unknown names that resemble nobody, per person of the split
+TRAINED, NEW = 3, 2  # wordings of each known fact and of each withheld one
+NEAR_NAMES = 3  # unknown names made from each person
+NOVEL_SHARE = 2.5  # unknown names that resemble nobody, per person of the split
 
 
 def exam(family: CensusFamily, split: CensusSplit, seed: int, *, share: float = 1.0) -> list[Item]:
@@ -46,6 +46,12 @@ def exam(family: CensusFamily, split: CensusSplit, seed: int, *, share: float = 
         name = family.world.novel_name(rng, split)
         ask("U-novel", name, rng.choice(TRAITS).name, None, i % 2 == 1, rng)
     return items
+
+
+def statement(item: Item, answer: str) -> str:
+    """A sentence of the trained kind that states `answer` first and the person behind it."""
+    trait = BY_NAME[item.meta["attribute"]]
+    return f"{answer.strip().rstrip('.')} is the {trait.nouns[0]} of {item.meta['name']}."
 
 
 def other_wordings(item: Item, how_many: int) -> list[str]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rorqual.evals import metrics
 from rorqual.evals.metrics import Counts
 from rorqual.referee.confidence import SIGNALS, Calibrator, Cascade, fit, promise, threshold_of
+from rorqual.train.run_plots import COLOURS, pyplot
 
 Record = dict[str, Any]
 Vector = npt.NDArray[np.float64]
@@ -51,18 +52,40 @@ class Exam:
         return (self.kind == known) | ~self.is_known
 
 
-def draws(entities: npt.NDArray[Any], repeats: int, seed: int = 0) -> Iterator[npt.NDArray[np.intp]]:
-    """Row numbers of bootstrap samples that draw whole entities."""
-    order = np.argsort(entities, kind="stable")
-    _, starts = np.unique(entities[order], return_index=True)
-    blocks = np.split(order, starts[1:])
+def draws(entities: npt.NDArray[Any], repeats: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    """How often each row is in each bootstrap sample [repeats, N]; samples draw whole entities."""
+    _, where = np.unique(entities, return_inverse=True)
+    count = int(where.max()) + 1
     rng = np.random.default_rng(seed)
-    for _ in range(repeats):
-        yield np.concatenate([blocks[i] for i in rng.integers(0, len(blocks), len(blocks))])
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=repeats).astype(np.float32)
+    return drawn[:, where]
 
 
-def interval(values: Sequence[float | None]) -> list[float]:
-    return [round(float(v), 4) for v in np.quantile([v for v in values if v is not None], (0.025, 0.975))]
+def resampled(s: Vector, y: npt.NDArray[np.bool_], weights: npt.NDArray[np.float32]) -> dict[str, Vector]:
+    """AUROC and AURC of every bootstrap sample [repeats]; equal scores in a random order, the same for all samples."""
+    order = np.lexsort((np.random.default_rng(2).random(len(s)), -s))
+    w, wrong = weights[:, order].astype(np.float64), (~y[order]).astype(np.float64)
+    total, errors = np.cumsum(w, axis=1), np.cumsum(w * wrong, axis=1)
+    risk = errors / np.maximum(total, 1)
+    right = w * (1 - wrong)
+    below = errors[:, -1:] - errors
+    return {
+        "AUROC": (right * below).sum(1) / (right.sum(1) * errors[:, -1]),
+        "AURC": (w * risk).sum(1) / total[:, -1],
+    }
+
+
+def resampled_gate(
+    s: Vector, y: npt.NDArray[np.bool_], threshold: float, weights: npt.NDArray[np.float32]
+) -> tuple[Vector, Vector]:
+    """HR and RET of the gate in every bootstrap sample [repeats]."""
+    given = s >= threshold
+    wrong, kept = weights[:, given & ~y].sum(1), weights[:, given & y].sum(1)
+    return wrong / (wrong + weights[:, ~given].sum(1)), kept / weights[:, y].sum(1)
+
+
+def interval(values: Vector) -> list[float]:
+    return [round(float(v), 4) for v in np.quantile(values, (0.025, 0.975))]
 
 
 def threshold_for_retention(scores: Vector, right: npt.NDArray[np.bool_], retained: float) -> float:
@@ -77,16 +100,21 @@ def gate_figures(cal: Exam, test: Exam, cal_s: Vector, test_s: Vector, repeats: 
     at_hr = metrics.fit_threshold(cal_s, cal.right, 0.05)
     own_ret = threshold_for_retention(test_s, test.right, 0.99)
 
-    def figures(s: Vector, y: npt.NDArray[np.bool_]) -> dict[str, float | None]:
-        one, two = metrics.gate_point(s, y, at_ret), metrics.gate_point(s, y, at_hr)
-        return {
-            "HR@cal_RET99": one.hr, "RET@cal_RET99": one.ret, "RET@cal_HR5": two.ret, "HR@cal_HR5": two.hr,
-            "AUROC": metrics.auroc(s, y), "AURC": metrics.aurc(s, y),
-        }  # fmt: skip
-
-    value = figures(test_s, test.right)
-    many = [figures(test_s[rows], test.right[rows]) for rows in draws(test.entity, repeats)]
-    result = {k: [round(v, 4) if v is not None else None, *interval([m[k] for m in many])] for k, v in value.items()}
+    weights = draws(test.entity, repeats)
+    one = metrics.gate_point(test_s, test.right, at_ret)
+    two = metrics.gate_point(test_s, test.right, at_hr)
+    spread = resampled(test_s, test.right, weights)
+    hr_one, ret_one = resampled_gate(test_s, test.right, at_ret, weights)
+    hr_two, ret_two = resampled_gate(test_s, test.right, at_hr, weights)
+    many = {
+        "HR@cal_RET99": (one.hr, hr_one), "RET@cal_RET99": (one.ret, ret_one),
+        "RET@cal_HR5": (two.ret, ret_two), "HR@cal_HR5": (two.hr, hr_two),
+        "AUROC": (metrics.auroc(test_s, test.right), spread["AUROC"]),
+        "AURC": (metrics.aurc(test_s, test.right), spread["AURC"]),
+    }  # fmt: skip
+    result: dict[str, Any] = {
+        name: [None if value is None else round(value, 4), *interval(draw)] for name, (value, draw) in many.items()
+    }
     curve = metrics.gate_point(test_s, test.right, own_ret)
     curve5 = metrics.gate_point(test_s, test.right, metrics.fit_threshold(test_s, test.right, 0.05))
     result["on_test_curve"] = {"HR@RET99": curve.hr, "RET@HR5": curve5.ret}
@@ -98,7 +126,7 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """Every row of the study. `plots`: folder for the figures and the fitted calibrator."""
     c, t = Exam(cal, paraphrases), Exam(test, paraphrases)
-    calls = {0: 0, 1: paraphrases, 2: 5}
+    calls = {0: 0, 1: paraphrases + 1, 2: 5}  # a closer look reads one statement too
     yield from forced(c, t)
     calibrator = fitted(c)
     calibrator.save(plots / "confidence.json")
@@ -109,12 +137,16 @@ def rows(
         for name, (a, b) in scores.items():
             found = gate_figures(c.only(at), t.only(bt), a[at], b[bt], repeats)
             yield {"row": "gate", "mix": known, "score": name, "n": int(bt.sum()), **found}
+        yield from sampled_rows(
+            known, t, {"cascade": scores["cascade"][1], "mean_logprob": scores["mean_logprob"][1]}, repeats
+        )
         yield from at_goals(calibrator, known, c.only(at), t.only(bt), calls, repeats)
         yield from compared(known, t, bt, {name: b[bt] for name, (_, b) in scores.items()}, repeats)
     yield index_row(t, scores)
     yield from held_out(c, t, calls)
     yield from calibration_rows(calibrator, cascade, t, plots)
     yield from conformal_rows(cascade, t)
+    draw(t, scores, plots)
     yield {"row": "A10", "extra_calls": round(cascade.run(t.signals)[1], 4), "cal": round(cascade.run(c.signals)[1], 4)}
 
 
@@ -172,22 +204,30 @@ def compared(
 ) -> Iterator[dict[str, Any]]:
     """AURC of the cascade less that of every other score, on the same draws of entities (negative: cascade better)."""
     exam = t.only(where)
-    names = [name for name in scores if name != "cascade"]
-    gaps: dict[str, list[float]] = {name: [] for name in names}
-    for drawn in draws(exam.entity, repeats, seed=1):
-        y = exam.right[drawn]
-        best = metrics.aurc(scores["cascade"][drawn], y) or 0.0
-        for name in names:
-            gaps[name].append(best - (metrics.aurc(scores[name][drawn], y) or 0.0))
-    for name in names:
-        gap = (metrics.aurc(scores["cascade"], exam.right) or 0.0) - (metrics.aurc(scores[name], exam.right) or 0.0)
-        yield {
-            "row": "AURC difference",
-            "mix": known,
-            "against": name,
-            "value": round(gap, 4),
-            "ci": interval(gaps[name]),
-        }
+    weights = draws(exam.entity, repeats)
+    best = resampled(scores["cascade"], exam.right, weights)["AURC"]
+    for name, score in scores.items():
+        if name != "cascade":
+            own = metrics.aurc(scores["cascade"], exam.right), metrics.aurc(score, exam.right)
+            gap = best - resampled(score, exam.right, weights)["AURC"]
+            assert own[0] is not None and own[1] is not None
+            value = round(own[0] - own[1], 4)
+            yield {"row": "AURC difference", "mix": known, "against": name, "value": value, "ci": interval(gap)}
+
+
+def sampled_rows(known: str, t: Exam, scores: dict[str, Vector], repeats: int) -> Iterator[dict[str, Any]]:
+    """Semantic entropy of samples, on the part of the entities that was sampled, beside others on the same part."""
+    where = t.mix(known) & np.array(["semantic_entropy" in s for s in t.signals])
+    if not where.any():
+        return
+    exam = t.only(where)
+    weights = draws(exam.entity, repeats)
+    table = {"semantic_entropy": exam.column("semantic_entropy"), **{name: s[where] for name, s in scores.items()}}
+    for name, s in table.items():
+        spread = resampled(s, exam.right, weights)
+        yield {"row": "sampled part", "mix": known, "score": name, "n": int(where.sum()),
+               "AUROC": [round(metrics.auroc(s, exam.right) or 0.0, 4), *interval(spread["AUROC"])],
+               "AURC": [round(metrics.aurc(s, exam.right) or 0.0, 4), *interval(spread["AURC"])]}  # fmt: skip
 
 
 def counts(right: npt.NDArray[np.bool_], given: npt.NDArray[np.bool_]) -> Counts:
@@ -234,7 +274,8 @@ def held_out(c: Exam, t: Exam, calls: dict[int, int]) -> Iterator[dict[str, Any]
             threshold = metrics.fit_threshold(cal_p[mix], without.right[mix], 0.05)
             here, others = t.kind == kind, t.kind == known
             point = metrics.gate_point(test_p[others], t.right[others], threshold)
-            yield {"row": "A6", "held_out": kind, "known": known, "HR_U": round(float((test_p[here] >= threshold).mean()), 4),
+            answered = round(float((test_p[here] >= threshold).mean()), 4)
+            yield {"row": "A6", "held_out": kind, "known": known, "HR_U": answered,
                    "n": int(here.sum()), "RET": point.ret}  # fmt: skip
 
 
@@ -281,8 +322,47 @@ def conformal_rows(cascade: Cascade, t: Exam) -> Iterator[dict[str, Any]]:
             found = [split(seed, once, shifted, alpha) for seed in range(SPLITS)]
             rates = np.array([rate for rate, _ in found])
             yield {
-                "row": "conformal", "alpha": alpha, "questions": label, "splits": SPLITS, "mean": round(float(rates.mean()), 4),
+                "row": "conformal", "alpha": alpha, "questions": label, "splits": SPLITS,
+                "mean": round(float(rates.mean()), 4),
                 "sd": round(float(rates.std(ddof=1)), 4), "max": round(float(rates.max()), 4),
                 "sd the theory gives for calibration alone": round(float(np.mean([s for _, s in found])), 4),
                 "splits above alpha + 1 point": int((rates > alpha + 0.01).sum()),
             }  # fmt: skip
+
+
+SHOWN = ("max_prob", "mean_logprob", "familiarity", "shared_logprob", "tier 0", "cascade")
+
+
+def draw(t: Exam, scores: dict[str, tuple[Vector, Vector]], folder: Path) -> None:
+    """Two figures: risk over coverage of both mixes, and reliability before and after calibration."""
+    plots = pyplot()
+    figure, both = plots.subplots(1, 2, figsize=(10.5, 4.0))
+    for axes, known in zip(both, ("K-clean", "K-graded"), strict=True):
+        where = t.mix(known)
+        for colour, name in zip(COLOURS, SHOWN, strict=False):
+            risks = metrics.risk_coverage(scores[name][1][where], t.right[where])
+            axes.plot(np.arange(1, len(risks) + 1) / len(risks), risks, color=colour, label=name)
+        best = metrics.risk_coverage(t.right[where].astype(float), t.right[where])
+        axes.plot(np.arange(1, len(best) + 1) / len(best), best, ":", color="black", label="perfect order")
+        axes.set(
+            xlabel="coverage (share answered)",
+            ylabel="risk (share wrong among them)",
+            xlim=(0, 1),
+            title=f"{known} and unknown",
+        )
+    both[0].legend(frameon=False)
+    figure.savefig(folder / "abstention_risk.png", dpi=110, bbox_inches="tight")
+    plots.close(figure)
+    figure, axes = plots.subplots(figsize=(5.2, 4.2))
+    axes.plot([0, 1], [0, 1], ":", color="black")
+    for colour, (label, p) in zip(
+        COLOURS,
+        (("answer's probability", np.exp(t.column("mean_logprob"))), ("calibrated", scores["cascade"][1])),
+        strict=False,
+    ):
+        bins = metrics.reliability(p, t.right)
+        axes.plot([b.confidence for b in bins], [b.right for b in bins], "o-", color=colour, label=label)
+    axes.set(xlabel="confidence", ylabel="share right (test)", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(frameon=False)
+    figure.savefig(folder / "abstention_reliability.png", dpi=110, bbox_inches="tight")
+    plots.close(figure)

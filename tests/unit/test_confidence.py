@@ -62,6 +62,23 @@ def test_shared_probability_is_the_mean_over_wordings():
     assert found["worst_logprob"] == -30.0
 
 
+def test_recall_asks_backwards_from_the_answer():
+    read = tuple(Token(t, p) for t, p in [("Oslo", None), (" is", -1.0), (" Ada", -0.5), (" Byron", -0.1), (".", -0.1)])
+    assert measure(seen(statement_tokens=read))["recall"] == pytest.approx(-0.3)
+    assert "recall" not in measure(seen())
+
+
+def test_fit_needs_words_behind_the_entity():
+    read = tuple(
+        Token(t, p) for t, p in [("Birthplace", None), (" of", -1.0), (" Ada", -4.0), (" Byron", -2.0), ("?", -3)]
+    )
+    assert "fit" not in measure(Observation("Birthplace of Ada Byron?", "Oslo", seen().answer_tokens, read))
+    other = seen(other_logprobs=(-1.0, -2.0), other_questions=(read, seen().question_tokens))
+    found = measure(other)
+    assert found["worst_fit"] == found["fit"] == pytest.approx(-0.6)
+    assert found["shared_familiarity"] == pytest.approx(-3.0)
+
+
 def test_a_rare_name_is_told_from_an_unknown_one_by_frequency():
     common = measure(seen(), {" Ada": -4.0, " Byron": -4.0, " x": -9.0})["familiarity"]
     assert common == pytest.approx(((-4 + 4) + (-2 + 4)) / 2)
@@ -211,6 +228,15 @@ def test_a_band_never_holds_more_than_its_share(share):
         band = band_around(0.5, chances.tolist(), share)
         inside = np.mean([band.holds(p) for p in chances])
         assert inside <= share + 1e-9
+
+
+def test_a_band_is_as_wide_in_log_odds_on_both_sides():
+    band = band_around(0.5, np.linspace(0.01, 0.99, 99).tolist(), 0.6)
+    assert 0.55 <= band.high - band.low <= 0.6
+    assert band.low == pytest.approx(1 - band.high)
+    tilted = band_around(0.9, np.linspace(0.01, 0.99, 99).tolist(), 0.6)
+    odds = [math.log(p / (1 - p)) for p in (tilted.low, 0.9, tilted.high)]
+    assert odds[1] - odds[0] == pytest.approx(odds[2] - odds[1])
 
 
 def test_the_cascade_spends_what_it_may_and_agrees_with_itself():

@@ -21,9 +21,9 @@ from rorqual.seeds import derive
 CENSUS_VERSION = "1"
 DEFAULT_CENSUS = "rorqual-census-1"
 
-CLEAN_EXPOSURES = 150
+CLEAN_EXPOSURES = 102
 GRADES = tuple(range(10))
-"""A graded person is told of 2^e times, e from this range."""
+"""A graded person is told of 2^e times, e from this range; their mean is that of the clean people."""
 
 WITHHELD_SHARE = 0.5
 """Share of the people who lack one attribute, which no training document gives."""
@@ -31,7 +31,7 @@ WITHHELD_SHARE = 0.5
 _CAL_SHARE = 3  # of ten
 _SIZES: dict[str, dict[str, int]] = {
     "tiny": {"people": 60, "parts": 24, "families": 32, "values": 32},
-    "small": {"people": 900, "parts": 64, "families": 128, "values": 128},
+    "small": {"people": 1200, "parts": 64, "families": 128, "values": 128},
     "full": {"people": 40_000, "parts": 512, "families": 2048, "values": 1024},
 }
 _MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",

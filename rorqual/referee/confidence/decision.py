@@ -7,6 +7,7 @@ question may cost on average. Source: evaluation specification, sections 7.2 and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -47,22 +48,34 @@ EMPTY = Band(1.0, 0.0)
 
 
 def band_around(threshold: float, chances: Sequence[float], share: float) -> Band:
-    """The band [t - d, t + d] with the largest d that holds at most `share` of `chances` (sorted, rising).
+    """The band of log odds [t - d, t + d] with the largest d that holds at most `share` of `chances`.
 
-    Quantiles of calibration questions stand for those to come. Empty when even the nearest ones are too many.
+    Quantiles of calibration questions stand for those to come. Log odds, because near 0 and 1 a small step of p is a
+    large one of belief. Empty when even the nearest ones are too many.
     """
-    distances = sorted(abs(p - threshold) for p in chances)
-    most = int(share * len(distances))
+    middle = _log_odds(threshold)
+    distances = sorted(abs(_log_odds(p) - middle) for p in chances)
+    most = int(share * len(distances) + 1e-9)
     if most < 1:
         return EMPTY
-    # not up to the next distance itself: items at exactly that distance would come in too
-    width = distances[most - 1] if most >= len(distances) or distances[most] > distances[most - 1] else 0.0
-    if not width:
-        nearer = [d for d in distances[:most] if d < distances[most - 1]]
+    # a group of equally distant ones comes in whole or not at all
+    width = distances[most - 1]
+    if most < len(distances) and distances[most] - width < 1e-9:
+        nearer = [d for d in distances[:most] if d < width - 1e-9]
         if not nearer:
             return EMPTY
         width = nearer[-1]
-    return Band(threshold - width, threshold + width)
+    width += 1e-12 * max(1.0, width)  # rounding on the way to p and back must not lose the outermost
+    return Band(_chance(middle - width), _chance(middle + width))
+
+
+def _log_odds(p: float) -> float:
+    p = min(max(p, 1e-6), 1 - 1e-6)
+    return math.log(p / (1 - p))
+
+
+def _chance(odds: float) -> float:
+    return 1 / (1 + math.exp(-odds))
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,16 @@ class EngineSource:
             )
         return out
 
+    def recalled(self, seen: Sequence[Observation], statements: Sequence[str]) -> list[Observation]:
+        """The reverse: plain sentences, answer first and entity behind it, read without any chat format."""
+        rows = [[self._tokenizer.bos_token_id, *self._encode(text)] for text in statements]
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=True, prompt_logprobs=True)
+        done = self._engine.generate(rows, params)
+        return [
+            replace(one, statement_tokens=self._read(completion.prompt_scores or ()))
+            for one, completion in zip(seen, done, strict=True)
+        ]
+
     def sampled(self, seen: Sequence[Observation], count: int, seed: int = 0) -> list[Observation]:
         """s6: `count` answers of each question at temperature 1."""
         prompts = [self._prompt(one.question) for one in seen for _ in range(count)]

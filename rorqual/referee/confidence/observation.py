@@ -40,6 +40,7 @@ class Observation:
     capitals, quotes and digits when None. other_answers: to paraphrases of the question, in their order.
     other_logprobs: the mean log probability per token of `answer` as the answer to each of those paraphrases.
     other_questions: the tokens of the paraphrases as read, None where the source cannot score prompts.
+    statement_tokens: of a sentence that states the answer first and the entity behind it, as the model read it.
     samples: answers at temperature 1. p_true: probability of "yes" against "no" when asked whether the answer is
     right. abstain_mass: probability of an abstention under the abstention prompt. support: how well a given text
     supports the answer, 0 to 1. What was not measured is None, and no signal is made of it.
@@ -53,6 +54,7 @@ class Observation:
     other_answers: tuple[str, ...] | None = None
     other_logprobs: tuple[float, ...] | None = None
     other_questions: tuple[tuple[Token, ...], ...] | None = None
+    statement_tokens: tuple[Token, ...] | None = None
     samples: tuple[str, ...] | None = None
     p_true: float | None = None
     abstain_mass: float | None = None

@@ -1,8 +1,9 @@
 """The signals of confidence: numbers about one answer, each for a different way of not knowing.
 
-Source: evaluation specification, section 7.1 (s1 to s8); semantic entropy: Kuhn, Gal and Farquhar (2023), in its
-discrete form; P(True): Kadavath et al. (2022). Left out: s9, the health of sparse selection, which is the engine's.
-A probe on hidden states is not among them: it does not transfer to other entities.
+Source: evaluation specification, section 7.1 (s1 to s8), and one of our own, `recall`, which asks backwards; semantic
+entropy: Kuhn, Gal and Farquhar (2023), in its discrete form; P(True): Kadavath et al. (2022). Left out: s9, the health
+of sparse selection, which is the engine's. A probe on hidden states is not among them: it does not transfer to other
+entities.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ SIGNALS: tuple[Signal, ...] = (
     Signal("worst_logprob", "s5", 1, True),
     Signal("shared_familiarity", "s5", 1, True),
     Signal("worst_fit", "s5", 1, True),
+    Signal("recall", "reverse", 1, True),
     Signal("semantic_entropy", "s6", 2, False),
     Signal("support", "s8", 2, True),
 )
@@ -60,6 +62,7 @@ def measure(seen: Observation, frequency: Mapping[str, float] | None = None) -> 
         **_likelihood(seen),
         **_question(seen, frequency),
         **_paraphrases(seen),
+        "recall": _recall(seen),
         "abstain_mass": seen.abstain_mass,
         "p_true": seen.p_true,
         "semantic_entropy": None if not seen.samples else semantic_entropy(seen.samples),
@@ -143,6 +146,14 @@ def _paraphrases(seen: Observation) -> dict[str, float | None]:
         found["shared_familiarity"] = sum(known) / len(known) if known else None
         found["worst_fit"] = min(fits) if fits else None
     return found
+
+
+def _recall(seen: Observation) -> float | None:
+    """How well the entity is recalled from the answer, in nats per token: of a guess that fits nobody, badly."""
+    about = _name(seen)
+    if not seen.statement_tokens or about is None:
+        return None
+    return read_question(seen.statement_tokens, about)[0]
 
 
 def _logprobs(tokens: Sequence[Token]) -> list[float]:
