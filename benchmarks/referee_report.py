@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     """Every row of the study. `plots`: folder for the figures and the fitted calibrator."""
     c, t = Exam(cal, paraphrases), Exam(test, paraphrases)
-    calls = {0: 0, 1: paraphrases + 1, 2: 5}  # a closer look reads one statement too
+    calls = {0: 0, 1: paraphrases, 2: 5}
     yield from forced(c, t)
     calibrator = fitted(c)
     calibrator.save(plots / "confidence.json")
@@ -153,8 +154,10 @@ def rows(
 def at_goals(
     calibrator: Calibrator, known: str, c: Exam, t: Exam, calls: dict[int, int], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """The cascade planned around the threshold of each goal, which cal gives."""
+    """The cascade planned around the threshold of each goal, for this mix of questions; cal gives both."""
     p = calibrator.p(c.signals)
+    own = [replace(tier, chances=tuple(np.sort(tier.p(c.signals)).tolist())) for tier in calibrator.tiers]
+    calibrator = replace(calibrator, tiers=tuple(own))
     goals = {
         "RET 99": threshold_for_retention(p, c.right, 0.99),
         "HR 5": metrics.fit_threshold(p, c.right, 0.05),
@@ -183,13 +186,15 @@ def forced(c: Exam, t: Exam) -> Iterator[dict[str, Any]]:
             yield {"row": "exposure", "times": 2**grade, "n": int(here.sum()), "right": float(t.right[here].mean())}
 
 
-def fitted(exam: Exam, names: Sequence[str] | None = None) -> Calibrator:
+def fitted(exam: Exam) -> Calibrator:
+    """The calibrator of `exam`, without `recall`: it costs a call and adds nothing, but is shown beside the others."""
+    names = [signal.name for signal in SIGNALS if signal.name != "recall"]
     return fit(exam.signals, exam.right.tolist(), model_sha="study", groups=exam.entity.tolist(), names=names)
 
 
 def score_table(calibrator: Calibrator, cascade: Cascade, c: Exam, t: Exam) -> dict[str, tuple[Vector, Vector]]:
     """Every score that is compared, on cal and test: baselines, single signals, the calibrated tiers, the cascade."""
-    used = set(calibrator.at().signals)
+    used = {*calibrator.at().signals, "recall"}
     table = {
         name: (c.column(name), t.column(name)) for name in ("max_prob", *(s.name for s in SIGNALS if s.name in used))
     }

@@ -75,7 +75,8 @@ def test_fit_needs_words_behind_the_entity():
     assert "fit" not in measure(Observation("Birthplace of Ada Byron?", "Oslo", seen().answer_tokens, read))
     other = seen(other_logprobs=(-1.0, -2.0), other_questions=(read, seen().question_tokens))
     found = measure(other)
-    assert found["worst_fit"] == found["fit"] == pytest.approx(-0.6)
+    assert found["worst_fit"] == pytest.approx(-0.6)
+    assert "worst_fit" not in measure(seen(other_logprobs=(-1.0,), other_questions=(read,)))
     assert found["shared_familiarity"] == pytest.approx(-3.0)
 
 

@@ -142,7 +142,8 @@ def _paraphrases(seen: Observation) -> dict[str, float | None]:
     if seen.other_questions and about is not None:
         read = [read_question(tokens, about) for tokens in (seen.question_tokens or (), *seen.other_questions)]
         known = [familiarity for familiarity, _, _ in read if familiarity is not None]
-        fits = [fit for _, _, fit in read if fit is not None]
+        # of the paraphrases alone: an unusual wording of the question itself would look like a bad fit
+        fits = [fit for _, _, fit in read[1:] if fit is not None]
         found["shared_familiarity"] = sum(known) / len(known) if known else None
         found["worst_fit"] = min(fits) if fits else None
     return found
