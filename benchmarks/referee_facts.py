@@ -1,6 +1,6 @@
 """Calibrated abstention over a model that was never taught to abstain: the figures of docs/abstention.md.
 
-    rorqual train --recipe recipes/facts.toml --run-dir runs/facts
+    rorqual train --recipe recipes/studies/facts.toml --run-dir runs/facts
     python benchmarks/referee_facts.py --model runs/facts/model --out runs/facts/abstention
 
 Every question of the cal and the test people is answered (nobody declines: the model cannot), all signals are taken,

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,9 @@ from rorqual.data.tasks import Census, CensusFamily, World, study_families
 from rorqual.data.tasks.answers import is_abstention
 from rorqual.data.tasks.census_world import CLEAN_EXPOSURES, TRAITS, questions, statements
 from rorqual.errors import DataError
+from rorqual.train.recipe_file import load_config
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "studies" / "facts.toml"
 
 CENSUS = Census.build("some-census", "tiny")
 FAMILY = CensusFamily(CENSUS)
@@ -86,3 +90,10 @@ def test_a_census_is_made_again_from_its_record():
         Census.build("x", "huge")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="no train items"):
         next(study_families("x", size="tiny")["census"].items("train", 0))
+
+
+def test_the_study_recipe_trains_on_the_census_alone():
+    config = load_config([str(RECIPE)], [])
+    assert list(config.data.tasks.families) == ["census"] and not config.data.sources
+    assert Census.build(config.data.tasks.world, config.data.tasks.world_size).size == "small"
+    assert config.model.build().num_nextn_predict_layers == 0
