@@ -1,4 +1,4 @@
-"""`benchmarks/needle_guard.py` in small: the guard misses no literal needle, its lines are whole, and figures are drawn."""
+"""`benchmarks/needle_guard.py` in small: the guard misses no literal needle, lines are whole, figures are drawn."""
 
 import json
 import subprocess
