@@ -260,7 +260,9 @@ def test_rule_9_an_unlikely_answer_is_not_given(p: float | None, profile: str, g
         assert body["referee"]["verdict"] == ("pass" if gives_it else "abstained")
         assert body["referee"]["p_correct"] == p
     if not gives_it:
-        with in_front_of(mock, "annotate", policy=Policy(PROFILES[profile]), referee=Referee(confidence=Sure(p))) as client:
+        with in_front_of(
+            mock, "annotate", policy=Policy(PROFILES[profile]), referee=Referee(confidence=Sure(p))
+        ) as client:
             told = ask(client).json()
             assert told["referee"]["verdict"] == "flagged" and "GUESS" in json.dumps(told["choices"])
             assert "low_confidence" in [check["reason_code"] for check in told["referee"]["checks"]]
