@@ -75,7 +75,7 @@ docs: $(INSTALLED)
 bench: $(TESTABLE)
 	@for name in decode prefill serving prefix_cache index_scan index_recall matvec speculation quantised_quality exactness \
 		kill_disk_cache train_speed prefill_memory minke_quality plan_bounds journal sandbox_start sandbox_density \
-		sandbox_load referee_latency; do \
+		sandbox_load referee_latency referee_checks; do \
 		$(BIN)/python "benchmarks/$$name.py" --json --quick || exit 1; done
 
 clean:

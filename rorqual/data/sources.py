@@ -148,7 +148,7 @@ def _spans(offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 class GeneratorSource:
     """Endless synthetic documents: `make(rng)` returns pieces `(text, is_loss)`, e.g.
-    `TaskFamily.train_document`.
+    `TaskFamily.train_document`; where the place in the stream matters, `make_at(rng, index)` does.
 
     `version` goes into the fingerprint; change it when the generator's output changes.
     """
@@ -162,15 +162,17 @@ class GeneratorSource:
         tokenizer: Tokenizer,
         *,
         version: str = "",
+        make_at: Callable[[random.Random, int], Iterable[tuple[str, bool]]] | None = None,
     ) -> None:
         self.name = name
         self.fingerprint = f"{tokenizer.fingerprint}/{version}"
-        self._make = make
+        self._make, self._make_at = make, make_at
         self._tokenizer = tokenizer
 
     def documents(self, seed: int, index: int) -> list[Document]:
         rng = random.Random(derive(seed, self.name, index))
-        return [Document(*encode_pieces(self._tokenizer, list(self._make(rng))))]
+        pieces = self._make(rng) if self._make_at is None else self._make_at(rng, index)
+        return [Document(*encode_pieces(self._tokenizer, list(pieces)))]
 
 
 def _spec_hash(family: TaskFamily) -> str:
@@ -198,6 +200,8 @@ def task_sources(
                 f"Fix: choose from {', '.join(sorted(families))}."
             )
     return [
-        GeneratorSource(f"task:{name}", family.train_document, tokenizer, version=_spec_hash(family))
+        GeneratorSource(
+            f"task:{name}", family.train_document, tokenizer, version=_spec_hash(family), make_at=family.document_at
+        )
         for name, family in ((name, families[name]) for name in chosen)
     ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -102,10 +103,13 @@ class Guards:
     """Makes guards for an engine's requests. `setting`: for those that say nothing. Raises: ConfigError."""
 
     def __init__(self, model: Any, tokenizer: TextTokenizer, setting: str, has_cache: bool) -> None:
-        self._model, self._has_cache, self.setting = model, has_cache, setting
-        self._roles = roles_of(tokenizer, int(model.cfg.vocab_size))
+        self._model, self._tokenizer, self._has_cache, self.setting = model, tokenizer, has_cache, setting
         self._rules: dict[tuple[str, ...], Rules] = {}
         self._made(sources_of(setting))
+
+    @cached_property
+    def _roles(self) -> NDArray[np.uint8]:
+        return roles_of(self._tokenizer, int(self._model.cfg.vocab_size))
 
     def _made(self, sources: tuple[str, ...]) -> Rules | None:
         if not sources:
@@ -146,7 +150,10 @@ def roles_of(tokenizer: TextTokenizer, vocab_size: int) -> NDArray[np.uint8]:
     """uint8 [V]: which token begins what a user says, and which an answer; none if a tokenizer has no such tokens."""
     roles = np.zeros(vocab_size, np.uint8)
     for text, role in (("<｜User｜>", ASKS), ("<｜Assistant｜>", ANSWERS)):
-        ids = tokenizer.encode(text)
+        try:
+            ids = tokenizer.encode(text)
+        except NotImplementedError:  # it knows ids alone
+            continue
         if len(ids) == 1 and ids[0] in tokenizer.control_token_ids:
             roles[ids[0]] = role
     return roles

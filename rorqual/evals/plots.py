@@ -24,7 +24,7 @@ def figures(suite: Suite, rows: Sequence[Row], forced: Sequence[Row] | None) -> 
     scores, right = [r.confidence or 0.0 for r in judged], [r.passed and r.grade == "C" for r in judged]
     wanted: list[tuple[str, str, Draw]] = []
     if rows and {"length", "depth"} <= set(rows[0].item.stratum):
-        wanted.append(("depth-length", "Share right by length and depth", lambda axes: _heat(axes, rows)))
+        wanted.append(("depth-length", "Share right by length and depth", lambda axes: _heat(axes, suite.mapped(rows))))
     if suite.wants_forced and judged:
         wanted += [
             ("reliability", "Reliability of the answers' confidence", lambda axes: _reliability(axes, scores, right)),

@@ -295,6 +295,11 @@ def options_of(given: Any, default: Options) -> Options:
         spans = one.spans or [(0, len(one.text))]
         evidence.append(Evidence(one.id, "\n".join(one.text[start:end] for start, end in spans)))
     mode = body.mode or default.mode
+    if default.mode == "enforce" and mode != "enforce":
+        raise RequestError(
+            f"referee.mode is `{mode}`, and this referee enforces for everybody. Leave the mode out.",
+            param="referee.mode",
+        )
     if body.stream == "annotate_after" and mode == "enforce":
         raise RequestError(
             "referee.stream is `annotate_after`, which sends an answer before it is checked, and the mode is enforce. "
@@ -302,6 +307,8 @@ def options_of(given: Any, default: Options) -> Options:
             param="referee.stream",
         )
     checks = tuple(body.checks) if body.checks is not None else default.checks
+    if default.mode == "enforce":  # a request may ask for more than its operator, not for less
+        checks = (*default.checks, *(check for check in checks if check not in default.checks))
     if body.checks is None and evidence and "citations" not in checks:
         checks = (*checks, "citations")
     return Options(

@@ -125,15 +125,14 @@ class Functions:
     async def _start(self) -> None:
         ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[""] = ready
-        assert self._handle is not None
+        handle = self._handle  # one that dies while it starts is let go of meanwhile
+        assert handle is not None
         argv = ["python3", "-I", "-c", LOADER]
         commands = self._sandbox.commands
-        fields = commands._start_fields(
-            self._handle.id, argv, None, None, {"PYTHONDONTWRITEBYTECODE": "1"}, None, RETAINED
-        )
+        fields = commands._start_fields(handle.id, argv, None, None, {"PYTHONDONTWRITEBYTECODE": "1"}, None, RETAINED)
         try:
-            await commands._launch(self._handle, argv, fields, Start.STDIN, True)
-            await self._handle.write(base64.b64encode(RUNNER.read_bytes()) + b"\n")
+            await commands._launch(handle, argv, fields, Start.STDIN, True)
+            await handle.write(base64.b64encode(RUNNER.read_bytes()) + b"\n")
             await self._until(ready, READY_S)
         except (SandboxError, TimeoutError) as error:
             self._handle = None

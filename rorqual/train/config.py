@@ -60,7 +60,7 @@ class TasksSection(_Section):
     weight: float = Field(default=0.0, ge=0, description="Share of the training tokens, relative to the sources.")
     families: dict[str, float] = Field(
         default={},
-        description="Task families and their relative weights; empty means all, with their own shares.",
+        description="Task families and their relative weights; empty means the usual ones, with their own shares.",
     )
     model_name: str = Field(default="Minke", description="What the model is taught to call itself.")
     world: str = Field(

@@ -178,7 +178,8 @@ class CorpusFeed:
         self.tokenizer.save(folder)
         if self._families:
             tasks = self._config.data.tasks
-            world = task_room.World.build(tasks.world, tasks.world_size).to_dict()
+            kind = task_room.Census if "census" in self._families else task_room.World
+            world = kind.build(tasks.world, tasks.world_size).to_dict()
             (Path(folder) / "world.json").write_text(json.dumps(world, indent=2) + "\n", encoding="utf-8")
 
 
@@ -216,8 +217,11 @@ def _families(config: TrainConfig) -> dict[str, TaskFamily]:
     tasks = config.data.tasks
     if tasks.weight == 0:
         return {}
-    known = task_room.families(tasks.world, size=tasks.world_size, model_name=tasks.model_name)
-    chosen = list(tasks.families) or list(known)
+    usual = task_room.families(tasks.world, size=tasks.world_size, model_name=tasks.model_name)
+    known = usual | task_room.evaluation_families(tasks.world, size=tasks.world_size)
+    if "census" in tasks.families:
+        known |= task_room.study_families(tasks.world, size=tasks.world_size)
+    chosen = list(tasks.families) or list(usual)
     for name in chosen:
         if name not in known:
             raise ConfigError(

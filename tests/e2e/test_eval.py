@@ -51,6 +51,7 @@ def test_facts_of_the_bundled_model(minke: LoadedTarget, tmp_path: Path) -> None
         assert head[metric] is not None, metric
     assert head["ACC"] > outcome.result["baselines"]["search"]["ACC"]  # it knows something that no text says
     assert head["AUROC"] > 0.5
+    assert minke.identity.engine.flags["determinism"] in ("D0", "D2")
     plots = report.write(outcome, tmp_path)
     assert {"reliability.png", "risk-coverage.png"} <= {Path(p).name for p in plots}
     page = (tmp_path / "report.html").read_text()

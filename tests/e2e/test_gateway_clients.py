@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from live_server import live
@@ -206,3 +207,17 @@ def test_a_connection_that_breaks_within_a_stream(stage: Stage, way: str):
         ):
             got += chunk.choices[0].delta.content or ""
     assert got and text.startswith(got)
+
+
+@pytest.mark.parametrize("mode, way", [("observe", None), ("annotate", "annotate_after"), ("enforce", "buffer")])
+def test_a_client_that_goes_away_ends_the_upstreams_work(stage: Stage, mode: str, way: str | None):
+    stage.mock = mock = MockUpstream([says("whales " * 2000)], pause_s=0.02)
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    body |= {"referee": {"stream": way}} if way else {}
+    with (
+        pytest.raises(httpx2.ReadTimeout if way == "buffer" else ZeroDivisionError),
+        httpx2.stream("POST", f"{stage.gateway(mode)}/v1/chat/completions", json=body, timeout=0.6) as response,
+    ):
+        assert next(response.iter_raw())
+        raise ZeroDivisionError
+    assert mock.ended.wait(10), "the upstream still writes for nobody"

@@ -6,6 +6,7 @@ has no `reasoning_content`, or whose calls are not spelled as they were given, a
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,13 +37,19 @@ def calls(name: str, arguments: str, id: str | None = "call_1") -> dict[str, Any
 
 @dataclass
 class MockUpstream:
-    """answers: choices, or (status, body) refusals. breaks_after: cut streams off after so many events."""
+    """answers: choices, or (status, body) refusals. breaks_after: cut streams off after so many events.
+
+    delay_s: before an answer. pause_s: before each event.
+    """
 
     answers: list[Any]
     strict: bool = False
     breaks_after: int | None = None
     delay_s: float = 0.0
+    pause_s: float = 0.0
     piece: int = 3
+    ended: threading.Event = field(default_factory=threading.Event)
+    """Set when a stream ended, whole or not."""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     given: dict[str, tuple[str | None, str]] = field(default_factory=dict)
@@ -113,13 +120,20 @@ class MockUpstream:
         return None
 
     async def lines(self, answer: dict[str, Any], wants_usage: bool) -> AsyncIterator[bytes]:
+        try:
+            async for line in self.events(answer, wants_usage):
+                yield line
+        finally:
+            self.ended.set()
+
+    async def events(self, answer: dict[str, Any], wants_usage: bool) -> AsyncIterator[bytes]:
         events = [*self.deltas(answer["message"]), ({}, answer["finish_reason"])]
         for number, (delta, finish) in enumerate(events):
             if number == self.breaks_after:
                 raise ConnectionError("the mock breaks off")
             choice = {"index": 0, "delta": delta, "finish_reason": finish}
             yield self.event({"choices": [choice]})
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.pause_s)
         if wants_usage:
             yield self.event({"choices": [], "usage": USAGE})
         yield b"data: [DONE]\n\n"

@@ -21,6 +21,8 @@ from rorqual.data.tasks.base import (
     Turn,
     split_of,
 )
+from rorqual.data.tasks.census import CensusFamily
+from rorqual.data.tasks.census_world import Census
 from rorqual.data.tasks.chat import ChatFamily
 from rorqual.data.tasks.claims import ClaimsFamily
 from rorqual.data.tasks.code import CodeFamily
@@ -85,6 +87,14 @@ def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -
     }
 
 
+def study_families(world_id: str, *, size: Size = "small") -> dict[str, TaskFamily]:
+    """Families for studies, which no mixture takes unless a recipe names them: so far `census`.
+
+    Raises: DataError for an unknown size or an empty id.
+    """
+    return {"census": CensusFamily(Census.build(world_id, size))}
+
+
 __all__ = [
     "CANARY",
     "DEFAULT_WEIGHTS",
@@ -93,6 +103,8 @@ __all__ = [
     "WORLD_VERSION",
     "AggregationFamily",
     "ArithFamily",
+    "Census",
+    "CensusFamily",
     "ChatFamily",
     "ClaimsFamily",
     "CodeFamily",
@@ -118,4 +130,5 @@ __all__ = [
     "evaluation_families",
     "families",
     "split_of",
+    "study_families",
 ]

@@ -168,6 +168,10 @@ class TaskFamily(ABC):
     def train_document(self, rng: random.Random) -> list[Piece]:
         """One training document as (text, is_loss) pieces: rendered chat without BOS, ending with EOS."""
 
+    def document_at(self, rng: random.Random, index: int) -> list[Piece]:
+        """The training document at place `index` of the stream; families that count exposures go by the place."""
+        return self.train_document(rng)
+
     @abstractmethod
     def make_item(self, rng: random.Random, split: Split, index: int) -> Item:
         """The `index`-th item of `split`; implementations walk through their strata by `index`."""

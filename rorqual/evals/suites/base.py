@@ -160,6 +160,10 @@ class Suite(ABC):
         """The headline by metric ids. `rows` hold no undecided item."""
         return {"ACC": Figure.of_share(row.passed for row in rows), **spent(rows, price)}
 
+    def mapped(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows whose share right a map over length and depth may mix."""
+        return list(rows)
+
     def cells(self, rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
         """Share of full scores with its interval for each value of each stratum."""
         keys = self.strata or tuple(rows[0].item.stratum if rows else ())
@@ -181,10 +185,12 @@ def interval_dict(interval: Interval, n: int) -> dict[str, Any]:
 
 
 def spent(rows: Sequence[Row], price: economy.PriceVector) -> Figures:
-    """Tokens and money: TPS, CPS and WASTE."""
+    """Tokens and money: TPS and WASTE; CPS with prices, VER with a referee."""
     figures = {"TPS": Figure(economy.tokens_per_solved(rows)), "WASTE": Figure(economy.waste(rows))}
     if price != economy.PriceVector():
         figures["CPS"] = Figure(economy.cost_per_solved(rows, price))
+    if any(row.usage.referee_completion for row in rows):
+        figures["VER"] = Figure(economy.verification_ratio(rows))
     return figures
 
 

@@ -120,7 +120,7 @@ class NeedleSuite(Suite):
 
     def figures(self, rows: Sequence[Row], forced: Sequence[Row] | None, price: PriceVector) -> Figures:
         several = [r for r in rows if r.item.stratum["task"] in MULTI_TASKS]
-        there = [r for r in rows if r.item.stratum["task"] not in ("absent", *MULTI_TASKS)]
+        there = self.mapped(rows)
         by_length = cells((r.item.stratum["length"], r.passed) for r in there)
         phased = [r for r in there if "phase_needle" in r.item.stratum]
         phases = cells(((r.item.stratum["phase_needle"], r.item.stratum["phase_prompt"]), r.passed) for r in phased)
@@ -141,6 +141,10 @@ class NeedleSuite(Suite):
             "BYTES": _mean(there, "bytes_factor"),
             **spent(rows, price),
         }
+
+    def mapped(self, rows: Sequence[Row]) -> list[Row]:
+        """Those that one planted value answers: an absent key has no depth, and several values have several."""
+        return [r for r in rows if r.item.stratum["task"] not in ("absent", *MULTI_TASKS)]
 
     def cells(self, rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
         """NBH beside the share of full scores."""

@@ -18,6 +18,7 @@ from rorqual import __version__
 from rorqual.chat import render_messages, suppressed_ids
 from rorqual.chat.markers import THINK_END
 from rorqual.engine import CacheSettings, Engine, EngineSettings, SamplingParams
+from rorqual.engine.exactness import examine
 from rorqual.errors import ConfigError, RequestError
 from rorqual.evals.records import EngineOf, Sampling, Usage
 from rorqual.evals.selection import needle_hits, span_of
@@ -55,7 +56,12 @@ class LoadedTarget:
         self.engine: Engine = self._stack.enter_context(settings.open(model, tokenizer))
         self.tokenizer: Tokenizer = tokenizer
         self.parallel = parallel
-        flags = {"determinism": "D2", "max_running": parallel, "guard": guard, "dtype": str(model.cfg.torch_dtype)}
+        flags = {
+            "determinism": "D2" if examine(model).why is None else "D0",
+            "max_running": parallel,
+            "guard": guard,
+            "dtype": str(model.cfg.torch_dtype),
+        }
         self.identity = Identity(
             name,
             store_fingerprint(model).hex(),

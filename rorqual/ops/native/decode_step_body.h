@@ -363,7 +363,7 @@ static void NAME(attend_rows)(NAME(Step) * s, const int64_t *layer) {
     const int64_t *n = s->shape;
     long heads = n[HEADS], used = 0, rows = s->rows, threads = s->parts > 1 ? 1 : omp_get_max_threads();
     for (long row = 0; row < rows; row++) used = most(used, NAME(used_entries)(s, layer, row));
-    int is_much = threads > 1 && rows * heads * (n[WINDOW] + used) * n[WIDTH] > FORK_FROM;
+    int is_much = threads > 1 && rows * heads * (n[WINDOW] + used) * n[WIDTH] > 2 * FORK_FROM; /* dots go fast */
     if (!is_much) {
         NAME(attend_some)(s, layer, 0, rows, 0, heads, used);
         return;

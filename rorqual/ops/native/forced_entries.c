@@ -99,7 +99,8 @@ static long mark_range(Search *s, long from, long to, long room) {
  * stands before the end of the range. */
 static void score_terms(Search *s, long from, long to) {
     const int64_t *policy = s->policy;
-    long ratio = policy[RATIO], hidden = s->query - policy[WINDOW], cut = least(policy[CUT], MOST_CUT);
+    long ratio = policy[RATIO], shift = ratio & (ratio - 1) ? -1 : __builtin_ctzl(ratio); /* a division takes longer */
+    long hidden = s->query - policy[WINDOW], cut = least(policy[CUT], MOST_CUT);
     long begins[MOST_CUT + 2] = {0}, num_terms = 0;
     int32_t *terms = s->terms, *sorted = terms + ORDERS * (to - from);
     for (long place = to - 1; place >= from; place--)
@@ -114,17 +115,18 @@ static void score_terms(Search *s, long from, long to) {
         }
     for (long i = 1; i <= cut + 1; i++) begins[i] += begins[i - 1];
     for (long i = 0; i < num_terms; i++) sorted[begins[s->spread[terms[i] % ORDERS * s->room + terms[i] / ORDERS]]++] = terms[i];
-    long visits = 0;
+    long visits = 0, known = -1;
+    double rarity = 0;
     for (long i = 0; i < num_terms; i++) {
         long place = sorted[i] / ORDERS, n = sorted[i] % ORDERS + 1, row = (n - 1) * s->room, last = -1;
         long spread = s->spread[row + place];
         visits += spread;
         if (visits > policy[VISITS]) break;
-        double rarity = log2((double)(s->end + 1) / (double)(spread + 1));
+        if (spread != known) rarity = log2((double)(s->end + 1) / (double)(spread + 1)), known = spread;
         if (!(rarity > 0)) continue;
         int64_t weight = (int64_t)rint(256.0 * n * rarity * rarity) >> least((to - 1 - place) / policy[HALF], 60);
         for (long at = place; weight && at >= 0; at = s->before[row + at]) {
-            long entry = at / ratio;
+            long entry = shift < 0 ? at / ratio : at >> shift;
             if (at > hidden || entry == last || entry >= s->end) continue;
             last = entry;
             if (!s->scores[entry]) s->touched[s->num_touched++] = (int32_t)entry;

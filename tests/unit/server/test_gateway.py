@@ -259,10 +259,26 @@ def test_rule_9_an_unlikely_answer_is_not_given(p: float | None, profile: str, g
         assert ("GUESS" in json.dumps(body["choices"])) == gives_it
         assert body["referee"]["verdict"] == ("pass" if gives_it else "abstained")
         assert body["referee"]["p_correct"] == p
-        if not gives_it:
-            told = ask(client, referee={"mode": "annotate"}).json()
+    if not gives_it:
+        with in_front_of(
+            mock, "annotate", policy=Policy(PROFILES[profile]), referee=Referee(confidence=Sure(p))
+        ) as client:
+            told = ask(client).json()
             assert told["referee"]["verdict"] == "flagged" and "GUESS" in json.dumps(told["choices"])
             assert "low_confidence" in [check["reason_code"] for check in told["referee"]["checks"]]
+
+
+def test_a_request_may_ask_for_more_and_not_for_less():
+    """Where the operator enforces, no client turns that off, nor the operator's checks; it may add to both."""
+    mock = MockUpstream([says("So 17 * 3 = 41.")])
+    with in_front_of(mock) as client:
+        for weaker in ("off", "annotate"):
+            refused = ask(client, referee={"mode": weaker})
+            assert refused.status_code == 400 and "enforces" in refused.json()["error"]["message"]
+        assert "41" not in json.dumps(ask(client, referee={"checks": []}).json()["choices"])
+    with in_front_of(mock, "annotate") as client:
+        assert "41" in json.dumps(ask(client).json()["choices"])
+        assert "41" not in json.dumps(ask(client, referee={"mode": "enforce"}).json()["choices"])
 
 
 def test_wrong_arithmetic_is_asked_again_and_never_given():
