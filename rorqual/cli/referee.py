@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -32,10 +32,14 @@ from rorqual.cli.operating import (
     certificate,
 )
 from rorqual.cli.options import NETWORK, Json, Port
+from rorqual.cli.referee_calibrate import calibrate
 from rorqual.cli.referee_trial import trial
 from rorqual.cli.serving import require_server
 from rorqual.errors import ConfigError
 from rorqual.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from rorqual.referee.confidence import CalibratedConfidence
 
 JUDGING, ROUNDS, RECORD = "Judging", "Asking again", "Record"
 
@@ -44,7 +48,7 @@ referee = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    subcommand_metavar="[trial ...]",
+    subcommand_metavar="[trial|calibrate ...]",
 )
 
 
@@ -74,6 +78,18 @@ def stand(
     policy: Annotated[
         Path | None,
         typer.Option("--policy", help="TOML file: forbidden calls, other names of tools.", rich_help_panel=JUDGING),
+    ] = None,
+    confidence: Annotated[
+        Path | None,
+        typer.Option(
+            "--confidence",
+            help="A calibration of `referee calibrate`: answers that are too unsure are withheld or marked.",
+            rich_help_panel=JUDGING,
+        ),
+    ] = None,
+    confidence_model: Annotated[
+        str | None,
+        typer.Option("--confidence-model", help="The model it was made for.", rich_help_panel=JUDGING),
     ] = None,
     stream: Annotated[
         Literal["buffer", "holdback", "annotate_after"] | None,
@@ -215,7 +231,8 @@ def stand(
     kept = None if no_journal else journal or data_folder() / "referee"
     dashboard = build_dashboard(evals, kept)
     audit = Audit(kept, texts=texts)
-    judge = Referee(fallbacks=fallback or (), constrain=constrain)
+    sure = _confidence(confidence, confidence_model, upstream, options.policy.profile.name)
+    judge = Referee(confidence=sure, fallbacks=fallback or (), constrain=constrain)
     audit.learn(judge.rates)
     gateway = Gateway(
         Upstream(upstream, os.environ.get(KEY_VARIABLE) or None, upstream_timeout),
@@ -245,6 +262,17 @@ def stand(
     )
 
 
+def _confidence(file: Path | None, model: str | None, upstream: str, profile: str) -> "CalibratedConfidence | None":
+    """Raises: ConfigError for one without the other; DataError for a calibration of another model or endpoint."""
+    if (file is None) != (model is None):
+        raise ConfigError("--confidence FILE and --confidence-model NAME belong together. Give both, or neither.")
+    if file is None or model is None:
+        return None
+    from rorqual.evals.calibrate import confidence_for
+
+    return confidence_for(file, upstream, model, key=os.environ.get(KEY_VARIABLE) or None, profile=profile)
+
+
 def _refuse_options(context: typer.Context) -> None:
     """Raises: ConfigError for options before the name of a command, which would have no effect."""
     given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
@@ -257,3 +285,4 @@ def _refuse_options(context: typer.Context) -> None:
 
 
 referee.command("trial")(trial)
+referee.command("calibrate")(calibrate)

@@ -5,6 +5,8 @@ import os
 import secrets
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -42,6 +44,10 @@ def trial(
     policy: Annotated[
         Path | None,
         typer.Option("--policy", help="TOML file: forbidden calls, other names of tools.", rich_help_panel=JUDGING),
+    ] = None,
+    confidence: Annotated[
+        Path | None,
+        typer.Option("--confidence", help="A calibration of `referee calibrate`.", rich_help_panel=JUDGING),
     ] = None,
     max_rounds: Annotated[
         int, typer.Option("--max-rounds", min=0, max=8, help="Times to ask again.", rich_help_panel=JUDGING)
@@ -92,6 +98,7 @@ def trial(
     rorqual referee trial --upstream http://127.0.0.1:8000 --set my.jsonl --price 0.028,0.14,0.28 --out trial --json
     """
     require_server()
+    from rorqual.evals.calibrate import confidence_for
     from rorqual.evals.economy import PriceVector
     from rorqual.evals.records import Sampling
     from rorqual.evals.targets.server import ServerTarget
@@ -102,8 +109,9 @@ def trial(
     from rorqual.referee.policy import BudgetBody
 
     budget = BudgetBody(max_rounds=max_rounds, token_ratio=token_ratio, wall_ms=wall_ms)
+    rules, key = load_policy(policy, profile), os.environ.get(KEY_VARIABLE) or None
     settings = TrialSettings(
-        Options(mode, load_policy(policy, profile), budget=budget),
+        Options(mode, rules, budget=budget),
         Sampling(temperature=temperature, max_tokens=max_tokens),
         PriceVector() if price is None else PriceVector.parse(price),
         tuple(fallback or ()),
@@ -111,7 +119,12 @@ def trial(
     asked = read_set(file)
     stamp = f"trial-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder = out or data_folder() / "evals" / stamp
-    target = ServerTarget(upstream, model=model_name, key=os.environ.get(KEY_VARIABLE) or None, parallel=parallel)
+    target = ServerTarget(upstream, model=model_name, key=key, parallel=parallel)
+    if confidence is not None:
+        make = partial(
+            confidence_for, confidence, upstream, target.identity.model_id, key=key, profile=rules.profile.name
+        )
+        settings = replace(settings, confidence=make, confidence_id=make().calibrator.training_hash)
     try:
         _run(settings, asked, target, folder, as_json=as_json, is_shown=not quiet and sys.stderr.isatty())
     except KeyboardInterrupt:

@@ -25,7 +25,16 @@ from typing import Any
 from rorqual.data.tasks.answers import is_abstention
 from rorqual.errors import DataError
 from rorqual.evals import metrics
-from rorqual.referee.confidence import Calibrator, Promise, UrlSource, fit, generic_paraphrases, measure, promise
+from rorqual.referee.confidence import (
+    CalibratedConfidence,
+    Calibrator,
+    Promise,
+    UrlSource,
+    fit,
+    generic_paraphrases,
+    measure,
+    promise,
+)
 from rorqual.referee.confidence.signals import plain
 
 FORCED = "Give the answer alone, in as few words as possible. If you are not sure, give your best guess."
@@ -143,6 +152,12 @@ async def calibrate(
     calibrator = calibrator.with_measured(**{k: v for k, v in figures.items() if v is not None})
     made = tuple(promise(wrong, alpha) for alpha in ALPHAS)
     return Calibration(calibrator, made, figures, len(questions) - len(kept), source.calls)
+
+
+def confidence_for(file: Path, url: str, model: str, *, key: str | None, profile: str) -> CalibratedConfidence:
+    """A saved calibration at work for its endpoint. Raises: ConfigError when it is none, or another's."""
+    calibrator = Calibrator.load(file, model_sha=identity(url, model))
+    return CalibratedConfidence(calibrator, UrlSource(url, model, key), profile=profile)
 
 
 def identity(url: str, model: str) -> str:

@@ -13,7 +13,7 @@ from rorqual.referee.budget import RepairRates, Spending, add_usage
 from rorqual.referee.check import Checked, check_answer
 from rorqual.referee.check_format import INTERRUPTED
 from rorqual.referee.decide import Action, Situation, decide
-from rorqual.referee.hooks import Confidence, Retriever
+from rorqual.referee.hooks import Confidence, Retriever, request_fields
 from rorqual.referee.policy import Evidence, Options
 from rorqual.referee.reask import ask_again
 from rorqual.referee.reasons import Finding, failed
@@ -53,6 +53,8 @@ class _Case:
     seen: set[tuple[Any, ...]] = field(default_factory=set)
     extra: list[Finding] = field(default_factory=list)
     rounds: list[dict[str, list[str]]] = field(default_factory=list)
+    fields: dict[str, Any] = field(default_factory=dict)
+    """What is added to requests for the sake of the estimate."""
 
 
 class Referee:
@@ -88,6 +90,9 @@ class Referee:
         back. Raises: RequestError when the upstream refuses the request, or has failed for good (rule 1).
         """
         case = _Case(asked, options, ask, Spending(options.budget))
+        if "abstain" in options.checks:
+            wanted = request_fields(self._confidence)
+            case.fields = {name: value for name, value in wanted.items() if name not in asked.body}
         first = await self._first(case)
         return await self._conclude(case, first, sent())
 
@@ -167,7 +172,7 @@ class Referee:
                 body["model"] = self._fallbacks[attempt - 2]
                 case.next_model = attempt - 1
             try:
-                answer = await case.ask(body)
+                answer = await _with_fields(case, body)
                 if answer.finish not in INTERRUPTED:
                     if attempt:
                         case.extra.append(Finding("upstream_failed", "the upstream had failed before", "repaired"))
@@ -223,7 +228,7 @@ class Referee:
         for trial in (body, plain):
             try:
                 async with asyncio.timeout(max(0.0, case.spending.left_s)):
-                    return await case.ask(trial)
+                    return await _with_fields(case, trial)
             except TimeoutError:
                 return None
             except RequestError as error:
@@ -255,6 +260,8 @@ class Referee:
 
     def _verdict(self, case: _Case, candidate: _Candidate, word: Word, answer: Answer | None) -> Verdict:
         costs = dict(candidate.checked.costs_ms)
+        if answer is not None and "logprobs" in case.fields:
+            answer = replace(answer, logprobs=None)  # the client did not ask for them
         ran = list(costs)
         if "abstain" in case.options.checks and candidate.p is not None:
             ran.append("abstain")
@@ -272,6 +279,17 @@ class Referee:
             costs,
             case.rounds,
         )
+
+
+async def _with_fields(case: _Case, body: dict[str, Any]) -> Answer:
+    """Ask with what the estimate needs, or without it where the upstream refuses that (and then there is none)."""
+    if case.fields:
+        try:
+            return await case.ask({**body, **case.fields})
+        except RequestError as error:
+            if error.status not in (400, 422):
+                raise
+    return await case.ask(body)
 
 
 async def _nobody(body: dict[str, Any]) -> Answer:

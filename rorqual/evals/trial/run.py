@@ -32,6 +32,8 @@ from rorqual.evals.targets.server import ServerTarget, usage_of
 from rorqual.evals.trial.figures import summarise
 from rorqual.evals.trial.questions import SUITE, VERSION, Question, QuestionSet
 from rorqual.referee import Answer, Asked, Options, Referee, Verdict, read_answer
+from rorqual.referee.budget import RepairRates
+from rorqual.referee.confidence import CalibratedConfidence
 
 BARE, REFEREE = "bare", "referee"
 Progress = Callable[[str, int, int], None]
@@ -40,19 +42,25 @@ _WITHHELD = ("abstained", "rejected")
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What was asked. options: how the referee judges. fallbacks, constrain: as the gateway's."""
+    """What was asked. options: how the referee judges. fallbacks, constrain: as the gateway's.
+
+    confidence: makes one for each question, since each has an event loop of its own; confidence_id: names it.
+    """
 
     options: Options
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=1024))
     price: PriceVector = PriceVector()
     fallbacks: tuple[str, ...] = ()
     constrain: bool = True
+    confidence: Callable[[], CalibratedConfidence] | None = None
+    confidence_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "mode": self.options.mode, "policy_id": self.options.policy.id, "checks": list(self.options.checks),
             "budget": self.options.budget.model_dump(), "sampling": self.sampling.model_dump(),
             "price": asdict(self.price), "fallbacks": list(self.fallbacks), "constrain": self.constrain,
+            "confidence_id": self.confidence_id,
         }  # fmt: skip
 
 
@@ -66,8 +74,7 @@ def run_trial(
     """The result, also kept in `folder`; a trial that the folder holds is finished. Raises: ConfigError, DataError."""
     began = time.monotonic()
     run_id = _prepare(folder, settings, asked, target)
-    judge = Referee(fallbacks=settings.fallbacks, constrain=settings.constrain)
-    trial = _Trial(settings, target, judge, run_id)
+    trial = _Trial(settings, target, run_id)
     with ExitStack() as stack:
         files = {arm: stack.enter_context(RecordFile(folder / f"{arm}.jsonl")) for arm in (BARE, REFEREE)}
         for file in files.values():
@@ -135,7 +142,10 @@ class _Calls:
         return answer
 
     def _note(self, outcome: Answer | TransportError) -> None:
-        if self.first is None:
+        refused = isinstance(self.first, TransportError) and self.first.status in (400, 422)
+        if refused:  # asked again in a form that the endpoint takes, and that answer is its first
+            self.usage.clear()
+        if self.first is None or refused:
             self.first, self.first_ms = outcome, 1000 * (time.perf_counter() - self.began)
         self.usage.append(usage_of(outcome.usage or {}) if isinstance(outcome, Answer) else Usage())
 
@@ -146,9 +156,9 @@ class _Trial:
 
     settings: TrialSettings
     target: ServerTarget
-    judge: Referee
     run_id: str
     takes_schema: bool = True
+    rates: RepairRates = field(default_factory=RepairRates)
 
     def ask(self, question: Question) -> tuple[Record, Record]:
         """The records of both arms."""
@@ -163,10 +173,17 @@ class _Trial:
             checks = tuple(dict.fromkeys([*options.checks, "citations"]))
             options = replace(options, evidence=question.evidence, checks=checks)
         calls, verdict, failure = _Calls(self), None, "no answer came"
+        sure = None if self.settings.confidence is None else self.settings.confidence()
+        judge = Referee(
+            confidence=sure, fallbacks=self.settings.fallbacks, constrain=self.settings.constrain, rates=self.rates
+        )
         try:
-            verdict = await self.judge.judge(Asked(body), options, calls.ask)
+            verdict = await judge.judge(Asked(body), options, calls.ask)
         except RequestError as error:
             failure = error.message
+        finally:
+            if sure is not None:
+                await sure.source.close()
         total_ms = 1000 * (time.perf_counter() - calls.began)
         prompt_sha = sha(json.dumps([body["messages"], body.get("tools")], sort_keys=True).encode())
         make = _Recorder(self, question, prompt_sha)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from rorqual import log
 from rorqual.errors import RequestError
 from rorqual.referee.confidence.calibrator import Calibrator
 from rorqual.referee.confidence.decision import MAX_EXTRA_CALLS, Cascade, threshold_of
+from rorqual.referee.confidence.engine_source import TOP
 from rorqual.referee.confidence.observation import Observation, from_chat_logprobs
 from rorqual.referee.confidence.signals import BY_NAME, lexical_support, measure
 from rorqual.referee.confidence.url_source import UrlSource, generic_paraphrases
@@ -31,6 +33,9 @@ class CalibratedConfidence:
     profile: whose threshold p is compared with, which decides where a closer look is worth its calls.
     paraphrase: makes that many wordings of a question.
     """
+
+    request_fields: Mapping[str, Any] = MappingProxyType({"logprobs": True, "top_logprobs": TOP})
+    """What requests to the upstream must ask for, so that there is something to estimate from."""
 
     def __init__(
         self,
@@ -55,6 +60,8 @@ class CalibratedConfidence:
         """
         body = getattr(request, "body", request)
         messages = list(body.get("messages") or ()) if isinstance(body, Mapping) else []
+        if isinstance(body, Mapping) and body.get("model", self.source.model) != self.source.model:
+            return None  # another model, of which it knows nothing
         question = _text(messages[-1].get("content")) if messages and messages[-1].get("role") == "user" else None
         content = getattr(answer, "content", None)
         tokens = from_chat_logprobs(getattr(answer, "logprobs", None))
