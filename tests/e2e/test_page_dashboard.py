@@ -23,6 +23,7 @@ from rorqual.server.operations import Operations
 READY = "document.documentElement?.dataset.ready === ''"
 RESULT = {"suite": "facts", "model": {"id": "<b>minke</b>"}, "n": 24, "valid": True, "headline": {"HR": 0.25},
           "intervals": {"HR": [0.1, 0.4]}}  # fmt: skip
+LATER = {**RESULT, "headline": {"HR": 0.5, "OI": 12.0}}
 ARM = {"wrong": {"value": 0.5}, "latency_ms": {"p50": 12.0}}
 TRIAL = {"suite": "trial", "model": "m", "n": 10, "valid": False, "headline": {"HR": 0.0, "RET": 1.0, "OI": 3.0},
          "before": ARM, "after": {**ARM, "wrong": {"value": 0.125}}}  # fmt: skip
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("dashboard")
-    for name, result in (("one", RESULT), ("two", TRIAL)):
+    for name, result in (("one", RESULT), ("again", LATER), ("two", TRIAL)):
         (folder / "evals" / name).mkdir(parents=True)
         (folder / "evals" / name / "result.json").write_text(json.dumps(result))
     mock = MockUpstream([says("It is 20."), says("17 + 3 = 21"), says("17 + 3 = 20"), says("Fine.")])
@@ -65,7 +66,7 @@ def dashboard(browser: Browser, site: str) -> Iterator[Browser]:
     browser.type("key-a")
     browser.press("Enter")
     browser.wait_for("document.querySelectorAll('#charts figure').length === 4")
-    browser.wait_for("document.querySelectorAll('#evals table').length === 2")
+    browser.wait_for("document.querySelectorAll('#evals table').length === 3")
     yield browser
     assert [error for error in browser.errors if "status of 401" not in error] == []
 
@@ -97,7 +98,19 @@ def test_what_it_says_is_what_the_server_counts(dashboard: Browser, site: str) -
 
 def test_evals_and_text_that_is_no_markup(dashboard: Browser) -> None:
     told = dashboard.text("#evals")
+    line = "document.querySelector('#evals polyline').getAttribute('points').split(' ').length"
+    assert dashboard.value(line) == 2 and dashboard.value("document.querySelectorAll('#evals polyline').length") == 1
     assert "<b>minke</b>" in told and "0.25 (0.1–0.4)" in told and "50.0 % → 12.5 %" in told and "not valid" in told
+
+
+def test_lines_are_lines(dashboard: Browser) -> None:
+    """A class gives a bar its filling and a line its colour alone."""
+    told = dashboard.value(
+        "(() => { const e = document.createElementNS('http://www.w3.org/2000/svg', 'polyline');"
+        " e.setAttribute('class', 'c2'); document.querySelector('.chart').append(e);"
+        " const { fill, stroke } = getComputedStyle(e); e.remove(); return [fill, stroke]; })()"
+    )
+    assert told[0] == "none" and told[1] != "none"
 
 
 def test_by_day_is_another_span(dashboard: Browser) -> None:

@@ -133,6 +133,7 @@ def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert before["cost"] == pytest.approx(questions * (1000 * 1 + 200 * 2) / 1e6)
     assert later["cost"] == pytest.approx(calls * (1000 * 1 + 200 * 2) / 1e6) and calls > questions
     assert later["tokens"]["completion"] == 200 * calls
+    assert result["change"]["VER"] == (calls - questions) / questions
     assert all(a.t_total_ms >= b.t_total_ms for b, a in zip(bare, after, strict=True))
     assert sum(result["verdicts"].values()) == questions and "arith_wrong" in result["reasons"]
     told = next(body for body in endpoint.bodies if body["messages"][0]["content"].endswith("Who won?"))
@@ -173,6 +174,16 @@ def test_an_endpoint_without_schemas_is_asked_for_json(tmp_path: Path, capsys: p
     result = run(endpoint, file, tmp_path / "t", capsys)
     assert [body["response_format"] for body in endpoint.bodies] == [{"type": "json_object"}]
     assert result["before"]["grades"]["I"] == 1 and result["after"]["grades"]["C"] == 1
+
+
+def test_a_call_that_is_blocked_is_not_a_wrong_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line, endpoint = LINES[7][0], Endpoint([(LINES[7][0], [{"name": "weather", "arguments": '{"days": 9}'}])])
+    policy = tmp_path / "policy.toml"
+    policy.write_text('[[forbid]]\ntool = "weather"\n')
+    file = write_set(tmp_path / "my.jsonl", [line])
+    result = run(endpoint, file, tmp_path / "t", capsys, "--policy", str(policy))
+    assert result["before"]["grades"]["I"] == 1 and result["after"]["grades"]["A"] == 1
+    assert result["verdicts"] == {"blocked": 1} and result["reasons"] == {"side_effect_forbidden": 1}
 
 
 def test_an_endpoint_that_refuses_leaves_nothing_decided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rorqual.evals.economy import PriceVector
+from rorqual.evals.economy import PriceVector, verification_ratio
 from rorqual.evals.metrics import Counts, hallucination_rate, omniscience_index, rescue, retention, share
 from rorqual.evals.records import Record
 from rorqual.evals.statistics import Interval, compare_right, paired_bootstrap, wilson
@@ -89,6 +89,7 @@ def _change(before: Sequence[Record], after: Sequence[Record], price: PriceVecto
         "right_to_wrong": {"n": harmed, **_cell(wilson(harmed, right))},
         "right_to_not": lost,
         "wrong_to_right": sum(f == "I" and a.score >= 1 for f, a in zip(forced, after, strict=True)),
+        "VER": verification_ratio(after),
         "latency_ms": _difference(before, after, lambda record: record.t_total_ms),
         "completion_tokens": _difference(before, after, lambda record: float(_tokens(record)[1])),
     }

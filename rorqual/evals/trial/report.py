@@ -37,6 +37,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     tokens = _mean(change["completion_tokens"], "")
     out.append(("tokens written", str(before["tokens"]["completion"]), str(after["tokens"]["completion"]), tokens))
     out.append(("tokens read", str(before["tokens"]["prompt"]), str(after["tokens"]["prompt"]), ""))
+    out.append(("VER, tokens of the referee a token written", "", shown(change["VER"]), ""))
     if "cost" in before:
         currency = result["price"]["currency"]
         more = "" if not before["cost"] else f"{after['cost'] / before['cost'] - 1:+.1%}"

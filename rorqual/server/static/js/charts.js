@@ -3,7 +3,7 @@
 import { h } from "./dom.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const HEIGHT = 160, LEFT = 52, BOTTOM = 20, TOP = 8;
+const HEIGHT = 160, LEFT = 58, BOTTOM = 20, TOP = 8;
 let width = 640;    // as wide as it is shown, so that its words are as large as all others
 
 export function drawWithin(element) {
@@ -25,9 +25,10 @@ export function tableOf(caption, head, rows) {
       h("tr", {}, h("th", { scope: "row" }, first), rest.map((one) => h("td", {}, one)))))));
 }
 
-// series: [{ name, values, colour }], a value for each label, null where there is none. show: a value in words.
-export function figure({ title, kind, labels, series, show, words }) {
-  const drawn = kind === "bars" ? bars(labels, series, show) : lines(labels, series, show);
+// series: [{ name, values, colour }], a value for each label, null where there is none. show: a value in words. top: of
+// the scale of lines, the greatest value unless given.
+export function figure({ title, kind, labels, series, show, words, top, first = "UTC" }) {
+  const drawn = kind === "bars" ? bars(labels, series, show) : lines(labels, series, show, top);
   drawn.setAttribute("role", "img");
   drawn.setAttribute("aria-label", `${title}. ${words}`);
   const rows = labels.map((label, i) => [label, ...series.map(({ values }) => shown(values[i], show))]);
@@ -37,7 +38,7 @@ export function figure({ title, kind, labels, series, show, words }) {
       h("li", {}, s("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" },
         s("rect", { width: 10, height: 10, class: `c${colour}` })), name))),
     drawn,
-    h("details", {}, h("summary", {}, "The numbers"), tableOf(title, ["UTC", ...series.map(({ name }) => name)], rows)));
+    h("details", {}, h("summary", {}, "The numbers"), tableOf(title, [first, ...series.map(({ name }) => name)], rows)));
 }
 
 const shown = (value, show) => (value === null || value === undefined ? "–" : show(value));
@@ -63,7 +64,7 @@ const height = (value, top) => (top ? value / top : 0) * (HEIGHT - BOTTOM - TOP)
 
 function bars(labels, series, show) {
   const sums = labels.map((_, i) => series.reduce((sum, { values }) => sum + (values[i] ?? 0), 0));
-  const top = Math.max(1, ...sums), step = (width - LEFT) / Math.max(1, labels.length);
+  const top = 2 * Math.ceil(Math.max(1, ...sums) / 2), step = (width - LEFT) / Math.max(1, labels.length);
   const svg = frame(top, labels, show);
   labels.forEach((label, i) => {
     let y = HEIGHT - BOTTOM;
@@ -79,8 +80,7 @@ function bars(labels, series, show) {
   return svg;
 }
 
-function lines(labels, series, show) {
-  const top = Math.max(...series.flatMap(({ values }) => values.map((value) => value ?? 0))) || 1;
+function lines(labels, series, show, top = Math.max(...series.flatMap(({ values }) => values.map((one) => one ?? 0))) || 1) {
   const svg = frame(top, labels, show), step = (width - LEFT) / Math.max(1, labels.length);
   for (const { values, colour } of series) {
     let run = [];

@@ -12,7 +12,7 @@ const USUAL = { hour: 48, day: 30 };
 const WORDS = ["pass", "repaired", "flagged", "blocked", "abstained", "rejected"];
 
 const percent = (share) => (share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)} %`);
-const ms = (value) => (value === null ? "–" : value < 1000 ? `${value.toPrecision(3)} ms` : `${(value / 1000).toPrecision(3)} s`);
+const ms = (value) => (value === null ? "–" : value === 0 ? "0" : value < 1000 ? `${value.toPrecision(3)} ms` : `${(value / 1000).toPrecision(3)} s`);
 const plain = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toLocaleString("en"));
 const few = (value) => (value >= 10_000 ? `${Math.round(value / 1000)}k` : plain(value));
 
@@ -66,11 +66,11 @@ function drawVerdicts(told) {
   const words = names.map((name) => `${count(total.verdicts[name])} ${name}`).join(", ") || "None yet.";
   $("charts").replaceChildren(
     figure({ title: "Verdicts", kind: "bars", labels, series: verdicts, show: few, words }),
-    figure({ title: "Faulty answers that were repaired", kind: "lines", labels, show: percent, words: percent(total.repair_rate),
+    figure({ title: "Faulty answers that were repaired", kind: "lines", labels, show: percent, top: 1, words: percent(total.repair_rate),
       series: [{ name: "share repaired", colour: 1, values: of((one) => one.repair_rate) }] }),
     figure({ title: "Tokens", kind: "bars", labels, show: few,
       words: `${count(total.tokens.prompt)} read, ${count(total.tokens.completion)} written, of these ${count(total.tokens.referee)} for the referee`,
-      series: [{ name: "read", colour: 3, values: of((one) => one.tokens.prompt) },
+      series: [{ name: "read", colour: 4, values: of((one) => one.tokens.prompt) },
         { name: "written", colour: 0, values: of((one) => one.tokens.completion) }] }),
     figure({ title: "Time of a request", kind: "lines", labels, show: ms,
       words: `Half took at most ${ms(total.latency_ms.p50)}, 95 % at most ${ms(total.latency_ms.p95)}`,
@@ -93,9 +93,14 @@ async function showEvals() {
 }
 
 function drawEvals({ runs, unreadable, left_out: leftOut }) {
-  const suites = new Map();
-  for (const run of runs) suites.set(run.suite, [...(suites.get(run.suite) ?? []), run]);
-  const parts = [...suites].map(([suite, all]) => (suite === "trial" ? trials(all) : suiteTable(suite, all)));
+  const groups = new Map();                               // runs of one suite and model, which may be compared
+  for (const run of runs) {
+    const key = `${run.suite} · ${run.model}`;
+    groups.set(key, [...(groups.get(key) ?? []), run]);
+  }
+  drawWithin($("evals"));
+  const parts = [...groups].map(([title, all]) => h("div", {}, h("h3", {}, title), overRuns(title, all),
+    all[0].suite === "trial" ? trials(title, all) : suiteTable(title, all)));
   if (!runs.length) parts.push(h("p", { class: "hint" }, "No results in this folder yet."));
   for (const { name, why } of unreadable) parts.push(h("p", { class: "warning" }, `${name}/result.json cannot be shown: ${why}`));
   if (leftOut) parts.push(h("p", { class: "hint" }, `${count(leftOut)} older results are not shown.`));
@@ -105,23 +110,36 @@ function drawEvals({ runs, unreadable, left_out: leftOut }) {
 const day = (run) => moment(run.time, "day");
 const sizeOf = (run) => `${count(run.n)}${run.valid ? "" : " (not valid)"}`;
 
-function suiteTable(suite, runs) {
+const MOST_LINES = 4;
+
+// The first shares among the headline figures from run to run; null with fewer than two runs.
+function overRuns(title, runs) {
+  const isShare = (metric) => runs.every(({ headline }) => headline[metric] === null || (headline[metric] >= 0 && headline[metric] <= 1))
+    && runs.some(({ headline }) => headline[metric] > 0);
+  const metrics = Object.keys(runs[0].headline).filter(isShare).slice(0, MOST_LINES);
+  if (runs.length < 2 || !metrics.length) return null;
+  const inOrder = runs.toReversed();
+  return figure({ title: `${title}, from run to run`, kind: "lines", labels: inOrder.map(day), show: plain, top: 1, first: "run of",
+    words: metrics.map((metric) => `${metric} now ${plain(runs[0].headline[metric])}`).join(", "),
+    series: metrics.map((name, colour) => ({ name, colour, values: inOrder.map(({ headline }) => headline[name] ?? null) })) });
+}
+
+function suiteTable(title, runs) {
   const metrics = [...new Set(runs.flatMap((run) => Object.keys(run.headline)))];
   const cell = (run, metric) => {
     const bounds = run.intervals[metric];
     return bounds ? `${plain(run.headline[metric])} (${plain(bounds[0])}–${plain(bounds[1])})` : plain(run.headline[metric]);
   };
-  return h("div", {}, h("h3", {}, suite), tableOf(`${suite}, newest first; 95 % intervals in brackets`,
-    ["run", "day", "model", "items", ...metrics],
-    runs.map((run) => [run.name, day(run), run.model, sizeOf(run), ...metrics.map((metric) => cell(run, metric))])));
+  return tableOf(`${title}, newest first; 95 % intervals in brackets`, ["run", "day", "items", ...metrics],
+    runs.map((run) => [run.name, day(run), sizeOf(run), ...metrics.map((metric) => cell(run, metric))]));
 }
 
-function trials(runs) {
+function trials(title, runs) {
   const pair = (run, name, show) => `${show(run.trial.before[name])} → ${show(run.trial.after[name])}`;
-  return h("div", {}, h("h3", {}, "trial"), tableOf("Referee on trial, before → after, newest first",
-    ["run", "day", "model", "questions", "wrong", "time, p50", "cost", "RET", "OI"],
-    runs.map((run) => [run.name, day(run), run.model, sizeOf(run), pair(run, "wrong", percent), pair(run, "p50_ms", ms),
-      pair(run, "cost", plain), percent(run.headline.RET), plain(run.headline.OI)])));
+  return tableOf(`${title}, before → after the referee, newest first`,
+    ["run", "day", "questions", "wrong", "time, p50", "cost", "RET", "OI"],
+    runs.map((run) => [run.name, day(run), sizeOf(run), pair(run, "wrong", percent), pair(run, "p50_ms", ms),
+      pair(run, "cost", plain), percent(run.headline.RET), plain(run.headline.OI)]));
 }
 
 async function showAll() {
