@@ -140,6 +140,9 @@ def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert told["messages"][0]["content"] == "[doc-1] The final was called off.\n\nWho won?"
     assert not any("referee" in body for body in endpoint.bodies)
     page = Path(result["report"]).read_text()
+    # C, A of an unanswerable one, P, other A, I
+    assert "before: 1 right, 1 rightly declined, 0 partly right, 0 not answered, 6 wrong" in page
+    assert "after: 4 right, 1 rightly declined, 0 partly right, 1 not answered, 2 wrong" in page
     assert "<svg role=" in page and "src=" not in page and "href=" not in page and "<script" not in page
     assert json.loads((folder / "result.json").read_text()) == result
 

@@ -59,6 +59,7 @@ def _arm(records: Sequence[Record], price: PriceVector) -> dict[str, Any]:
     out: dict[str, Any] = {
         "n": n,
         "grades": {letter: int(getattr(counts, letter)) for letter in "CPIA"},
+        "rightly_declined": sum(record.grade == "A" and record.score >= 1 for record in records),
         "wrong": _interval(wilson(counts.I, n)),
         "right": _interval(wilson(solved, n)),
         "HR": hallucination_rate(counts),

@@ -12,9 +12,16 @@ from rorqual.evals.report import STYLE, escape, shown, table
 
 MOST_SHOWN = 20
 _GRADES = {"C": "right", "P": "partly right", "I": "wrong", "A": "not answered"}
-_COLOURS = {"C": "#2b7a78", "P": "#8fb8b6", "A": "#c9c4b5", "I": "#c8553d"}
+_BARS = (  # what became of a question, its colour, and that of the number on it
+    ("right", "#2b7a78", "#fff"),
+    ("rightly declined", "#8fb8b6", "#222"),
+    ("partly right", "#e3c878", "#222"),
+    ("not answered", "#c9c4b5", "#222"),
+    ("wrong", "#c8553d", "#fff"),
+)
 _SVG_STYLE = """
-svg text { font: 13px system-ui, sans-serif; fill: #222; } svg { max-width: 100%; height: auto; }
+td { white-space: normal; } svg text { font: 13px system-ui, sans-serif; fill: #222; }
+svg { max-width: 100%; height: auto; }
 """
 
 
@@ -37,7 +44,7 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     tokens = _mean(change["completion_tokens"], "")
     out.append(("tokens written", str(before["tokens"]["completion"]), str(after["tokens"]["completion"]), tokens))
     out.append(("tokens read", str(before["tokens"]["prompt"]), str(after["tokens"]["prompt"]), ""))
-    out.append(("VER, tokens of the referee a token written", "", shown(change["VER"]), ""))
+    out.append(("VER, referee's tokens a token", "", shown(change["VER"]), ""))
     if "cost" in before:
         currency = result["price"]["currency"]
         more = "" if not before["cost"] else f"{after['cost'] / before['cost'] - 1:+.1%}"
@@ -89,30 +96,35 @@ def page(result: Mapping[str, Any], bare: Mapping[str, Record], after: Mapping[s
 
 
 def bars(result: Mapping[str, Any]) -> str:
-    """Two bars of the grades, as SVG with the numbers in words."""
-    width, left, high = 640, 70, 34
+    """Two bars of what became of the questions, as SVG with the numbers in words."""
+    width, left, high = 700, 70, 34
     words, shapes = [], list[str]()
-    for row, (arm, name) in enumerate((("before", "before"), ("after", "after"))):
-        grades, n = result[arm]["grades"], max(1, result[arm]["n"])
+    for row, name in enumerate(("before", "after")):
+        sizes, n = _became(result[name]), max(1, result[name]["n"])
         y, x = row * (high + 12), float(left)
         shapes.append(f'<text x="0" y="{y + 22}">{name}</text>')
-        for letter, colour in _COLOURS.items():
-            size = (width - left) * grades[letter] / n
+        for (_, colour, ink), count in zip(_BARS, sizes, strict=True):
+            size = (width - left) * count / n
             if not size:
                 continue
             shapes.append(f'<rect x="{x:.1f}" y="{y}" width="{size:.1f}" height="{high}" fill="{colour}"/>')
-            if size > 26:
-                white = ' style="fill:#fff"' if letter in "CI" else ""
-                shapes.append(f'<text x="{x + 6:.1f}" y="{y + 22}"{white}>{grades[letter]}</text>')
+            if size > 30:
+                shapes.append(f'<text x="{x + 6:.1f}" y="{y + 22}" style="fill:{ink}">{count}</text>')
             x += size
-        words.append(f"{name}: " + ", ".join(f"{grades[letter]} {_GRADES[letter]}" for letter in _COLOURS))
+        words.append(f"{name}: " + ", ".join(f"{n} {bar[0]}" for bar, n in zip(_BARS, sizes, strict=True)))
     y = 2 * (high + 12)
-    for i, (letter, colour) in enumerate(_COLOURS.items()):
-        x = left + i * 135
+    for i, (name, colour, _) in enumerate(_BARS):
+        x = left + i * 126
         shapes.append(f'<rect x="{x}" y="{y}" width="13" height="13" fill="{colour}"/>')
-        shapes.append(f'<text x="{x + 19}" y="{y + 12}">{_GRADES[letter]}</text>')
+        shapes.append(f'<text x="{x + 19}" y="{y + 12}">{name}</text>')
     alt = escape("; ".join(words))
     return f'<svg role="img" aria-label="{alt}" viewBox="0 0 {width} {y + 18}" width="{width}">{"".join(shapes)}</svg>'
+
+
+def _became(arm: Mapping[str, Any]) -> tuple[int, ...]:
+    """Questions of an arm in the order of `_BARS`."""
+    grades, declined = arm["grades"], arm["rightly_declined"]
+    return grades["C"], declined, grades["P"], grades["A"] - declined, grades["I"]
 
 
 def _changed(bare: Mapping[str, Record], after: Mapping[str, Record]) -> Iterable[str]:
@@ -132,6 +144,8 @@ def _kinds(result: Mapping[str, Any]) -> Iterable[Sequence[Any]]:
 
 
 def _word(record: Record) -> str:
+    if record.grade == "A" and record.score >= 1:
+        return "rightly declined"
     return _GRADES.get(record.grade, "undecided")
 
 
