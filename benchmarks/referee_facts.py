@@ -45,7 +45,8 @@ def observe(model_folder: Path, split: str, share: float, seed: int, samples: in
     stated = batches.read([statement(item, one.answer) for item, one in zip(items, seen, strict=True)])
     # samples cost most and are only compared: for one entity in ten
     chosen = [i for i, item in enumerate(items) if samples and derive(seed, "sampled", item.meta["entity"]) % 10 == 0]
-    drawn = dict(zip(chosen, batches.samples([asked[i] for i in chosen], samples, seed), strict=True))
+    found = batches.samples([asked[i] for i in chosen], samples, seed) if chosen else []
+    drawn = dict(zip(chosen, found, strict=True))
     records = []
     for i, (item, one) in enumerate(zip(items, seen, strict=True)):
         others = [scored[k][i] for k in range(PARAPHRASES)]

@@ -70,14 +70,15 @@ def test_minkes_memory_and_heat_map(minke: Browser) -> None:
     page.value("document.querySelector('.assistant [aria-label=\"Show what the indexer picked\"]').click()")
     page.wait_for("!document.querySelector('#heat').hidden")
     assert page.value("[...document.querySelectorAll('.segments button')].map(e => e.textContent)") == [
-        "Layer 2",
-        "Layer 4",
+        *("Layer 2", "Layer 4"),
+        *("Picked", "Dense attention"),
     ]
     assert "the indexer of layer 2 picks up to 32" in page.text("#heat .hint")
     assert NOTES[:40] in page.text(".context")
     colours = count_colours(page)
     assert len(colours) >= 3  # nothing there yet, seen and left, picked
-    page.click(".segments button:last-child")
+    page.value("[...document.querySelectorAll('.segments button')].find(e => e.textContent === 'Layer 4').click()")
+    page.wait_for("document.querySelector('#heat .hint').textContent.includes('layer 4')")
     assert "layer 4" in page.text("#heat .hint")
     assert count_colours(page) != colours
     page.value("document.querySelector('.map canvas').focus()")

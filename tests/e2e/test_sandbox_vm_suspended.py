@@ -84,9 +84,9 @@ def test_a_suspended_machine_needs_neither_its_names_nor_its_snapshot(sandbox: S
     with Sandbox.create(**need(SMALL), snapshot="origin", memory_mb=192) as copy:
         copy.files.write("/home/agent/own", "of the copy")
         copy.pause(keep_memory=False)
-        assert collect(Store(), grace_s=0).full == [], "named, and one stands on it"
+        assert taken.digest not in collect(Store(), grace_s=0).full, "named, and one stands on it"
         Store().forget("origin")
-        assert collect(Store(), grace_s=0).full == [taken.digest]
+        assert taken.digest in collect(Store(), grace_s=0).full
         assert not (snapshot.folder() / taken.digest).exists()
         copy.resume()
         assert copy.files.read("/home/agent/own") == "of the copy"
