@@ -471,6 +471,25 @@ def test_the_rest_passes_through_and_unjudged_dialects_do_not():
 SECRET = "sk-live-0123456789abcdefABCDEF"
 
 
+@pytest.mark.parametrize(
+    ("path", "host"),
+    [("/v1/models/%2e%2e/files", "mock"), ("/v1/models/a/%2E%2E/%2e%2e/files", "mock"), ("/v1/models", "x/v1/files?")],
+)
+def test_what_passes_through_reaches_no_other_endpoint(path: str, host: str):
+    seen: list[str] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        seen.append(request.url.raw_path.decode())
+        return httpx2.Response(200, json={})
+
+    upstream = Upstream("http://mock", "sk-operators", transport=httpx2.MockTransport(answer))
+    with TestClient(create_gateway(Gateway(upstream, Options("enforce", POLICY)))) as client:
+        status = client.get(path, headers={"host": host}).status_code
+        client.get("/v1/models/org%2Fname?limit=2")
+    assert seen[-1] == "/v1/models/org%2Fname?limit=2"
+    assert (status, seen[:-1]) in ((404, []), (200, ["/v1/models"]), (400, []))
+
+
 def test_every_verdict_is_in_the_journal_and_no_secret(tmp_path: Path):
     mock = MockUpstream([says("", calls=[calls("get_weather", json.dumps({"city": SECRET, "mood": SECRET}))])])
     question = f"My key is {SECRET}, password: hunter2hunter2"
