@@ -116,16 +116,23 @@ class Policy:
         return self.arguments.get(tool, {})
 
     def forbids(self, tool: str, arguments: Any) -> str | None:
-        """Why this call may not go out; None when it may."""
+        """Why this call may not go out; None when it may. arguments: their text where nobody can read it.
+
+        Such a text is searched as a whole by a rule for one argument, and any rule without `matches` is held to apply.
+        """
         for rule in self.forbid:
             if not fnmatchcase(tool, rule.tool):
                 continue
             if rule.matches is not None:
-                value = arguments if rule.argument is None else _member(arguments, rule.argument)
+                value = arguments if rule.argument is None or isinstance(arguments, str) else _member(arguments, rule.argument)
                 text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 if value is None or re.search(rule.matches, text) is None:
                     continue
-            elif rule.argument is not None and _member(arguments, rule.argument) is None:
+            elif (
+                rule.argument is not None
+                and not isinstance(arguments, str)
+                and _member(arguments, rule.argument) is None
+            ):
                 continue
             return f"the policy forbids it ({rule.because or f'rule `{rule.tool}`'})"
         return None

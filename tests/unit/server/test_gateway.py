@@ -127,6 +127,26 @@ def test_rule_2_a_forbidden_call_is_blocked():
         assert len(mock.bodies) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "tools"),
+    [
+        ("delete_file", '{"path": "a', TOOLS),
+        ("delete_file", '{"path": "a", "path": "b"}', TOOLS),
+        ("delete_all", "{}", TOOLS),
+        ("delete_file", "{}", None),
+        ("shell", '{"command": "rm -rf /', [{"type": "function", "function": {"name": "shell"}}]),
+        ("shell", '{"command": "rm -rf /"}', TOOLS),
+    ],
+)
+def test_rule_2_holds_for_calls_that_are_broken_besides(name: str, arguments: str, tools: Any):
+    rules = (*POLICY.forbid, Forbid(tool="shell", argument="command", matches=r"\brm\s+-rf\b"))
+    mock = MockUpstream([says("", calls=[calls(name, arguments)])])
+    with in_front_of(mock, "annotate", policy=Policy(forbid=rules)) as client:
+        body = ask(client, tools=tools, referee={"budget": {"max_rounds": 0}}).json()
+        assert body["referee"]["verdict"] == "blocked"
+        assert not body["choices"][0]["message"].get("tool_calls")
+
+
 def test_rule_3_a_local_repair_costs_no_round():
     mock = MockUpstream([says("", calls=[calls("get_weather", "{'city': 'Oslo', 'days': '3',}")])])
     with in_front_of(mock) as client:
