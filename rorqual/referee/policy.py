@@ -124,7 +124,11 @@ class Policy:
             if not fnmatchcase(tool, rule.tool):
                 continue
             if rule.matches is not None:
-                value = arguments if rule.argument is None or isinstance(arguments, str) else _member(arguments, rule.argument)
+                value = (
+                    arguments
+                    if rule.argument is None or isinstance(arguments, str)
+                    else _member(arguments, rule.argument)
+                )
                 text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 if value is None or re.search(rule.matches, text) is None:
                     continue
