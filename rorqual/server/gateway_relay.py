@@ -230,7 +230,7 @@ class _Tap:
     def _read(self, read: Any) -> None:
         try:
             self._answer = read()
-        except (RequestError, ValueError, TypeError, AttributeError) as error:
+        except (RequestError, ValueError, TypeError, AttributeError, RecursionError) as error:
             self.failure = RequestError(f"the answer could not be read: {error}", status=502)
             return
         self.meter.usage = dict(self._answer.usage or {})

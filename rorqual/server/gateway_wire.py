@@ -102,7 +102,7 @@ class Upstream:
                 raise self.refusal(response, content)
         try:
             return read_answer(json.loads(content))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.broken(f"it sent what is no JSON ({error})") from error
 
     async def streamed(
@@ -134,7 +134,7 @@ class Upstream:
         """A server that does not stream: its whole answer, as one delta."""
         try:
             answer = read_answer(json.loads(content))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.broken(f"it sent neither a stream nor JSON ({error})") from error
         each({"content": answer.content, "reasoning_content": answer.reasoning})
         return answer
@@ -142,11 +142,14 @@ class Upstream:
     def _take(self, assembler: Assembler, data: str) -> Mapping[str, Any] | None:
         try:
             chunk = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.broken(f"it sent an event that is no JSON ({error})") from error
         if isinstance(chunk, dict) and chunk.get("error"):
             raise self.broken(_words(data.encode()))
-        return assembler.feed(chunk)
+        try:
+            return assembler.feed(chunk)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self.broken(f"it sent an event that is no part of an answer ({error})") from error
 
     def _finished(self, assembler: Assembler) -> Answer:
         if not assembler.has_begun:

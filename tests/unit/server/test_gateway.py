@@ -404,6 +404,22 @@ def test_an_upstream_that_breaks_off_within_a_stream(way: str, breaks_after: int
             assert answer.status_code == 502 and len(mock.bodies) == 2
 
 
+@pytest.mark.parametrize("way", ["buffer", "holdback", "annotate_after"])
+def test_a_refusal_is_streamed_too(way: str):
+    parts = [{"role": "assistant", "refusal": "I will "}, {"refusal": "not."}]
+    lines = [{"choices": [{"index": 0, "delta": one, "finish_reason": None}]} for one in parts]
+    lines.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    content = "".join(f"data: {json.dumps(one)}\n\n" for one in lines) + "data: [DONE]\n\n"
+    transport = httpx2.MockTransport(
+        lambda request: httpx2.Response(200, content=content.encode(), headers={"content-type": "text/event-stream"})
+    )
+    with TestClient(
+        create_gateway(Gateway(Upstream("http://mock", transport=transport), Options("annotate", POLICY)))
+    ) as client:
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(ask(client, stream=True, referee={"stream": way}))]
+    assert "".join(delta.get("refusal") or "" for delta in deltas) == "I will not."
+
+
 def test_text_that_is_out_is_corrected_apart_and_calls_behind_it_are_asked_again():
     mock = MockUpstream([says(PARAGRAPHS + "<|im_end|>")])
     with in_front_of(mock, "annotate") as client:
@@ -474,6 +490,36 @@ def test_an_answer_somebody_has_is_judged_without_a_model():
         )
         assert client.post("/v1/referee/check", json={**body, "answer": broken, "more": 1}).status_code == 400
     assert not mock.bodies
+
+
+@pytest.mark.parametrize(
+    "answer", [{"tool_calls": 5}, {"choices": []}, {"choices": [None]}, {"choices": [{"message": {"tool_calls": 5}}]}]
+)
+def test_an_answer_that_is_none_is_refused(answer: dict[str, Any]):
+    with in_front_of(MockUpstream([says("")])) as client:
+        refused = client.post("/v1/referee/check", json={"answer": answer})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "answer"
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("mode", ["observe", "annotate"])
+@pytest.mark.parametrize("event", [DEEP, '{"choices": 5}', '{"choices": [{"delta": {"tool_calls": 5}}]}'])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_upstream_that_sends_anything_is_told_of_or_passed_on(mode: str, event: str, stream: bool):
+    kind = "text/event-stream" if stream else "application/json"
+    content = f"data: {event}\n\ndata: [DONE]\n\n" if stream else event
+    transport = httpx2.MockTransport(
+        lambda request: httpx2.Response(200, content=content.encode(), headers={"content-type": kind})
+    )
+    gateway = Gateway(Upstream("http://mock", transport=transport), Options(mode, POLICY))  # type: ignore[arg-type]
+    with TestClient(create_gateway(gateway), raise_server_exceptions=False) as client:
+        got = ask(client, stream=stream)
+        if mode == "observe":
+            assert got.status_code == 200 and got.text == content
+        else:
+            assert got.status_code == 502 and got.json()["error"]["type"] == "upstream_error"
 
 
 def test_the_rest_passes_through_and_unjudged_dialects_do_not():
