@@ -501,6 +501,19 @@ def test_an_answer_that_is_none_is_refused(answer: dict[str, Any]):
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "answer"
 
 
+def test_a_password_of_the_upstream_is_told_to_nobody():
+    sent: list[str] = []
+
+    def refuse(request: httpx2.Request) -> httpx2.Response:
+        sent.append(request.headers["authorization"])
+        raise httpx2.ConnectError("no")
+
+    upstream = Upstream("http://me:pass-word@mock/v1", transport=httpx2.MockTransport(refuse))
+    with TestClient(create_gateway(Gateway(upstream, Options("enforce", POLICY)))) as client:
+        told = client.get("/stats").text + client.get("/v1/models").text
+    assert "http://mock" in told and "pass-word" not in told and sent[0].startswith("Basic ")
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
