@@ -242,3 +242,11 @@ def test_identifiers_made_to_be_alike_are_told_apart():
     asked = Asked({"messages": [{"role": "user", "content": " ".join(f"x{name}" for name in names)}]})
     found = check_copy(asked, Answer(" ".join(f"y{name}" for name in names[:20]), finish="stop"), Policy())
     assert [one.candidate for one in found] == [f"x{name}" for name in names[:20]]
+
+
+@pytest.mark.parametrize("made", [[5], 5, [None, {"id": "c"}]])
+def test_a_conversation_that_is_odd_fails_no_check(made: Any):
+    odd = {"role": "assistant", "content": None, "tool_calls": made}
+    asked = Asked({"messages": [odd, {"role": "user", "content": [{"type": "text", "text": "Is it done?"}]}]})
+    found = check_answer(asked, Answer("It is done.", finish="stop"), Options("annotate", Policy(), ("done",)))
+    assert "check_failed" not in {one.code for one in found.findings}
