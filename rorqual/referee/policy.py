@@ -322,10 +322,24 @@ def options_of(given: Any, default: Options) -> Options:
         checks = (*default.checks, *(check for check in checks if check not in default.checks))
     if body.checks is None and evidence and "citations" not in checks:
         checks = (*checks, "citations")
+    policy = default.policy.with_profile(body.profile)
+    if default.mode == "enforce":
+        policy = replace(policy, profile=_stricter(policy.profile, default.policy.profile))
     return Options(
-        mode, default.policy.with_profile(body.profile), checks, body.budget or default.budget, tuple(evidence),
+        mode, policy, checks, body.budget or default.budget, tuple(evidence),
         body.stream or default.stream,
     )  # fmt: skip
+
+
+def _stricter(asked: Profile, own: Profile) -> Profile:
+    """The profile asked for, no less careful than the operator's anywhere."""
+    made = replace(
+        asked,
+        loss_ratio=max(asked.loss_ratio, own.loss_ratio),
+        copy="strict" if "strict" in (asked.copy, own.copy) else "near",
+        citations="hard" if "hard" in (asked.citations, own.citations) else "soft",
+    )
+    return own if replace(made, name=own.name) == own else made
 
 
 def _refusal(error: ValidationError) -> RequestError:

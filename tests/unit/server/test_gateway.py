@@ -301,6 +301,18 @@ def test_a_request_may_ask_for_more_and_not_for_less():
         assert "41" not in json.dumps(ask(client, referee={"mode": "enforce"}).json()["choices"])
 
 
+@pytest.mark.parametrize("profile", ["chat", "assistant", {"loss_ratio": 0.001}, {"citations": "soft"}])
+def test_a_profile_is_not_made_weaker_where_the_operator_enforces(profile: Any):
+    evidence = [{"id": "doc-1", "text": "nothing of that"}]
+    mock = MockUpstream([says('It says "the quick brown fox" [doc-1].')])
+    with in_front_of(mock, policy=Policy(PROFILES["regulated"])) as client:
+        told = ask(client, referee={"evidence": evidence, "profile": profile}).json()["referee"]
+        assert told["verdict"] == "abstained" and told["policy_id"] == Policy(PROFILES["regulated"]).id
+    with in_front_of(mock, "annotate", policy=Policy(PROFILES["regulated"])) as client:
+        weaker = ask(client, referee={"evidence": evidence, "profile": "chat"}).json()["referee"]
+        assert weaker["verdict"] == "pass"
+
+
 def test_wrong_arithmetic_is_asked_again_and_never_given():
     mock = MockUpstream([says("So 17 * 3 = 41."), says("So 17 * 3 = 51.")])
     with in_front_of(mock) as client:
