@@ -126,19 +126,34 @@ def _siblings(word: str, other: str, kind: str) -> bool:
 
 
 def edit_distance(a: str, b: str, most: int) -> int:
-    """Levenshtein distance; `most` + 1 for anything above `most`."""
+    """Levenshtein distance; `most` + 1 for anything above `most`.
+
+    What both begin with is passed at once, and only what differs branches: texts made to be alike cost no more.
+    """
     if abs(len(a) - len(b)) > most:
         return most + 1
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, 1):
-        corner, row[0] = row[0], i
-        least = row[0]
-        for j, right in enumerate(b, 1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (left != right))
-            least = min(least, row[j])
-        if least > most:
-            return most + 1
-    return row[-1]
+    same = _common_prefix(a, b)
+    a, b = a[same:], b[same:]
+    if not a or not b:
+        return len(a) + len(b)
+    best = most + 1
+    for left, right in ((a[1:], b[1:]), (a[1:], b), (a, b[1:])):
+        if best < 2:
+            break
+        best = min(best, 1 + edit_distance(left, right, best - 2))
+    return best
+
+
+def _common_prefix(a: str, b: str) -> int:
+    """By halving, so that the characters are compared many at a time."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

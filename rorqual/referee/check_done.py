@@ -42,8 +42,9 @@ def check_done(asked: Asked, answer: Answer) -> list[Finding]:
     edited = verified = False
     names: dict[str, tuple[str, str]] = {}
     for message in asked.messages:
-        for call in message.get("tool_calls") or ():
-            names[str(call.get("id"))] = _call(call)
+        made = message.get("tool_calls")
+        for call in made if isinstance(made, list) else ():
+            names[str(call.get("id") if isinstance(call, Mapping) else None)] = _call(call)
         if message.get("role") != "tool":
             continue
         name, arguments = names.get(str(message.get("tool_call_id")), ("", ""))

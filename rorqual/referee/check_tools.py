@@ -63,31 +63,44 @@ def check_tools(asked: Asked, answer: Answer, policy: Policy) -> tuple[Answer, l
 
 
 def _check_call(state: _State, asked: Asked, policy: Policy, *, cut: bool) -> None:
+    value = _checked_value(state, asked, policy, cut=cut)
+    # also of a call that is broken besides: in annotate it may go out, and its client may read it leniently
+    forbidden = policy.forbids(state.call.name or "", state.call.arguments if value is _UNREADABLE else value)
+    if forbidden is not None:
+        state.fail("side_effect_forbidden", forbidden)
+
+
+def _checked_value(state: _State, asked: Asked, policy: Policy, *, cut: bool) -> Any:
+    """The arguments' value; `_UNREADABLE` where the call is none or they cannot be read."""
     if not state.call.name:
         state.fail("call_malformed", "it has no name, so nobody knows what it calls")
-        return
+        return _UNREADABLE
     if not asked.functions:
         state.fail("call_unwanted", "the request has no tools")
-        return
+        return _plain_value(state.call.arguments)
     name = _known_name(state.call.name, asked.functions, policy)
     if name is None:
         known = ", ".join(f"`{one}`" for one in list(asked.functions)[:40])
         state.fail("tool_unknown", f"there is no tool of that name; the tools are {known}")
-        return
+        return _plain_value(state.call.arguments)
     if name != state.call.name:
         state.repair("name_alias", f"read as `{name}`", name=name)
     value = _read_arguments(state, cut=cut)
     if value is _UNREADABLE:
-        return
+        return value
     schema = _schema_of(state, asked.functions[name])
     if schema is not None:
-        value = _fitted(state, schema, value, policy)
-    elif not isinstance(value, dict):
+        return _fitted(state, schema, value, policy)
+    if not isinstance(value, dict):
         state.fail("arguments_not_object", "the arguments are no object")
-        return
-    forbidden = policy.forbids(name, value)
-    if forbidden is not None:
-        state.fail("side_effect_forbidden", forbidden)
+    return value
+
+
+def _plain_value(text: str) -> Any:
+    try:
+        return read_strictly(text)
+    except NotJson:
+        return _UNREADABLE
 
 
 _UNREADABLE: Final = object()

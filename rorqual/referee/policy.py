@@ -116,16 +116,27 @@ class Policy:
         return self.arguments.get(tool, {})
 
     def forbids(self, tool: str, arguments: Any) -> str | None:
-        """Why this call may not go out; None when it may."""
+        """Why this call may not go out; None when it may. arguments: their text where nobody can read it.
+
+        Such a text is searched as a whole by a rule for one argument, and any rule without `matches` is held to apply.
+        """
         for rule in self.forbid:
             if not fnmatchcase(tool, rule.tool):
                 continue
             if rule.matches is not None:
-                value = arguments if rule.argument is None else _member(arguments, rule.argument)
+                value = (
+                    arguments
+                    if rule.argument is None or isinstance(arguments, str)
+                    else _member(arguments, rule.argument)
+                )
                 text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 if value is None or re.search(rule.matches, text) is None:
                     continue
-            elif rule.argument is not None and _member(arguments, rule.argument) is None:
+            elif (
+                rule.argument is not None
+                and not isinstance(arguments, str)
+                and _member(arguments, rule.argument) is None
+            ):
                 continue
             return f"the policy forbids it ({rule.because or f'rule `{rule.tool}`'})"
         return None
@@ -311,10 +322,24 @@ def options_of(given: Any, default: Options) -> Options:
         checks = (*default.checks, *(check for check in checks if check not in default.checks))
     if body.checks is None and evidence and "citations" not in checks:
         checks = (*checks, "citations")
+    policy = default.policy.with_profile(body.profile)
+    if default.mode == "enforce":
+        policy = replace(policy, profile=_stricter(policy.profile, default.policy.profile))
     return Options(
-        mode, default.policy.with_profile(body.profile), checks, body.budget or default.budget, tuple(evidence),
+        mode, policy, checks, body.budget or default.budget, tuple(evidence),
         body.stream or default.stream,
     )  # fmt: skip
+
+
+def _stricter(asked: Profile, own: Profile) -> Profile:
+    """The profile asked for, no less careful than the operator's anywhere."""
+    made = replace(
+        asked,
+        loss_ratio=max(asked.loss_ratio, own.loss_ratio),
+        copy="strict" if "strict" in (asked.copy, own.copy) else "near",
+        citations="hard" if "hard" in (asked.citations, own.citations) else "soft",
+    )
+    return own if replace(made, name=own.name) == own else made
 
 
 def _refusal(error: ValidationError) -> RequestError:

@@ -11,6 +11,7 @@ alone. Connecting twice changes nothing the second time, and keeps the first rec
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -80,7 +81,10 @@ def connect(client: Client, target: Target, records: Path, home: Path | None = N
     for path, text in texts.items():
         entry = record[str(path)]
         copy = _copy_of(records, client, path)
-        if entry["existed"] and not copy.exists():
+        if "text" in entry:  # connected again: what the person wrote in between is in no copy
+            entry["text"] = text if _holds(path, entry["text"]) else None
+            continue
+        if entry["existed"]:
             copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             shutil.copy2(path, copy)
         entry["text"] = text
@@ -104,9 +108,9 @@ def undo(client: Client, records: Path, home: Path | None = None) -> Outcome:
         if not path.exists():
             continue
         copy = _copy_of(records, client, path)
-        if path.read_text(encoding="utf-8") == entry.get("text"):  # nobody has written it since
+        if _holds(path, entry.get("text")):  # nobody has written it since
             if entry["existed"] and copy.exists():
-                _write(path, copy.read_text(encoding="utf-8"))
+                _write(path, copy.read_bytes())
             elif not entry["existed"]:
                 path.unlink()
             changed.append(path)
@@ -228,15 +232,19 @@ def _restore(value: dict[str, Any], pointer: Pointer, before: Any) -> None:
             return
 
 
-def _write(path: Path, text: str) -> None:
+def _holds(path: Path, text: str | None) -> bool:
+    return text is not None and path.exists() and path.read_bytes() == text.encode()
+
+
+def _write(path: Path, content: str | bytes) -> None:
     """Replace a file at once, with its mode; a new one is its owner's alone, since it holds a key."""
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, mode)
@@ -260,7 +268,8 @@ def _write_record(records: Path, client: str, record: Mapping[str, Any]) -> None
 
 
 def _copy_of(records: Path, client: str, path: Path) -> Path:
-    return records / client / path.name
+    mark = hashlib.sha256(str(path).encode()).hexdigest()[:12]  # two folders may hold a file of one name
+    return records / client / f"{mark}-{path.name}"
 
 
 def _forget(records: Path, client: str, record: Mapping[str, Any]) -> None:

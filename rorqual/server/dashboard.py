@@ -7,6 +7,7 @@ a folder of runs. Like `/stats`, both ask for a key where the server does, and s
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Dashboard:
             name = path.parent.relative_to(self.evals).as_posix()
             try:
                 shown.append({"name": name, "time": when, **read_result(path)})
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 unreadable.append({"name": name, "why": f"{type(error).__name__}: {error}"[:200]})
         return {"runs": shown, "unreadable": unreadable, "left_out": max(0, len(found) - MOST_RUNS)}
 
@@ -95,7 +96,9 @@ def read_result(path: Path) -> dict[str, Any]:
         "valid": bool(result["valid"]),
         "headline": {str(name): _number(value) for name, value in result["headline"].items()},
         "intervals": {
-            str(name): [float(low), float(high)] for name, (low, high) in result.get("intervals", {}).items()
+            str(name): [float(low), float(high)]
+            for name, (low, high) in result.get("intervals", {}).items()
+            if math.isfinite(float(low)) and math.isfinite(float(high))
         },
     }
     if result["suite"] == "trial":
@@ -112,7 +115,9 @@ def _arm(arm: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    """None also for what Python's JSON has and the page's has not: NaN and the infinite."""
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else None
 
 
 def install(app: FastAPI, dashboard: Dashboard) -> None:

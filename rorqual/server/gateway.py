@@ -21,7 +21,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from rorqual.errors import RequestError
-from rorqual.referee import Asked, Continuity, Options, Referee, options_of, read_answer, read_message
+from rorqual.referee import Answer, Asked, Continuity, Options, Referee, options_of, read_answer, read_message
 from rorqual.referee.audit import Audit
 from rorqual.server import dashboard, errors, page
 from rorqual.server.accounts import account_of, owner_of
@@ -80,10 +80,7 @@ class Gateway:
         if options.mode in ("off", "observe"):
             options = options_of({"mode": "annotate"}, options)
         asked = Asked(given.model_dump(exclude={"answer", "finish_reason", "referee"}, exclude_none=True))
-        if "choices" in given.answer:
-            answer = read_answer(given.answer)
-        else:
-            answer = read_message(given.answer, given.finish_reason or given.assumed_finish)
+        answer = _given(given)
         verdict = await self.referee.judge_answer(asked, answer, options)
         self.verdicts[verdict.word] += 1
         self.audit.verdict(
@@ -202,6 +199,19 @@ def read_body(raw: bytes) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RequestError("The request body is not a JSON object. Send one.")
     return body
+
+
+def _given(body: CheckBody) -> Answer:
+    """The answer of a check. Raises: RequestError 400 where it is none."""
+    try:
+        if "choices" in body.answer:
+            return read_answer(body.answer)
+        return read_message(body.answer, body.finish_reason or body.assumed_finish)
+    except (RequestError, TypeError, AttributeError):
+        raise RequestError(
+            "answer is neither an assistant's message nor a chat completion with one. Send it as a server gave it.",
+            param="answer",
+        ) from None
 
 
 def _user(body: Mapping[str, Any]) -> str:

@@ -256,6 +256,8 @@ class Exchange:
                 put({"content": rest}, logprobs=answer.logprobs if not live.sent else None)
         else:  # what is out stays said; the correction is told apart from it
             told["correction"] = {"content": content, "sent_characters": len(live.sent)}
+        if answer.refusal is not None:  # never sent before the verdict
+            put({"refusal": answer.refusal})
         for index, call in enumerate(answer.calls):
             put({"tool_calls": [{"index": index, **call_body(call)}]})
         event = {**envelope, "choices": [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}]}

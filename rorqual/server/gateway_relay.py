@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
 from starlette.background import BackgroundTask
 from starlette.requests import Request as HttpRequest
@@ -72,13 +73,23 @@ async def admit(gateway: Gateway, http: HttpRequest, asked: Asked, num_bytes: in
 
 
 async def relay(gateway: Gateway, http: HttpRequest) -> Response:
-    """Pass a request on that is not judged."""
+    """Pass a request on that is not judged. Raises: RequestError 404 for a path that leads elsewhere upstream."""
+    path = _path(http)
     raw = await http.body()
     stack = AsyncExitStack()
     response = await stack.enter_async_context(
-        gateway.upstream.send(http.method, http.url.path, gateway.upstream.headers(http.headers), raw, http.url.query)
+        gateway.upstream.send(http.method, path, gateway.upstream.headers(http.headers), raw, http.url.query)
     )
     return _Relayed(stack, None, _pieces(gateway, response, None), response.status_code, headers_back(response.headers))
+
+
+def _path(http: HttpRequest) -> str:
+    """The path as it was sent: `http.url` is put together with the Host header, which a client writes as it likes."""
+    raw = http.scope.get("raw_path")
+    path = quote(http.scope["path"]) if raw is None else bytes(raw).partition(b"?")[0].decode("latin-1")
+    if {".", ".."} & set(unquote(path).split("/")):  # resolved, it would be another endpoint's, with the gateway's key
+        raise RequestError(f"{path} has dots for a name. Write the path out.", status=404)
+    return path
 
 
 async def observe(
@@ -219,7 +230,7 @@ class _Tap:
     def _read(self, read: Any) -> None:
         try:
             self._answer = read()
-        except (RequestError, ValueError, TypeError, AttributeError) as error:
+        except (RequestError, ValueError, TypeError, AttributeError, RecursionError) as error:
             self.failure = RequestError(f"the answer could not be read: {error}", status=502)
             return
         self.meter.usage = dict(self._answer.usage or {})

@@ -7,6 +7,7 @@ for word, so that a client sees what it would have seen without a gateway.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -56,7 +57,8 @@ class Upstream:
         patience_s: float = 600.0,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self.url, self._key, self.patience_s = url.rstrip("/").removesuffix("/v1"), key, patience_s
+        self._address, self._key, self.patience_s = url.rstrip("/").removesuffix("/v1"), key, patience_s
+        self.url = re.sub(r"(?<=://)[^/]*@", "", self._address)  # told to clients: without a name and password
         self._client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(patience_s, connect=CONNECT_S, pool=None),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=256),
@@ -83,7 +85,7 @@ class Upstream:
         self, method: str, path: str, headers: Mapping[str, str], body: bytes, query: str = ""
     ) -> AsyncIterator[httpx2.Response]:
         """The response, its body unread, whatever its status. Raises: RequestError 502 or 504 when there is none."""
-        url = f"{self.url}{path}" + (f"?{query}" if query else "")
+        url = f"{self._address}{path}" + (f"?{query}" if query else "")
         try:
             request = self._client.build_request(method, url, headers=headers, content=body)
             response = await self._client.send(request, stream=True)
@@ -102,7 +104,7 @@ class Upstream:
                 raise self.refusal(response, content)
         try:
             return read_answer(json.loads(content))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.broken(f"it sent what is no JSON ({error})") from error
 
     async def streamed(
@@ -134,7 +136,7 @@ class Upstream:
         """A server that does not stream: its whole answer, as one delta."""
         try:
             answer = read_answer(json.loads(content))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.broken(f"it sent neither a stream nor JSON ({error})") from error
         each({"content": answer.content, "reasoning_content": answer.reasoning})
         return answer
@@ -142,11 +144,14 @@ class Upstream:
     def _take(self, assembler: Assembler, data: str) -> Mapping[str, Any] | None:
         try:
             chunk = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.broken(f"it sent an event that is no JSON ({error})") from error
         if isinstance(chunk, dict) and chunk.get("error"):
             raise self.broken(_words(data.encode()))
-        return assembler.feed(chunk)
+        try:
+            return assembler.feed(chunk)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self.broken(f"it sent an event that is no part of an answer ({error})") from error
 
     def _finished(self, assembler: Assembler) -> Answer:
         if not assembler.has_begun:

@@ -29,6 +29,9 @@ _IGNORED = {
     "USER",
 }
 
+_BEFORE = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+"""What an image says before its Dockerfile does: `ENV PATH=/more:$PATH` adds to it."""
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -70,7 +73,7 @@ class Dockerfile:
     def _copy(self, sandbox: Any, one: Instruction, where: str) -> None:
         *sources, target = one.words
         into = target if target.startswith("/") else f"{one.cwd.rstrip('/')}/{target}"
-        for name in sources:
+        for name in (name.lstrip("/") or "." for name in sources):  # from the task's folder, with a slash or without
             matches = sorted(self.folder.glob(name)) if any(c in name for c in "*?[") else [self.folder / name]
             for source in matches or [self.folder / name]:
                 if not source.resolve().is_relative_to(self.folder.resolve()) or not source.exists():
@@ -98,8 +101,7 @@ def read_dockerfile(path: Path) -> Dockerfile:
         elif name in ("COPY", "ADD"):
             found.instructions.append(_now(found, "COPY", _copied(rest, found.env, f"{path}:{number}"), number))
         elif name == "RUN":
-            words = json.loads(rest) if rest.startswith("[") else None
-            found.instructions.append(_now(found, name, (shlex.join(words) if words else rest,), number))
+            found.instructions.append(_now(found, name, (_command(rest),), number))
         elif name not in _IGNORED:
             raise ConfigError(
                 f"{path}:{number}: {name} cannot be followed without Docker. Build its image and import it."
@@ -129,6 +131,15 @@ def _lines(text: str) -> list[tuple[int, str]]:
     return [*lines, (begun, held.strip())] if held.strip() else lines
 
 
+def _command(rest: str) -> str:
+    """The command line of RUN, in either form; what begins with `[` and is no JSON is the shell's test."""
+    try:
+        words = json.loads(rest) if rest.startswith("[") else None
+    except ValueError:
+        words = None
+    return shlex.join(map(str, words)) if words else rest
+
+
 def _settings(name: str, rest: str, env: dict[str, str]) -> dict[str, str]:
     words = shlex.split(rest)
     if name == "ENV" and "=" not in words[0]:  # the old form: one name, and the rest is its value
@@ -150,4 +161,4 @@ def _copied(rest: str, env: dict[str, str], where: str) -> tuple[str, ...]:
 
 
 def _expand(text: str, env: dict[str, str]) -> str:
-    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", lambda m: env.get(m[1] or m[2], ""), text)
+    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", lambda m: {**_BEFORE, **env}.get(m[1] or m[2], ""), text)

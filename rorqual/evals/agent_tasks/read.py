@@ -20,6 +20,7 @@ def read_tasks(
     Raises: ConfigError for a set that is none, an id that is not in it, or a task that cannot be followed here.
     """
     if source.is_dir():
+        source = source.resolve()  # `.` is a folder with a name, too
         folders = [source] if _is_task(source) else sorted(path for path in source.iterdir() if _is_task(path))
         names = {folder.name: folder for folder in folders}
         _check(names, only, source)

@@ -37,6 +37,10 @@ class SweTask(AgentTask):
         if missing:
             raise ConfigError(f"the instance {row.get('instance_id', '?')} lacks {', '.join(missing)}.")
         self.id, self.env, self._row = str(row["instance_id"]), {}, row
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*/[\w.-]*\w[\w.-]*", str(row["repo"])):
+            raise ConfigError(f"{self.id} names the repository {row['repo']!r}. Give OWNER/NAME.")
+        if str(row["base_commit"]).startswith("-"):  # git would take it for an option, and one of them writes files
+            raise ConfigError(f"{self.id} has the base_commit {row['base_commit']!r}, which is none.")
         self._clone = repos / str(row["repo"]).replace("/", "__")
         if not (self._clone / ".git").exists() and not (self._clone / "HEAD").exists():
             raise ConfigError(f"{self.id} needs a clone of {row['repo']} at {self._clone}.")

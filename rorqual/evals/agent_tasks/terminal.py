@@ -73,16 +73,18 @@ class TerminalTask(AgentTask):
 
 
 def _reward(sandbox: Any, name: str, output: str) -> float:
-    if sandbox.files.exists(f"{LOGS}/reward.txt"):
-        text = sandbox.files.read(f"{LOGS}/reward.txt").strip()
-    elif sandbox.files.exists(f"{LOGS}/reward.json"):
-        named = json.loads(sandbox.files.read(f"{LOGS}/reward.json"))
-        text = str(named.get("reward", min(named.values(), default="")))
-    else:
-        raise TaskFailed(f"the tests of {name} wrote no reward: {output[-500:]}")
+    text = ""
     try:
+        if sandbox.files.exists(f"{LOGS}/reward.txt"):
+            text = sandbox.files.read(f"{LOGS}/reward.txt").strip()
+        elif sandbox.files.exists(f"{LOGS}/reward.json"):
+            text = sandbox.files.read(f"{LOGS}/reward.json")
+            named = json.loads(text)
+            text = str(named.get("reward", min(named.values(), default="")))
+        else:
+            raise TaskFailed(f"the tests of {name} wrote no reward: {output[-500:]}")
         reward = float(text)
-    except ValueError:
+    except (ValueError, TypeError, AttributeError, RecursionError):  # whatever tests, or an agent, may write there
         reward = math.nan
     if not 0.0 <= reward <= 1.0:
         raise TaskFailed(f"the tests of {name} wrote {text[:40]!r} as reward; a number from 0 to 1 was due.")

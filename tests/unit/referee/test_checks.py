@@ -11,7 +11,7 @@ from rorqual.referee import Answer, Asked, Call, Evidence, Options, Policy
 from rorqual.referee.audit import without_secrets
 from rorqual.referee.check import Checked, check_answer
 from rorqual.referee.check_arith import evaluate
-from rorqual.referee.check_copy import edit_distance
+from rorqual.referee.check_copy import check_copy, edit_distance
 from rorqual.referee.policy import PROFILES
 from rorqual.referee.reasons import BY_CODE, REASONS
 
@@ -234,3 +234,19 @@ def test_texts_made_to_be_slow_are_read_in_time(text: str):
     checked(calls=(Call("c", "read", text),))
     checked(calls=(Call("c", "read", json.dumps({"path": text})),))
     without_secrets(text)
+
+
+def test_identifiers_made_to_be_alike_are_told_apart():
+    """Ten thousand pairs that differ at both ends: minutes, were every cell of every table filled."""
+    names = [f"{'a' * 250}{3 * chr(97 + i // 26)}{3 * chr(97 + i % 26)}.md" for i in range(500)]
+    asked = Asked({"messages": [{"role": "user", "content": " ".join(f"x{name}" for name in names)}]})
+    found = check_copy(asked, Answer(" ".join(f"y{name}" for name in names[:20]), finish="stop"), Policy())
+    assert [one.candidate for one in found] == [f"x{name}" for name in names[:20]]
+
+
+@pytest.mark.parametrize("made", [[5], 5, [None, {"id": "c"}]])
+def test_a_conversation_that_is_odd_fails_no_check(made: Any):
+    odd = {"role": "assistant", "content": None, "tool_calls": made}
+    asked = Asked({"messages": [odd, {"role": "user", "content": [{"type": "text", "text": "Is it done?"}]}]})
+    found = check_answer(asked, Answer("It is done.", finish="stop"), Options("annotate", Policy(), ("done",)))
+    assert "check_failed" not in {one.code for one in found.findings}

@@ -71,6 +71,32 @@ def test_what_the_person_changed_since_stays(client: Client, tmp_path: Path):
     assert json.loads(path.read_text()) == {"mine": 1, "later": True}
 
 
+@pytest.mark.parametrize("existing", [None, {"mine": 1}])
+def test_what_was_written_between_two_connects_stays(existing: Any, tmp_path: Path):
+    home, records = tmp_path / "home", tmp_path / "records"
+    path = home / FILES["claude-code"][0]
+    path.parent.mkdir(parents=True)
+    if existing is not None:
+        path.write_text(json.dumps(existing))
+    connect("claude-code", TARGET, records, home)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "theme": "dark"}))
+    for port in (9, 10):
+        connect("claude-code", Target(f"http://127.0.0.1:{port}"), records, home)
+    undo("claude-code", records, home)
+    assert json.loads(path.read_text()) == {**(existing or {}), "theme": "dark"}
+
+
+def test_two_folders_of_settings_are_put_back_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = {"a": b'{"mine": "a"}', "b": b'{"mine": "b",\r\n "other": 1}\r\n'}
+    for name, text in before.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_bytes(text)
+        monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path / name))
+        connect("claude-code", TARGET, tmp_path / "records", tmp_path)
+    undo("claude-code", tmp_path / "records", tmp_path)
+    assert {name: (tmp_path / name / "settings.json").read_bytes() for name in before} == before
+
+
 def test_a_later_choice_of_address_is_not_undone(tmp_path: Path):
     path = tmp_path / ".claude" / "settings.json"
     connect("claude-code", TARGET, tmp_path / "records", tmp_path)

@@ -84,6 +84,16 @@ def test_results_of_evals(tmp_path: Path, evals: Path) -> None:
     assert [one["name"] for one in told["unreadable"]] == ["broken", "odd"]
 
 
+def test_a_result_with_numbers_that_are_none_hides_no_other(tmp_path: Path, evals: Path) -> None:
+    (evals / "nan").mkdir()
+    odd = {**RESULT, "headline": {"HR": float("nan"), "RET": 1.0}, "intervals": {"HR": [float("nan"), 1.0]}}
+    (evals / "nan" / "result.json").write_text(json.dumps(odd))
+    with TestClient(create_gateway(gateway(tmp_path, [says("x")], "observe"))) as client:
+        runs = {run["name"]: run for run in client.get("/v1/evals").json()["runs"]}
+    assert runs["nan"]["headline"] == {"HR": None, "RET": 1.0} and runs["nan"]["intervals"] == {}
+    assert runs["deep/run"]["headline"] == {"HR": 0.25, "RET": None}
+
+
 def test_numbers_ask_for_a_key_and_the_page_does_not(tmp_path: Path, evals: Path) -> None:
     operations = Operations(accounts=Accounts(given_keys={"ann": "key-a"}))
     with TestClient(create_gateway(gateway(tmp_path, [says("x")], "observe", operations=operations))) as client:

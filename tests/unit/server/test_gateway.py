@@ -127,6 +127,26 @@ def test_rule_2_a_forbidden_call_is_blocked():
         assert len(mock.bodies) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "tools"),
+    [
+        ("delete_file", '{"path": "a', TOOLS),
+        ("delete_file", '{"path": "a", "path": "b"}', TOOLS),
+        ("delete_all", "{}", TOOLS),
+        ("delete_file", "{}", None),
+        ("shell", '{"command": "rm -rf /', [{"type": "function", "function": {"name": "shell"}}]),
+        ("shell", '{"command": "rm -rf /"}', TOOLS),
+    ],
+)
+def test_rule_2_holds_for_calls_that_are_broken_besides(name: str, arguments: str, tools: Any):
+    rules = (*POLICY.forbid, Forbid(tool="shell", argument="command", matches=r"\brm\s+-rf\b"))
+    mock = MockUpstream([says("", calls=[calls(name, arguments)])])
+    with in_front_of(mock, "annotate", policy=Policy(forbid=rules)) as client:
+        body = ask(client, tools=tools, referee={"budget": {"max_rounds": 0}}).json()
+        assert body["referee"]["verdict"] == "blocked"
+        assert not body["choices"][0]["message"].get("tool_calls")
+
+
 def test_rule_3_a_local_repair_costs_no_round():
     mock = MockUpstream([says("", calls=[calls("get_weather", "{'city': 'Oslo', 'days': '3',}")])])
     with in_front_of(mock) as client:
@@ -281,6 +301,18 @@ def test_a_request_may_ask_for_more_and_not_for_less():
         assert "41" not in json.dumps(ask(client, referee={"mode": "enforce"}).json()["choices"])
 
 
+@pytest.mark.parametrize("profile", ["chat", "assistant", {"loss_ratio": 0.001}, {"citations": "soft"}])
+def test_a_profile_is_not_made_weaker_where_the_operator_enforces(profile: Any):
+    evidence = [{"id": "doc-1", "text": "nothing of that"}]
+    mock = MockUpstream([says('It says "the quick brown fox" [doc-1].')])
+    with in_front_of(mock, policy=Policy(PROFILES["regulated"])) as client:
+        told = ask(client, referee={"evidence": evidence, "profile": profile}).json()["referee"]
+        assert told["verdict"] == "abstained" and told["policy_id"] == Policy(PROFILES["regulated"]).id
+    with in_front_of(mock, "annotate", policy=Policy(PROFILES["regulated"])) as client:
+        weaker = ask(client, referee={"evidence": evidence, "profile": "chat"}).json()["referee"]
+        assert weaker["verdict"] == "pass"
+
+
 def test_wrong_arithmetic_is_asked_again_and_never_given():
     mock = MockUpstream([says("So 17 * 3 = 41."), says("So 17 * 3 = 51.")])
     with in_front_of(mock) as client:
@@ -384,6 +416,22 @@ def test_an_upstream_that_breaks_off_within_a_stream(way: str, breaks_after: int
             assert answer.status_code == 502 and len(mock.bodies) == 2
 
 
+@pytest.mark.parametrize("way", ["buffer", "holdback", "annotate_after"])
+def test_a_refusal_is_streamed_too(way: str):
+    parts = [{"role": "assistant", "refusal": "I will "}, {"refusal": "not."}]
+    lines = [{"choices": [{"index": 0, "delta": one, "finish_reason": None}]} for one in parts]
+    lines.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    content = "".join(f"data: {json.dumps(one)}\n\n" for one in lines) + "data: [DONE]\n\n"
+    transport = httpx2.MockTransport(
+        lambda request: httpx2.Response(200, content=content.encode(), headers={"content-type": "text/event-stream"})
+    )
+    with TestClient(
+        create_gateway(Gateway(Upstream("http://mock", transport=transport), Options("annotate", POLICY)))
+    ) as client:
+        deltas = [chunk["choices"][0]["delta"] for chunk in events(ask(client, stream=True, referee={"stream": way}))]
+    assert "".join(delta.get("refusal") or "" for delta in deltas) == "I will not."
+
+
 def test_text_that_is_out_is_corrected_apart_and_calls_behind_it_are_asked_again():
     mock = MockUpstream([says(PARAGRAPHS + "<|im_end|>")])
     with in_front_of(mock, "annotate") as client:
@@ -456,6 +504,49 @@ def test_an_answer_somebody_has_is_judged_without_a_model():
     assert not mock.bodies
 
 
+@pytest.mark.parametrize(
+    "answer", [{"tool_calls": 5}, {"choices": []}, {"choices": [None]}, {"choices": [{"message": {"tool_calls": 5}}]}]
+)
+def test_an_answer_that_is_none_is_refused(answer: dict[str, Any]):
+    with in_front_of(MockUpstream([says("")])) as client:
+        refused = client.post("/v1/referee/check", json={"answer": answer})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "answer"
+
+
+def test_a_password_of_the_upstream_is_told_to_nobody():
+    sent: list[str] = []
+
+    def refuse(request: httpx2.Request) -> httpx2.Response:
+        sent.append(request.headers["authorization"])
+        raise httpx2.ConnectError("no")
+
+    upstream = Upstream("http://me:pass-word@mock/v1", transport=httpx2.MockTransport(refuse))
+    with TestClient(create_gateway(Gateway(upstream, Options("enforce", POLICY)))) as client:
+        told = client.get("/stats").text + client.get("/v1/models").text
+    assert "http://mock" in told and "pass-word" not in told and sent[0].startswith("Basic ")
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("mode", ["observe", "annotate"])
+@pytest.mark.parametrize("event", [DEEP, '{"choices": 5}', '{"choices": [{"delta": {"tool_calls": 5}}]}'])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_upstream_that_sends_anything_is_told_of_or_passed_on(mode: str, event: str, stream: bool):
+    kind = "text/event-stream" if stream else "application/json"
+    content = f"data: {event}\n\ndata: [DONE]\n\n" if stream else event
+    transport = httpx2.MockTransport(
+        lambda request: httpx2.Response(200, content=content.encode(), headers={"content-type": kind})
+    )
+    gateway = Gateway(Upstream("http://mock", transport=transport), Options(mode, POLICY))  # type: ignore[arg-type]
+    with TestClient(create_gateway(gateway), raise_server_exceptions=False) as client:
+        got = ask(client, stream=stream)
+        if mode == "observe":
+            assert got.status_code == 200 and got.text == content
+        else:
+            assert got.status_code == 502 and got.json()["error"]["type"] == "upstream_error"
+
+
 def test_the_rest_passes_through_and_unjudged_dialects_do_not():
     with in_front_of(MockUpstream([says("")])) as client:
         assert client.get("/v1/models").json()["data"][0]["id"] == "m"
@@ -469,6 +560,25 @@ def test_the_rest_passes_through_and_unjudged_dialects_do_not():
 # ---------------------------------------------------------------- audit and accounts
 
 SECRET = "sk-live-0123456789abcdefABCDEF"
+
+
+@pytest.mark.parametrize(
+    ("path", "host"),
+    [("/v1/models/%2e%2e/files", "mock"), ("/v1/models/a/%2E%2E/%2e%2e/files", "mock"), ("/v1/models", "x/v1/files?")],
+)
+def test_what_passes_through_reaches_no_other_endpoint(path: str, host: str):
+    seen: list[str] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        seen.append(request.url.raw_path.decode())
+        return httpx2.Response(200, json={})
+
+    upstream = Upstream("http://mock", "sk-operators", transport=httpx2.MockTransport(answer))
+    with TestClient(create_gateway(Gateway(upstream, Options("enforce", POLICY)))) as client:
+        status = client.get(path, headers={"host": host}).status_code
+        client.get("/v1/models/org%2Fname?limit=2")
+    assert seen[-1] == "/v1/models/org%2Fname?limit=2"
+    assert (status, seen[:-1]) in ((404, []), (200, ["/v1/models"]), (400, []))
 
 
 def test_every_verdict_is_in_the_journal_and_no_secret(tmp_path: Path):
