@@ -52,12 +52,12 @@ class TerminalTask(AgentTask):
         self._dockerfile.build(sandbox, self._build_s)
 
     def judge(self, sandbox: Any) -> Judged:
+        administer(sandbox, f"rm -rf {TESTS} {LOGS}")  # whatever the agent put there is no test
         if (self._folder / "tests").is_dir():
             put_in(sandbox, self._folder / "tests", TESTS)
         if self._is_first:
             put_in(sandbox, self._script, f"{TESTS}/run-tests.sh")
         make_folder(sandbox, LOGS)
-        administer(sandbox, f"rm -f {LOGS}/reward.txt {LOGS}/reward.json")
         env = {**self.env, "TEST_DIR": TESTS}
         name = "run-tests.sh" if self._is_first else "test.sh"
         ran = administer(sandbox, f"bash {TESTS}/{name}", cwd=self.cwd, timeout_s=self._test_s, env=env)
