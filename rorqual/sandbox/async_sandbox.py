@@ -207,13 +207,7 @@ class AsyncSandbox:
             if record.state != "paused":
                 await sandbox._link.open(within_s=RETURN_S)
                 await sandbox._settle()
-            sandbox._log = await in_thread(
-                History,
-                place.path / "history",
-                take_over=not held,
-                is_stale=sandbox._is_stale,
-                undo=History.close,
-            )
+            sandbox._log = await in_thread(sandbox._open_history, not held, undo=History.close)
             await sandbox._log.write("attach", {"epoch": record.attach_epoch, "incarnation": record.incarnation})
         except BaseException:
             await sandbox._link.close(for_good=True)
@@ -222,6 +216,13 @@ class AsyncSandbox:
         if record.state == "paused":
             sandbox._clock.stop()
         return sandbox
+
+    def _open_history(self, take_over: bool) -> History:
+        """Its log, for the holder of the highest epoch alone: of several takers the last is the log's writer, too."""
+        with self._home.editing() as record:
+            if record.attach_epoch > self._record.attach_epoch:
+                raise StaleEpoch(f"another process drives sandbox {self.id} now; this one may no longer act on it.")
+            return History(self._home.path / "history", take_over=take_over, is_stale=self._is_stale)
 
     async def _settle(self) -> None:
         """What a client that died in the middle of pausing or resuming left."""
