@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -101,4 +100,5 @@ def tasks(
             f"{result['solved']} of {result['judged']} solved (95 %: {low:.0%} to {high:.0%}), {result['tokens']} "
             f"tokens; {len(result['failed_to_run'])} could not be run. {out}"
         )
-    sys.exit(1 if result["failed_to_run"] else 0)
+    if result["failed_to_run"]:
+        raise typer.Exit(1)

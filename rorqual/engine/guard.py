@@ -150,10 +150,7 @@ def roles_of(tokenizer: TextTokenizer, vocab_size: int) -> NDArray[np.uint8]:
     """uint8 [V]: which token begins what a user says, and which an answer; none if a tokenizer has no such tokens."""
     roles = np.zeros(vocab_size, np.uint8)
     for text, role in (("<｜User｜>", ASKS), ("<｜Assistant｜>", ANSWERS)):
-        try:
-            ids = tokenizer.encode(text)
-        except NotImplementedError:  # it knows ids alone
-            continue
+        ids = tokenizer.encode(text)
         if len(ids) == 1 and ids[0] in tokenizer.control_token_ids:
             roles[ids[0]] = role
     return roles
