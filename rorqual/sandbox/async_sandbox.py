@@ -38,6 +38,8 @@ from rorqual.sandbox.threads import in_thread
 from rorqual.sandbox.wire import Fields, Tag, Type, Value
 
 RETURN_S = 5.0
+PAUSING_S, SAVING_S = 10.0, 60.0
+"""How much longer than its paused_ttl a sandbox may stand still whose client died while it paused or saved it."""
 Infos = list[Info]  # `list` is a method of the class below
 Entries = list[dict[str, Any]]
 Asked = list[tuple[Tag, Value]]
@@ -207,6 +209,7 @@ class AsyncSandbox:
             if record.state != "paused":
                 await sandbox._link.open(within_s=RETURN_S)
                 await sandbox._settle()
+                sandbox._deadlines(None)  # the client before may have died while it paused or resumed it
             sandbox._log = await in_thread(sandbox._open_history, not held, undo=History.close)
             await sandbox._log.write("attach", {"epoch": record.attach_epoch, "incarnation": record.incarnation})
         except BaseException:
@@ -378,16 +381,27 @@ class AsyncSandbox:
             if self._record.state == "paused":
                 return
             await self._history().write("pause", {"keep_memory": keep_memory})
-            await self._link.request(Type.PAUSE)
-            self._clock.stop()
+            paused_ttl = self._record.spec.lifetimes.paused_ttl
             try:
+                self._deadlines(paused_ttl + (PAUSING_S if keep_memory else SAVING_S))
+                await self._link.request(Type.PAUSE)
+                self._clock.stop()
                 await self._driver.pause(self._link.running, self._home.path, keep_memory)
+                self._set_state("paused")
+                self._deadlines(paused_ttl)
             except BaseException:
-                self._clock.go_on()
-                await self._link.request(Type.RESUME)
+                await asyncio.shield(self._break_off_pause())
                 raise
-            self._set_state("paused")
-            self._deadlines(self._record.spec.lifetimes.paused_ttl)
+
+    async def _break_off_pause(self) -> None:
+        """After a pause that failed or was cancelled half-way: it runs on, unless its memory is on the disk already."""
+        with contextlib.suppress(SandboxError):  # what failed first is what the caller is told
+            if await self._driver.settle(self._link.running, self._home.path) == "paused":
+                self._set_state("paused")
+                return
+            self._clock.go_on()
+            await self._link.request(Type.RESUME)
+            self._deadlines(None)
 
     async def resume(self) -> None:
         """Let it run on; fine if it runs already."""
@@ -401,9 +415,9 @@ class AsyncSandbox:
             self._record.running = await self._driver.resume(self._link.running, self._home.path)
             if self._record.running != before:
                 await self._link.close()
-            self._set_state("ready")
             await self._link.request(Type.RESUME)
             self._clock.go_on()
+            self._set_state("ready")  # last: broken off at any step before, it is paused still and can be resumed again
             self._deadlines(None)
             await self._history().write("resume", {"incarnation": self._record.incarnation})
 

@@ -133,7 +133,7 @@ class Functions:
         try:
             await commands._launch(handle, argv, fields, Start.STDIN, True)
             await handle.write(base64.b64encode(RUNNER.read_bytes()) + b"\n")
-            await self._until(ready, READY_S)
+            await self._until(ready, handle, READY_S)
         except (SandboxError, TimeoutError) as error:
             self._handle = None
             raise SandboxError(
@@ -212,11 +212,13 @@ class Functions:
         await self.warm()
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
+        handle = self._handle
         try:
-            assert self._handle is not None
+            if handle is None:  # it ended right after it was found
+                raise TransportError("the warm interpreter ended.", retryable=False)
             async with self._writing:  # two long lines must not be mixed
-                await self._handle.write(line)
-            return await self._until(future, None if timeout is None else timeout + GRACE_S)
+                await handle.write(line)
+            return await self._until(future, handle, None if timeout is None else timeout + GRACE_S)
         except TimeoutError as error:
             raise TransportError(
                 f"a call did not report within its timeout of {timeout:g} s and {GRACE_S:g} s more; close the sandbox.",
@@ -226,13 +228,14 @@ class Functions:
             self._waiting.pop(number, None)
             _drop(future)
 
-    async def _until(self, future: asyncio.Future[dict[str, Any]], seconds: float | None) -> dict[str, Any]:
+    async def _until(
+        self, future: asyncio.Future[dict[str, Any]], handle: CommandHandle, seconds: float | None
+    ) -> dict[str, Any]:
         """What is reported, waited for while the sandbox runs; where the connection breaks it is asked for again.
 
         Raises: TimeoutError; TransportError when the interpreter ended; Gone, StaleEpoch.
         """
-        assert self._handle is not None
-        clock, handle = self._sandbox._clock, self._handle
+        clock = self._sandbox._clock
         ended = asyncio.ensure_future(handle._ended())
         try:
             in_time = await clock.wait({future, ended}, None if seconds is None else clock.now() + seconds)

@@ -16,6 +16,9 @@ from rorqual.sandbox.wire import Type
 if TYPE_CHECKING:
     from rorqual.sandbox.async_sandbox import AsyncSandbox
 
+STILL_S = 3600.0
+"""How long a sandbox may stand still for a snapshot, unless its paused_ttl is longer."""
+
 
 def names_of(spec: SandboxSpec) -> list[str]:
     """Names of what a sandbox's root is stacked from, from the bottom up. A snapshot holds its whole stack's layers."""
@@ -46,15 +49,19 @@ async def take(sandbox: AsyncSandbox, kind: Literal["disk", "full"], name: str |
         await asyncio.to_thread(_record, sandbox, chosen, digest, kind, sequence, name is not None)
         made.append(Snapshot(chosen, kind, digest, size, sequence, name))
 
+    was_paused, lifetimes = sandbox._record.state == "paused", sandbox._record.spec.lifetimes
     sandbox._clock.stop()
     try:
+        if not was_paused:  # nothing counts its idle time while it stands still, and this process may be killed
+            sandbox._deadlines(max(lifetimes.paused_ttl, STILL_S))
         if kind == "full":
             await sandbox._driver.snapshot_full(sandbox._link.running, sandbox._home.path, record)
         else:
             await record(await _files(sandbox))
     finally:
-        if sandbox._record.state != "paused":
+        if not was_paused:
             sandbox._clock.go_on()
+            sandbox._deadlines(None)
     taken = made[0]
     about = {"id": chosen, "covers": taken.history_seq, "of": kind, "digest": taken.digest}
     await sandbox._history().write("snapshot", about)
@@ -64,10 +71,9 @@ async def take(sandbox: AsyncSandbox, kind: Literal["disk", "full"], name: str |
 async def _files(sandbox: AsyncSandbox) -> str:
     """What was written in it, as a layer; of a paused one, as it stands."""
     link, was_paused = sandbox._link, sandbox._record.state == "paused"
-    if not was_paused:
-        await link.request(Type.PAUSE)
     try:
         if not was_paused:
+            await link.request(Type.PAUSE)
             await link.request(Type.SYNC)
         return await sandbox._driver.snapshot_disk(link.running, sandbox._home.path)
     finally:

@@ -1,5 +1,6 @@
 """Small Python calls: a warm interpreter inside that is forked for each, with a structured result."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -7,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 from sandboxes import need, traces
 
-from rorqual import Sandbox
+from rorqual import AsyncSandbox, Sandbox
 from rorqual.errors import SandboxError
+from rorqual.sandbox.commands import CommandHandle
 from rorqual.sandbox.errors import ReplayDivergence
 
 
@@ -123,6 +125,29 @@ def test_many_calls_run_side_by_side(sandbox: Sandbox) -> None:
     for thread in threads:
         thread.join()
     assert sorted(values) == list(range(8))
+
+
+def test_an_interpreter_that_ends_while_it_is_written_to_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = need(("function", "zygote"))
+    plain = CommandHandle.write
+
+    async def write(handle: CommandHandle, data: str | bytes) -> None:
+        await plain(handle, data)
+        await handle.kill()
+        while handle._sandbox._functions._handle is not None:
+            await asyncio.sleep(0.01)
+
+    async def scene() -> None:
+        async with await AsyncSandbox.create(**arguments) as sandbox:  # type: ignore[arg-type]
+            with monkeypatch.context() as patch, pytest.raises(SandboxError, match="interpreter ended"):
+                patch.setattr(CommandHandle, "write", write)
+                await sandbox.call("import time; time.sleep(100)")  # it takes the call
+            with monkeypatch.context() as patch, pytest.raises(SandboxError, match="no Python interpreter came up"):
+                patch.setattr(CommandHandle, "write", write)
+                await sandbox.call("x = 1")  # and the next one its own program
+            assert (await sandbox.call("def f(): return 5", "f")).value == 5
+
+    asyncio.run(scene())
 
 
 @pytest.mark.slow
