@@ -15,7 +15,7 @@ from typing import Any
 
 import agent_kills
 import pytest
-from agent_process import Ended, Lab, call, script
+from agent_process import Ended, Lab, call, end_started, script
 from full import often
 from mail_server import MailServer, mail_server
 
@@ -48,8 +48,10 @@ def server() -> Iterator[MailServer]:
 
 
 @pytest.fixture(autouse=True)
-def own_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RORQUAL_HOME", os.environ["RORQUAL_HOME"])  # put back what labs change
+    yield
+    end_started()
 
 
 def new_lab(folder: Path, server: MailServer, replies: list[dict[str, Any]] = REPLIES, **more: Any) -> Lab:
@@ -245,25 +247,39 @@ def test_k6_a_stopped_process_is_fenced(tmp_path: Path, server: MailServer) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("grace_s", [0.0, 0.1, 1.0])
 def test_k7_a_notice_with_a_grace_period(grace_s: float, tmp_path: Path, server: MailServer) -> None:
-    """Of 10 s of grace nothing is tested: the process is gone long before."""
-    replies = [
-        *REPLIES[:2],
-        {"calls": [call("shell", command="sleep 0.5; " + REPLIES[2]["calls"][0]["arguments"]["command"])]},
-    ]  # type: ignore[index]
-    replies.append(REPLIES[3])
+    """The call in flight lasts longer than any grace. Of 10 s nothing is tested: the process is gone long before."""
+    waits = "until [ -e go ]; do sleep 0.01; done; " + STEP.format("c") + "; cp log out/log"
+    replies = [*REPLIES[:2], {"calls": [call("shell", command=waits)]}, REPLIES[3]]
     peace = new_lab(tmp_path / "peace", server, replies)
-    whole = peace.run()
+    process = start_until(peace, "until")
+    let_go(peace)
+    process.join()
+    whole = peace.ended(process, "run")
     lab = new_lab(tmp_path / "run", server, replies)
-    process = lab.start()
-    wait_for(lambda: any("sleep 0.5" in path.read_text() for path in lab.sandboxes.glob("*/calls/*/spec")))
+    process = start_until(lab, "until")
     os.kill(process.pid, signal.SIGTERM)
-    process.join(grace_s)
+    process.join(grace_s if grace_s < 1.0 else 30)  # enough on a loaded machine, and less than the call's own timeout
     process.kill()
     process.join()
     if grace_s >= 1.0:
+        assert process.exitcode == 3, "it waited for its call"
         assert "asked to stop" in (lab.home / "run.error").read_text()
         assert any(isinstance(record, Preempt) and record.cause == "notice" for record in lab.records())
+    let_go(lab)
     check(lab, lab.run(), server, whole.ids)
+
+
+def start_until(lab: Lab, words: str) -> Any:
+    """A process that drives the run; returns when a command with these words was begun."""
+    process = lab.start()
+    wait_for(lambda: any(words in path.read_text() for path in lab.sandboxes.glob("*/calls/*/spec")))
+    return process
+
+
+def let_go(lab: Lab) -> None:
+    """End the waiting of a command that waits for the file `go`."""
+    for folder in lab.sandboxes.glob("*/work"):
+        (folder / "go").touch()
 
 
 def wait_for(condition: Any, seconds: float = 30.0) -> None:

@@ -113,6 +113,17 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
 
 
+_started: list[Any] = []
+
+
+def end_started() -> None:
+    """Kill every process that a test left: a stopped one would keep this one from ending."""
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.join()
+
+
 @dataclass
 class Lab:
     """A place for runs: their home, their sandboxes, and processes that drive them."""
@@ -136,6 +147,7 @@ class Lab:
     def start(self, name: str = "run", **more: Any) -> Any:
         process = SERVER.Process(target=drive, args=(str(self.home), name, more))
         process.start()
+        _started.append(process)
         return process
 
     def ended(self, process: Any, name: str) -> "Ended":
