@@ -209,7 +209,8 @@ class Environment:
             )
         self._end_strays()
         options = dict(self._settings.options)
-        if snapshot is not None:
+        if snapshot is not None:  # it has the image in it
+            options = {name: value for name, value in options.items() if name not in ("image", "layers")}
             options["snapshot"] = snapshot
         metadata = {**options.pop("metadata", {}), "trajectory": self._name}
         self._adopt(self._maker.create(self._settings.kind, metadata=metadata, **options))

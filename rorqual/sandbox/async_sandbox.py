@@ -95,7 +95,8 @@ class AsyncSandbox:
     ) -> AsyncSandbox:
         """A new sandbox, ready for commands.
 
-        image, layers, snapshot: what its root is stacked from; without them it shows this machine's /usr, read-only.
+        image, layers: what its root is stacked from, or snapshot, which has these in it; without any of them it shows
+        this machine's /usr, read-only.
         cpu: cores; memory_mb, disk_mb: MiB; pids: processes and threads. idle_ttl: seconds without commands, files or
         terminal input; max_lifetime: seconds in all; paused_ttl: seconds paused; float("inf") for none. network: "none"
         or names of what may be reached. min_isolation: refuse a driver that isolates less. home: another data folder.
@@ -103,6 +104,11 @@ class AsyncSandbox:
         """
         if kind not in KINDS:
             raise SandboxError(f"there is no kind of sandbox {kind!r}. Kinds: {', '.join(KINDS)}.")
+        if snapshot is not None and (image is not None or layers):
+            raise SandboxError(
+                f"{f'image={image!r}' if image is not None else 'layers='} and snapshot= cannot be given together: a "
+                "snapshot has the layers below it in it. Leave one of them out."
+            )
         limits = Limits(cpu=cpu, memory_mb=memory_mb, disk_mb=disk_mb, pids=pids)
         _check(limits, env or {})
         spec = SandboxSpec(
@@ -321,7 +327,8 @@ class AsyncSandbox:
         """Run Python `source` in a fresh fork of a warm interpreter inside, then its function `entry` with JSON values.
 
         timeout: seconds, after which it and all it started are killed. call: a key, as in commands.run.
-        Raises: SandboxError when there is no Python inside; what the code itself raises is in the result.
+        Raises: SandboxError when there is no Python inside; OutcomeUnknown, ReplayDivergence (call=...). What the code
+        itself raises is in the result.
         """
         if self._record.state == "paused":
             await self.resume()

@@ -3,7 +3,8 @@
 It uses nothing but the standard library (of Python 3.8 or later), because it is sent in as text and no file of ours
 lies inside. One line of JSON comes in for each call, one goes out. For each call: this process forks a keeper, which
 becomes the subreaper of all below it and forks the worker; the worker runs the code, the keeper bounds its time and
-output, ends whatever it left behind, and hands the outcome up.
+output, ends whatever it left behind, and hands the outcome up. A call that is `keyed` runs once however often it comes
+in: while it runs, its one report answers all, and afterwards the kept report does, until a line says to `forget` it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ import types
 from typing import Any
 
 MAX_VALUE = 4 << 20
+KEPT = 16 << 20
+"""Bytes of reports that wait for a client to come back for them; of the oldest beyond that only the name is kept."""
 SUBREAPER = 36
 LOOK_S = 0.05
 
@@ -213,6 +216,40 @@ def keep(task: dict[str, Any], upward: int) -> None:
     os._exit(0)
 
 
+class Reports:
+    """Reports of keyed calls, by id, for a client that comes in a dead one's place."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, bytes] = {}
+
+    def keep(self, task: str, report: bytes) -> None:
+        """Keep one, at the cost of the oldest."""
+        self._kept[task] = report
+        size = sum(map(len, self._kept.values()))
+        for name in list(self._kept):
+            if size <= KEPT:
+                return
+            size -= len(self._kept[name])
+            self._kept[name] = b""
+
+    def find(self, task: str) -> bytes | None:
+        """What is to be said of a call that was made already; None when it was not."""
+        report = self._kept.get(task)
+        return json.dumps({"id": task, "dropped": True}).encode() if report == b"" else report
+
+    def forget(self, tasks: list[str]) -> None:
+        """Their results are on record elsewhere."""
+        for task in tasks:
+            self._kept.pop(task, None)
+
+
+def send(report: bytes) -> None:
+    """Write a report's line."""
+    report += b"\n"
+    while report:
+        report = report[os.write(1, report) :]
+
+
 def serve() -> None:
     """Read calls, fork, and pass outcomes on, many at a time."""
     ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
@@ -222,7 +259,8 @@ def serve() -> None:
     watched = selectors.DefaultSelector()
     watched.register(0, selectors.EVENT_READ, None)
     line = bytearray()
-    running: dict[int, tuple[str, bytearray, int]] = {}
+    running: dict[int, tuple[dict[str, Any], bytearray, int]] = {}
+    reports = Reports()
     while True:
         for key, _ in watched.select():
             data = os.read(key.fd, 1 << 18)
@@ -240,10 +278,11 @@ def serve() -> None:
                         pass
                 if not report:
                     end_strays({other for _, _, other in running.values()})
-                lost = {"id": task, "error": "WorkerEnded", "message": "it ended its keeper", "traceback": ""}
-                sent = bytes(report or json.dumps(lost).encode()) + b"\n"
-                while sent:
-                    sent = sent[os.write(1, sent) :]
+                lost = {"id": task["id"], "error": "WorkerEnded", "message": "it ended its keeper", "traceback": ""}
+                said = bytes(report or json.dumps(lost).encode())
+                if task["keyed"]:
+                    reports.keep(task["id"], said)
+                send(said)
                 continue
             if not data:
                 return
@@ -254,6 +293,15 @@ def serve() -> None:
                     task = json.loads(text)
                 except ValueError:  # what a client left that died in the middle of a line
                     continue
+                if "forget" in task:
+                    reports.forget(task["forget"])
+                    continue
+                earlier = reports.find(task["id"])
+                if earlier is not None:
+                    send(earlier)
+                    continue
+                if any(other["id"] == task["id"] for other, _, _ in running.values()):
+                    continue
                 reader, writer = os.pipe()
                 pid = os.fork()
                 if pid == 0:
@@ -263,7 +311,8 @@ def serve() -> None:
                     finally:
                         os._exit(1)
                 os.close(writer)
-                running[reader] = (task["id"], bytearray(), pid)
+                about = {"id": task["id"], "keyed": task["keyed"]}
+                running[reader] = (about, bytearray(), pid)
                 watched.register(reader, selectors.EVENT_READ, None)
 
 

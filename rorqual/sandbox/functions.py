@@ -2,6 +2,10 @@
 
 A warm interpreter inside (function_runner.py) is forked for each call, so a call costs milliseconds, starts from the
 same clean state, and leaves no process behind. Files stay from one call to the next until the sandbox is closed.
+
+A call with a key runs once. Its name inside is made of the key, so whoever comes in a dead client's place sends the
+same line to the same interpreter, which joins it to the call that runs, or says again how it ended. Only where that
+interpreter is no more does nobody know.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import hashlib
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -20,7 +25,7 @@ from rorqual.errors import SandboxError
 from rorqual.sandbox.channel import AgentRefusal
 from rorqual.sandbox.commands import GRACE_S, CommandHandle
 from rorqual.sandbox.errors import OutcomeUnknown, TransportError
-from rorqual.sandbox.history import Call, fingerprint
+from rorqual.sandbox.history import fingerprint
 from rorqual.sandbox.spec import CommandResult
 from rorqual.sandbox.wire import Fields, Start, Type
 
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 
 RUNNER = Path(__file__).with_name("function_runner.py")
 LOADER = "import base64, sys; exec(compile(base64.b64decode(sys.stdin.buffer.readline()), '<string>', 'exec'))"
-PREFIX = "zygote-"
+PREFIX = "functions-"
 MAX_TASK = 8 << 20
 RETAINED = 16 << 20
 MAX_REPORT = 64 << 20
@@ -73,31 +78,35 @@ class Functions:
         self._opening = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._incarnation = 0
+        self._on_record: list[str] = []
+        """Calls whose kept reports the interpreter may forget."""
 
-    async def warm(self) -> None:
-        """Start the interpreter, or find the one that runs; returns when it takes calls.
+    async def warm(self) -> CommandHandle:
+        """Start the interpreter, or find the one that runs; returns it when it takes calls.
 
         Raises: SandboxError when there is no Python inside.
         """
         async with self._opening:
-            if self._handle is not None and self._incarnation == self._sandbox._record.incarnation:
+            handle = self._handle
+            if handle is not None and self._incarnation == self._sandbox._record.incarnation:
                 try:
-                    await self._handle._attach()  # nothing to do unless the connection broke
-                    return
+                    await handle._attach()  # nothing to do unless the connection broke
+                    return handle
                 except AgentRefusal:  # it ended meanwhile
-                    self._let_go(self._handle)
+                    self._let_go(handle)
             self._incarnation = self._sandbox._record.incarnation
             there = next((entry for entry in await self._sandbox.commands.list() if _is_interpreter(entry)), None)
             self._line.clear()
             if there is None:
-                self._listen(CommandHandle(self._sandbox, PREFIX + secrets.token_hex(8)))
-                await self._start()
-                return
+                handle = self._listen(CommandHandle(self._sandbox, PREFIX + secrets.token_hex(8)))
+                await self._start(handle)
+                return handle
             handle = self._listen(CommandHandle(self._sandbox, str(there["id"])))
             handle._offsets[0] = int(str(there["stdout_bytes"]))
             handle._attached = False
             await handle._attach()
             await handle.write("\n")  # its client before this one may have died in the middle of a line
+            return handle
 
     def _listen(self, handle: CommandHandle) -> CommandHandle:
         """Take this interpreter's output, and let go of it when it ends."""
@@ -122,11 +131,9 @@ class Functions:
                 if not future.done():
                     future.set_exception(TransportError("the warm interpreter ended.", retryable=False))
 
-    async def _start(self) -> None:
+    async def _start(self, handle: CommandHandle) -> None:
         ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[""] = ready
-        handle = self._handle  # one that dies while it starts is let go of meanwhile
-        assert handle is not None
         argv = ["python3", "-I", "-c", LOADER]
         commands = self._sandbox.commands
         fields = commands._start_fields(handle.id, argv, None, None, {"PYTHONDONTWRITEBYTECODE": "1"}, None, RETAINED)
@@ -171,51 +178,58 @@ class Functions:
         call: str | None,
     ) -> FunctionResult:
         """See AsyncSandbox.call."""
-        number = secrets.token_hex(12)
         task = {
-            "id": number,
             "source": source,
             "entry": entry,
             "args": list(args),
             "kwargs": dict(kwargs),
             "timeout": timeout,
             "max_output": max_output,
+            "keyed": call is not None,
         }
         try:
-            line = json.dumps(task).encode() + b"\n"
+            printed = fingerprint(["python-call"], {name: task[name] for name in ("source", "entry", "args", "kwargs")})
+            number = secrets.token_hex(12) if call is None else self._name(call, printed)
+            line = json.dumps({"id": number, **task}).encode() + b"\n"
         except (TypeError, ValueError) as error:
             raise SandboxError(f"the arguments of a call must be what JSON can hold: {error}.") from error
         if len(line) > MAX_TASK:
             raise SandboxError(
                 f"a call of {len(line):,} bytes is more than the {MAX_TASK:,} carried. Write a file first."
             )
-        printed = fingerprint(["python-call"], {name: task[name] for name in ("source", "entry", "args", "kwargs")})
         async with self._sandbox._calling(call):
-            history = self._sandbox._history()
-            known = history.find(call, printed, self._sandbox._record.incarnation) if call is not None else None
+            history, incarnation = self._sandbox._history(), self._sandbox._record.incarnation
+            known = history.find(call, printed, incarnation) if call is not None else None
             if isinstance(known, CommandResult):
                 return _unpacked(known)
-            if isinstance(known, Call):
-                raise OutcomeUnknown(
-                    f"call {call!r} began and its client went away before it ended. "
-                    "Roll back to a snapshot from before."
-                )
-            record = await history.accept(
-                call or "", PREFIX, printed, self._sandbox._record.incarnation, {"argv": ["python-call", entry or ""]}
+            handle = await self.warm()
+            if known is not None and known.handle != handle.id:
+                raise _unknown(call, "the interpreter that ran it is no more")
+            record = known or await history.accept(
+                call or "", handle.id, printed, incarnation, {"argv": ["python-call", entry or ""]}
             )
-            report = await self._report(number, line, timeout)
+            report = await self._report(handle, number, line, timeout)
+            if report.get("dropped"):
+                raise _unknown(call, "its result was dropped inside before anybody came for it")
             result = _result(report)
             await history.finish(record, _packed(result))
+            if call is not None:
+                self._on_record.append(number)
             return result
 
-    async def _report(self, number: str, line: bytes, timeout: float | None) -> dict[str, Any]:
-        await self.warm()
+    def _name(self, call: str, printed: str) -> str:
+        """What the interpreter knows a keyed call by. A copy of a sandbox, memory and all, makes calls of its own."""
+        return hashlib.sha256("\0".join((self._sandbox.id, call, printed)).encode()).hexdigest()[:32]
+
+    async def _report(self, handle: CommandHandle, number: str, line: bytes, timeout: float | None) -> dict[str, Any]:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        handle = self._handle
         try:
-            if handle is None:  # it ended right after it was found
+            if self._handle is not handle:  # it ended right after it was found
                 raise TransportError("the warm interpreter ended.", retryable=False)
+            if self._on_record:
+                line = json.dumps({"forget": self._on_record}).encode() + b"\n" + line
+                self._on_record = []
             async with self._writing:  # two long lines must not be mixed
                 await handle.write(line)
             return await self._until(future, handle, None if timeout is None else timeout + GRACE_S)
@@ -249,6 +263,13 @@ class Functions:
         finally:
             ended.cancel()
             await asyncio.gather(ended, return_exceptions=True)
+
+
+def _unknown(call: str | None, why: str) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"call {call!r} began and its client went away before its result was recorded; {why}. Roll back to a snapshot "
+        "from before, then ask again."
+    )
 
 
 def _is_interpreter(entry: Mapping[str, object]) -> bool:

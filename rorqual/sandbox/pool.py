@@ -340,7 +340,9 @@ class Pool:
     async def _make(self, template: Template, **more: Any) -> AsyncSandbox:
         making = self._tracked(asyncio.get_running_loop().create_future())
         try:
-            sandbox = await self._maker(**(template.keywords() | more))
+            below = () if more.get("snapshot") is None else ("image", "layers")  # a snapshot has them in it
+            keywords = {name: value for name, value in template.keywords().items() if name not in below}
+            sandbox = await self._maker(**(keywords | more))
         finally:
             making.cancel()
         self._counts["made"] += 1

@@ -142,9 +142,9 @@ def test_an_interpreter_that_ends_while_it_is_written_to_is_told_so(monkeypatch:
             with monkeypatch.context() as patch, pytest.raises(SandboxError, match="interpreter ended"):
                 patch.setattr(CommandHandle, "write", write)
                 await sandbox.call("import time; time.sleep(100)")  # it takes the call
-            with monkeypatch.context() as patch, pytest.raises(SandboxError, match="no Python interpreter came up"):
+            with monkeypatch.context() as patch, pytest.raises(SandboxError, match="interpreter (came up|ended)"):
                 patch.setattr(CommandHandle, "write", write)
-                await sandbox.call("x = 1")  # and the next one its own program
+                await sandbox.call("x = 1")  # and the next one its own program, which it may have begun
             assert (await sandbox.call("def f(): return 5", "f")).value == 5
 
     asyncio.run(scene())

@@ -1,8 +1,18 @@
 """Options of `rorqual sandbox` that do not apply together are refused by name, before anything is looked for."""
 
+import asyncio
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from rorqual.agents.environment import Environment, EnvironmentSettings
+from rorqual.agents.log import TrajectoryLog
 from rorqual.cli.app import main
+from rorqual.errors import SandboxError
+from rorqual.journal import Journal
+from rorqual.sandbox.async_sandbox import AsyncSandbox
+from rorqual.sandbox.pool import Pool, Template
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -44,3 +54,38 @@ def test_without_options_or_without_an_id_it_goes_on(capsys: pytest.CaptureFixtu
 def test_an_image_below_a_snapshot_is_refused(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     told = refusal(capsys, command[0], "--image", "debian-12", "--snapshot", "s-1", *command[1:])
     assert "--image debian-12 and --snapshot s-1 cannot be given together" in told
+
+
+@pytest.mark.parametrize("below", [{"image": "debian-12"}, {"layers": ["0" * 64]}], ids=["image", "layers"])
+def test_what_lies_below_a_snapshot_is_refused_by_the_sdk_too(below: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SandboxError, match=f"{next(iter(below))}=.* and snapshot= cannot be given together"):
+        asyncio.run(AsyncSandbox.create(snapshot="s-1", home=tmp_path, **below))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pool_and_an_agent_that_go_back_to_a_snapshot_name_it_alone(tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Made(Exception):
+        """It was asked for."""
+
+    def note(kind: str = "", **keywords: Any) -> None:
+        asked.append({name: value for name, value in keywords.items() if name in ("image", "layers", "snapshot")})
+        raise Made
+
+    class Maker:
+        create, list = staticmethod(note), staticmethod(list)
+
+    async def make(**keywords: Any) -> Any:
+        note(**keywords)
+
+    options = {"image": "debian-12", "layers": ("0" * 64,)}
+    with Journal(tmp_path / "journal") as journal:
+        environment = Environment(Maker(), EnvironmentSettings(options=options), TrajectoryLog(journal), "t")  # type: ignore[arg-type]
+        for snapshot in (None, "s-1"):
+            with pytest.raises(Made):
+                environment._make(snapshot)
+            with pytest.raises(Made):
+                asyncio.run(Pool(maker=make)._make(Template.of("container", **options), snapshot=snapshot))
+    alone = {"snapshot": "s-1"}
+    assert asked == [options, {**options, "snapshot": None}, alone, alone]
