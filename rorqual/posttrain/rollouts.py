@@ -120,8 +120,8 @@ class RolloutWorker:
 
     seed: of all draws, together with the rollouts' ids. log: where tokens go as they come, and where a worker that is
     opened anew finds them. reward: called once for each finished rollout. keep_masks, keep_routing: record what
-    `Rollout.sampling_masks` and `Rollout.routing` hold. in_flight: most rollouts submitted at a time.
-    Raises: ConfigError for an engine whose prefix cache would keep tokens from being routed again.
+    `Rollout.sampling_masks` and `Rollout.routing` hold. in_flight: most rollouts submitted at a time, by all callers.
+    Threads may share it. Raises: ConfigError for limits that would let no rollout run.
     """
 
     def __init__(
@@ -146,6 +146,8 @@ class RolloutWorker:
         self._may_run = threading.Event()
         self._may_run.set()
         self._active: dict[str, _Run] = {}
+        self._places = threading.BoundedSemaphore(self.in_flight)
+        self._is_closed = False
         self.preemptions = 0
 
     # ------------------------------------------------------------- generation
@@ -171,7 +173,7 @@ class RolloutWorker:
         mine: set[_Run] = set()
         try:
             while waiting or mine:
-                while waiting and len(mine) < self.in_flight:
+                while waiting and self._places.acquire(blocking=not mine):
                     run = waiting.popleft()
                     mine.add(run)
                     self._open(run, params)
@@ -183,6 +185,7 @@ class RolloutWorker:
                     self._go_on(run, params)
                     continue
                 mine.remove(run)
+                self._places.release()
                 group = groups[run.group]
                 group.append(self._finish(run))
                 if len(group) == group_size:
@@ -191,6 +194,7 @@ class RolloutWorker:
                     yield sorted(groups.pop(run.group), key=lambda rollout: rollout.index)
         finally:
             for run in mine:
+                self._places.release()
                 self._forget(run)
 
     def _params(self, sampling: SamplingParams) -> SamplingParams:
@@ -239,6 +243,8 @@ class RolloutWorker:
             with self._lock:
                 if not self._may_run.is_set():
                     continue
+                if self._is_closed:
+                    raise _closed()
                 run.request = self.engine.submit(
                     (*run.prompt.ids, *drawn.ids), params.replace(seed=run.seed, max_tokens=left),
                     listener=lambda event: self._take(run, event), wait=True, saved=saved,
@@ -339,6 +345,16 @@ class RolloutWorker:
         self.preemptions += 1
         return True
 
+    def close(self) -> None:
+        """End all that runs: whoever waits for it gets a RequestError of status 503. The engine and the log stay."""
+        with self._lock:
+            self._is_closed = True
+            runs = [run for run in self._active.values() if run.request is not None]
+        self._may_run.set()
+        for run in runs:
+            assert run.request is not None
+            run.request.cancel()
+
     @property
     def running(self) -> dict[str, int]:
         """Tokens drawn so far of the rollouts that run, by id."""
@@ -389,6 +405,14 @@ def _how(params: SamplingParams) -> dict[str, Any]:
     names = ("temperature", "top_p", "top_k", "min_p", "max_tokens")
     how: dict[str, Any] = {name: getattr(params, name) for name in names}
     return {**how, "stop": list(params.stop_token_ids), "suppressed": list(params.suppress_token_ids)}
+
+
+def _closed() -> RequestError:
+    return RequestError(
+        "the rollout worker was closed, so this rollout is unfinished. Its log has what was drawn; a new worker goes on.",
+        status=503,
+        type="server_error",
+    )
 
 
 def _error_of(run: _Run) -> Exception:
