@@ -89,6 +89,9 @@ class GRPOConfig(StageConfig):
     keep_sampling_mask: bool = Field(
         default=True, description="Renormalise over the tokens that the sampler's filters had left."
     )
+    keep_rollouts: bool = Field(
+        default=True, description="Write every token to a journal in the run folder, so that a kill loses none."
+    )
     refresh_reference_every: int = Field(
         default=400, ge=0, description="Phases after which the reference becomes the policy; 0 for never."
     )

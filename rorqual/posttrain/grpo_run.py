@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from rorqual import log
 from rorqual.checkpoint.safetensors_io import save_tensors
 from rorqual.engine import Engine, SamplingParams
 from rorqual.posttrain import grpo
-from rorqual.posttrain.grpo_batch import Batch, make_batch, micro_batches
+from rorqual.posttrain.grpo_batch import micro_batches
 from rorqual.posttrain.grpo_config import GRPOConfig
 from rorqual.posttrain.grpo_eval import Evaluation
 from rorqual.posttrain.grpo_figures import Tally, answer_figures, line_of, save_plot, sentence_of
@@ -34,7 +35,9 @@ from rorqual.posttrain.grpo_rewards import Graders
 from rorqual.posttrain.grpo_tasks import Question, TaskStream, families_of
 from rorqual.posttrain.rewards.base import Answer, Score
 from rorqual.posttrain.rewards.judge_models import EngineJudge
+from rorqual.posttrain.rollout_log import RolloutLog
 from rorqual.posttrain.rollouts import Prompt, Rollout, RolloutWorker
+from rorqual.posttrain.rollouts_batch import stack
 from rorqual.posttrain.scoring import token_logprobs, token_scores
 from rorqual.posttrain.stages import Outcome, StageContext
 from rorqual.posttrain.trainer import Trainer
@@ -81,9 +84,11 @@ class _Run:
         )
         self.tokenizer = context.tokenizer
         self.engine = Engine(self.model, self.tokenizer, max_running=config.sampling.parallel)
+        self.log = RolloutLog(context.folder / "rollouts") if config.keep_rollouts else None
         self.worker = RolloutWorker(
             self.engine,
             seed=derive(seed, "grpo"),
+            log=self.log,
             keep_masks=config.keep_sampling_mask,
             keep_routing=config.keep_routing,
         )
@@ -101,6 +106,8 @@ class _Run:
     def __exit__(self, *exc: object) -> None:
         self.engine.close()
         self.graders.close()
+        if self.log is not None:
+            self.log.close()
         self.trainer.close()
 
     # ------------------------------------------------------------------ the loop
@@ -206,27 +213,29 @@ class _Run:
         lengths = [len(phase.rollouts[i].trajectory) for i in moved]
         for rows in micro_batches(lengths, self.config.micro_batch_tokens):
             chosen = [moved[row] for row in rows]
-            batch = make_batch(
-                [phase.rollouts[i] for i in chosen], advantages[chosen], self.model.reference.device
-            )
-            yield lambda batch=batch: self._loss(batch, len(places), tally)  # type: ignore[misc]
+            rollouts = [phase.rollouts[i] for i in chosen]
+            yield partial(self._loss, rollouts, advantages[chosen], len(places), tally)
 
-    def _loss(self, batch: Batch, count: int, tally: Tally) -> Tensor:
-        c = self.config
+    def _loss(self, rollouts: Sequence[Rollout], advantages: Tensor, count: int, tally: Tally) -> Tensor:
+        c, device = self.config, self.model.reference.device
+        batch = stack(rollouts)
+        ids, chosen = batch.ids.to(device), batch.chosen.to(device)
+        routing = batch.routing and {name: experts.to(device) for name, experts in batch.routing.items()}
         how: dict[str, Any] = {
-            "temperature": c.sampling.temperature, "sampling_mask": batch.sampling_mask, "lengths": batch.lengths,
-            "wanted": batch.chosen, "chunk": self.context.run.loss_chunk,
+            "temperature": c.sampling.temperature, "lengths": batch.lengths, "wanted": chosen,
+            "sampling_mask": None if batch.sampling_mask is None else batch.sampling_mask.to(device),
+            "chunk": self.context.run.loss_chunk,
         }  # fmt: skip
         ref = None
         if self.reference is not None:
             with torch.no_grad():
-                ref = token_logprobs(self.reference, batch.ids, **how)
-        scores = token_scores(self.model, batch.ids, routing=batch.routing, **how)
+                ref = token_logprobs(self.reference, ids, **how)
+        scores = token_scores(self.model, ids, routing=routing, **how)
         found = grpo.objective(
-            scores.logprobs, batch.old, batch.advantages, batch.chosen,
+            scores.logprobs, batch.logprobs.to(device), advantages.to(device), chosen,
             ref_NT=ref, epsilon=c.epsilon, delta=c.delta, beta=c.beta,
         )  # fmt: skip
-        tally.add(found, float(scores.entropies[batch.chosen].sum()), len(batch.lengths))
+        tally.add(found, float(scores.entropies[chosen].sum()), len(rollouts))
         return -found.per_response_N.sum() / count
 
     def _refresh_reference(self) -> bool:
