@@ -69,7 +69,7 @@ class SamplingSection(Section):
 class GRPOConfig(StageConfig):
     """Group relative policy optimisation, see `grpo.py` for the equations that beta, epsilon and delta stand in."""
 
-    kind: Literal["grpo"] = "grpo"
+    kind: Literal["grpo"] = Field(default="grpo", description="Algorithm: GRPO.")
     optim: OptimConfig = Field(
         default=OptimConfig(lr=3e-6, warmup_steps=0, decay="constant"), description="How weights move."
     )

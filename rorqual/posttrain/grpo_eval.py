@@ -35,9 +35,7 @@ class Evaluation:
             questions = self._stream.held_out(task, self._config.eval_items)
             graded = self._graded(questions)
             everything += graded
-            right |= {
-                q.item.id: bool(s.is_correct) for q, _, s in graded if q.item.stratum.get("class") in RETAINED
-            }
+            right |= {q.item.id: bool(s.is_correct) for q, _, s in graded if q.item.stratum.get("class") in RETAINED}
             if len(self._config.tasks) > 1:
                 figures[f"task{task}_{section.source}"] = _means(graded)
         figures = {**_means(everything), "retention": self._retention(right), **figures}
@@ -52,7 +50,7 @@ class Evaluation:
         for question, done in zip(questions, self._engine.generate(prompts, params), strict=True):
             answer = Answer(
                 question.item, tokenizer.decode(done.ids), len(done.ids), str(done.finish_reason), question.mode,
-                question.window,
+                question.window, ids=tuple(done.ids),
             )  # fmt: skip
             out.append((question, answer, self._graders.score(question, [answer])[0]))
         return out

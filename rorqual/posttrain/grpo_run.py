@@ -48,7 +48,7 @@ logger = log.get(__name__)
 
 def run_grpo(config: GRPOConfig, context: StageContext) -> Outcome:
     """Train `context.model` by `config`. Raises: ConfigError, DataError for tasks or rewards that cannot be used."""
-    with _Run(config, context) as run:
+    with GRPORun(config, context) as run:
         return run.go()
 
 
@@ -70,8 +70,11 @@ class _Phase:
         self.scores += scores
 
 
-class _Run:
-    """One sitting of a run: everything built, then `go`."""
+class GRPORun:
+    """One sitting of a run: everything built, then `go`; or `step` by `step`, for who wants to do more in between.
+
+    Use as a context manager, or call `close`.
+    """
 
     def __init__(self, config: GRPOConfig, context: StageContext) -> None:
         self.config, self.context, self.model = config, context, context.model
@@ -97,13 +100,18 @@ class _Run:
         self.judging = Judging(config.judging, config.modes, seed)
         self.evaluation = Evaluation(config, self.engine, self.stream, self.graders)
         self.phase, self.reference_file = 0, ""
+        self._is_due = False  # a checkpoint, because the reference is new
         if context.resume:
             self._resume()
 
-    def __enter__(self) -> _Run:
+    def __enter__(self) -> GRPORun:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine and close all files."""
         self.engine.close()
         self.graders.close()
         if self.log is not None:
@@ -118,22 +126,15 @@ class _Run:
         if self.phase == 0:
             self._evaluate()
         is_over = False
+        self.context.line.expect(self.config.steps)
         while self.phase < self.config.steps and not is_over and not self.context.should_stop():
-            began = time.perf_counter()
-            phase = self._roll_out()
-            if phase is None:
+            figures = self.step()
+            if figures is None:
                 break
-            rolled = time.perf_counter()
-            figures = self._learn(phase)
-            self.judging.take(phase.questions, phase.answers, phase.scores, phase.groups)
-            self.phase += 1
-            is_due = self._refresh_reference()
-            self.engine.change_weights(lambda: None, version=self.phase).result()
-            ended = time.perf_counter()
-            self._report({**figures, "rollout_s": rolled - began, "train_s": ended - rolled})
+            self._report(figures)
             if self.config.eval_every and self.phase % self.config.eval_every == 0:
                 is_over = self._evaluate()
-            if is_due or time.monotonic() - saved > 60 * self.context.run.checkpoint_minutes:
+            if self._is_due or time.monotonic() - saved > 60 * self.context.run.checkpoint_minutes:
                 self._save()
                 saved = time.monotonic()
         is_finished = is_over or self.phase >= self.config.steps
@@ -142,6 +143,20 @@ class _Run:
         self._save()
         save_plot(self.context.folder)
         return Outcome(self.model, is_finished, self.evaluation.last)
+
+    def step(self) -> dict[str, Any] | None:
+        """One phase, from prompts to weights that the engine has: its figures; None when a signal broke it off."""
+        began = time.perf_counter()
+        phase = self._roll_out()
+        if phase is None:
+            return None
+        rolled = time.perf_counter()
+        figures = self._learn(phase)
+        self.judging.take(phase.questions, phase.answers, phase.scores, phase.groups)
+        self.phase += 1
+        self._is_due = self._refresh_reference()
+        self.engine.change_weights(lambda: None, version=self.phase).result()
+        return {**figures, "rollout_s": rolled - began, "train_s": time.perf_counter() - rolled}
 
     def _roll_out(self) -> _Phase | None:
         """The answers of this phase with their scores; None when a signal asked to stop meanwhile."""
@@ -175,6 +190,7 @@ class _Run:
         return Answer(
             item=question.item,
             text=self.tokenizer.decode(rollout.answer),
+            ids=tuple(rollout.answer),
             num_tokens=len(rollout.answer),
             finish="length" if rollout.truncated else "stop",
             mode=question.mode,
@@ -196,7 +212,9 @@ class _Run:
             advantages = grpo.shift_abstentions(advantages, groups, is_abstention, is_correct, c.kappa)
         tally = Tally()
         for epoch in range(c.epochs):
-            for part in _minibatches(len(phase.questions), c.minibatches, derive(self.context.run.seed, "order", self.phase, epoch)):
+            for part in _minibatches(
+                len(phase.questions), c.minibatches, derive(self.context.run.seed, "order", self.phase, epoch)
+            ):
                 places = [i for i, group in enumerate(phase.groups) if group in part]
                 tally.begin()
                 tally.updates.append(self.trainer.update(self._losses(phase, advantages, places, tally)))
@@ -274,10 +292,15 @@ class _Run:
         return True
 
     def _report(self, figures: dict[str, Any]) -> None:
-        record = {"phase": self.phase, "version": self.phase, **figures}
+        record = {"step": self.trainer.step, "phase": self.phase, "version": self.phase, **figures}
         if self.phase % self.context.run.log_every == 0:
-            self.trainer.log(self.trainer.step, **record)
-        self.context.line.say({"step": self.trainer.step, **record}, line_of(self.phase, self.config.steps, figures))
+            self.trainer.log(**record)
+            self.context.line.say(record, line_of(self.phase, self.config.steps, figures))
+        seconds = figures["rollout_s"] + figures["train_s"]
+        shown = {"step": self.phase, "tokens": self.phase, "lm": figures["loss"]}
+        left = (self.config.steps - self.phase) * seconds
+        if self.context.line.mode == "rich":
+            self.context.line.update({**shown, "tokens_per_s": figures["tokens"] / seconds}, left)
 
     def _save(self) -> None:
         self.trainer.save(
@@ -299,8 +322,6 @@ class _Run:
         if self.reference is not None and self.reference_file:
             self.reference.load_state_dict(load_file(self.context.folder / self.reference_file))
         self.engine.change_weights(lambda: None, version=self.phase).result()
-
-
 
 
 def _minibatches(count: int, parts: int, seed: int) -> list[set[int]]:

@@ -108,9 +108,7 @@ def _fits(stratum: Mapping[str, Any], where: Mapping[str, Sequence[Any]]) -> boo
     return all(stratum.get(name) in values for name, values in where.items())
 
 
-def _question(
-    rng: random.Random, item: Item, task: int, mode: str, section: TaskSection, how: ModeSection
-) -> Question:
+def _question(rng: random.Random, item: Item, task: int, mode: str, section: TaskSection, how: ModeSection) -> Question:
     """The item with what its task announces."""
     if section.penalties:
         item = announce_penalty(item, rng.choice(section.penalties))

@@ -56,7 +56,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     whole = toy_run(tmp_path / "whole", settings)
     broken = tmp_path / "broken"
     for _ in range(30):  # stopped wherever it is asked to stop, most often with answers half drawn
-        looks = iter([False] * 4 + [True] * 1000)
+        looks = iter([False] * 7 + [True] * 1000)
         outcome = toy_run(broken, settings, resume=broken.exists(), should_stop=lambda: next(looks))
         if outcome.finished:
             break

@@ -76,7 +76,5 @@ def toy_run(
     model: Transformer | None = None,
 ) -> Outcome:
     run = RunConfig(folder=str(folder), threads=1, checkpoint_minutes=1e-9)
-    context = StageContext(
-        model or toy_model(), byte_tokenizer(), folder, run, resume=resume, should_stop=should_stop
-    )
+    context = StageContext(model or toy_model(), byte_tokenizer(), folder, run, resume=resume, should_stop=should_stop)
     return run_grpo(settings, context)

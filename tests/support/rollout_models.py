@@ -21,7 +21,9 @@ def tiny_policy(seed: int = 1, ends_at: float = 2.0) -> Transformer:
     eos = byte_tokenizer().eos_token_id
     with torch.no_grad():
         model.head.weight.mul_(3.0)
-        hidden = [model.final_hidden(model.forward_streams(torch.tensor([[t, t + 1, t + 2]])))[0, -1] for t in range(99)]
+        hidden = [
+            model.final_hidden(model.forward_streams(torch.tensor([[t, t + 1, t + 2]])))[0, -1] for t in range(99)
+        ]
         mean = torch.stack(hidden).mean(0)
         model.head.weight[eos] = ends_at * mean / mean.norm()
     return model

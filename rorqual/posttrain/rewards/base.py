@@ -21,7 +21,7 @@ class Answer:
     item: what was asked; `item.meta` holds what a grader needs, a dataset row's columns among it.
     text: everything the policy wrote, reasoning and control tokens included. num_tokens: as many tokens it chose.
     finish: `stop`, or `length` when the window cut it. mode: the effort mode it was asked in; window: the most tokens
-    that mode has. seed: for rewards that draw (a judge).
+    that mode has. seed: for rewards that draw (a judge). ids: the text's tokens.
     """
 
     item: Item
@@ -31,6 +31,7 @@ class Answer:
     mode: str = "off"
     window: int = 1
     seed: int = 0
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -82,5 +82,5 @@ def announce(item: Item, text: str, **meta: Any) -> Item:  # Any: what a grader 
 
 def announce_penalty(item: Item, penalty: float) -> Item:
     """The item with the price of a wrong answer in its prompt, as `Abstention` will charge it."""
-    text = f"A right answer earns 1 point, \"I don't know.\" earns 0, a wrong answer costs {penalty:g}."
+    text = f'A right answer earns 1 point, "I don\'t know." earns 0, a wrong answer costs {penalty:g}.'
     return announce(item, text, penalty=penalty)

@@ -57,9 +57,7 @@ def build_reward(name: str, options: Mapping[str, Any], setting: RewardSetting) 
     try:
         return BUILDERS[name](setting, **options)
     except TypeError as error:
-        raise ConfigError(f"The reward {name!r} cannot be made with {dict(options)}: {error}. Correct its options.") from (
-            None
-        )
+        raise ConfigError(f"The reward {name!r} takes other options than {dict(options)}: {error}.") from None
 
 
 def _graded(setting: RewardSetting) -> Reward:
@@ -165,4 +163,5 @@ def _call_as_trl(made: Callable[..., Sequence[Any]], answers: Sequence[Answer]) 
         else:
             prompts.append(answer.item.messages)
             completions.append([{"role": "assistant", "content": said}])
-    return made(prompts=prompts, completions=completions, **columns)
+    ids = [list(answer.ids) for answer in answers]
+    return made(prompts=prompts, completions=completions, **{"completion_ids": ids, **columns})

@@ -141,7 +141,8 @@ def test_counts_of_clipped_and_masked() -> None:
     old = torch.zeros(2, 3)
     mask = torch.tensor([[True, True, True], [True, True, False]])
     found = grpo.objective(new, old, torch.tensor([1.0, -1.0]), mask, epsilon=0.2, delta=0.1)
-    assert (found.num_tokens, found.clipped, found.masked) == (5, 1.0, 0.0)  # e^0.5 with A > 0; M of the second: gap < 0
+    # clipped: e^0.5 where A > 0; the second response is not masked, as its gap is below 0
+    assert (found.num_tokens, found.clipped, found.masked) == (5, 1.0, 0.0)
     assert found.drift == pytest.approx(1.5) and found.surprise == pytest.approx(-0.5)
 
 
