@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def micro_batches(lengths: Sequence[int], most_tokens: int) -> list[list[int]]:
-    """Places of rollouts, shortest first, in rows that hold at most `most_tokens` with their padding (one row at least).
+    """Places of rollouts, shortest first, in batches of at most `most_tokens` with their padding (one row at least).
 
     >>> micro_batches([5, 3, 4, 9], 10)
     [[1, 2], [0], [3]]

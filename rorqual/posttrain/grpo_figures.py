@@ -112,7 +112,7 @@ PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def save_plot(folder: Path) -> bool:
-    """Draw `metrics.jsonl` of the run in `folder` into its plots/grpo.png; False (and a log line) without matplotlib."""
+    """Draw the metrics of the run in `folder` into its plots/grpo.png; False (and a log line) without matplotlib."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     phases = [record for record in records if "event" not in record]
     held_out = [record for record in records if record.get("event") == "eval"]

@@ -1,6 +1,7 @@
 """GRPO end to end on a network of a few thousand numbers: reward rises, a killed run resumes to the same weights."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     for _ in range(30):  # stopped wherever it is asked to stop, most often with answers half drawn
         looks = iter([False] * 7 + [True] * 1000)
-        outcome = toy_run(broken, settings, resume=broken.exists(), should_stop=lambda: next(looks))
+        outcome = toy_run(broken, settings, resume=broken.exists(), should_stop=partial(next, looks))
         if outcome.finished:
             break
     assert outcome.finished and whole.finished

@@ -16,7 +16,6 @@ from rorqual.posttrain.grpo_run import run_grpo
 from rorqual.posttrain.rewards.base import Answer, Score
 from rorqual.posttrain.stages import Outcome, StageContext
 
-
 WANTED = frozenset("!#$%&'()*+,-.0123456789")
 """Bytes that stand in no name of a marker, so that a marker is never worth more than a byte."""
 

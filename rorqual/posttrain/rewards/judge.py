@@ -50,7 +50,7 @@ class Rubric:
 
 
 def judging_messages(task: str, rubric: Rubric, candidate: str) -> list[Message]:
-    """The judge's prompt. Names of control tokens in the candidate are taken out, so that it cannot end its own turn."""
+    """The judge's prompt. Names of control tokens in the candidate are taken out, so it cannot end its own turn."""
     for marker in (BOS, EOS, THINK_END):
         candidate = candidate.replace(marker, "")
     criteria = "\n".join(f"{i}. {text}" for i, (text, _) in enumerate(rubric.criteria, 1))

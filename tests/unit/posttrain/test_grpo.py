@@ -123,7 +123,7 @@ def test_a_positive_advantage_raises_the_log_probability() -> None:
 
 
 def test_kl_and_its_gradient_are_unbiased_on_another_policy_s_samples() -> None:
-    """Over a vocabulary small enough to enumerate: the mean of k over pi_old is KL(theta || ref), and so its gradient."""
+    """Over a vocabulary small enough to enumerate, the mean of k over pi_old is KL(theta || ref); so its gradient."""
     g = torch.Generator().manual_seed(3)
     theta, old, ref = (torch.randn(6, generator=g, dtype=torch.float64) for _ in range(3))
     theta.requires_grad_()
