@@ -20,7 +20,7 @@ from rorqual.data.tasks.done import verify_by_interpreter
 from rorqual.data.tasks.needle import NeedleFamily
 from rorqual.errors import ConfigError
 from rorqual.evals import report
-from rorqual.evals.code_execution import CodeRunner
+from rorqual.posttrain.rewards.code_execution import CodeRunner
 from rorqual.evals.records import Sampling, read_records
 from rorqual.evals.run import RunSettings, evaluate
 from rorqual.evals.selection import by_chance, cover, span_of
