@@ -116,7 +116,7 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.vocabulary, self.now, self.most, self.widest, self.seen = vocabulary, 0, 0, 0, set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] == self.vocabulary:
