@@ -11,8 +11,8 @@ import atexit
 import secrets
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ from rorqual.engine.stats import EngineStats, Meter, StepRecord
 from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
 from rorqual.engine.watch import RequestView, view_of
+from rorqual.engine.weights import Change, check_version, copying, restored
 from rorqual.errors import ConfigError, RequestError
 from rorqual.model.index_groups import search_index_by
 
@@ -128,6 +129,8 @@ class Engine:
         self.grammars = Grammars(tokenizer, self._num_choices)
         self._delivery = Delivery(tokenizer)
         self._meter = Meter(log_steps)
+        self.policy_version = 0
+        self._changes: deque[Change] = deque()
         self._asides = Asides()
         self._scheduler.expected_wait_s = lambda: self._meter.mean_stay_s / max_running
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
@@ -151,6 +154,7 @@ class Engine:
         wait: bool = False,
         rendered: bool = False,
         cache_scope: str = "",
+        saved: bytes | None = None,
     ) -> Request:
         """Queue a prompt of token ids and return its handle at once.
 
@@ -162,7 +166,10 @@ class Engine:
         rendered: the tokens are tokenised text, so turns that this engine sampled may be put back as it sampled them
         (the same bytes); the handle's `prompt_ids` are then those.
         cache_scope: requests share what the prefix cache holds with those of the same scope only.
-        Raises: RequestError for an empty or impossible prompt, one beyond the context limit or the memory for states,
+        saved: the state of a suspended request (`Request.suspend`) whose tokens these begin with, under the same
+        weights; what it has read is not read again. With a prefix cache or a guard it is not needed and not used.
+        Raises: CacheError for a saved state of other tokens; RequestError for an empty or impossible prompt, one beyond
+        the context limit or the memory for states,
         a full queue (429) or a closed engine (503).
         """
         params = params or SamplingParams()
@@ -184,6 +191,10 @@ class Engine:
         )  # fmt: skip
         constraint = None if params.grammar is None else self.grammars.constraint(params.grammar)
         job = Job(request, self.tokenizer.stream_decoder(), StopFilter(params.stop), constraint=constraint, guard=guard)
+        job.may_draft = not params.routing  # a draft's experts are not those of the token in its place
+        if saved is not None and self.prefix_cache is None and guard is None:
+            job.state = restored(self.model, saved, request.prompt_ids)
+            job.num_read = job.num_routed = job.state.lengths[0]
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: not self._scheduler.is_full or not self.is_alive)
@@ -219,6 +230,11 @@ class Engine:
             for request in requests:  # after a failure or Ctrl-C nobody waits for the rest
                 if not request.finished:
                     request.cancel()
+
+    @property
+    def num_choices(self) -> int:
+        """Ids from 0 that can be sampled: those with a text, without padding rows of the head."""
+        return self._num_choices
 
     @property
     def is_alive(self) -> bool:
@@ -279,6 +295,36 @@ class Engine:
             self._changed.notify_all()
         return future
 
+    def load_weights(self, weights: Mapping[str, Tensor], version: int, *, keep_states: bool = False) -> Future[None]:
+        """Copy `weights` (names as in the model's `state_dict`) into the model; otherwise as `change_weights`.
+
+        Raises: ConfigError for weights of another model.
+        """
+        return self.change_weights(copying(cast(nn.Module, self.model), weights), version, keep_states=keep_states)
+
+    def change_weights(self, apply: Callable[[], None], version: int, *, keep_states: bool = False) -> Future[None]:
+        """Have `apply` change the model's weights in place between two steps, and call them `version` from then on.
+
+        Requests go on: what they have read is read again with the new weights, unless `keep_states`. The future is done
+        when the next step will use them. Raises: RequestError for a version that is older than the present one, or a
+        closed engine (503); ConfigError where a prefix cache would keep what older weights computed.
+        """
+        check_version(version, self.policy_version)
+        if self.prefix_cache is not None and (keep_states or self.prefix_cache.disk is not None):
+            raise ConfigError(
+                "The weights were to change under a prefix cache "
+                + ("on disk" if self.prefix_cache.disk is not None else "while states stay")
+                + ", which would hand out what older weights computed. Use a cache in memory, or none, and "
+                "keep_states=False."
+            )
+        change = Change(apply, version, keep_states)
+        with self._changed:
+            if not self.is_alive:
+                raise self._broken or closed()
+            self._changes.append(change)
+            self._changed.notify_all()
+        return change.done
+
     def step_log(self) -> list[StepRecord]:
         """The last steps, oldest first; as many as `log_steps` says."""
         return list(self._meter.steps)
@@ -320,6 +366,9 @@ class Engine:
             self._broken = failed(error)
         with self._changed:
             left = [*self._scheduler.running, *self._scheduler.waiting]
+            for change in self._changes:
+                change.done.set_exception(self._broken or closed())
+            self._changes.clear()
             self._scheduler.running, self._scheduler.waiting = [], []
             self._changed.notify_all()
         self._asides.close()
@@ -329,10 +378,15 @@ class Engine:
     def _round(self) -> bool:
         """Wait for work and do one round of it. False when the engine is to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or not (self._scheduler.is_idle and self._asides.is_idle))
+            self._changed.wait_for(
+                lambda: self._closing or self._changes or not (self._scheduler.is_idle and self._asides.is_idle)
+            )
             if self._closing:
                 return False
             is_free = self._scheduler.is_idle
+        if self._changes:
+            self._change(self._changes.popleft())
+            return True
         if is_free:
             self._asides.run_piece()
             return True
@@ -363,6 +417,23 @@ class Engine:
             drafts.end_round(self._meter.drafted_tokens - drafted)
         return True
 
+    def _change(self, change: Change) -> None:
+        """Give the model its new weights; every running request has read nothing with them yet."""
+        try:
+            change.apply()
+        except Exception as error:  # the caller's own, who knows what of it has been done
+            change.done.set_exception(error)
+            return
+        with self._changed:
+            self.policy_version = change.version
+            if not change.keep_states:
+                for job in (*self._scheduler.running, *self._scheduler.waiting):
+                    job.settle()
+                    job.forget()
+            if self.prefix_cache is not None:
+                self.prefix_cache.clear()
+        change.done.set_result(None)
+
     def _record(self, plan: Round, decoding: int, prompt_tokens: int, seconds: float) -> None:
         with self._changed:
             scheduler = self._scheduler
@@ -388,7 +459,8 @@ class Engine:
         first = 0
         for job, tokens in zip(outcome.sampling, choose(outcome), strict=True):
             rows = 1 + len(job.drafts)
-            logits_RV = outcome.logits[first : first + rows] if job.request.params.logprobs else None
+            is_told = job.request.params.logprobs or job.request.params.record
+            logits_RV = outcome.logits[first : first + rows] if is_told else None
             first += rows
             try:
                 self._take(job, tokens, logits_RV)
@@ -448,6 +520,9 @@ class Engine:
     def _end_early(self, job: Job) -> None:
         """Close a request that was cancelled or is late; the scheduler has taken it out."""
         reason: FinishReason = "cancelled" if job.request.cancelled else "timeout"
+        if job.request.is_suspended and job.state is not None and self.prefix_cache is None:
+            job.settle()
+            job.request.saved = job.state.snapshot(remember=False)
         self._remove(job, reason)
         for event in job.stops.flush():
             job.request.deliver(event)
@@ -459,7 +534,7 @@ class Engine:
         request.mark_token()
         job.ids.append(token)
         self._meter.sampled_tokens += 1
-        ready, reason = self._delivery.events(job, token, logits_V)
+        ready, reason = self._delivery.events(job, token, logits_V, self.policy_version)
         if reason is not None:
             self._remove(job, reason)
         for one in ready:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from rorqual.engine.exactness import Exactness
 
@@ -19,6 +22,11 @@ class TokenEvent:
     text: complete characters only; empty while a character is unfinished, for end tokens and stop strings.
     logprob, top_logprobs: as asked in `SamplingParams`; ((id, logprob), ...) best first.
     finish_reason: set on the last event, else None.
+    policy_logprob, support: with `SamplingParams.record`, as `recording.drawn_from` has them; a support of None is
+        every id.
+    experts: with `SamplingParams.routing`, int16 [n, L, A]: the experts that the L learned routers chose for the n
+        tokens before this one that were read since the last event.
+    policy_version: of the weights that the token was drawn with (`Engine.change_weights`).
     """
 
     id: int | None
@@ -26,6 +34,10 @@ class TokenEvent:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
+    policy_logprob: float | None = None
+    support: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)
+    experts: NDArray[np.int16] | None = field(default=None, compare=False, repr=False)
+    policy_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rorqual.engine.grammar import Constraint
 from rorqual.engine.request import Request
 from rorqual.engine.stops import StopFilter
@@ -31,6 +34,8 @@ class Job:
     drafts: tuple[int, ...] = ()  # tokens that the next step reads besides, to be verified
     drafting: Any = None  # what speculation keeps for this job, where it is on
     may_draft: bool = True  # until a step with drafts failed
+    experts: list[NDArray[np.int16]] = field(default_factory=list)  # of tokens read since the last event, [n, L, A]
+    num_routed: int = 0  # tokens whose experts were kept; what is read again is not kept again
     alone_until: int = 0  # a step with others failed: no company until this many tokens are read
 
     @property
@@ -61,6 +66,20 @@ class Job:
     def next_ids(self, count: int) -> tuple[int, ...]:
         """The next `count` known tokens after those read."""
         return self.known(self.num_read, self.num_read + count)
+
+    def keep_experts(self, experts_TLA: NDArray[np.int16]) -> None:
+        """The experts of the tokens from `num_read` on, which are about to count as read."""
+        new = experts_TLA[max(0, self.num_routed - self.num_read) :]
+        if len(new):
+            self.experts.append(new)
+            self.num_routed += len(new)
+
+    def take_experts(self) -> NDArray[np.int16] | None:
+        """What was kept since this was last asked."""
+        if not self.experts:
+            return None
+        out, self.experts = np.concatenate(self.experts), []
+        return out
 
     def settle(self) -> None:
         """Take back the drafts of the last step that did not become tokens: the state has read all but the last one."""

@@ -46,6 +46,9 @@ class SamplingParams:
     guard: the retrieval guard of this request (`guard.py`): `off`, `default`, or names of sources; `None` as the engine
         has it.
     pin: spans [begin, end) of prompt tokens that a guard with the source `pinned` always shows.
+    record: report for training what each token was drawn from (`recording.py`): its log probability there, with
+        temperature, filters and suppressed ids, and the ids that could have been chosen.
+    routing: report the experts that learned routers chose for the tokens read; the layer code then runs the steps.
 
     Raises: RequestError naming the first field that is out of range.
     """
@@ -65,6 +68,8 @@ class SamplingParams:
     grammar: Grammar | None = None
     guard: str | None = None
     pin: Sequence[tuple[int, int]] = ()
+    record: bool = False
+    routing: bool = False
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not 0 <= self.temperature <= 2:
@@ -103,6 +108,12 @@ class SamplingParams:
             raise RequestError(
                 "Invalid stop value: an empty stop string would end every output at once. Remove it.",
                 param="stop",
+            )
+        if self.record and self.grammar is not None:
+            raise RequestError(
+                "record was asked for with a grammar, whose masks are not recorded, so training would score the tokens "
+                "under another distribution than they were drawn from. Leave one of the two out.",
+                param="record",
             )
         object.__setattr__(self, "stop", tuple(stop))
         for name in ("stop_token_ids", "suppress_token_ids"):

@@ -69,6 +69,8 @@ class Request:
         self._wake = wake
         self._inbox: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
         self._cancelled = threading.Event()
+        self._is_suspended = False
+        self.saved: bytes | None = None  # its state, once a suspended request has ended
         self._done = threading.Event()
         self._submitted = time.monotonic()
         self._started = self._first = self._last = 0.0
@@ -90,6 +92,18 @@ class Request:
         """Ask the engine to stop; the last event then says `cancelled`. Does nothing once finished."""
         self._cancelled.set()
         self._wake()
+
+    def suspend(self) -> None:
+        """Cancel it and keep its state in `saved`, for another request with all its tokens: `submit(..., saved=...)`.
+
+        Nothing is saved for one that has read nothing; with a prefix cache that keeps what was computed.
+        """
+        self._is_suspended = True
+        self.cancel()
+
+    @property
+    def is_suspended(self) -> bool:
+        return self._is_suspended
 
     @property
     def cancelled(self) -> bool:

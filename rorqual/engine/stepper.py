@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rorqual import log
@@ -20,7 +21,7 @@ from rorqual.engine import sampler
 from rorqual.engine.events import TokenScore
 from rorqual.engine.job import Job
 from rorqual.engine.prefix_cache import PrefixCache
-from rorqual.model import Segment
+from rorqual.model import Segment, Trace
 from rorqual.model.scores import best_of
 
 logger = log.get(__name__)
@@ -113,7 +114,8 @@ class Stepper:
             known = job.request.prompt_array
             if job.ids:
                 known = np.concatenate([known, np.asarray(job.ids, dtype=np.int32)])
-            asks = not job.request.params.prompt_logprobs
+            params = job.request.params
+            asks = not (params.prompt_logprobs or params.routing)  # these need every token read
             job.lease = cache.begin(known, asks, job.request.cache_scope)
             job.state, job.num_read = job.lease.state, job.lease.num_cached
             self._guard(job)
@@ -156,13 +158,17 @@ class Stepper:
                 sampling.append(job)
                 places[id(job)] = len(wanted)
                 wanted += range(end - 1 - len(job.drafts), end)
-        streams, rows = self._read(work, tokens, wanted)
+        trace = Trace(router=True, router_ids=True) if any(job.request.params.routing for job, _ in work) else None
+        streams, rows = self._read(work, tokens, wanted, trace)
+        experts_TLA = None if trace is None else experts_of(trace)
         end = 0
         for (job, count), part in zip(work, tokens, strict=True):
             if job.request.params.prompt_logprobs and not job.ids:
                 self._score_prompt(job, streams[:, end : end + count])
             if self.watch is not None:
                 self.watch(job, streams[0, end : end + len(part)])
+            if experts_TLA is not None and job.request.params.routing:
+                job.keep_experts(experts_TLA[end : end + count])
             end += len(part)
             job.num_read += count
         if self._cache is not None:
@@ -170,14 +176,19 @@ class Stepper:
                 self._store(self._cache, job, count, rows.hidden[0] if rows else None, places.get(id(job)))
         return sampling, [rows] if rows else []
 
-    def _read(self, work: Work, tokens: list[list[int]], wanted: list[int]) -> tuple[Tensor, _Rows | None]:
+    def _read(
+        self, work: Work, tokens: list[list[int]], wanted: list[int], trace: Trace | None
+    ) -> tuple[Tensor, _Rows | None]:
         """One step of the model: all streams [1, T, N, D], and what follows the `wanted` rows, if there are any."""
+        traced = {} if trace is None else {"trace": trace}
         if self._can_share:
             segments = [Segment(job.state, part) for (job, _), part in zip(work, tokens, strict=True)]
-            scores = self._model.next_scores(segments, wanted, self._num_choices)
+            scores = self._model.next_scores(segments, wanted, self._num_choices, **traced)
             rows = _Rows(scores.hidden, scores.logits, scores.best) if wanted else None
             return scores.streams, rows
-        streams = self._model.forward_streams(torch.tensor(tokens, device=self._device), state=work[0][0].state)
+        streams = self._model.forward_streams(
+            torch.tensor(tokens, device=self._device), state=work[0][0].state, **traced
+        )
         if not wanted:
             return streams, None
         hidden = self._model.final_hidden(streams[:, wanted])
@@ -205,3 +216,12 @@ class Stepper:
         for logprobs_V, token in zip(logprobs_SV, prompt[len(scores) :], strict=False):
             best = sampler.best_tokens(logprobs_V, job.request.params.top_logprobs)
             scores.append(TokenScore(token, float(logprobs_V[token]), best))
+
+
+def experts_of(trace: Trace) -> NDArray[np.int16]:
+    """The experts that the learned routers of a traced row chose, in the order of the layers: [T, L, A]."""
+    ids = [record.experts[0] for record in trace.routers if not record.is_hash and record.experts is not None]
+    if not ids:
+        return np.zeros((0, 0, 0), dtype=np.int16)
+    out: NDArray[np.int16] = torch.stack(ids, 1).cpu().numpy().astype(np.int16)
+    return out

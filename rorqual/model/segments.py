@@ -17,6 +17,7 @@ from torch import Tensor
 from rorqual.errors import CacheError, RequestError
 from rorqual.model.layout import EntryPlan, Layout
 from rorqual.model.state import State
+from rorqual.model.trace import Trace
 
 if TYPE_CHECKING:
     from rorqual.model.transformer import Transformer
@@ -92,8 +93,8 @@ def check_segments(model: "Transformer", segments: Sequence[Segment]) -> None:
         model.check_ids(segment.tokens)
 
 
-def flat_step(model: "Transformer", segments: Sequence[Segment]) -> Tensor:
-    """`Transformer.step` by the layer code, for segments that were checked."""
+def flat_step(model: "Transformer", segments: Sequence[Segment], trace: Trace | None = None) -> Tensor:
+    """`Transformer.step` by the layer code, for segments that were checked. trace: what to record of the flat row."""
     device = model.reference.device
     tokens = torch.cat([torch.as_tensor(segment.tokens, device=device) for segment in segments]).unsqueeze(0)
     layout = FlatLayout([Layout(1, len(one.tokens), tokens.device, one.state.lengths) for one in segments])
@@ -102,7 +103,7 @@ def flat_step(model: "Transformer", segments: Sequence[Segment]) -> Tensor:
         part.shown = segment.state.shown(segment.ids)
     for state in states:
         state.begin()
-    streams = model.through(tokens, layout, [*zip(*(state.layers for state in states), strict=True)], None, None)
+    streams = model.through(tokens, layout, [*zip(*(state.layers for state in states), strict=True)], trace, None)
     for state, part, ids in zip(states, layout.segments, layout.split(tokens), strict=True):
         state.advance(ids, part)
     return streams

@@ -160,23 +160,29 @@ class Transformer(nn.Module):
         return decode.step(self, segments, flat_step)
 
     def next_scores(
-        self, segments: Sequence[Segment], wanted: Sequence[int] | None = None, choices: int | None = None
+        self,
+        segments: Sequence[Segment],
+        wanted: Sequence[int] | None = None,
+        choices: int | None = None,
+        *,
+        trace: Trace | None = None,
     ) -> Scores:
         """As `step`, and the scores behind some of its tokens: the same numbers as `step`, `final_hidden` and `logits`
         give, in one go where that can be.
 
         wanted: places in the row of all segments' tokens; the last token of each segment unless given.
-        choices: how many ids are scored, from 0; all unless given. Raises as `step`.
+        choices: how many ids are scored, from 0; all unless given. trace: what to record of the row, which the layer
+        code then runs. Raises as `step`.
         """
         self._check(segments)
         ends = [*accumulate(len(segment.tokens) for segment in segments)]
         wanted = [end - 1 for end in ends] if wanted is None else wanted
         choices = self.cfg.vocab_size if choices is None else choices
         check_wanted(wanted, ends[-1], choices, self.cfg.vocab_size)
-        decoded = decode.step_scored(self, segments, wanted, choices)
+        decoded = None if trace is not None else decode.step_scored(self, segments, wanted, choices)
         if decoded is not None:
             return decoded
-        streams = decode.step(self, segments, flat_step)
+        streams = decode.step(self, segments, flat_step) if trace is None else flat_step(self, segments, trace)
         hidden = self.final_hidden(streams if len(wanted) == streams.shape[1] else streams[:, wanted])
         logits = self.logits(hidden)[..., :choices]
         return Scores(streams, hidden, logits, best_of(logits))
