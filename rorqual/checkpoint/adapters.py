@@ -222,7 +222,8 @@ def _stack(
     highest = max(index for index in found if index is not None)
     if highest >= count:
         raise CheckpointError(
-            f"the adapter in {folder} is for expert {highest} of {target.name}, which has {count}. It belongs to another model."
+            f"the adapter in {folder} is for expert {highest} of {target.name}, which has {count}, so it belongs to "
+            "another model. Give the base that it was trained on."
         )
     a, b = torch.zeros(count, spec.rank, width), torch.zeros(count, out, spec.rank)
     for index, pair in found.items():
