@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,24 @@ class Drawn:
         if len(experts):
             self._experts.append(experts)
             self.num_routed += len(experts)
+
+    def since(self, tokens: int, routed: int) -> Drawn:
+        """What came after so many tokens and so many rows of experts; while another thread adds more."""
+        end = len(self.supports)  # which a token is added to last
+        part = (self.ids[tokens:end], self.logprobs[tokens:end], self.versions[tokens:end], self.supports[tokens:end])
+        out = Drawn(*part)
+        rows = list(self._experts)
+        if rows:
+            out.add_experts(np.concatenate(rows)[routed:])
+        return out
+
+    def extend(self, other: Drawn) -> None:
+        """Add what came after this."""
+        self.ids += other.ids
+        self.logprobs += other.logprobs
+        self.versions += other.versions
+        self.supports += other.supports
+        self.add_experts(other.experts())
 
     def experts(self) -> NDArray[np.int16]:
         """Of all tokens that were read, int16 [n, L, A]."""
@@ -220,7 +238,7 @@ class RolloutLog:
     def _mask(self, entry: _Entry, number: int, support: NDArray[np.int32]) -> bytes:
         digest = hashlib.blake2b(support.tobytes(), digest_size=16).digest()
         if digest not in entry.masks:
-            self.journal.append(Event("mask", {"request": number, "digest": digest, **_packed(support)}))
+            self.journal.append(Event("mask", {"request": number, "digest": digest, **pack_support(support)}))
             entry.masks.add(digest)
         return digest
 
@@ -394,7 +412,7 @@ def _add(drawn: Drawn, masks: dict[bytes, NDArray[np.int32]], record: Record) ->
         for token, logprob in zip(record.ids, record.logprobs, strict=True):
             drawn.add(token, logprob, record.policy_version, support)
     elif isinstance(record, Event) and record.kind == "mask":
-        masks[record.fields["digest"]] = _unpacked(record.fields)
+        masks[record.fields["digest"]] = unpack_support(record.fields)
     elif isinstance(record, Event) and record.kind == "experts":
         rows = np.frombuffer(record.fields["data"], dtype="<i2").reshape(record.fields["shape"]).astype(np.int16)
         drawn.add_experts(rows[max(0, drawn.num_routed - record.fields["first"]) :])
@@ -404,7 +422,7 @@ def _digest(ids: Sequence[int]) -> bytes:
     return hashlib.sha256(array("I", ids).tobytes()).digest()
 
 
-def _packed(support: NDArray[np.int32]) -> dict[str, Any]:
+def pack_support(support: NDArray[np.int32]) -> dict[str, Any]:
     """Ids, or a bit for each id, whichever is shorter."""
     width = int(support[-1]) + 1
     if 32 * len(support) <= width:
@@ -414,7 +432,7 @@ def _packed(support: NDArray[np.int32]) -> dict[str, Any]:
     return {"bits": np.packbits(bits).tobytes()}
 
 
-def _unpacked(fields: dict[str, Any]) -> NDArray[np.int32]:
+def unpack_support(fields: Mapping[str, Any]) -> NDArray[np.int32]:
     if "ids" in fields:
         return np.frombuffer(fields["ids"], dtype="<i4").astype(np.int32)
     return np.unpackbits(np.frombuffer(fields["bits"], dtype=np.uint8)).nonzero()[0].astype(np.int32)

@@ -212,11 +212,28 @@ class RolloutWorker:
             )
         return sampling.replace(logprobs=True, record=True, routing=self.keep_routing)
 
+    def adopt(self, prompt: Prompt, index: int, sampling: SamplingParams, drawn: Drawn) -> None:
+        """Take over what was drawn of a rollout elsewhere, so that `generate` goes on behind it. Needs a log.
+
+        Raises: ConfigError without one; JournalError.
+        """
+        if self.log is None:
+            raise ConfigError("a rollout begun elsewhere needs a log to be gone on with. Give the worker one.")
+        id = rollout_id(prompt.id, index)
+        settings = settings_of(self._params(sampling))
+        number, _ = self.log.open(id, prompt.ids, derive(self.seed, "rollout", id), settings)
+        self.log.adopt(number, drawn)
+
+    def drawn_since(self, known: Mapping[str, tuple[int, int]]) -> dict[str, Drawn]:
+        """What was drawn of the rollouts that run, behind the tokens and rows of experts that are known of each id."""
+        parts = {run.id: run.drawn.since(*known.get(run.id, (0, 0))) for run in list(self._active.values())}
+        return {id: part for id, part in parts.items() if part.ids or part.num_routed}
+
     def _open(self, run: _Run, params: SamplingParams) -> None:
         """Take over what the log has of a rollout."""
         if self.log is None:
             return
-        run.number, run.drawn = self.log.open(run.id, run.prompt.ids, run.seed, _how(params))
+        run.number, run.drawn = self.log.open(run.id, run.prompt.ids, run.seed, settings_of(params))
         run.ending = self.log.ending(run.number)
         state = self.log.saved_state(run.number)
         if state is not None:
@@ -285,13 +302,8 @@ class RolloutWorker:
     def _finish(self, run: _Run) -> Rollout:
         assert run.ending is not None
         rollout = rollout_of(run.prompt.ids, run.drawn, self.router_names, keep_masks=self.keep_masks)
-        rollout.prompt_id, rollout.group, rollout.index = run.prompt.id, run.group, run.index
-        rollout.truncated = run.ending == "length"
-        rollout.reward = None if self.log is None else self.log.reward(run.number)
-        if self.reward is not None and rollout.reward is None:
-            rollout.reward = self.reward(run.prompt, rollout)
-        if self.log is not None:
-            self.log.close_rollout(run.number, run.prompt.id, run.index, run.ending, rollout.reward)
+        rollout.group, rollout.index = run.group, run.index
+        settle(rollout, run.prompt, run.ending, self.reward, self.log, run.number)
         self._active.pop(run.id, None)
         return rollout
 
@@ -381,6 +393,18 @@ def rollout_of(prompt: Sequence[int], drawn: Drawn, names: Sequence[str], *, kee
     )  # fmt: skip
 
 
+def settle(
+    rollout: Rollout, prompt: Prompt, ending: str, reward: Reward | None, log: RolloutLog | None, number: int
+) -> None:
+    """What follows the last token: the reward, once, and its end in the log."""
+    rollout.prompt_id, rollout.truncated = prompt.id, ending == "length"
+    rollout.reward = None if log is None else log.reward(number)
+    if reward is not None and rollout.reward is None:
+        rollout.reward = reward(prompt, rollout)
+    if log is not None:
+        log.close_rollout(number, prompt.id, rollout.index, ending, rollout.reward)
+
+
 def router_names(model: Any) -> tuple[str, ...]:  # a Transformer
     """Module paths of the learned routers in the order of the layers: those that `Trace.forced` needs."""
     return tuple(f"layers.{spec.index}.ffn.gate" for spec in model.cfg.layers if not spec.hash_routed)
@@ -400,7 +424,7 @@ def check_prompts(prompts: Sequence[Prompt], group_size: int) -> None:
         seen.add(prompt.id)
 
 
-def _how(params: SamplingParams) -> dict[str, Any]:
+def settings_of(params: SamplingParams) -> dict[str, Any]:
     """What of the settings decides the tokens, for the record."""
     names = ("temperature", "top_p", "top_k", "min_p", "max_tokens")
     how: dict[str, Any] = {name: getattr(params, name) for name in names}
@@ -409,7 +433,7 @@ def _how(params: SamplingParams) -> dict[str, Any]:
 
 def _closed() -> RequestError:
     return RequestError(
-        "the rollout worker was closed, so this rollout is unfinished. Its log has what was drawn; a new worker goes on.",
+        "the rollout worker was closed, so this rollout is unfinished. Its log has what was drawn for a new worker.",
         status=503,
         type="server_error",
     )

@@ -78,7 +78,7 @@ class RolloutStream:
         return self.worker.engine.policy_version
 
     def batch(self) -> list[Group]:
-        """The next groups to train on; fewer at the end of the prompts, and then none. Raises: what a rollout raised."""
+        """The next groups to train on; fewer at the end of the prompts, and then none. Raises: what a rollout did."""
         began = time.monotonic()
         out: list[Group] = []
         while len(out) < self._batch_groups:
