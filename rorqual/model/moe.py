@@ -8,6 +8,7 @@ B batch, S tokens, D hidden, E experts, A active experts, I expert width, V voca
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -128,13 +129,13 @@ class MoE(nn.Module):
         if isinstance(first, PackedWeight):  # see `packed_weights.py`
             changes = e.low_rank()
             run = partial(adapted_packed_experts, low_rank=changes) if changes else frozen_experts
-            stacks: tuple[Tensor, ...] = (e.w1, e.w3, e.w2)
+            w1, w3, w2 = (cast(Tensor, w) for w in (e.w1, e.w3, e.w2))
         else:
-            stacks = e.stacks()
+            w1, w3, w2 = e.stacks()
         if run is grouped_experts and not torch.is_grad_enabled():  # without the sum in between
             shared = self.shared_experts(flat)
-            return grouped_experts(flat, experts, weights, *stacks, self.limit, shared).view_as(x)
-        routed = run(flat, experts, weights, *stacks, self.limit)
+            return grouped_experts(flat, experts, weights, w1, w3, w2, self.limit, shared).view_as(x)
+        routed = run(flat, experts, weights, w1, w3, w2, self.limit)
         return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
 
     def _forced(self, x: Tensor, trace: Trace | None) -> Tensor | None:

@@ -81,7 +81,7 @@ class HiddenCache:
         if not states:
             return
         first = next(iter(states))
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for key, value in states.items():
             assert (key.teacher, key.version) == (first.teacher, first.version), "a file is one teacher's"
             parts = {"hidden": value.hidden.to(self.dtype), "share": value.share, "token": value.token}

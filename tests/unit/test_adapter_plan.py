@@ -38,6 +38,7 @@ def test_counts_are_the_trainers(tmp_path: Path, optimizer: str) -> None:
     assert plan.weights == inventory(cfg, "official").nbytes
 
 
+@pytest.mark.slow
 def test_one_gpu_sees_what_fits() -> None:
     """V4-Flash's frozen weights alone need more than one card of 141 GB; two hold them with an adapter."""
     cfg = ModelConfig.preset("v4-flash")

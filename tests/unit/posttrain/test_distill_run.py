@@ -68,6 +68,7 @@ def _records(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_divergences_fall_and_a_stopped_run_goes_on(models: Path, tmp_path: Path) -> None:
     whole = go(models, tmp_path / "whole", recipe(models, steps=8, keep_rollouts=True))
     assert whole.finished
@@ -106,6 +107,7 @@ def test_an_adapter_can_be_the_student(models: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(base(tokens), found.model.eval()(tokens), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_gate_is_taught(models: Path, tmp_path: Path) -> None:
     """Certain decisions: the student comes to begin with the refusal's first id."""
     prompts = tmp_path / "prompts.jsonl"
