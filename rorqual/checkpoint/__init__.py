@@ -1,5 +1,6 @@
 """Checkpoints in and out: official and transformers layouts, strict loads with a report, `rorqual.load`."""
 
+from rorqual.checkpoint.adapters import load_adapter, merge_adapter, save_adapter
 from rorqual.checkpoint.convert import Conversion, convert
 from rorqual.checkpoint.expert_cache import CacheStats, ExpertCache
 from rorqual.checkpoint.hub import Pulled, pull
@@ -27,12 +28,15 @@ __all__ = [
     "convert",
     "describe",
     "load",
+    "load_adapter",
     "load_model",
     "load_official",
     "load_transformers",
     "locate",
     "match",
+    "merge_adapter",
     "pull",
+    "save_adapter",
     "save_official",
     "save_transformers",
     "summarise",

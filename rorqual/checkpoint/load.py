@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from rorqual.checkpoint.adapters import merge_adapter
 from rorqual.checkpoint.build import read_config
 from rorqual.checkpoint.hub import HUB_FILES, HUB_ID, import_hub
 from rorqual.checkpoint.official import load_official
@@ -82,6 +83,7 @@ def load(
     weights: str | None = None,
     memory: int | str | MemoryBudget | None = None,
     cache: str | None = None,
+    adapter: str | Path | None = None,
 ) -> "tuple[Transformer, Tokenizer]":
     """A model ready to use (in eval mode) and its tokenizer.
 
@@ -90,6 +92,7 @@ def load(
     memory: what the process may hold, bytes or a size such as "6GiB": routed experts then stay on disk and are read as
         they are used, for models larger than memory; `dtype` is then the config's unless given (see `load_official`).
     cache: how sequences' memories are kept, `ModelConfig.cache_format`: "exact", "fp4-keys", "fp8" or "auto".
+    adapter: a folder with a LoRA adapter in PEFT's layout, merged into the weights, or kept beside packed ones.
     Raises: CheckpointError (no such model, damaged files, no tokenizer.json), ConfigError, MissingExtraError.
 
         model, tokenizer = rorqual.load("minke")
@@ -97,6 +100,8 @@ def load(
     folder = locate(name_or_path)
     tokenizer = _tokenizer(folder, read_config(folder))  # a wrong one is known before gigabytes are read
     model = load_model(folder, dtype=dtype, device=device, weights=weights, memory=memory)
+    if adapter is not None:
+        merge_adapter(model, adapter)
     if cache is not None:
         keep_cache_as(model, cache)
     model.eval()

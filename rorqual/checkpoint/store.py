@@ -23,6 +23,7 @@ from rorqual.checkpoint.safetensors_io import write_checkpoint, write_text
 from rorqual.config import ModelConfig
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.model import Transformer
+from rorqual.model.adapters import adapted
 from rorqual.model.packed_weights import refuse_packed
 from rorqual.model.quantised import ExpertFormat, used_values
 from rorqual.ops.quant import decode_e8m0
@@ -76,6 +77,11 @@ def write_model(
             "these layouts expects. Choose one of the two."
         )
     refuse_packed(model, "saved")
+    if next(adapted(model), None) is not None:
+        raise ConfigError(
+            "This model has adapters beside its weights, which a checkpoint has no place for. Save them with "
+            "save_adapter, or merge them into the weights first (rorqual.model.adapters.merge)."
+        )
     folder = Path(folder)
     state: dict[str, Tensor] = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -13,10 +13,11 @@ from rorqual.errors import ConfigError
 from rorqual.sizes import parse_tokens
 
 if TYPE_CHECKING:
+    from rorqual.planner.adapters import AdapterPlan
     from rorqual.planner.cache import CacheRows
     from rorqual.planner.inventory import WeightFormat
 
-WORK, MACHINE, PRICE = "What is asked", "Machine", "Price"
+WORK, MACHINE, PRICE, TRAINING = "What is asked", "Machine", "Price", "Adapters"
 
 
 def plan(
@@ -81,6 +82,24 @@ def plan(
     output_share: Annotated[
         float, typer.Option("--output-share", help="Generated tokens among all.", rich_help_panel=PRICE)
     ] = 0.1,
+    adapter: Annotated[
+        int | None,
+        typer.Option(
+            "--adapter",
+            min=1,
+            metavar="RANK",
+            help="Plan the training of a LoRA adapter instead.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    adapter_targets: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter-targets",
+            help="Its modules, e.g. 'attn.*,experts.w?'; the projections of attention unless given.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     table: Annotated[
         Literal["plan", "report", "claims"],
         typer.Option(
@@ -97,6 +116,7 @@ def plan(
     \b
     rorqual plan v4-flash --context 1M --hardware 8xH200
     rorqual plan v4-pro --context 8192 --hardware 64xascend-950dt --tpot-ms 20 --usd-per-hour 2
+    rorqual plan v4-flash --adapter 16 --hardware 2xH200
     rorqual plan --hardware list
     rorqual plan --table report
     """
@@ -120,6 +140,13 @@ def plan(
         show(plan_json.speeds(speeds) if as_json else plan_tables.speeds(speeds))
         return
     source, config, _ = find_model(model)
+    if adapter is not None:
+        machine = None if hardware is None else find_machine(hardware, chips)
+        asked = 4096 if context is None else parse_tokens(context, "--context")
+        found = plan_adapter(config, adapter, adapter_targets, stored_as(config, weights), asked)
+        shown = plan_json.adapter if as_json else plan_tables.adapter
+        show(shown(found, asked, machine, reserve))
+        return
     length = min(10**6, config.max_position_embeddings) if context is None else parse_tokens(context, "--context")
     work = Workload(length, batch, None if tpot_ms is None else tpot_ms / 1e3, cache_hit, output_share)
     found = make_plan(
@@ -137,6 +164,18 @@ def plan(
     speeds = speed_claims((model,)) if is_published else []
     prices = price_claims(model, None if fit is None else fit.costs) if is_published else []
     show(plan_json.plan(found, speeds, prices) if as_json else plan_tables.plan(found, speeds, prices))
+
+
+def plan_adapter(
+    config: ModelConfig, rank: int, targets: str | None, weights: "WeightFormat", tokens: int
+) -> "AdapterPlan":
+    """What training an adapter needs, with micro-batches of so many tokens."""
+    from rorqual.model.adapters import AdapterSpec
+    from rorqual.planner.adapters import adapter_plan
+    from rorqual.posttrain.lora import ATTENTION
+
+    chosen = ATTENTION if targets is None else tuple(part.strip() for part in targets.split(",") if part.strip())
+    return adapter_plan(config, AdapterSpec(rank, 2.0 * rank, chosen), weights=weights, tokens=tokens)
 
 
 def show(found: Any) -> None:

@@ -5,9 +5,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rorqual.planner.adapters import AdapterPlan
     from rorqual.planner.bounds import Bound
     from rorqual.planner.compare import PriceClaim, SpeedClaim
-    from rorqual.planner.hardware import Table
+    from rorqual.planner.hardware import Machine, Table
     from rorqual.planner.plan import Fit, NetworkPlan, Plan
     from rorqual.planner.report import Figure
 
@@ -46,6 +47,17 @@ def plan(found: "Plan", claims: "Sequence[SpeedClaim]", prices: "Sequence[PriceC
         "networks": [_network(network) for network in found.networks],
         "speed_claims": speeds(claims),
         "price_claims": [asdict(price) for price in prices],
+    }
+
+
+def adapter(found: "AdapterPlan", tokens: int, machine: "Machine | None", reserve: float) -> dict[str, Any]:
+    """All of an adapter's plan; `fits` is null without a machine."""
+    return {
+        **asdict(found),
+        "total": found.total,
+        "saved": found.saved,
+        "tokens": tokens,
+        "fits": None if machine is None else found.fits(machine.count * machine.chip.memory, reserve),
     }
 
 

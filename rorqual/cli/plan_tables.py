@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from rorqual.planner.adapters import AdapterPlan
     from rorqual.planner.bounds import Bound, Resource
     from rorqual.planner.compare import PriceClaim, SpeedClaim
     from rorqual.planner.hardware import Chip, Machine
@@ -59,6 +60,25 @@ def plan(found: "Plan", claims: "Sequence[SpeedClaim]", prices: "Sequence[PriceC
         yield from speeds(claims)
     if prices:
         yield from price_rows(prices)
+
+
+def adapter(found: "AdapterPlan", tokens: int, machine: "Machine | None", reserve: float) -> Iterator[Any]:
+    """What training an adapter holds in memory, and whether that fits."""
+    table = new_table(
+        f"An adapter on {found.modules:,} matrices: {found.parameters:,} numbers, {found.share:.2%} of the model's",
+        "in memory, all chips together", "bytes",
+    )  # fmt: skip
+    for label, nbytes in (
+        ("frozen weights", found.weights), ("adapter, fp32", found.adapter), ("gradients", found.gradients),
+        ("optimizer (AdamW)", found.optimizer), (f"activations of {tokens:,} tokens, recomputed", found.activations),
+        ("logits of a chunk", found.logits), ("all of it", found.total), ("a checkpoint", found.saved),
+    ):  # fmt: skip
+        table.add_row(label, size(nbytes))
+    yield table
+    if machine is not None:
+        memory = machine.count * machine.chip.memory
+        word = "fits" if found.fits(memory, reserve) else "does not fit"
+        yield Text(f"It {word} {machine.label} ({size(memory)}, of which {reserve:.0%} is kept for the rest).")
 
 
 def needs(found: "Plan") -> Table:

@@ -23,7 +23,6 @@ from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear, RMSNorm
 from rorqual.model.trace import Swappable, Trace
 from rorqual.ops.cache_codec import PackedEntries, unpacked
-from rorqual.ops.linear import linear
 from rorqual.ops.rope import apply_rope, norm_rope, rope_frequencies
 from rorqual.ops.rounding import round_entry_fp8, round_kv_fp8
 from rorqual.ops.sparse_attention import Visible, sparse_attention
@@ -260,5 +259,5 @@ class Attention(nn.Module):
         """Grouped low-rank output: z_g = A_g o_g for each group of heads, then wo_b: [B, S, H, K] -> [B, S, D]."""
         groups, rank = self.cfg.o_groups, self.cfg.o_lora_rank
         b, s = o.shape[:2]
-        z = linear(o.reshape(b, s, groups, -1), self.wo_a.weight, groups)
+        z = self.wo_a.grouped(o.reshape(b, s, groups, -1), groups)
         return self.wo_b(z.reshape(b, s, groups * rank))

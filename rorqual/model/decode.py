@@ -238,8 +238,8 @@ def _is_known(model: "Transformer") -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module does what its class says: no hooks, no rounding, nothing elsewhere."""
-    if module._forward_hooks or module._forward_pre_hooks or "stored_as" in module.__dict__:
+    """Whether a module does what its class says: no hooks, no rounding, no adapter, nothing elsewhere."""
+    if module._forward_hooks or module._forward_pre_hooks or {"stored_as", "adapter"} & module.__dict__.keys():
         return False
     if isinstance(module, MoE):
         return module.exchange is None and not module.round_inputs

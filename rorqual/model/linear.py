@@ -20,6 +20,10 @@ class Linear(nn.Module):
         """[..., in] -> [..., out]."""
         return linear(x, self.weight)
 
+    def grouped(self, x: Tensor, groups: int) -> Tensor:
+        """Each group with its own rows of the weight: [..., G, in] -> [..., G, out / G]."""
+        return linear(x, self.weight, groups)
+
     def exact(self, x: Tensor) -> Tensor:
         """The product in fp32 whatever x is: [..., in] -> fp32 [..., out]. Gradients take x's precision."""
         if x.dtype == torch.float32 or not torch.is_grad_enabled():

@@ -7,6 +7,8 @@ B batch, S tokens, D hidden, E experts, A active experts, I expert width, V voca
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from rorqual.model.layout import Layout
 from rorqual.model.linear import Linear
 from rorqual.model.trace import RouterRecord, Trace
 from rorqual.ops.experts import grouped_experts, route
-from rorqual.ops.packed_experts import packed_experts
+from rorqual.ops.frozen import LowRank, adapted_packed_experts, frozen_experts
 from rorqual.ops.packed_weight import PackedWeight
 from rorqual.ops.rounded_experts import rounded_experts
 from rorqual.ops.streamed_experts import StreamedExperts, streamed_experts
@@ -62,6 +64,14 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(shape))
         self.w2 = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
         self.w3 = nn.Parameter(torch.empty(shape))
+
+    def stacks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """w1, w3 and w2 as products take them; packed ones as they are."""
+        return self.w1, self.w3, self.w2
+
+    def low_rank(self) -> dict[str, LowRank]:
+        """Low-rank changes of the matrices by name (see `adapters.py`), which `stacks` adds to those not packed."""
+        return {}
 
 
 class SharedExpert(nn.Module):
@@ -108,7 +118,7 @@ class MoE(nn.Module):
         e = self.experts
         if self.exchange is not None:
             y = self.exchange(
-                flat, experts, weights, e.w1, e.w3, e.w2, self.limit, lambda: self.shared_experts(flat).float()
+                flat, experts, weights, *e.stacks(), self.limit, lambda: self.shared_experts(flat).float()
             )
             return y.to(x.dtype).view_as(x)
         if e.streamed is not None:
@@ -117,11 +127,15 @@ class MoE(nn.Module):
         run: Callable[..., Tensor] = rounded_experts if self.round_inputs else grouped_experts
         first: object = e.w1
         if isinstance(first, PackedWeight):  # see `packed_weights.py`
-            run = packed_experts
+            changes = e.low_rank()
+            run = partial(adapted_packed_experts, low_rank=changes) if changes else frozen_experts
+            w1, w3, w2 = (cast(Tensor, w) for w in (e.w1, e.w3, e.w2))
+        else:
+            w1, w3, w2 = e.stacks()
         if run is grouped_experts and not torch.is_grad_enabled():  # without the sum in between
             shared = self.shared_experts(flat)
-            return grouped_experts(flat, experts, weights, e.w1, e.w3, e.w2, self.limit, shared).view_as(x)
-        routed = run(flat, experts, weights, e.w1, e.w3, e.w2, self.limit)
+            return grouped_experts(flat, experts, weights, w1, w3, w2, self.limit, shared).view_as(x)
+        routed = run(flat, experts, weights, w1, w3, w2, self.limit)
         return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
 
     def _forced(self, x: Tensor, trace: Trace | None) -> Tensor | None:

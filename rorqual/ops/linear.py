@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.ops import registry
+from rorqual.ops.frozen import frozen_linear
 from rorqual.ops.grouped_linear import grouped_linear
-from rorqual.ops.matvec import packed_linear
 from rorqual.ops.native import inference, infers
 from rorqual.ops.packed_weight import PackedWeight
 
@@ -29,10 +29,10 @@ def linear_reference(x: Tensor, weight: Tensor, groups: int = 1, *, exact: bool 
 def linear(x: Tensor, weight: Tensor | PackedWeight, groups: int = 1) -> Tensor:
     """`linear_reference` in x's dtype, to which the weight is cast, by the fastest implementation at hand.
 
-    A packed weight is multiplied as it is, without gradient.
+    A packed weight is multiplied as it is, and gets no gradient.
     """
     if isinstance(weight, PackedWeight):
-        return packed_linear(x, weight, groups)
+        return frozen_linear(x, weight, groups)
     return registry.pick("linear", x)(x, weight if weight.dtype is x.dtype else weight.to(x.dtype), groups)
 
 

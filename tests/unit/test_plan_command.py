@@ -61,6 +61,20 @@ def test_tables_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert code == 0 and re.search(r"bound by +capacity +capacity", out) and "ms a step" not in out
 
 
+def test_an_adapter(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    one = as_json(capsys, "v4-flash", "--adapter", "16", "--hardware", "1xH200")
+    assert one["fits"] is False and one["weights"] == 159_609_485_896
+    parts = ("weights", "adapter", "gradients", "optimizer", "activations", "logits")
+    assert one["total"] == sum(one[part] for part in parts)
+    wider = as_json(capsys, "minke", "--adapter", "8", "--adapter-targets", "attn.*, experts.w?")
+    assert wider["fits"] is None and wider["parameters"] > as_json(capsys, "minke", "--adapter", "8")["parameters"]
+    code, out, _ = plan(capsys, "v4-flash", "--adapter", "16", "--hardware", "2xH200")
+    assert code == 0 and "frozen weights" in out and "It fits 2 x" in out
+    code, _, err = plan(capsys, "minke", "--adapter", "8", "--adapter-targets", "nothing")
+    assert code == 2 and "names no module" in err
+
+
 def test_the_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     code, out, _ = plan(capsys, "--table", "report")
