@@ -8,6 +8,7 @@ True
 
 from rorqual.data.tasks.aggregation import AggregationFamily
 from rorqual.data.tasks.arith import ArithFamily
+from rorqual.data.tasks.arith_columns import ColumnArithFamily
 from rorqual.data.tasks.base import (
     CANARY,
     SPLITS,
@@ -33,9 +34,11 @@ from rorqual.data.tasks.hop import HopFamily
 from rorqual.data.tasks.mrcr import MrcrFamily
 from rorqual.data.tasks.needle import NeedleFamily
 from rorqual.data.tasks.needle_multi import MultiNeedleFamily
+from rorqual.data.tasks.recall import RECALL_ROWS, RecallFamily
 from rorqual.data.tasks.threads import ThreadsFamily
 from rorqual.data.tasks.tool import ToolFamily
 from rorqual.data.tasks.tool_dialogue import ToolDialogueFamily
+from rorqual.data.tasks.tool_traces import ToolTracesFamily
 from rorqual.data.tasks.world import DEFAULT_WORLD, WORLD_VERSION, World
 
 # Suggested shares of training tokens among the families (they sum to 1).
@@ -87,6 +90,22 @@ def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -
     }
 
 
+def posttraining_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -> dict[str, TaskFamily]:
+    """The families that specialists are tuned on, by the names recipes use. Raises: DataError as `families`.
+
+    Their questions, splits and graders are those of the families above; what differs is the reasoning they teach, the
+    lengths they reach and the balance of their cases.
+    """
+    world = World.build(world_id, size)
+    made: list[TaskFamily] = [
+        ColumnArithFamily(),
+        ColumnArithFamily(name="arith-columns-long", long_share=0.75),
+        *(RecallFamily(world, name=name) for name in RECALL_ROWS),
+        ToolTracesFamily(),
+    ]
+    return {family.name: family for family in made}
+
+
 def study_families(world_id: str, *, size: Size = "small") -> dict[str, TaskFamily]:
     """Families for studies, which no mixture takes unless a recipe names them: so far `census`.
 
@@ -108,6 +127,7 @@ __all__ = [
     "ChatFamily",
     "ClaimsFamily",
     "CodeFamily",
+    "ColumnArithFamily",
     "DoneFamily",
     "FactsFamily",
     "FimFamily",
@@ -119,16 +139,19 @@ __all__ = [
     "MultiNeedleFamily",
     "NeedleFamily",
     "Piece",
+    "RecallFamily",
     "Size",
     "Split",
     "TaskFamily",
     "ThreadsFamily",
     "ToolDialogueFamily",
     "ToolFamily",
+    "ToolTracesFamily",
     "Turn",
     "World",
     "evaluation_families",
     "families",
+    "posttraining_families",
     "split_of",
     "study_families",
 ]
