@@ -1,10 +1,14 @@
-"""Recipes as TOML files: layered left to right, then `--set a.b=c`; checked, and written out again."""
+"""Recipes as TOML files: layered left to right, then `--set a.b=c`; checked, and written out again.
+
+The reading serves any tree of pydantic sections: `load_config` is pre-training's, `read_tree`, `check` and `table` are
+what other recipes are made of.
+"""
 
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -12,12 +16,23 @@ from rorqual.errors import ConfigError
 from rorqual.train.config import TrainConfig
 from rorqual.train.settings import plain
 
+_Config = TypeVar("_Config", bound=BaseModel)
+
 
 def load_config(recipes: Sequence[str | Path] = (), settings: Iterable[str] = ()) -> TrainConfig:
     """Read recipes (later ones win, key by key) and apply `a.b=c` settings.
 
-    A setting's value is read as TOML where it is TOML (`1e-3`, `true`, `[1, 2]`) and as text otherwise.
     Raises: ConfigError for an unreadable file, an unknown key or a bad value, naming each.
+    """
+    return validate(read_tree(recipes, settings))
+
+
+def read_tree(recipes: Sequence[str | Path] = (), settings: Iterable[str] = ()) -> dict[str, Any]:
+    """Recipes and settings as one tree of plain values, not yet checked against any section.
+
+    A setting's value is read as TOML where it is TOML (`1e-3`, `true`, `[1, 2]`) and as text otherwise; a number in its
+    name picks one of a list of tables (`stages.0.optim.lr=1e-4`).
+    Raises: ConfigError for an unreadable file, a setting without '=' or with a number beyond its list.
     """
     tree: dict[str, Any] = {}
     for recipe in recipes:
@@ -31,24 +46,33 @@ def load_config(recipes: Sequence[str | Path] = (), settings: Iterable[str] = ()
         branch: dict[str, Any] = {}
         _put(branch, key.strip().split("."), _parse(text.strip()))
         _merge(tree, branch)
-    return validate(tree)
+    return tree
 
 
 def validate(tree: Mapping[str, Any]) -> TrainConfig:
     """A checked config from nested plain values. Raises ConfigError listing every fault by dotted name."""
+    return check(TrainConfig, tree, what="The training config", command="rorqual train")
+
+
+def check(kind: type[_Config], tree: Mapping[str, Any], *, what: str, command: str, prefix: str = "") -> _Config:
+    """A section of class `kind` from nested plain values; `prefix` stands before the names in messages (`stages.0.`).
+
+    Raises: ConfigError listing every fault by dotted name; `what` says whose they are, `command` which command's
+    `--show-config` explains the settings.
+    """
     try:
-        return TrainConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         lines = []
         for fault in error.errors():
-            name = ".".join(map(str, fault["loc"]))
+            name = prefix + ".".join(map(str, fault["loc"]))
             if fault["type"] == "extra_forbidden":
-                lines.append(f"  {name}: there is no such setting{_suggestion(fault['loc'])}")
+                lines.append(f"  {name}: there is no such setting{_suggestion(kind, fault['loc'])}")
             else:
                 lines.append(f"  {name}: {fault['msg']} (got {fault['input']!r})")
         raise ConfigError(
-            "The training config cannot be used:\n" + "\n".join(lines) + "\n"
-            "Correct the recipe or the --set option; `rorqual train --show-config` prints every setting "
+            f"{what} cannot be used:\n" + "\n".join(lines) + "\n"
+            f"Correct the recipe or the --set option; `{command} --show-config` prints every setting "
             "with its meaning."
         ) from None
 
@@ -58,11 +82,16 @@ def run_recipe(config: TrainConfig) -> str:
     return to_toml(config.model_copy(update={"run": config.run.model_copy(update={"max_steps": None})}))
 
 
-def to_toml(config: TrainConfig) -> str:
+def to_toml(config: BaseModel) -> str:
     """The config as a TOML recipe, every field under its description. Fields that are unset are left out."""
+    return "\n".join(table(config)).strip() + "\n"
+
+
+def table(section: BaseModel, prefix: str = "") -> list[str]:
+    """Lines of a section whose tables are named `prefix` and its own names (`stages.` for those of a list's table)."""
     lines: list[str] = []
-    _write_table(config, "", lines)
-    return "\n".join(lines).strip() + "\n"
+    _write_table(section, prefix, lines)
+    return lines
 
 
 def _write_table(section: BaseModel, prefix: str, lines: list[str]) -> None:
@@ -128,12 +157,26 @@ def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
     for key, value in new.items():
         if isinstance(value, Mapping) and isinstance(into.get(key), dict):
             _merge(into[key], value)
+        elif isinstance(value, Mapping) and isinstance(into.get(key), list) and all(k.isdigit() for k in value):
+            for index, part in value.items():
+                _merge_item(into[key], key, int(index), part)
         else:
             into[key] = dict(value) if isinstance(value, Mapping) else value
 
 
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    section: type[BaseModel] | None = TrainConfig
+def _merge_item(items: list[Any], name: str, index: int, new: Any) -> None:
+    if index >= len(items):
+        raise ConfigError(
+            f"--set names {name}.{index}, but there are {len(items)} {name}, counted from 0. Correct the number."
+        )
+    if isinstance(new, Mapping) and isinstance(items[index], dict):
+        _merge(items[index], new)
+    else:
+        items[index] = new
+
+
+def _suggestion(kind: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    section: type[BaseModel] | None = kind
     for part in location[:-1]:
         if section is None or not isinstance(part, str) or part not in section.model_fields:
             return ""
