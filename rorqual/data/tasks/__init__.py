@@ -6,6 +6,7 @@
 True
 """
 
+from rorqual.data.tasks.abstain import AbstainFamily
 from rorqual.data.tasks.aggregation import AggregationFamily
 from rorqual.data.tasks.arith import ArithFamily
 from rorqual.data.tasks.arith_columns import ColumnArithFamily
@@ -102,6 +103,8 @@ def posttraining_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny")
         ColumnArithFamily(name="arith-columns-long", long_share=0.75),
         *(RecallFamily(world, name=name) for name in RECALL_ROWS),
         ToolTracesFamily(),
+        AbstainFamily(world, "R1"),
+        AbstainFamily(world, "R2"),
     ]
     return {family.name: family for family in made}
 
@@ -120,6 +123,7 @@ __all__ = [
     "DEFAULT_WORLD",
     "SPLITS",
     "WORLD_VERSION",
+    "AbstainFamily",
     "AggregationFamily",
     "ArithFamily",
     "Census",
