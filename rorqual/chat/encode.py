@@ -120,6 +120,7 @@ class _Renderer:
 
     def write_body(self, i: int) -> None:
         turn = self._turns[i]
+        start = self._writer.length
         if turn.role in ("user", "developer"):
             self._writer.fixed(markers.USER)
         elif turn.role == "latest_reminder":
@@ -141,6 +142,7 @@ class _Renderer:
                 write_calls(self._writer, turn.calls)
             if not turn.is_open:
                 self._writer.fixed(markers.EOS)
+            self._writer.reply(start, turn.index, self._answers_task(i))
 
     def write_header_after(self, i: int) -> None:
         """Write what stands between turn `i` and the next: an assistant turn's opening, or a task's token."""
@@ -157,8 +159,11 @@ class _Renderer:
             thinks = self._is_thinking and (not self._drop or i >= self._last_user)
             self._writer.fixed(markers.THINK_START if thinks else markers.THINK_END)
 
+    def _answers_task(self, i: int) -> bool:
+        return i > 0 and self._turns[i - 1].task is not None
+
     def _shows_reasoning(self, i: int) -> bool:
-        if not self._is_thinking or (i > 0 and self._turns[i - 1].task is not None):
+        if not self._is_thinking or self._answers_task(i):
             return False  # the reply to a task is bare
         return not self._drop or i > self._last_user
 

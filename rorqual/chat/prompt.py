@@ -9,6 +9,7 @@ text, because punctuation and the newlines after it share tokens.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from rorqual.chat.markers import MARKER_PATTERN
 from rorqual.errors import RequestError
@@ -20,12 +21,27 @@ class Marker(str):
     __slots__ = ()
 
 
+class Reply(NamedTuple):
+    """What an assistant message stands as: characters [start, stop) of the text, from behind its header to its end
+    token (with it, unless the turn is open).
+    """
+
+    start: int
+    stop: int
+    message: int
+    """Its place in the list of messages."""
+    is_task: bool
+    """Whether it answers a task's token (a title, a query), which a bare short text does."""
+
+
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
     """Text of a prompt and the half-open, ascending ranges of it that hold the encoder's own markers."""
 
     text: str
     marker_spans: tuple[tuple[int, int], ...]
+    replies: tuple[Reply, ...] = ()
+    """The assistant messages in it, in order: what a model learns to write."""
 
     def pieces(self) -> Iterator[tuple[str, bool]]:
         """Yield `(piece, is_marker)` in order; their concatenation is `text`, empty pieces are left out."""
@@ -51,6 +67,7 @@ class PromptWriter:
     def __init__(self) -> None:
         self._pieces: list[str] = []
         self._spans: list[tuple[int, int]] = []
+        self._replies: list[Reply] = []
         self._length = 0
 
     def _add(self, piece: str, is_marker: bool) -> None:
@@ -69,6 +86,15 @@ class PromptWriter:
         """Add text from outside; whatever it looks like, it is text, unless it is a `Marker`."""
         self._add(text, isinstance(text, Marker))
 
+    @property
+    def length(self) -> int:
+        """Characters so far."""
+        return self._length
+
+    def reply(self, start: int, message: int, is_task: bool) -> None:
+        """Note that an assistant message reaches from `start` to here."""
+        self._replies.append(Reply(start, self._length, message, is_task))
+
     def finish(self, param: str) -> RenderedPrompt:
         """Return the prompt. Raises: RequestError naming `param` when the text cannot be written as UTF-8."""
         text = "".join(self._pieces)
@@ -81,4 +107,4 @@ class PromptWriter:
                 "written as UTF-8, so it cannot be tokenised. Send the whole character, or remove the half.",
                 param=param,
             ) from None
-        return RenderedPrompt(text, tuple(self._spans))
+        return RenderedPrompt(text, tuple(self._spans), tuple(self._replies))

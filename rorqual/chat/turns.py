@@ -43,6 +43,8 @@ class Turn:
     response_format: Any = None
     task: str | None = None
     is_open: bool = False
+    index: int = -1
+    """Place of the message in its list; -1 for a turn that was put in."""
 
     @property
     def is_user(self) -> bool:
@@ -57,10 +59,10 @@ def read_messages(messages: Any, revision: str, where: str) -> list[Turn]:
             f"is {_kind(messages)}, but a conversation is a list of messages",
             'Send a list such as [{"role": "user", "content": "Hello"}].',
         )
-    return [_read_message(message, revision, f"{where}[{i}]") for i, message in enumerate(messages)]
+    return [_read_message(message, revision, f"{where}[{i}]", i) for i, message in enumerate(messages)]
 
 
-def _read_message(message: Any, revision: str, where: str) -> Turn:
+def _read_message(message: Any, revision: str, where: str, index: int) -> Turn:
     if not isinstance(message, Mapping):
         _refuse(where, f"is {_kind(message)}, not a message", 'Send an object with "role" and "content".')
     role = message.get("role")
@@ -70,7 +72,7 @@ def _read_message(message: Any, revision: str, where: str) -> Turn:
             f"is {role!r}, which has no place in the prompt format",
             f"Use one of {', '.join(markers.ROLES)}.",
         )
-    turn = Turn(role, where, task=_read_task(message, where), is_open=bool(message.get("wo_eos")))
+    turn = Turn(role, where, task=_read_task(message, where), is_open=bool(message.get("wo_eos")), index=index)
     reader = _ContentReader(revision)
     if role == "user":
         turn.blocks = reader.user_blocks(message, where)

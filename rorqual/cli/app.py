@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "usage": Command("Show requests, tokens and cost by day, key and model.", RUN),
     "eval": Command("Measure a model or an endpoint: facts, long context, tools, code and more.", LOOK),
     "train": Command("Train a model from a recipe.", LEARN),
+    "posttrain": Command("Tune a trained model in stages: examples, rewards, teachers.", LEARN),
     "plan": Command("Plan for a model: bytes, what fits, fastest speed and why, least cost.", LOOK),
     "pull": Command("Fetch a checkpoint from the Hugging Face Hub, resumable and checked.", LOOK),
     "convert": Command("Convert a checkpoint: DeepSeek's layout, that of transformers, GGUF.", LOOK),

@@ -15,6 +15,7 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "prometheus_client", "httpx2", "jsonschema_rs"),
     "plots": ("matplotlib",),
     "hub": ("huggingface_hub",),
+    "data": ("datasets", "pyarrow"),
     "gguf": ("gguf",),
     "agents": ("pypdf", "openpyxl", "mcp"),
     "gpu": ("triton",),

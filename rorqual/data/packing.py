@@ -57,8 +57,8 @@ class Batch:
         return Batch(self.tokens.to(device), self.labels.to(device), self.segment_ids.to(device), self.lengths)
 
 
-class _Rows:
-    """A batch under construction."""
+class RowWriter:
+    """A batch under construction: documents are placed one behind the other in rows."""
 
     def __init__(self, batch_size: int, seq_len: int, pad_token_id: int) -> None:
         self.tokens = np.full((batch_size, seq_len), pad_token_id, dtype=np.int64)
@@ -69,6 +69,7 @@ class _Rows:
         self._seq_len = seq_len
 
     def place(self, row: int, ids: Ids, mask: Mask) -> None:
+        """Put a document, or a part of one, behind those in `row`; it must fit."""
         start = self._seq_len - self.free[row]
         stop = start + len(ids)
         self.tokens[row, start:stop] = ids
@@ -78,6 +79,7 @@ class _Rows:
         self.free[row] -= len(ids)
 
     def finish(self) -> Batch:
+        """The rows, padded."""
         for row, free in enumerate(self.free):
             if free:
                 self.segments[row, self._seq_len - free :] = self.counts[row] + np.arange(free)
@@ -137,7 +139,7 @@ class Packer:
 
     def next_batch(self, batch_size: int, seq_len: int) -> Batch:
         """The next packed batch [batch_size, seq_len]."""
-        rows = _Rows(batch_size, seq_len, self.pad_token_id)
+        rows = RowWriter(batch_size, seq_len, self.pad_token_id)
         held: list[_Waiting] = []
         fill_draws = 0
         while any(rows.free):
@@ -196,7 +198,7 @@ def heldout_batches(source: ShardSource, batch_size: int, seq_len: int) -> Itera
     position = 0
     rest: tuple[Ids, Mask] | None = None
     while position < len(source) or rest is not None:
-        rows = _Rows(batch_size, seq_len, source.tokenizer.pad_token_id)
+        rows = RowWriter(batch_size, seq_len, source.tokenizer.pad_token_id)
         row = 0
         while row < batch_size:
             if rest is None:

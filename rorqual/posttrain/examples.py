@@ -18,6 +18,8 @@ class Example:
     loss_mask: list[bool]
     source: str = ""
     """Where it comes from (`chat.jsonl:12`), for messages."""
+    is_splittable: bool = False
+    """Whether it may be cut anywhere (plain text): each part is learned without what stood before it."""
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.loss_mask):

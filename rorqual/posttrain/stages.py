@@ -1,4 +1,4 @@
-"""The algorithms a recipe can name, and what each is given and gives back."""
+"""What a stage of a recipe is given and gives back; `registry.py` lists the algorithms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,7 +51,3 @@ class Stage(NamedTuple):
 
     config: type[StageConfig]
     run: Callable[[Any, StageContext], Outcome]  # the section is of `config`
-
-
-STAGES: dict[str, Stage] = {}
-"""By the `kind` of a recipe's stage."""

@@ -63,7 +63,7 @@ class Trainer:
 
     `trainable` names the parameters that move, exactly or as patterns (`layers.*.attn.*`); the others are frozen here.
     None: all that require gradients. `total_steps` is where the learning rate's decay ends; without it there is none.
-    `step` counts updates done. Use as a context manager, or call `close`.
+    `step` counts updates done, `tokens` is what `save` was told last. Use as a context manager, or call `close`.
     Raises: ConfigError for a pattern that matches nothing, trained weights that are not fp32, or no such device.
     """
 
@@ -80,6 +80,7 @@ class Trainer:
         self.folder = Path(run.folder)
         self.step = self._first_step = 0
         self.train_seconds = 0.0
+        self.tokens = 0
         self._began = time.perf_counter()
         self._num_skipped = 0
         self._metrics: Metrics | None = None
@@ -158,8 +159,12 @@ class Trainer:
             gradient.mul_(factor)
         for optimizer in self._optimizers.values():
             optimizer.step(lr)
-        forget(self.model)
+        self.weights_moved()
         return norm
+
+    def weights_moved(self) -> None:
+        """Forget what was derived from weights before they changed."""
+        forget(self.model)
 
     # ------------------------------------------------------------------ figures
 
@@ -193,6 +198,7 @@ class Trainer:
         Raises: CheckpointError when the disk refuses.
         """
         now = time.perf_counter()
+        self.tokens = tokens
         self.train_seconds, self._began = self.train_seconds + now - self._began, now
         optimizer = [
             whole(f"{prefix}/{key}", tensor)
@@ -204,7 +210,7 @@ class Trainer:
             optimizer.append(whole(_DEVICE_RNG, torch.cuda.get_rng_state(device)))
         return checkpoints.save_pieces(
             self.folder,
-            [whole(name, tensor) for name, tensor in self._moving().items()],
+            [whole(name, tensor) for name, tensor in self.moving().items()],
             optimizer,
             {"extra": extra},
             Progress(self.step, tokens, self.train_seconds),
@@ -225,14 +231,14 @@ class Trainer:
         self._check_settings(saved)
         self._load(saved)
         self.step = self._first_step = saved.progress.step
-        self.train_seconds = saved.progress.train_seconds
+        self.train_seconds, self.tokens = saved.progress.train_seconds, saved.progress.tokens
         self._began = time.perf_counter()
         extra: dict[str, Any] = saved.feed["extra"]
         return extra
 
     @torch.no_grad()
     def _load(self, saved: Saved) -> None:
-        own = self._moving()
+        own = self.moving()
         if set(own) != set(saved.weights):
             names = ", ".join(sorted(set(own) ^ set(saved.weights))[:5])
             raise CheckpointError(
@@ -251,13 +257,13 @@ class Trainer:
         for prefix, part in self._optimizers.items():
             start = f"{prefix}/"
             part.load_state_dict({k.removeprefix(start): v for k, v in saved.optimizer.items() if k.startswith(start)})
-        forget(self.model)
+        self.weights_moved()
         torch.set_rng_state(saved.torch_rng)
         if device_rng is not None and self.model.reference.device.type == "cuda":
             torch.cuda.set_rng_state(device_rng, self.model.reference.device)
 
-    def _moving(self) -> dict[str, Tensor]:
-        """Trained parameters and all buffers that a state holds, by name."""
+    def moving(self) -> dict[str, Tensor]:
+        """Trained parameters and all buffers that a state holds, by name: what a checkpoint is about."""
         trained = {a.name for a in self.assigned}
         parameters = dict(self.model.named_parameters())
         state = self.model.state_dict(keep_vars=True)

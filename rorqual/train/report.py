@@ -90,6 +90,11 @@ class ProgressLine:
                 "train", total=total_tokens, step=0, loss=float("nan"), speed=0.0, left="?"
             )
 
+    def expect(self, total_tokens: int) -> None:
+        """Say how much there is to do, where that was not known before, and begin anew."""
+        if self._rich is not None:
+            self._rich.update(self._task, total=total_tokens, completed=0)
+
     def __enter__(self) -> "ProgressLine":
         if self._rich is not None:
             self._rich.start()
