@@ -1,9 +1,9 @@
 """S-FACTS, tuned to decline: what the supervised recipes of the evaluation specification (7.4) train on.
 
-R1, the negative control: half questions with answers, half refusals, and nothing else. R2: questions and refusals are a
-half, the other half replays the documents that taught the facts, and every unknown person is a fresh one; U-near is left
-to tests. R2's own step, asking the model what it knows before an answer is demanded of it, needs a model and is
-`rorqual.posttrain.self_labels`; this family alone takes the people of the train split as known, as their questions were
+R1, the negative control: half questions with answers, half refusals, and nothing else. R2: questions and refusals are
+a half, the other half replays the documents that taught the facts, and every unknown person is a fresh one; U-near is
+left to tests. R2's own step, asking the model what it knows before an answer is demanded of it, needs a model and is
+`rorqual.posttrain.self_labels`; this family alone takes the people of the train split as known, whose questions were
 trained. Items and grading are those of `facts`; no person, name or wording of its tests is trained on.
 """
 

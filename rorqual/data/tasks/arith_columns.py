@@ -23,7 +23,7 @@ from rorqual.data.tasks.columns import AGAIN, CHECK, LABELS, Slip
 
 MAX_DIGITS = 8
 EFFORTS = ("none", "high", "max")
-_KIND_WEIGHTS = (4, 4, 4, 2)
+_KIND_WEIGHTS = (4, 4, 4, 4)
 _SIZE_WEIGHTS = (1, 1, 2, 2, 3, 3, 4, 4)
 _NUMBERS = re.compile(r"\d+")
 SWAP = "\nSwap:\n"

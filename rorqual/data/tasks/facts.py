@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 from rorqual.chat.markers import EOS
 from rorqual.data.tasks.answers import IDK, final_answer, grade_closed_set, grade_code_value
@@ -61,6 +61,10 @@ class FactsFamily(TaskFamily):
         mode = random_mode(rng)
         turns = [self.train_turn(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))]
         return render_document(turns_to_messages(turns, mode=mode, system=maybe_system(rng)), mode=mode)
+
+    def rare(self, split: Literal["cal", "test"]) -> list[Person]:
+        """The rarely told people of a split."""
+        return self._graded[split]
 
     def draw_person(self, rng: random.Random) -> Person:
         """Somebody, as often as the world has them told about."""

@@ -1,4 +1,4 @@
-"""S-ARITH at three efforts: what more thinking costs in tokens and brings in right answers, on operands of 1 to 8 digits."""
+"""S-ARITH at three efforts: what more thinking costs and brings, on operands of 1 to 8 digits."""
 
 from __future__ import annotations
 
