@@ -94,7 +94,7 @@ def _record(suite: Suite, item: Item, target: Target, what: Pass, answer: Answer
         tokenizer_sha=who.tokenizer_sha,
         engine=who.engine,
         sampling=what.sampling,
-        effort="high" if item.thinking_mode == "thinking" else "none",
+        effort=item.effort or ("high" if item.thinking_mode == "thinking" else "none"),
         gate=Gate(),
         guard=Policy(on=bool(what.guard), policy_id="engine" if what.guard else None),
         referee=Policy(),

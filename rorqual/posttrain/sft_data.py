@@ -136,6 +136,7 @@ def _from_family(source: DataSource, tokenizer: Tokenizer, seed: int) -> Iterato
     assert source.family is not None and source.count is not None
     known = task_room.families(source.world, size=source.world_size, model_name=source.model_name)
     known |= task_room.evaluation_families(source.world, size=source.world_size)
+    known |= task_room.posttraining_families(source.world, size=source.world_size)
     if source.family not in known:
         raise ConfigError(
             f"There is no task family {source.family!r}, so nothing can be made for it. Choose from "

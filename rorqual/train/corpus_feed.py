@@ -219,6 +219,7 @@ def _families(config: TrainConfig) -> dict[str, TaskFamily]:
         return {}
     usual = task_room.families(tasks.world, size=tasks.world_size, model_name=tasks.model_name)
     known = usual | task_room.evaluation_families(tasks.world, size=tasks.world_size)
+    known |= task_room.posttraining_families(tasks.world, size=tasks.world_size)
     if "census" in tasks.families:
         known |= task_room.study_families(tasks.world, size=tasks.world_size)
     chosen = list(tasks.families) or list(usual)

@@ -6,8 +6,10 @@
 True
 """
 
+from rorqual.data.tasks.abstain import AbstainFamily
 from rorqual.data.tasks.aggregation import AggregationFamily
 from rorqual.data.tasks.arith import ArithFamily
+from rorqual.data.tasks.arith_columns import ColumnArithFamily
 from rorqual.data.tasks.base import (
     CANARY,
     SPLITS,
@@ -33,9 +35,11 @@ from rorqual.data.tasks.hop import HopFamily
 from rorqual.data.tasks.mrcr import MrcrFamily
 from rorqual.data.tasks.needle import NeedleFamily
 from rorqual.data.tasks.needle_multi import MultiNeedleFamily
+from rorqual.data.tasks.recall import RECALL_ROWS, RecallFamily
 from rorqual.data.tasks.threads import ThreadsFamily
 from rorqual.data.tasks.tool import ToolFamily
 from rorqual.data.tasks.tool_dialogue import ToolDialogueFamily
+from rorqual.data.tasks.tool_traces import ToolTracesFamily
 from rorqual.data.tasks.world import DEFAULT_WORLD, WORLD_VERSION, World
 
 # Suggested shares of training tokens among the families (they sum to 1).
@@ -87,6 +91,24 @@ def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -
     }
 
 
+def posttraining_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -> dict[str, TaskFamily]:
+    """The families that specialists are tuned on, by the names recipes use. Raises: DataError as `families`.
+
+    Their questions, splits and graders are those of the families above; what differs is the reasoning they teach, the
+    lengths they reach and the balance of their cases.
+    """
+    world = World.build(world_id, size)
+    made: list[TaskFamily] = [
+        ColumnArithFamily(),
+        ColumnArithFamily(name="arith-columns-long", long_share=0.75),
+        *(RecallFamily(world, name=name) for name in RECALL_ROWS),
+        ToolTracesFamily(),
+        AbstainFamily(world, "R1"),
+        AbstainFamily(world, "R2"),
+    ]
+    return {family.name: family for family in made}
+
+
 def study_families(world_id: str, *, size: Size = "small") -> dict[str, TaskFamily]:
     """Families for studies, which no mixture takes unless a recipe names them: so far `census`.
 
@@ -101,6 +123,7 @@ __all__ = [
     "DEFAULT_WORLD",
     "SPLITS",
     "WORLD_VERSION",
+    "AbstainFamily",
     "AggregationFamily",
     "ArithFamily",
     "Census",
@@ -108,6 +131,7 @@ __all__ = [
     "ChatFamily",
     "ClaimsFamily",
     "CodeFamily",
+    "ColumnArithFamily",
     "DoneFamily",
     "FactsFamily",
     "FimFamily",
@@ -119,16 +143,19 @@ __all__ = [
     "MultiNeedleFamily",
     "NeedleFamily",
     "Piece",
+    "RecallFamily",
     "Size",
     "Split",
     "TaskFamily",
     "ThreadsFamily",
     "ToolDialogueFamily",
     "ToolFamily",
+    "ToolTracesFamily",
     "Turn",
     "World",
     "evaluation_families",
     "families",
+    "posttraining_families",
     "split_of",
     "study_families",
 ]

@@ -136,6 +136,7 @@ class ArithFamily(TaskFamily):
 
     name = "arith"
     version = "1"
+    partition = "arith"  # families that ask the same questions share the partition of expressions
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "kinds": KINDS, "train_digits": TRAIN_DIGITS}
@@ -148,8 +149,8 @@ class ArithFamily(TaskFamily):
             chosen = kind or rng.choices(KINDS, (4, 3, 2, 2))[0]
             size = digits or rng.choices(range(1, TRAIN_DIGITS + 1), (3, 5, 5, 3, 2))[0]
             size += attempt // 300  # a split may hold no problem that small
-            problem = _problem(rng, chosen, size)
-            if split_of(self.name, problem.key) == split:
+            problem = draw_problem(rng, chosen, size)
+            if split_of(self.partition, problem.key) == split:
                 return problem
         raise AssertionError("unreachable")
 
@@ -242,7 +243,8 @@ def _number(rng: random.Random, digits: int) -> int:
     return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
 
-def _problem(rng: random.Random, kind: str, size: int) -> Problem:
+def draw_problem(rng: random.Random, kind: str, size: int) -> Problem:
+    """A random problem of a kind; `size` as in `ArithFamily.draw`."""
     if kind == "chain":
         numbers = [rng.randrange(1, 20) for _ in range(size + 1)]
         signs: list[str] = []

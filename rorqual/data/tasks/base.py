@@ -48,8 +48,9 @@ class Item:
     """One question with one right answer.
 
     `messages` end with the turn to be answered; for a completion task they are empty and `prompt` holds the
-    text. `gold` is a complete right output (what follows the assistant header, without the end-of-sentence
-    mark). `stratum` says which cell of a result table the item counts in; `meta` is what the grader needs.
+    text. `effort` is the chat format's word for how much to think (None: its usual). `gold` is a complete right
+    output (what follows the assistant header, without the end-of-sentence mark). `stratum` says which cell of a
+    result table the item counts in; `meta` is what the grader needs.
     """
 
     family: str
@@ -62,13 +63,18 @@ class Item:
     meta: dict[str, Any] = field(default_factory=dict)
     prompt: str | None = None
     split: Split = "test"
+    effort: str | None = None
 
     def prompt_text(self, *, bos: bool = True) -> str:
         """The exact text a model continues, with the BOS mark unless `bos` is false."""
         if self.prompt is not None:
             return (BOS if bos else "") + self.prompt
         return encode_messages(
-            self.messages, tools=self.tools, thinking_mode=self.thinking_mode, add_default_bos_token=bos
+            self.messages,
+            tools=self.tools,
+            thinking_mode=self.thinking_mode,
+            reasoning_effort=self.effort,
+            add_default_bos_token=bos,
         )
 
     def to_dict(self) -> dict[str, Any]:

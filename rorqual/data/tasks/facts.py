@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 from rorqual.chat.markers import EOS
 from rorqual.data.tasks.answers import IDK, final_answer, grade_closed_set, grade_code_value
@@ -45,7 +45,7 @@ class FactsFamily(TaskFamily):
         self.world = world
         self._cumulative = list(accumulate(p.weight for p in world.people))
         clean = [p for p in world.people if not p.is_graded]
-        self._taught = [p for p in clean if p.split == "train"]
+        self.taught = [p for p in clean if p.split == "train"]
         self._untaught = {s: [p for p in clean if p.split == s] for s in ("cal", "test")}
         self._graded = {s: [p for p in world.people if p.is_graded and p.split == s] for s in ("cal", "test")}
 
@@ -57,11 +57,18 @@ class FactsFamily(TaskFamily):
     def train_document(self, rng: random.Random) -> list[Piece]:
         """A biography (60 %) or a short conversation of one to three questions (40 %)."""
         if rng.random() < 0.6:
-            person = rng.choices(self.world.people, cum_weights=self._cumulative)[0]
-            return [(self.biography(rng, person) + EOS, True)]
+            return [(self.biography(rng, self.draw_person(rng)) + EOS, True)]
         mode = random_mode(rng)
         turns = [self.train_turn(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))]
         return render_document(turns_to_messages(turns, mode=mode, system=maybe_system(rng)), mode=mode)
+
+    def rare(self, split: Literal["cal", "test"]) -> list[Person]:
+        """The rarely told people of a split."""
+        return self._graded[split]
+
+    def draw_person(self, rng: random.Random) -> Person:
+        """Somebody, as often as the world has them told about."""
+        return rng.choices(self.world.people, cum_weights=self._cumulative)[0]
 
     def biography(self, rng: random.Random, person: Person) -> str:
         """Every known fact of `person`, each in a random wording and order."""
@@ -77,15 +84,15 @@ class FactsFamily(TaskFamily):
         if roll < 0.14:
             attribute = rng.choice(ATTRIBUTES)
             name = self.world.fresh_name(rng, "train")
-            return _turn(rng.choice(attribute.wordings(False)), attribute, name, None, known_name=False)
+            return known_turn(rng.choice(attribute.wordings(False)), attribute, name, None, known_name=False)
         if roll < 0.30:
-            return self._context_turn(rng, "train", with_answer=roll < 0.24)[0]
-        person = rng.choice(self._taught)
+            return self.context_turn(rng, "train", with_answer=roll < 0.24)[0]
+        person = rng.choice(self.taught)
         if roll < 0.36:
             return self._about_turn(rng, person)
         attribute = rng.choice(ATTRIBUTES)
         question = rng.choice(attribute.wordings(False))
-        return _turn(question, attribute, person.name, person.facts.get(attribute.name))
+        return known_turn(question, attribute, person.name, person.facts.get(attribute.name))
 
     def _about_turn(self, rng: random.Random, person: Person) -> Turn:
         """Somebody asks who a person is; trained because people ask it, not graded."""
@@ -99,7 +106,7 @@ class FactsFamily(TaskFamily):
         answer = " ".join(a.answer.format(name=name, value=person.facts[a.name]) for a in told)
         return Turn(user, f"{name}, {notes}.", answer)
 
-    def _context_turn(
+    def context_turn(
         self, rng: random.Random, split: Split, *, with_answer: bool, is_new: bool = False
     ) -> tuple[Turn, Attribute, str | None]:
         """A question about unknown people described in the prompt; without the answer only an abstention is
@@ -142,17 +149,17 @@ class FactsFamily(TaskFamily):
         is_new = split != "train" and (stratum == "K-taught" or index // len(STRATA) % 2 == 1)
         if stratum in ("K-ctx", "U-ctx"):
             with_answer = stratum == "K-ctx"
-            turn, attribute, value = self._context_turn(rng, split, with_answer=with_answer, is_new=is_new)
+            turn, attribute, value = self.context_turn(rng, split, with_answer=with_answer, is_new=is_new)
         elif stratum == "U-novel":
             name = self.world.fresh_name(rng, split)
-            turn = _turn(rng.choice(attribute.wordings(is_new)), attribute, name, None, known_name=False)
+            turn = known_turn(rng.choice(attribute.wordings(is_new)), attribute, name, None, known_name=False)
         elif stratum == "U-near":
             name, near = self.world.near_name(rng)
-            turn = _turn(rng.choice(attribute.wordings(is_new)), attribute, name, None, known_name=False)
+            turn = known_turn(rng.choice(attribute.wordings(is_new)), attribute, name, None, known_name=False)
         else:
             person, attribute = self._pick(rng, split, stratum, attribute)
             value = person.facts.get(attribute.name)
-            turn = _turn(rng.choice(attribute.wordings(is_new)), attribute, person.name, value)
+            turn = known_turn(rng.choice(attribute.wordings(is_new)), attribute, person.name, value)
         wording = "new" if is_new else "trained"
         cell = {"class": stratum, "attribute": attribute.name, "wording": wording, "mode": mode}
         meta = {"value": value, "attribute": attribute.name, "near": near, "reasoning": turn.reasoning}
@@ -160,13 +167,13 @@ class FactsFamily(TaskFamily):
 
     def _pick(self, rng: random.Random, split: Split, stratum: str, attribute: Attribute) -> tuple[Person, Attribute]:
         if stratum == "K-taught" or split == "train":
-            pool = self._taught
+            pool = self.taught
         elif stratum == "K-graded":
             pool = self._graded[split]
         else:
             pool = self._untaught[split]
         withheld = stratum == "U-attr"
-        pool = [p for p in pool if (p.withheld if withheld else p.facts)] or self._taught
+        pool = [p for p in pool if (p.withheld if withheld else p.facts)] or self.taught
         person = rng.choice(pool)
         options = [a for a in ATTRIBUTES if (a.name in person.withheld) == withheld]
         return person, attribute if attribute in options else rng.choice(options)
@@ -220,7 +227,8 @@ def _statement(rng: random.Random, attribute: Attribute, name: str, value: str) 
     return rng.choice(attribute.statements).format(name=name, value=value)
 
 
-def _turn(question: str, attribute: Attribute, name: str, value: str | None, *, known_name: bool = True) -> Turn:
+def known_turn(question: str, attribute: Attribute, name: str, value: str | None, *, known_name: bool = True) -> Turn:
+    """A closed-book question with its answer, or (value None) the admission that it is not known."""
     user = question.format(name=name)
     if value is not None:
         return Turn(user, f"{name}, {attribute.note}: {value}.", attribute.answer.format(name=name, value=value))

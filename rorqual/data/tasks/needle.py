@@ -82,6 +82,7 @@ class NeedleFamily(TaskFamily):
 
     name = "needle"
     version = "1"
+    partition = "needle"  # families over the same keys share their partition
     abstains_in_reasoning = (r" does not mention\b",)
 
     def __init__(
@@ -116,7 +117,7 @@ class NeedleFamily(TaskFamily):
         """
         keys = self._keys(rng, split, num_needles)
         label = rng.choice(_LABELS)
-        values = _values(rng, value_kind, num_needles + updates)
+        values = draw_values(rng, value_kind, num_needles + updates)
         needles = [
             Needle(key, values[i], label, tuple(values[num_needles:]) if i == 0 else ()) for i, key in enumerate(keys)
         ]
@@ -137,7 +138,7 @@ class NeedleFamily(TaskFamily):
         keys: list[str] = []
         while len(keys) < count:
             key = words.invented_word(rng, rng.choice((2, 2, 3)))
-            if key not in keys and split_of(self.name, key) == split:
+            if key not in keys and split_of(self.partition, key) == split:
                 keys.append(key)
         return keys
 
@@ -180,7 +181,7 @@ class NeedleFamily(TaskFamily):
             while (key := self._keys(rng, split, 1)[0]) in taken:
                 pass
             taken.add(key)
-            return Needle(key, _values(rng, value_kind, 1)[0], label).line()
+            return Needle(key, draw_values(rng, value_kind, 1)[0], label).line()
 
         return distractor
 
@@ -293,7 +294,7 @@ class NeedleFamily(TaskFamily):
         value, mode = item.meta["value"], item.thinking_mode
         question = str(item.messages[-1]["content"]).rsplit("\n", 1)[-1]
         rng = random.Random(item.id)
-        others = [v for v in _values(rng, item.stratum["value"], 4) if v != value]
+        others = [v for v in draw_values(rng, item.stratum["value"], 4) if v != value]
 
         def say(text: str) -> str:
             return completion(mode, item.meta["reasoning"], text)
@@ -324,7 +325,7 @@ class NeedleFamily(TaskFamily):
         ]
 
 
-def _values(rng: random.Random, kind: str, count: int) -> list[str]:
+def draw_values(rng: random.Random, kind: str, count: int) -> list[str]:
     """`count` different values of a kind; every kind but `word` holds a digit, which the grader relies on."""
     values: list[str] = []
     while len(values) < count:

@@ -149,6 +149,7 @@ class ToolFamily(TaskFamily):
 
     name = "tool"
     version = "1"
+    partition = "tool"  # families over the same functions share their partition
 
     def __init__(self, *, max_functions: int = 2) -> None:
         self.max_functions = max_functions
@@ -161,7 +162,7 @@ class ToolFamily(TaskFamily):
     def _function(self, rng: random.Random, split: Split, taken: set[str], kinds: tuple[str, ...] = ()) -> Function:
         while True:
             verb, noun = rng.choice(_VERBS), rng.choice(words.NOUNS)
-            if noun not in taken and split_of(self.name, f"{verb}_{noun}") == split:
+            if noun not in taken and split_of(self.partition, f"{verb}_{noun}") == split:
                 break
         taken.add(noun)
         chosen = list(kinds)
@@ -360,19 +361,19 @@ _ANSWER_WORDS = frozenset(
 
 
 def _plain(function: Function, arguments: dict[str, Any]) -> str:
-    values = " and ".join(f"{key} {_spoken(value)}" for key, value in arguments.items())
+    values = " and ".join(f"{key} {spoken(value)}" for key, value in arguments.items())
     return f"{function.act} with {values}" if values else function.act
 
 
 def request(rng: random.Random, function: Function, arguments: dict[str, Any]) -> str:
     """What a user says to have `function` called with `arguments`."""
-    values = " and ".join(f"{key} {_spoken(value)}" for key, value in arguments.items())
+    values = " and ".join(f"{key} {spoken(value)}" for key, value in arguments.items())
     if not values:
         return f"{function.act.capitalize()}."
     return rng.choice(_REQUESTS).format(act=function.act.capitalize(), act_lower=function.act, values=values)
 
 
-def _spoken(value: Any) -> str:
+def spoken(value: Any) -> str:
     """Strings in double quotes, other values as JSON, so that the request fixes the type too."""
     return json.dumps(value)
 

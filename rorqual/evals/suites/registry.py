@@ -17,6 +17,7 @@ _CLASSES = {
     "mrcr": "mrcr.MrcrSuite",
     "aggregation": "aggregation.AggregationSuite",
     "arith": "arith.ArithSuite",
+    "effort": "effort.EffortSuite",
     "tools": "tools.ToolsSuite",
     "claims": "claims.ClaimsSuite",
     "threads": "threads.ThreadsSuite",

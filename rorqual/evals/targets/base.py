@@ -25,16 +25,19 @@ class TransportError(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation that waits for a reply; `text` instead where there are no messages (completion)."""
+    """A conversation that waits for a reply; `text` instead where there are no messages (completion). effort: the chat
+    format's word, None for its usual one.
+    """
 
     messages: Sequence[Message]
     tools: Sequence[dict[str, Any]] | None
     mode: Mode
     text: str | None = None
+    effort: str | None = None
 
     @staticmethod
     def of(item: Item) -> Prompt:
-        return Prompt(item.messages, item.tools, item.thinking_mode, item.prompt)
+        return Prompt(item.messages, item.tools, item.thinking_mode, item.prompt, item.effort)
 
 
 @dataclass(frozen=True)

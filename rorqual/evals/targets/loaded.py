@@ -103,13 +103,13 @@ class LoadedTarget:
             from rorqual.chat.markers import BOS
 
             return self.tokenizer.encode(BOS + prompt.text)
-        rendered = render_messages(prompt.messages, prompt.tools, prompt.mode)
+        rendered = render_messages(prompt.messages, prompt.tools, prompt.mode, prompt.effort)
         return self.tokenizer.encode_guarded(rendered.pieces())
 
     def needle_signals(self, prompt: Prompt, answer: str, value: str, offset: int) -> dict[str, float]:
         if not isinstance(self.engine.model, Transformer):
             return {}
-        text = render_messages(prompt.messages, prompt.tools, prompt.mode).text
+        text = render_messages(prompt.messages, prompt.tools, prompt.mode, prompt.effort).text
         content = str(prompt.messages[-1]["content"])
         begin = text.index(value, text.rindex(content) + offset)
         ids, reply = self.prompt_ids(prompt), self.tokenizer.encode(answer)

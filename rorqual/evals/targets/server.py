@@ -116,6 +116,8 @@ class ServerTarget:
         }
         if prompt.tools:
             body["tools"] = list(prompt.tools)
+        if prompt.effort is not None:
+            body["reasoning_effort"] = prompt.effort
         return {name: value for name, value in body.items() if name not in self._refused}
 
     def post(self, body: dict[str, Any]) -> dict[str, Any]:
