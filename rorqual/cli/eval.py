@@ -199,6 +199,8 @@ def run(
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         print_tables(outcome)
+    if not result["valid"]:
+        raise typer.Exit(1)
 
 
 def find_world(world: str | None, model: str | None, *, is_told: bool) -> "World":

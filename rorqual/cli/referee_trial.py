@@ -154,10 +154,7 @@ def trial(
 def _run(
     settings: "TrialSettings", asked: "QuestionSet", target: Any, folder: Path, *, as_json: bool, is_shown: bool
 ) -> None:
-    from rich.console import Console
-
     from rorqual.cli.eval import progress
-    from rorqual.cli.plan_tables import new_table
     from rorqual.evals.run import save_result
     from rorqual.evals.trial import report
     from rorqual.evals.trial.run import run_trial
@@ -168,11 +165,21 @@ def _run(
     save_result(folder, result)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
-        return
+    else:
+        _print(result, settings.options.mode)
+    if not result["valid"]:
+        raise typer.Exit(1)
+
+
+def _print(result: "dict[str, Any]", mode: str) -> None:
+    """The table and the notes."""
+    from rich.console import Console
+
+    from rorqual.cli.plan_tables import new_table
+    from rorqual.evals.trial import report
+
     console = Console()
-    table = new_table(
-        f"{result['model']} · {result['n']} questions · {settings.options.mode}", "", "before", "after", "change"
-    )
+    table = new_table(f"{result['model']} · {result['n']} questions · {mode}", "", "before", "after", "change")
     for row in report.rows(result):
         table.add_row(*row)
     console.print(table)
