@@ -39,9 +39,11 @@ from rorqual.cli.referee_judging import (
     JudgeModel,
     JudgeUrl,
     RunCode,
+    Sources,
     checks_with,
     code_runner,
     judge_server,
+    retriever_of,
 )
 from rorqual.cli.referee_trial import trial
 from rorqual.cli.serving import require_server
@@ -105,6 +107,7 @@ def stand(
     judge: JudgeUrl = None,
     judge_model: JudgeModel = None,
     run_code: RunCode = None,
+    sources: Sources = None,
     stream: Annotated[
         Literal["buffer", "holdback", "annotate_after"] | None,
         typer.Option("--stream", help="How streams go out; buffer with enforce.", rich_help_panel=JUDGING),
@@ -252,6 +255,7 @@ def stand(
     sure = _confidence(confidence, confidence_model, upstream, options.policy.profile.name)
     decides = Referee(
         confidence=sure,
+        retriever=retriever_of(sources),
         fallbacks=fallback or (),
         constrain=constrain,
         judge=None if judges is None else judges.judge,

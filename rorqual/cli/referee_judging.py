@@ -1,6 +1,7 @@
 """What `rorqual referee` and `referee trial` share: which checks run, who judges claims, where code is run."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -10,6 +11,7 @@ from rorqual.errors import ConfigError
 if TYPE_CHECKING:
     from rorqual.referee.check_code import SandboxRunner
     from rorqual.referee.judge_url import JudgeServer
+    from rorqual.referee.retrieval import FolderRetriever
 
 JUDGING = "Judging"
 JUDGE_KEY_VARIABLE = "RORQUAL_JUDGE_KEY"
@@ -32,6 +34,14 @@ JudgeUrl = Annotated[
 ]
 JudgeModel = Annotated[
     str | None, typer.Option("--judge-model", help="The judge's name there.", rich_help_panel=JUDGING)
+]
+Sources = Annotated[
+    Path | None,
+    typer.Option(
+        "--sources",
+        help="Folder of texts that are searched before an answer is withheld, or where a claim was not found.",
+        rich_help_panel=JUDGING,
+    ),
 ]
 RunCode = Annotated[
     Literal["function", "container", "microvm", "vm"] | None,
@@ -60,6 +70,15 @@ def code_runner(kind: str | None) -> "SandboxRunner | None":
     from rorqual.referee.check_code import SandboxRunner
 
     return SandboxRunner(kind)
+
+
+def retriever_of(folder: Path | None) -> "FolderRetriever | None":
+    """Raises: ConfigError for a folder without texts."""
+    if folder is None:
+        return None
+    from rorqual.referee.retrieval import FolderRetriever
+
+    return FolderRetriever(folder)
 
 
 def judge_server(url: str | None, model: str | None) -> "JudgeServer | None":

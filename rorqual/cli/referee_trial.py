@@ -20,9 +20,11 @@ from rorqual.cli.referee_judging import (
     JudgeModel,
     JudgeUrl,
     RunCode,
+    Sources,
     checks_with,
     code_runner,
     judge_server,
+    retriever_of,
 )
 from rorqual.cli.serving import require_server
 
@@ -61,6 +63,7 @@ def trial(
     judge: JudgeUrl = None,
     judge_model: JudgeModel = None,
     run_code: RunCode = None,
+    sources: Sources = None,
     max_rounds: Annotated[
         int, typer.Option("--max-rounds", min=0, max=8, help="Times to ask again.", rich_help_panel=JUDGING)
     ] = 2,
@@ -130,6 +133,8 @@ def trial(
         tuple(fallback or ()),
         judge=judges,
         code=runner,
+        retriever=retriever_of(sources),
+        sources=None if sources is None else str(sources),
     )
     asked = read_set(file)
     stamp = f"trial-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"

@@ -22,6 +22,7 @@ from rorqual.referee.mend import ask_for_sentences, with_sentences, without_clai
 from rorqual.referee.policy import Evidence, Options
 from rorqual.referee.reask import ask_again
 from rorqual.referee.reasons import Finding, failed
+from rorqual.referee.retrieval import is_supported
 from rorqual.referee.verdict import Verdict, Word
 
 
@@ -151,6 +152,8 @@ class Referee:
         if wants and not checked.standing and not checked.answer.calls:
             assert self._confidence is not None
             p = await self._confidence.estimate(case.asked, checked.answer)
+            if case.evidence and p is not None and p <= case.options.policy.profile.threshold:
+                p = await self._of_supported(case, checked.answer, p)
         for one in checked.findings:
             if one.status == "repaired":
                 case.actions.append({"rule": 3, "action": "REPAIR", "codes": [one.code], "because": one.says})
@@ -176,6 +179,23 @@ class Referee:
             case.spending.judged(tally.prompt_tokens - read[0], tally.completion_tokens - read[1])
             checked = checked.with_findings("claims", found, began)
         return checked
+
+    async def _of_supported(self, case: _Case, answer: Answer, p: float) -> float | None:
+        """None, which withholds nothing, where what was retrieved supports the answer; else the estimate."""
+        tally = case.memory.tally
+        before = tally.prompt_tokens, tally.completion_tokens
+        judge = self._judge_of(case) if case.spending.allows_judging() else None
+        try:
+            votes = case.options.policy.profile.votes
+            is_fine = await is_supported(case.asked, answer, case.evidence, judge, tally, votes=votes)
+        except RequestError:
+            is_fine = False
+        case.spending.judged(tally.prompt_tokens - before[0], tally.completion_tokens - before[1])
+        if not is_fine:
+            return p
+        ids = ", ".join(one.id for one in case.evidence)
+        case.actions.append({"rule": 9, "action": "SUPPORTED", "because": f"p = {p:.3f}, and {ids[:200]} says it"})
+        return None
 
     def _judge_of(self, case: _Case) -> Judge | None:
         """The judge of claims: the one that was given, or the model itself; None where nobody can be asked."""

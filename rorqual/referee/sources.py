@@ -85,14 +85,14 @@ def text_of(content: object) -> str:
 
 
 class SourceIndex:
-    """Sentences of the sources, found by their words. Built in time linear in the texts."""
+    """Sentences of the sources, found by their words. Built in time linear in the texts. most: sentences in all."""
 
-    def __init__(self, sources: Sequence[Evidence]) -> None:
+    def __init__(self, sources: Sequence[Evidence], most: int = MOST_SENTENCES) -> None:
         self.sources = {one.id: one.text for one in sources}
         self.sentences: list[Sentence] = []
         self._holders: dict[str, list[int]] = defaultdict(list)
         for one in sources:
-            for text in islice(sentences_in(one.text), MOST_SENTENCES - len(self.sentences)):
+            for text in islice(sentences_in(one.text), most - len(self.sentences)):
                 sentence = Sentence(one.id, text, tuple(words_of(text)), denies(text))
                 for word in sentence.stems:
                     self._holders[word].append(len(self.sentences))
@@ -117,7 +117,7 @@ class SourceIndex:
             holders = self._holders.get(word, ())
             if len(scores) >= _MOST_CANDIDATES and len(holders) > _MOST_CANDIDATES:
                 continue  # a word of every sentence chooses none
-            for number in holders[:MOST_SENTENCES]:
+            for number in holders:
                 if allowed is None or self.sentences[number].source in allowed:
                     scores[number] += self.weight(word)
         best = sorted(scores, key=lambda number: (-scores[number], number))[:count]

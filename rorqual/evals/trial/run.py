@@ -31,7 +31,7 @@ from rorqual.evals.targets.base import TransportError, sha, token_signals
 from rorqual.evals.targets.server import ServerTarget, usage_of
 from rorqual.evals.trial.figures import summarise
 from rorqual.evals.trial.questions import SUITE, VERSION, Question, QuestionSet
-from rorqual.referee import Answer, Asked, Options, Referee, Verdict, read_answer
+from rorqual.referee import Answer, Asked, Options, Referee, Retriever, Verdict, read_answer
 from rorqual.referee.budget import RepairRates
 from rorqual.referee.check_code import CodeRunner
 from rorqual.referee.confidence import CalibratedConfidence
@@ -58,6 +58,8 @@ class TrialSettings:
     confidence_id: str | None = None
     judge: JudgeServer | None = None
     code: CodeRunner | None = None
+    retriever: Retriever | None = None
+    sources: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -65,7 +67,7 @@ class TrialSettings:
             "budget": self.options.budget.model_dump(), "sampling": self.sampling.model_dump(),
             "price": asdict(self.price), "fallbacks": list(self.fallbacks), "constrain": self.constrain,
             "confidence_id": self.confidence_id,
-            "judge": None if self.judge is None else f"{self.judge.model} of {self.judge.url}",
+            "judge": None if self.judge is None else f"{self.judge.model} of {self.judge.url}", "sources": self.sources,
         }  # fmt: skip
 
 
@@ -182,6 +184,7 @@ class _Trial:
         judge = Referee(
             confidence=sure, fallbacks=self.settings.fallbacks, constrain=self.settings.constrain, rates=self.rates,
             judge=None if self.settings.judge is None else self.settings.judge.judge, code=self.settings.code,
+            retriever=self.settings.retriever,
         )  # fmt: skip
         try:
             verdict = await judge.judge(Asked(body), options, calls.ask)
