@@ -111,10 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="100 questions instead of 1,000")
+    parser.add_argument("--questions", type=int, help="how many instead of 1,000")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     family = ClaimsFamily(World.build())
-    count = 100 if options.quick else 1000
+    count = options.questions or (100 if options.quick else 1000)
     made = (family.make_item(random.Random(f"{options.seed} {i}"), "test", i) for i in range(6 * count // 5))
     items = [item for item in made if item.meta["attributes"]]
     for miss, alarm in JUDGES:

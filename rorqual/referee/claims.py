@@ -3,8 +3,8 @@
 A claim is a sentence, or a part of one that is joined by `;` or by a conjunction and has a verb of its own. Citations
 `[id]` and quotations that follow a sentence belong to it. Questions, headings, code, greetings and what the speaker
 says of itself claim nothing. The words decide only what they can: a claim all of whose words stand in one sentence, in
-their order, is supported; a number where the same sentence has another is contradicted; the rest is suspected or open,
-and a judge's to decide.
+their order, is supported; a number or a name where the same sentence has another is contradicted; the rest is
+suspected or open, and a judge's to decide.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _META = re.compile(
     r"says? nothing)|"
     r"in (?:summary|short)[,:]?$|note that$|yes[.!]?$|no[.!]?$|none of the )"
 )
+_ONE_ALONE = re.compile(r"(?:The|Its|His|Her|Their) [^,;]{1,200}? (?:is|was)(?! (?:in|at|on|a|an|among|one|near)\b) ")
 _NAME = re.compile(r"(?<![.!?\n]\s)(?<!^)\b[A-ZÀ-Þ][\w'’-]*")
 
 
@@ -162,7 +163,7 @@ def read_claim(claim: Claim, index: SourceIndex, known: frozenset[str]) -> Readi
     best = nearby[0] if nearby else None
     news = [word for word in words if word in claim.names or is_number(word)] + words[-1:]
     missing = tuple(dict.fromkeys(word for word in news if word not in known and not index.has(word, within)))
-    if best is not None and _other_number(words, best, claim, index):
+    if best is not None and _has_other_value(words, best, claim, index):
         return Reading("contradicted", True, best, missing)
     return Reading(None, bool(missing) or best is None, best, missing)
 
@@ -183,11 +184,21 @@ def _says(words: Sequence[str], sentence: Sentence) -> bool:
     )
 
 
-def _other_number(words: Sequence[str], best: Sentence, claim: Claim, index: SourceIndex) -> bool:
-    """Whether the claim is the sentence with another number: the same words but for one number on each side."""
+def _has_other_value(words: Sequence[str], best: Sentence, claim: Claim, index: SourceIndex) -> bool:
+    """Whether the claim is the sentence with another value, which no source has: a number, or who or what something is.
+
+    All other words are the same, in the same order. Another name contradicts only where there can be one alone: `The
+    capital of Norway is Bergen`.
+    """
+    if denies(claim.said) != best.denies:
+        return False
     mine = [word for word in dict.fromkeys(words) if word not in best.stems]
     its = [word for word in dict.fromkeys(best.words) if word not in set(words)]
-    if len(mine) != 1 or not is_number(mine[0]) or denies(claim.said) != best.denies:
+    if any(index.has(word) for word in mine):
         return False
-    numbers = [word for word in its if is_number(word)]
-    return len(numbers) == 1 and len(its) <= 3 and not index.has(mine[0])
+    if len(mine) == 1 and is_number(mine[0]):
+        return sum(map(is_number, its)) == 1 and len(its) <= 3
+    names = frozenset(word for found in _NAME.findall(best.text) for word in words_of(found))
+    are_names = 0 < len(mine) <= 2 and 0 < len(its) <= 2 and claim.names.issuperset(mine) and names.issuperset(its)
+    same = [word for word in words if word not in mine] == [word for word in best.words if word not in its]
+    return are_names and same and _ONE_ALONE.match(claim.said) is not None

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from rorqual.referee.answer import Answer, Asked
+from rorqual.referee.claims import split_claims
 from rorqual.referee.policy import Evidence
 from rorqual.referee.reasons import Finding
 from rorqual.referee.sources import SourceIndex, sources_of, words_of
@@ -61,9 +62,9 @@ def with_sentences(answer: Answer, findings: Sequence[Finding], reply: Answer) -
     """The answer with the sentences of the reply put in; None when the reply has not a line for each."""
     lines = {int(found[1]): found[2].strip() for found in _LINE.finditer(reply.content or "")}
     faults = faults_of(findings)
-    if len(faults) == 1 and not lines and (reply.content or "").strip():
-        only = " ".join((reply.content or "").split())
-        lines = {1: only} if len(only) <= 600 else {}
+    only = (reply.content or "").strip()
+    if len(faults) == 1 and not lines and "\n" not in only and len({one.span for one in split_claims(only)}) == 1:
+        lines = {1: only}
     if any(number not in lines for number in range(1, len(faults) + 1)):
         return None
     content = answer.content or ""

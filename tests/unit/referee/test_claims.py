@@ -23,6 +23,7 @@ from rorqual.referee.sources import SourceIndex, words_of
 SOURCES = (
     Evidence("doc-1", "Ann Vale was born in Oslo in 1904. She worked as a baker for thirty years."),
     Evidence("doc-2", "Bob Reed beat Ann Vale at chess. On 1931-05-03 he moved to Bergen."),
+    Evidence("doc-4", "The mayor of Oslo was Carl Holm."),
 )
 QUESTION = "Who was Ann Vale?"
 
@@ -72,6 +73,10 @@ def test_parts_that_can_be_true_alone():
         ("Bob Reed moved to Bergen on 3 May 1931.", None, False),
         ("Ann Vale owned a bakery in Lisbon.", None, True),
         ("Ann Vale came into the world in Oslo.", None, False),
+        ("The mayor of Oslo was Carl Holm.", "supported", False),
+        ("The mayor of Oslo was Dora Lund.", "contradicted", True),
+        ("The mayor of Oslo was not Dora Lund.", None, True),
+        ("The mayor of Oslo was in Lund.", None, True),
         ("Ann Vale won 17 prizes for her bread in Oslo.", None, True),
     ],
 )
@@ -274,6 +279,20 @@ def test_a_sentence_that_stays_wrong_is_removed_and_marked_or_told():
     assert told.word == "flagged" and told.answer is not None and WRONG in (told.answer.content or "")
     alone = judged(WRONG, ClaimJudge(truth, fixes=0.0))
     assert alone.word == "abstained" and alone.answer is not None and "Bergen" not in (alone.answer.content or "")
+
+
+def test_an_upstream_that_says_the_same_again_ends_with_the_sentence_taken_out():
+    async def repeats(body: Any) -> Answer:
+        return Answer(content, finish="stop")
+
+    content = "Ann Vale was born in Oslo in 1904. The mayor of Oslo was Dora Lund."
+    asked = Asked({"model": "m", "messages": [{"role": "user", "content": QUESTION}]})
+    options = Options("enforce", Policy(), ("claims",), evidence=SOURCES)
+    verdict = asyncio.run(Referee().judge_answer(asked, Answer(content, finish="stop"), options, repeats))
+    assert verdict.answer is not None and verdict.word == "repaired"
+    assert (verdict.answer.content or "").startswith("Ann Vale was born in Oslo in 1904.") and "Dora" not in str(
+        verdict.answer.content
+    )
 
 
 def test_what_is_not_found_is_marked_or_removed_by_profile():
