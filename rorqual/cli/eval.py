@@ -110,6 +110,12 @@ def eval(
             show_default=False,
         ),
     ] = None,
+    repeat: Annotated[
+        int,
+        typer.Option(
+            "--repeat", min=1, max=100, help="Times each question is asked, for REPEAT.", rich_help_panel=SAMPLING
+        ),
+    ] = 1,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="0 takes the likeliest token.", rich_help_panel=SAMPLING)
     ] = 0.0,
@@ -162,7 +168,7 @@ def eval(
     settings = RunSettings(
         suite=suite, seed=seed, size="tiny" if quick else size or "small", split=split, items=items,
         max_tokens=max_tokens, temperature=temperature, top_p=top_p,
-        guard=None if guard is None else guard == "on", forced=forced,
+        guard=None if guard is None else guard == "on", forced=forced, repeat=repeat,
         lengths=tuple(parse_tokens(text.strip(), "--lengths") for text in lengths.split(",")) if lengths else (),
         price=PriceVector() if price is None else PriceVector.parse(price), options=options,
     )  # fmt: skip
@@ -199,6 +205,8 @@ def run(
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         print_tables(outcome)
+    if not result["valid"]:
+        raise typer.Exit(1)
 
 
 def find_world(world: str | None, model: str | None, *, is_told: bool) -> "World":

@@ -33,6 +33,18 @@ from rorqual.cli.operating import (
 )
 from rorqual.cli.options import NETWORK, Json, Port
 from rorqual.cli.referee_calibrate import calibrate
+from rorqual.cli.referee_judging import (
+    JUDGING,
+    Checks,
+    JudgeModel,
+    JudgeUrl,
+    RunCode,
+    Sources,
+    checks_with,
+    code_runner,
+    judge_server,
+    retriever_of,
+)
 from rorqual.cli.referee_trial import trial
 from rorqual.cli.serving import require_server
 from rorqual.errors import ConfigError
@@ -41,7 +53,7 @@ from rorqual.sizes import parse_bytes
 if TYPE_CHECKING:
     from rorqual.referee.confidence import CalibratedConfidence
 
-JUDGING, ROUNDS, RECORD = "Judging", "Asking again", "Record"
+ROUNDS, RECORD = "Asking again", "Record"
 
 
 referee = typer.Typer(
@@ -91,6 +103,11 @@ def stand(
         str | None,
         typer.Option("--confidence-model", help="The model it was made for.", rich_help_panel=JUDGING),
     ] = None,
+    check: Checks = None,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    run_code: RunCode = None,
+    sources: Sources = None,
     stream: Annotated[
         Literal["buffer", "holdback", "annotate_after"] | None,
         typer.Option("--stream", help="How streams go out; buffer with enforce.", rich_help_panel=JUDGING),
@@ -227,17 +244,28 @@ def stand(
         max_body_bytes=parse_bytes(max_body, "--max-body"),
     )
     budget = BudgetBody(max_rounds=max_rounds, token_ratio=token_ratio, wall_ms=wall_ms)
-    options = Options(mode, load_policy(policy, profile), budget=budget, stream=stream)
+    checks, runner = checks_with(check, run_code), code_runner(run_code)
+    options = Options(
+        mode, load_policy(policy, profile), checks, budget=budget, stream=stream, runs_code=runner is not None
+    )
+    judges = judge_server(judge, judge_model)
     kept = None if no_journal else journal or data_folder() / "referee"
     dashboard = build_dashboard(evals, kept)
     audit = Audit(kept, texts=texts)
     sure = _confidence(confidence, confidence_model, upstream, options.policy.profile.name)
-    judge = Referee(confidence=sure, fallbacks=fallback or (), constrain=constrain)
-    audit.learn(judge.rates)
+    decides = Referee(
+        confidence=sure,
+        retriever=retriever_of(sources),
+        fallbacks=fallback or (),
+        constrain=constrain,
+        judge=None if judges is None else judges.judge,
+        code=runner,
+    )
+    audit.learn(decides.rates)
     gateway = Gateway(
         Upstream(upstream, os.environ.get(KEY_VARIABLE) or None, upstream_timeout),
         options,
-        judge,
+        decides,
         audit,
         Threads(Continuity() if keep_reasoning else None, missing_reasoning),
         operations,
@@ -251,15 +279,20 @@ def stand(
         else:
             typer.echo(f"The referee ({mode}) is at {url}/v1 in front of {upstream}   (Ctrl-C stops it)")
 
-    run_gateway(
-        gateway,
-        host=host,
-        port=port,
-        certificate=certificate(ssl_certfile, ssl_keyfile),
-        drain_s=drain_s,
-        log_style=log,
-        on_ready=say_where,
-    )
+    try:
+        run_gateway(
+            gateway,
+            host=host,
+            port=port,
+            certificate=certificate(ssl_certfile, ssl_keyfile),
+            drain_s=drain_s,
+            log_style=log,
+            on_ready=say_where,
+        )
+    finally:
+        for one in (runner, judges):
+            if one is not None:
+                one.close()
 
 
 def _confidence(file: Path | None, model: str | None, upstream: str, profile: str) -> "CalibratedConfidence | None":

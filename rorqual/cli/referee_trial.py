@@ -14,13 +14,23 @@ import typer
 
 from rorqual.cli.elsewhere import KEY_VARIABLE
 from rorqual.cli.options import OUTPUT, SAMPLING, Json
+from rorqual.cli.referee_judging import (
+    JUDGING,
+    Checks,
+    JudgeModel,
+    JudgeUrl,
+    RunCode,
+    Sources,
+    checks_with,
+    code_runner,
+    judge_server,
+    retriever_of,
+)
 from rorqual.cli.serving import require_server
 
 if TYPE_CHECKING:
     from rorqual.evals.trial.questions import QuestionSet
     from rorqual.evals.trial.run import TrialSettings
-
-JUDGING = "Judging"
 
 
 def trial(
@@ -49,6 +59,11 @@ def trial(
         Path | None,
         typer.Option("--confidence", help="A calibration of `referee calibrate`.", rich_help_panel=JUDGING),
     ] = None,
+    check: Checks = None,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    run_code: RunCode = None,
+    sources: Sources = None,
     max_rounds: Annotated[
         int, typer.Option("--max-rounds", min=0, max=8, help="Times to ask again.", rich_help_panel=JUDGING)
     ] = 2,
@@ -109,12 +124,17 @@ def trial(
     from rorqual.referee.policy import BudgetBody
 
     budget = BudgetBody(max_rounds=max_rounds, token_ratio=token_ratio, wall_ms=wall_ms)
+    checks, runner, judges = checks_with(check, run_code), code_runner(run_code), judge_server(judge, judge_model)
     rules, key = load_policy(policy, profile), os.environ.get(KEY_VARIABLE) or None
     settings = TrialSettings(
-        Options(mode, rules, budget=budget),
+        Options(mode, rules, checks, budget=budget, runs_code=runner is not None),
         Sampling(temperature=temperature, max_tokens=max_tokens),
         PriceVector() if price is None else PriceVector.parse(price),
         tuple(fallback or ()),
+        judge=judges,
+        code=runner,
+        retriever=retriever_of(sources),
+        sources=None if sources is None else str(sources),
     )
     asked = read_set(file)
     stamp = f"trial-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
@@ -131,16 +151,15 @@ def trial(
         typer.echo(f"stopped; the answers so far are kept, and the same command with --out {folder} goes on", err=True)
         raise
     finally:
-        target.close()
+        for one in (target, runner, judges):
+            if one is not None:
+                one.close()
 
 
 def _run(
     settings: "TrialSettings", asked: "QuestionSet", target: Any, folder: Path, *, as_json: bool, is_shown: bool
 ) -> None:
-    from rich.console import Console
-
     from rorqual.cli.eval import progress
-    from rorqual.cli.plan_tables import new_table
     from rorqual.evals.run import save_result
     from rorqual.evals.trial import report
     from rorqual.evals.trial.run import run_trial
@@ -151,11 +170,21 @@ def _run(
     save_result(folder, result)
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
-        return
+    else:
+        _print(result, settings.options.mode)
+    if not result["valid"]:
+        raise typer.Exit(1)
+
+
+def _print(result: "dict[str, Any]", mode: str) -> None:
+    """The table and the notes."""
+    from rich.console import Console
+
+    from rorqual.cli.plan_tables import new_table
+    from rorqual.evals.trial import report
+
     console = Console()
-    table = new_table(
-        f"{result['model']} · {result['n']} questions · {settings.options.mode}", "", "before", "after", "change"
-    )
+    table = new_table(f"{result['model']} · {result['n']} questions · {mode}", "", "before", "after", "change")
     for row in report.rows(result):
         table.add_row(*row)
     console.print(table)

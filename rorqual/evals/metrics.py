@@ -278,6 +278,31 @@ def retention_at_hr(cal_scores: Scores, cal_labels: Labels, scores: Scores, labe
     return gate_point(scores, labels, fit_threshold(cal_scores, cal_labels, hr))
 
 
+def crossed_retention_at_hr(
+    scores: Scores, labels: Labels, halves: Sequence[bool], hr: float, counted: Sequence[bool] | None = None
+) -> GatePoint | None:
+    """RET@h where nobody gave calibration items: each half's threshold is fitted on the other, and both are pooled.
+
+    halves: which half an item is in; an entity must not be in both. counted: items whose retention counts (all).
+    threshold: the mean of the two. None where a half is empty.
+    """
+    s, y = _aligned(scores, labels)
+    first, keeps = np.asarray(halves, bool), np.ones(len(s), bool) if counted is None else np.asarray(counted, bool)
+    if not first.any() or first.all():
+        return None
+    given, thresholds = np.zeros(len(s), bool), []
+    for half in (first, ~first):
+        thresholds.append(fit_threshold(s[~half], y[~half], hr))
+        given |= half & (s >= thresholds[-1])
+    wrong, abstained = float((given * (1 - y)).sum()), float((~given).sum())
+    right = y * keeps
+    return GatePoint(
+        float(np.mean(thresholds)),
+        share(wrong, wrong + abstained),
+        share(float((given * right).sum()), float(right.sum())),
+    )
+
+
 @dataclass(frozen=True)
 class Bin:
     """One bin of a reliability diagram: mean confidence, share right, number of items."""

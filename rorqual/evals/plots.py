@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rorqual.evals.context_metrics import cells
 from rorqual.evals.metrics import auroc, reliability, risk_coverage
+from rorqual.evals.statistics import Interval, bootstrap_mean
 from rorqual.evals.suites.base import Row, Suite
 from rorqual.train.run_plots import COLOURS, pyplot
 
@@ -24,7 +26,15 @@ def figures(suite: Suite, rows: Sequence[Row], forced: Sequence[Row] | None) -> 
     scores, right = [r.confidence or 0.0 for r in judged], [r.passed and r.grade == "C" for r in judged]
     wanted: list[tuple[str, str, Draw]] = []
     if rows and {"length", "depth"} <= set(rows[0].item.stratum):
-        wanted.append(("depth-length", "Share right by length and depth", lambda axes: _heat(axes, suite.mapped(rows))))
+        mapped = suite.mapped(rows)
+        right_at = cells((_place(r), r.passed) for r in mapped)
+        wanted.append(
+            ("depth-length", "Share right by length and depth", lambda axes: _heat(axes, right_at, "share right"))
+        )
+        hits = _hits(mapped)
+        wanted.append(
+            ("nbh-depth-length", "Block hit rate (NBH) by length and depth", lambda axes: _heat(axes, hits, "NBH"))
+        )
     if suite.wants_forced and judged:
         wanted += [
             ("reliability", "Reliability of the answers' confidence", lambda axes: _reliability(axes, scores, right)),
@@ -57,14 +67,29 @@ def _image(draw: Draw) -> bytes | None:
         plots.close(figure)
 
 
-def _heat(axes: Any, rows: Sequence[Row]) -> bool:
-    """A cell for each length and depth, its share in it and half the width of its interval in small print."""
-    table = cells(((r.item.stratum["length"], r.item.stratum["depth"]), r.passed) for r in rows)
+def _place(row: Row) -> tuple[int, float]:
+    return row.item.stratum["length"], row.item.stratum["depth"]
+
+
+def _hits(rows: Sequence[Row]) -> dict[tuple[int, float], Interval]:
+    """Mean NBH over the layers of each length and depth, with a bootstrap interval, where it was recorded."""
+    found = defaultdict[tuple[int, float], list[float]](list)
+    for row in rows:
+        if "nbh" in row.signals:
+            found[_place(row)].append(row.signals["nbh"])
+    means = {place: bootstrap_mean(values, seed=0) for place, values in found.items()}
+    return {place: mean for place, mean in means.items() if mean is not None}
+
+
+def _heat(axes: Any, table: Mapping[tuple[int, float], Interval], label: str) -> bool:
+    """A cell for each length and depth, its value in it and half the width of its interval in small print."""
+    if not table:
+        return False
     lengths, depths = sorted({key[0] for key in table}), sorted({key[1] for key in table})
     nan = float("nan")
     values = [[table[(n, d)].value if (n, d) in table else nan for n in lengths] for d in depths]
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.figure.colorbar(image, label="share right")
+    axes.figure.colorbar(image, label=label)
     axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
     axes.set_yticks(range(len(depths)), [f"{100 * d:.0f}" for d in depths], fontsize=7)
     axes.set_xlabel("length (tokens)")
@@ -77,7 +102,7 @@ def _heat(axes: Any, rows: Sequence[Row]) -> bool:
                     colour = "black" if cell.value > 0.6 else "white"
                     text = f"{100 * cell.value:.0f} ±{100 * half:.0f}"
                     axes.text(x, y, text, ha="center", va="center", fontsize=5, color=colour)
-    return bool(table)
+    return True
 
 
 def _reliability(axes: Any, scores: Sequence[float], right: Sequence[bool]) -> bool:

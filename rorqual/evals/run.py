@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from rorqual.evals.economy import PriceVector
 from rorqual.evals.execution import Pass, run_pass
 from rorqual.evals.metrics import Counts, accuracy, hallucination_rate, omniscience_index
 from rorqual.evals.records import Record, RecordFile, Sampling
-from rorqual.evals.suites.base import Figures, Row, Setting, Suite
+from rorqual.evals.suites.base import Figure, Figures, Row, Setting, Suite
 from rorqual.evals.suites.registry import build
 from rorqual.evals.targets.base import Target
 
@@ -40,7 +41,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What was asked. items, max_tokens: None takes the suite's own. forced: None runs it where it is possible."""
+    """What was asked. items, max_tokens: None takes the suite's own. forced: None runs it where it is possible.
+
+    repeat: how often each question is asked, the same way; more than once gives REPEAT.
+    """
 
     suite: str
     seed: int = 0
@@ -52,6 +56,7 @@ class RunSettings:
     top_p: float = 1.0
     guard: bool | None = None
     forced: bool | None = None
+    repeat: int = 1
     lengths: tuple[int, ...] = ()
     price: PriceVector = PriceVector()
     options: dict[str, Any] = field(default_factory=dict)
@@ -105,10 +110,28 @@ def evaluate(
             )  # fmt: skip
         elif forced_wanted:
             notes.append("RET, OVER and RESCUE need a forced run, which is not possible through a server.")
+        repeats = [records]
+        for turn in range(2, settings.repeat + 1):
+            more = stack.enter_context(RecordFile(folder / f"repeat-{turn}.jsonl"))
+            once = Pass(f"{run_id}-repeat-{turn}", settings.seed, sampling, guard=settings.guard)
+            told = f"asking again ({turn} of {settings.repeat})"
+            repeats.append(run_pass(suite, items, target, more, once, partial(on_progress, told)))
         rows, forced_rows = _rows(items, records), None if forced is None else _rows(items, forced)
         result = summarise(settings, suite, records, rows, forced_rows, notes)
+        if settings.repeat > 1:
+            figure = changed_share(repeats)
+            result["headline"]["REPEAT"] = figure.value
+            result["intervals"] |= _intervals({"REPEAT": figure})
     result |= {"run_id": run_id, "folder": str(folder), "seconds": round(time.monotonic() - began, 3)}
     return Outcome(result, suite, rows, forced_rows)
+
+
+def changed_share(passes: Sequence[Sequence[Record]]) -> Figure:
+    """REPEAT: of the items answered in every pass, the share whose answer is not the same in all of them."""
+    answers = [
+        {one.output_text for one in same} for same in zip(*passes, strict=True) if all(r.grade != "X" for r in same)
+    ]
+    return Figure.of_share(len(texts) > 1 for texts in answers)
 
 
 def summarise(

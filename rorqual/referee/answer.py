@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from rorqual.errors import RequestError
+from rorqual.referee.identifiers import Identifiers
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,11 @@ class Asked:
             pieces += _strings(message.get("tool_calls"))
         pieces += _strings(self.body.get("tools"))
         return "\n".join(pieces)
+
+    @cached_property
+    def identifiers(self) -> Identifiers:
+        """Those of the context."""
+        return Identifiers(self.context)
 
     @property
     def question(self) -> str:

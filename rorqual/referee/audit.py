@@ -95,6 +95,8 @@ class Audit:
         fields |= {name: told[name] for name in ("verdict", "p_correct", "rounds", "usage", "actions", "policy_id")}
         fields["ran"] = list(verdict.ran)
         fields["checks"] = [row for row in told["checks"] if row["reason_code"] is not None]
+        if verdict.judging is not None:
+            fields["judging"] = dict(verdict.judging)
         fields["rounds_asked"] = [dict(one) for one in verdict.rounds_asked]
         fields["tokens"] = None if verdict.usage is None else dict(verdict.usage)
         given = answer or verdict.answer

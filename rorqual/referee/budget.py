@@ -84,6 +84,19 @@ class Spending:
         """The stopping law."""
         return rate * loss > expected_tokens / self._generation / WORTH
 
+    def judged(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """A judge was asked; what it read is new, too."""
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+        self.new_tokens += prompt_tokens + completion_tokens
+
+    def allows_judging(self) -> bool:
+        """Whether a judge may still be asked: of tokens and time, whatever the rounds."""
+        if self._budget.token_ratio == 0:
+            return False
+        most = max(self._budget.token_ratio * self._generation, LEAST_TOKENS)
+        return self.new_tokens < most and self.left_s > 0
+
     def spend(self, usage: tuple[int, int], first_prompt: int) -> None:
         """A round was answered. What its prompt has beyond the first one's is new; the rest the upstream has cached."""
         self.rounds += 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from rorqual import log
 from rorqual.referee.answer import Answer, Asked
 from rorqual.referee.check_arith import check_arith
+from rorqual.referee.check_claims import check_claims_alone
 from rorqual.referee.check_content import check_citations, check_schema
 from rorqual.referee.check_copy import check_copy
 from rorqual.referee.check_done import check_done
@@ -18,6 +21,9 @@ from rorqual.referee.policy import Options
 from rorqual.referee.reasons import Finding, failed
 
 logger = log.get(__name__)
+
+LARGE: Final = 32_768
+"""Characters of conversation and answer from which the checks run in a thread, so that others are served meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,11 @@ class Checked:
     def standing(self) -> tuple[str, ...]:
         """Codes of the faults that reject it."""
         return tuple(dict.fromkeys(one.code for one in self.findings if one.rejects))
+
+    def with_findings(self, check: str, found: Sequence[Finding], began: float) -> Checked:
+        """The same with those of one more check, which began at that time of `perf_counter`."""
+        costs = {**self.costs_ms, check: 1000 * (time.perf_counter() - began)}
+        return Checked(self.answer, (*self.findings, *found), costs)
 
     @property
     def is_repaired(self) -> bool:
@@ -51,11 +62,19 @@ def check_answer(asked: Asked, answer: Answer, options: Options) -> Checked:
         return Checked(answer, (failed("check_failed", says),), {})
 
 
+async def check_answer_beside(asked: Asked, answer: Answer, options: Options) -> Checked:
+    """As `check_answer`, in a thread where the texts are large, so that the event loop is not held up."""
+    size = len(asked.context) + len(answer.content or "") + sum(len(call.arguments) for call in answer.calls)
+    if size < LARGE:
+        return check_answer(asked, answer, options)
+    return await asyncio.to_thread(check_answer, asked, answer, options)
+
+
 def _check(asked: Asked, answer: Answer, options: Options) -> Checked:
     findings: list[Finding] = []
     costs: dict[str, float] = {}
     policy = options.policy
-    for name in ("format", "tool", "schema", "copy", "arith", "citations", "done"):
+    for name in ("format", "tool", "schema", "copy", "arith", "citations", "claims", "done"):
         if name not in options.checks:
             continue
         began = time.perf_counter()
@@ -71,7 +90,9 @@ def _check(asked: Asked, answer: Answer, options: Options) -> Checked:
         elif name == "arith":
             found = check_arith(asked, answer)
         elif name == "citations":
-            found = check_citations(answer, options.evidence, policy)
+            found = check_citations(asked, answer, options.evidence, policy)
+        elif name == "claims":
+            found = check_claims_alone(asked, answer, options.evidence)
         else:
             found = check_done(asked, answer)
         findings += found

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from rorqual.errors import RequestError
 from rorqual.referee.answer import Answer, Asked
+from rorqual.referee.claims import split_claims, without_code
 from rorqual.referee.json_text import NotJson, dump, read_leniently, read_strictly
 from rorqual.referee.policy import Evidence, Policy
 from rorqual.referee.reasons import Finding, failed, repaired
 from rorqual.referee.schemas import fit, schema_of, violations
+from rorqual.referee.sources import sources_of
 
-_CITED = re.compile(r'(?:(?:"([^"\n]{8,400})"|“([^”\n]{8,400})”)\s{0,4})?\[([A-Za-z0-9][\w.:-]{0,63})\]')
+_MARKS = re.compile(r'"(?P<one>[^"\n]{8,400})"|“(?P<two>[^”\n]{8,400})”|\[(?P<id>[A-Za-z0-9][\w.:-]{0,63})\](?!\()')
+_WANTS = re.compile(
+    r"(?i)\[source\]|\[id\]|\bcit(?:e|es|ing|ations?)\b|\bwith (?:its |the |a )?(?:sources?|references?)\b"
+)
+_MOST = 1000
 
 
 def check_schema(asked: Asked, answer: Answer) -> tuple[Answer, list[Finding]]:
@@ -44,25 +51,73 @@ def check_schema(asked: Asked, answer: Answer) -> tuple[Answer, list[Finding]]:
     return (replace(answer, content=dump(new)) if found else answer), found
 
 
-def check_citations(answer: Answer, evidence: Sequence[Evidence], policy: Policy) -> list[Finding]:
-    """Citations `[id]` name given evidence, and what is quoted before one stands in it, word for word.
+def check_citations(asked: Asked, answer: Answer, evidence: Sequence[Evidence], policy: Policy) -> list[Finding]:
+    """Citations `[id]` name given evidence, what is quoted beside one stands in it, and none is missing.
 
-    Spaces and quotation marks may differ. What a cited sentence claims without quoting is not judged here.
+    Spaces and quotation marks may differ. A citation is missing from a statement where the question asks for them.
+    What a cited sentence claims without quoting is not judged here. Each source is read once, and at most `_MOST`
+    citations are looked at.
     """
-    texts = {one.id: one.text for one in evidence}
     hard = policy.profile.citations == "hard"
-    found = []
-    for match in _CITED.finditer(answer.content or ""):
-        quote, source = match[1] or match[2], match[3]
-        if source not in texts:
-            if quote is None and source.isdigit():
-                continue  # footnotes and list items look alike
-            says = f"[{source}] is none of the sources given: {', '.join(texts)}"
-            found.append(_graded("source_unknown", says, hard, match.span(3), ()))
-        elif quote is not None and _words(quote) not in _words(texts[source]):
-            says = f"[{source}] does not hold the words {quote[:80]!r}; quote it exactly or do not quote"
-            found.append(_graded("quote_not_found", says, hard, match.span(1 if match[1] else 2), (source,)))
-    return found
+    sources = {one.id: one.text for one in sources_of(asked, evidence)}
+    if not evidence and not sources:
+        return []
+    return [*_quotations(without_code(answer.content or ""), sources, hard), *_uncited(asked, answer, sources, hard)]
+
+
+def _quotations(content: str, sources: Mapping[str, str], hard: bool) -> Iterator[Finding]:
+    """Citations of nothing, and quotations that neither source beside them has."""
+    plain = dict[str, str]()
+
+    def holds(source: str, quote: str) -> bool:
+        if source not in plain:
+            plain[source] = _words(sources[source])
+        return _stands_in(quote, plain[source])
+
+    has_numbers = any(one.isdigit() for one in sources)
+    marks = list(islice(_MARKS.finditer(content), _MOST))
+    for place, mark in enumerate(marks):
+        if mark["id"] is not None:
+            if mark["id"] not in sources and (has_numbers or not mark["id"].isdigit()):
+                known = ", ".join(islice(sources, 20))
+                says = f"[{mark['id']}] is none of the sources given: {known}"
+                yield _graded("source_unknown", says, hard, mark.span("id"), ())
+            continue
+        beside = [
+            other["id"]
+            for other, near in ((marks[place - 1], -1), (marks[(place + 1) % len(marks)], 1))
+            if 0 <= place + near < len(marks) and other["id"] in sources and _touch(content, mark, other)
+        ]
+        quote = mark["one"] or mark["two"]
+        if beside and not any(holds(source, _words(quote)) for source in beside):
+            says = f"[{beside[-1]}] does not hold the words {quote[:80]!r}; quote it exactly or do not quote"
+            yield _graded("quote_not_found", says, hard, mark.span("one" if mark["one"] else "two"), tuple(beside))
+
+
+def _stands_in(quote: str, text: str) -> bool:
+    """Whether the words stand in the text, whole: not from the middle of one, nor to it."""
+    at = text.find(quote)
+    while at >= 0:
+        before, after = text[at - 1 : at] + quote[:1], quote[-1:] + text[at + len(quote) :][:1]
+        if not (len(before) == 2 and before.isalnum()) and not (len(after) == 2 and after.isalnum()):
+            return True
+        at = text.find(quote, at + len(quote))
+    return False
+
+
+def _touch(content: str, one: re.Match[str], other: re.Match[str]) -> bool:
+    first, second = sorted((one.span(), other.span()))
+    return not content[first[1] : second[0]].strip(" .,;:")
+
+
+def _uncited(asked: Asked, answer: Answer, sources: Mapping[str, str], hard: bool) -> Iterator[Finding]:
+    """Statements without a citation, where the question asks for them."""
+    if answer.calls or asked.schema[0] or not _WANTS.search(asked.question[-4000:]):
+        return
+    for claim in split_claims(answer.content or ""):
+        if not claim.cited:
+            says = f"{claim.said[:120]!r} has no citation; the sources are {', '.join(islice(sources, 20))}"
+            yield _graded("citation_missing", says, hard, claim.span, ())
 
 
 def _graded(code: str, says: str, hard: bool, span: tuple[int, int], ids: tuple[str, ...]) -> Finding:

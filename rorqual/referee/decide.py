@@ -1,7 +1,6 @@
 """The decision rules, top to bottom; the first that matches acts. Source: the specification, 8.5.
 
-Pure: a situation in, an action out. Rule 1 (transport) and rule 3 (local repair) are carried out before this is asked;
-rules 6 to 8 belong to checks that are answered here as soft marks, or as hard ones by the profile (rule 4).
+Pure: a situation in, an action out. Rule 1 (transport) and rule 3 (local repair) are carried out before this is asked.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Literal
 from rorqual.referee.policy import Mode
 from rorqual.referee.reasons import Finding
 
-Kind = Literal["PASS", "BLOCK", "RE-ASK", "RETRIEVE", "ABSTAIN", "REJECT-DONE", "BEST", "ERROR"]
+Kind = Literal["PASS", "BLOCK", "RE-ASK", "RETRIEVE", "ABSTAIN", "REJECT-DONE", "REMOVE", "BEST", "ERROR"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Situation:
 
     copy_misses: how many candidates before this one missed a copy. bound: why no further round may be asked, None while
     one may. p: probability that it is right, None when nobody estimated it. can_retrieve: there is a retriever, and it
-    was not asked yet. threshold: of the profile.
+    was not asked yet. threshold: of the profile. was_mended: sentences were asked for again already.
     """
 
     mode: Mode
@@ -32,6 +31,7 @@ class Situation:
     p: float | None = None
     threshold: float = 0.5
     can_retrieve: bool = False
+    was_mended: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def decide(now: Situation) -> Action:
         return Action(2, "BLOCK", ("side_effect_forbidden",))
     copies = tuple(one for one in codes if one.startswith("copy_"))
     done = tuple(one for one in codes if one == "done_without_evidence")
-    others = tuple(one for one in codes if one not in copies and one not in done)
+    later = {*copies, *done, *_CODE, *_CLAIMS}
+    others = tuple(one for one in codes if one not in later)
     if others:
         return Action(4, "RE-ASK", codes) if now.bound is None else _exhausted(now, codes)
     if copies:
@@ -71,6 +72,11 @@ def decide(now: Situation) -> Action:
         if now.bound is None:
             return Action(5, "RE-ASK", copies)
         return Action(5, "BLOCK", copies, now.bound) if now.mode == "enforce" else _exhausted(now, copies)
+    code = tuple(one for one in codes if one in _CODE)
+    if code:
+        return Action(6, "RE-ASK", code) if now.bound is None else _exhausted(now, code)
+    if (claims := _about_claims(now, codes)) is not None:
+        return claims
     if now.p is not None and now.p <= now.threshold:
         if now.can_retrieve and now.bound is None:
             return Action(9, "RETRIEVE", ("low_confidence",))
@@ -82,7 +88,30 @@ def decide(now: Situation) -> Action:
     return Action(12, "PASS")
 
 
-_PROSE = {"arith_wrong", "sum_wrong", "quote_not_found", "source_unknown"}
+_CODE = ("code_broken", "code_fails")
+_CLAIMS = ("claim_contradicted", "claim_not_found")
+_PROSE = {"arith_wrong", "sum_wrong", "quote_not_found", "source_unknown", "citation_missing", "judge_failed", *_CODE}
+
+
+def _about_claims(now: Situation, codes: Sequence[str]) -> Action | None:
+    """Rules 7 and 8; None where neither matches. Sentences are asked for again once, and then taken out."""
+    standing = tuple(one for one in codes if one in _CLAIMS)
+    if "claim_contradicted" in standing:
+        if now.bound is None and not now.was_mended:
+            return Action(7, "RE-ASK", standing)
+        return _without(now, 7, standing)
+    if any(one.code == "claim_not_found" for one in now.findings):
+        if now.can_retrieve and now.bound is None:
+            return Action(8, "RETRIEVE", ("claim_not_found",))
+        if standing:
+            return _without(now, 8, standing)
+    return None
+
+
+def _without(now: Situation, rule: int, codes: tuple[str, ...]) -> Action:
+    """The sentences are taken out in enforce, and told in annotate."""
+    because = now.bound or ("asked again once" if now.was_mended else "")
+    return Action(rule, "REMOVE" if now.mode == "enforce" else "BEST", codes, because)
 
 
 def _exhausted(now: Situation, codes: tuple[str, ...]) -> Action:

@@ -37,8 +37,6 @@ Mode = Literal["off", "observe", "annotate", "enforce"]
 Streaming = Literal["buffer", "holdback", "annotate_after"]
 CheckName = Literal["schema", "tool", "claims", "citations", "copy", "code", "arith", "abstain", "done", "format"]
 
-ABLE: Final = ("schema", "tool", "citations", "copy", "arith", "abstain", "done", "format")
-"""The checks there are; `claims` and `code` are refused by name."""
 
 DEFAULT: Final = ("schema", "tool", "format", "copy", "arith", "abstain")
 
@@ -50,13 +48,16 @@ class Profile:
     loss_ratio: how much worse a wrong answer is than a right one is good; answers with p at or below
     loss_ratio / (1 + loss_ratio) are not given. copy: `near` rejects identifiers that are almost one of the context's,
     and those nobody makes up (UUIDs, hashes); `strict` every identifier in arguments that the context does not have.
-    citations: whether a wrong quotation rejects an answer.
+    citations: whether a wrong quotation or a missing one rejects an answer. claims: whether a statement that the
+    sources do not have is marked, or removed. votes: how often the judge is asked of a claim, 1 (2 in doubt) or 3.
     """
 
     name: str
     loss_ratio: float
     copy: Literal["near", "strict"] = "near"
     citations: Literal["soft", "hard"] = "soft"
+    claims: Literal["mark", "remove"] = "mark"
+    votes: int = 1
 
     @property
     def threshold(self) -> float:
@@ -66,7 +67,7 @@ class Profile:
 PROFILES: Final = {
     "chat": Profile("chat", 1.0),
     "assistant": Profile("assistant", 3.0),
-    "regulated": Profile("regulated", 9.0, copy="strict", citations="hard"),
+    "regulated": Profile("regulated", 9.0, copy="strict", citations="hard", claims="remove", votes=3),
 }
 
 
@@ -84,12 +85,14 @@ class Forbid(_Strict):
 
 
 class PolicyFile(_Strict):
-    """The policy file, and the custom profile of a request (`loss_ratio`, `copy`, `citations`, `forbid`)."""
+    """The policy file, and the custom profile of a request (`loss_ratio`, `copy`, `citations`, `claims`, `votes`)."""
 
     profile: Literal["chat", "assistant", "regulated"] = "assistant"
     loss_ratio: float | None = Field(None, gt=0)
     copy_: Literal["near", "strict"] | None = Field(None, alias="copy")
     citations: Literal["soft", "hard"] | None = None
+    claims: Literal["mark", "remove"] | None = None
+    votes: Literal[1, 3] | None = None
     aliases: dict[str, str] = Field(default_factory=dict)
     argument_aliases: dict[str, dict[str, str]] = Field(default_factory=dict)
     forbid: list[Forbid] = Field(default_factory=list)
@@ -204,7 +207,12 @@ def _parsed(data: Mapping[str, Any], where: str) -> PolicyFile | str:
 def _policy(parsed: PolicyFile, name: str) -> Policy:
     base = PROFILES[parsed.profile]
     profile = Profile(
-        name, parsed.loss_ratio or base.loss_ratio, parsed.copy_ or base.copy, parsed.citations or base.citations
+        name,
+        parsed.loss_ratio or base.loss_ratio,
+        parsed.copy_ or base.copy,
+        parsed.citations or base.citations,
+        parsed.claims or base.claims,
+        parsed.votes or base.votes,
     )
     profile = base if profile == replace(base, name=name) and name in PROFILES else profile
     return Policy(profile, parsed.aliases, parsed.argument_aliases, tuple(parsed.forbid))
@@ -244,6 +252,7 @@ class RefereeBody(_Strict):
     budget: BudgetBody | None = None
     evidence: list[EvidenceBody] | None = None
     pins: list[tuple[int, int]] | None = None
+    tests: str | None = Field(None, max_length=65536)
     stream: Streaming | None = None
 
 
@@ -257,7 +266,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Options:
-    """How one request is judged. stream: None until a stream asks (`streaming`)."""
+    """How one request is judged. stream: None until a stream asks (`streaming`).
+
+    tests: Python that code in the answer has to pass. runs_code: whether the server runs code at all.
+    """
 
     mode: Mode
     policy: Policy
@@ -265,10 +277,17 @@ class Options:
     budget: BudgetBody = field(default_factory=lambda: BudgetBody.model_validate({}))
     evidence: tuple[Evidence, ...] = ()
     stream: Streaming | None = None
+    tests: str | None = None
+    runs_code: bool = False
 
     @property
     def streaming(self) -> Streaming:
-        """How a stream is sent: checked first where answers may be rejected, live and told after it otherwise."""
+        """How a stream is sent: checked first where answers may be rejected, live and told after it otherwise.
+
+        Claims and code are judged of the whole answer, so where they may reject it nothing goes out before.
+        """
+        if self.mode == "enforce" and not {"claims", "code"}.isdisjoint(self.checks):
+            return "buffer"
         return self.stream or ("buffer" if self.mode == "enforce" else "annotate_after")
 
 
@@ -290,10 +309,10 @@ def options_of(given: Any, default: Options) -> Options:
             "out.",
             param="referee.pins",
         )
-    unable = [name for name in body.checks or () if name not in ABLE]
-    if unable:
+    if "code" in (body.checks or ()) and not default.runs_code:
         raise RequestError(
-            f"referee.checks holds {', '.join(unable)}, which this referee does not have. It has {', '.join(ABLE)}.",
+            "referee.checks holds code, and this server runs none. Leave it out, or have the server started with "
+            "--run-code.",
             param="referee.checks",
         )
     evidence = []
@@ -322,12 +341,16 @@ def options_of(given: Any, default: Options) -> Options:
         checks = (*default.checks, *(check for check in checks if check not in default.checks))
     if body.checks is None and evidence and "citations" not in checks:
         checks = (*checks, "citations")
+    if body.tests is not None and "code" not in checks:
+        raise RequestError(
+            "referee.tests is for code in the answer, and referee.checks has no `code`. Add it.", param="referee.tests"
+        )
     policy = default.policy.with_profile(body.profile)
     if default.mode == "enforce":
         policy = replace(policy, profile=_stricter(policy.profile, default.policy.profile))
     return Options(
         mode, policy, checks, body.budget or default.budget, tuple(evidence),
-        body.stream or default.stream,
+        body.stream or default.stream, body.tests, default.runs_code,
     )  # fmt: skip
 
 
@@ -338,6 +361,8 @@ def _stricter(asked: Profile, own: Profile) -> Profile:
         loss_ratio=max(asked.loss_ratio, own.loss_ratio),
         copy="strict" if "strict" in (asked.copy, own.copy) else "near",
         citations="hard" if "hard" in (asked.citations, own.citations) else "soft",
+        claims="remove" if "remove" in (asked.claims, own.claims) else "mark",
+        votes=max(asked.votes, own.votes),
     )
     return own if replace(made, name=own.name) == own else made
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Check = Literal["schema", "tool", "format", "copy", "arith", "citations", "abstain", "done", "thread", "transport"]
+Check = Literal[
+    "schema", "tool", "format", "copy", "arith", "citations", "claims", "code", "abstain", "done", "thread", "transport"
+]
 """What looks at an answer. `transport` is the connection to the model, `thread` the reasoning of earlier turns."""
 
 
@@ -67,7 +69,15 @@ REASONS: Final = (
     Reason("arith_wrong", "arith", True, "A closed expression with another value.", "`17 * 3 = 41`"),
     Reason("sum_wrong", "arith", True, "A table's total that is not its sum.", "1, 2, Total 4"),
     Reason("quote_not_found", "citations", False, "A quotation that the evidence does not have.", '"words" [doc-1]'),
+    Reason("citation_missing", "citations", False, "A statement without the citation asked for.", "`It sings.`"),
     Reason("source_unknown", "citations", False, "A citation of no evidence given.", "`[doc-9]`"),
+    Reason("claim_contradicted", "claims", True, "The sources say otherwise; confirmed.", "1905, the source 1904"),
+    Reason("claim_not_found", "claims", False, "The sources do not say it; confirmed.", "a job nobody mentions"),
+    Reason("claim_suspected", "claims", False, "Words speak against it; nobody judged it.", "an unknown name"),
+    Reason("judge_failed", "claims", False, "Claims that nobody judged.", "HTTP 500, no budget"),
+    Reason("code_broken", "code", True, "Code that does not compile.", "`def f(:`"),
+    Reason("code_fails", "code", True, "Code that fails a test or example given.", "`f(2)` gave 5, not 4"),
+    Reason("code_not_run", "code", False, "Code that was not run, and why.", "no sandbox, Rust"),
     Reason("low_confidence", "abstain", False, "The answer is likelier wrong than the profile allows.", "p = 0.2"),
     Reason("done_without_evidence", "done", True, "Done is claimed, and nothing shows it.", "no test run"),
     Reason("reasoning_restored", "thread", False, "The client had dropped reasoning; it was put back.", "a tool turn"),

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rorqual.errors import RequestError
 from rorqual.referee.answer import Answer, Asked
 from rorqual.referee.budget import RepairRates, Spending, add_usage
-from rorqual.referee.check import Checked, check_answer
+from rorqual.referee.check import Checked, check_answer, check_answer_beside
+from rorqual.referee.check_claims import Memory, check_claims
+from rorqual.referee.check_code import CodeRunner, check_code
 from rorqual.referee.check_format import INTERRUPTED
 from rorqual.referee.decide import Action, Situation, decide
 from rorqual.referee.hooks import Confidence, Retriever, request_fields
+from rorqual.referee.judge import Ask, Judge
+from rorqual.referee.mend import ask_for_sentences, with_sentences, without_claims
 from rorqual.referee.policy import Evidence, Options
 from rorqual.referee.reask import ask_again
 from rorqual.referee.reasons import Finding, failed
+from rorqual.referee.retrieval import is_supported
 from rorqual.referee.verdict import Verdict, Word
-
-Ask = Callable[[dict[str, Any]], Awaitable[Answer]]
-"""Asks a model and reads its answer. Raises: RequestError when the upstream refuses (4xx) or fails (5xx)."""
 
 
 @dataclass
@@ -53,6 +56,8 @@ class _Case:
     seen: set[tuple[Any, ...]] = field(default_factory=set)
     extra: list[Finding] = field(default_factory=list)
     rounds: list[dict[str, list[str]]] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
+    was_mended: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
     """What is added to requests for the sake of the estimate."""
 
@@ -61,6 +66,8 @@ class Referee:
     """confidence, retriever: hooks of rule 9. fallbacks: models asked when the request's own fails or stays wrong.
 
     constrain: ask for `strict` calls when asking again. rates: how often asking again helps, shared by all requests.
+    judge: judges claims; without it the model of the request does, through the same upstream. code: runs code; without
+    it none is run.
     """
 
     def __init__(
@@ -71,14 +78,23 @@ class Referee:
         fallbacks: Sequence[str] = (),
         constrain: bool = True,
         rates: RepairRates | None = None,
+        judge: Judge | None = None,
+        code: CodeRunner | None = None,
     ) -> None:
         self._confidence, self._retriever = confidence, retriever
         self._fallbacks, self._constrain = tuple(fallbacks), constrain
         self.rates = rates or RepairRates()
+        self._judge, self._code = judge, code
 
     def look(self, asked: Asked, answer: Answer, options: Options) -> Verdict:
-        """What the checks find in an answer that goes out as it is (mode observe). No model is called."""
-        checked = check_answer(asked, answer, options)
+        """What the checks find in an answer that goes out as it is (mode observe). No model is called, no code run."""
+        return self._looked_at(asked, answer, options, check_answer(asked, answer, options))
+
+    async def look_beside(self, asked: Asked, answer: Answer, options: Options) -> Verdict:
+        """As `look`, without holding up the event loop over large texts."""
+        return self._looked_at(asked, answer, options, await check_answer_beside(asked, answer, options))
+
+    def _looked_at(self, asked: Asked, answer: Answer, options: Options, checked: Checked) -> Verdict:
         case = _Case(asked, options, _nobody, Spending(options.budget), usage=_plain_usage(answer))
         word: Word = "flagged" if checked.standing or checked.is_repaired else "pass"
         return self._verdict(case, _Candidate(checked, None, (0, 0)), word, answer)
@@ -130,16 +146,65 @@ class Referee:
     async def _candidate(self, case: _Case, answer: Answer, usage: tuple[int, int], sent: str) -> _Candidate:
         if sent and len(case.candidates):
             answer = replace(answer, content=sent)  # what the client has stays; only the calls are new
-        checked = check_answer(case.asked, answer, case.options)
+        checked = await self._checked(case, answer)
         p = None
         wants = "abstain" in case.options.checks and self._confidence is not None
         if wants and not checked.standing and not checked.answer.calls:
             assert self._confidence is not None
             p = await self._confidence.estimate(case.asked, checked.answer)
+            if case.evidence and p is not None and p <= case.options.policy.profile.threshold:
+                p = await self._of_supported(case, checked.answer, p)
         for one in checked.findings:
             if one.status == "repaired":
                 case.actions.append({"rule": 3, "action": "REPAIR", "codes": [one.code], "because": one.says})
         return _Candidate(checked, p, usage)
+
+    async def _checked(self, case: _Case, answer: Answer) -> Checked:
+        """All checks; code is run and claims are judged only where nothing else is wrong."""
+        asked, options = case.asked, case.options
+        judge = self._judge_of(case) if "claims" in options.checks else None
+        alone = options if judge is None else replace(options, checks=_without(options.checks, "claims"))
+        checked = await check_answer_beside(asked, answer, alone)
+        if "code" in options.checks and self._code is not None and not checked.standing:
+            began = time.perf_counter()
+            found = await asyncio.to_thread(check_code, asked, checked.answer, options.tests, self._code)
+            checked = checked.with_findings("code", found, began)
+        if judge is not None and not checked.standing:
+            began, tally = time.perf_counter(), case.memory.tally
+            read = tally.prompt_tokens, tally.completion_tokens
+            found = await check_claims(
+                asked, checked.answer, options, judge, case.memory, more=case.evidence,
+                may_ask=case.spending.allows_judging,
+            )  # fmt: skip
+            case.spending.judged(tally.prompt_tokens - read[0], tally.completion_tokens - read[1])
+            checked = checked.with_findings("claims", found, began)
+        return checked
+
+    async def _of_supported(self, case: _Case, answer: Answer, p: float) -> float | None:
+        """None, which withholds nothing, where what was retrieved supports the answer; else the estimate."""
+        tally = case.memory.tally
+        before = tally.prompt_tokens, tally.completion_tokens
+        judge = self._judge_of(case) if case.spending.allows_judging() else None
+        try:
+            votes = case.options.policy.profile.votes
+            is_fine = await is_supported(case.asked, answer, case.evidence, judge, tally, votes=votes)
+        except RequestError:
+            is_fine = False
+        case.spending.judged(tally.prompt_tokens - before[0], tally.completion_tokens - before[1])
+        if not is_fine:
+            return p
+        ids = ", ".join(one.id for one in case.evidence)
+        case.actions.append({"rule": 9, "action": "SUPPORTED", "because": f"p = {p:.3f}, and {ids[:200]} says it"})
+        return None
+
+    def _judge_of(self, case: _Case) -> Judge | None:
+        """The judge of claims: the one that was given, or the model itself; None where nobody can be asked."""
+        if self._judge is not None:
+            return self._judge
+        if case.ask is _nobody:
+            return None
+        streams = {"stream": True} if case.asked.body.get("stream") else {}
+        return Judge(case.ask, str(case.asked.body.get("model")), streams)
 
     def _situation(self, case: _Case, candidate: _Candidate, sent: str) -> Situation:
         profile, checked = case.options.policy.profile, candidate.checked
@@ -162,6 +227,7 @@ class Referee:
             candidate.p,
             profile.threshold,
             self._retriever is not None and not case.has_retrieved,
+            case.was_mended,
         )
 
     async def _first(self, case: _Case) -> Answer:
@@ -203,6 +269,8 @@ class Referee:
                 return None
         if action.rule == 5:
             case.copy_misses += 1
+        if action.rule == 7:
+            return await self._mended(case, candidate, action, first)
         model = None
         if case.spending.rounds >= 1 and case.next_model < len(self._fallbacks):
             model = self._fallbacks[case.next_model]  # the model had its second chance
@@ -221,6 +289,24 @@ class Referee:
         case.spending.spend(usage, first[0])
         case.usage = add_usage(case.usage, answer.usage)
         return answer, usage
+
+    async def _mended(
+        self, case: _Case, candidate: _Candidate, action: Action, first: tuple[int, int]
+    ) -> tuple[Answer, tuple[int, int]] | None:
+        """The answer with other sentences in place of those at fault; None when none came."""
+        case.was_mended = True
+        checked = candidate.checked
+        body = ask_for_sentences(case.asked, checked.answer, checked.findings, case.options.evidence, case.evidence)
+        case.actions.append(action.to_dict())
+        reply = await self._ask_within(case, body)
+        if reply is None:
+            case.spending.rounds += 1
+            return None
+        usage = _tokens(case.asked, reply)
+        case.spending.spend(usage, 0)
+        case.usage = add_usage(case.usage, reply.usage)
+        answer = with_sentences(checked.answer, checked.findings, reply)
+        return None if answer is None else (answer, usage)
 
     async def _ask_within(self, case: _Case, body: dict[str, Any]) -> Answer | None:
         """The answer to a round; None when time ran out or the upstream did not give one."""
@@ -247,6 +333,11 @@ class Referee:
         if action.kind == "REJECT-DONE" and mode == "enforce":
             text = "This is not accepted as done. " + _list(checked.findings)
             return self._verdict(case, candidate, "blocked", replace(checked.answer, content=text))
+        if action.kind == "REMOVE":
+            left = without_claims(checked.answer, checked.findings)
+            if left is None:
+                return self._verdict(case, candidate, "abstained", _abstention(checked, case.asked))
+            return self._verdict(case, candidate, "repaired", left)
         if action.kind == "ABSTAIN" and mode == "enforce":
             return self._verdict(case, candidate, "abstained", _abstention(checked, case.asked))
         if action.kind == "ERROR":
@@ -278,7 +369,12 @@ class Referee:
             case.actions,
             costs,
             case.rounds,
+            case.memory.tally.to_dict() if case.memory.tally.calls else None,
         )
+
+
+def _without(checks: Sequence[str], name: str) -> tuple[str, ...]:
+    return tuple(check for check in checks if check != name)
 
 
 async def _with_fields(case: _Case, body: dict[str, Any]) -> Answer:

@@ -33,6 +33,8 @@ class Verdict:
     costs_ms: Mapping[str, float] = field(default_factory=dict)
     rounds_asked: Sequence[Mapping[str, Sequence[str]]] = ()
     """Of each round, why it was asked and what was left: what `RepairRates` learns from."""
+    judging: Mapping[str, int] | None = None
+    """Of the judge of claims: calls, claims, negative and dropped verdicts, tokens; None where it was not asked."""
 
     @property
     def tokens(self) -> int:
@@ -44,9 +46,13 @@ class Verdict:
         checks: list[dict[str, Any]] = []
         for name in dict.fromkeys([*self.ran, *(one.check for one in self.findings)]):
             found = [one for one in self.findings if one.check == name]
-            checks += [_row(one, self.costs_ms.get(name, 0.0)) for one in found]
+            cost = {"ms": round(self.costs_ms.get(name, 0.0), 3), "tokens": 0}
+            if name == "claims" and self.judging is not None:
+                cost["tokens"] = self.judging["prompt_tokens"] + self.judging["completion_tokens"]
+            checks += [_row(one, cost) for one in found]
             if not found:
-                checks.append(_blank(name, self.costs_ms.get(name, 0.0)))
+                checks.append(_blank(name, cost))
+        told: dict[str, Any] = {} if self.judging is None else {"judging": dict(self.judging)}
         return {
             "verdict": self.word,
             "p_correct": self.p,
@@ -55,6 +61,7 @@ class Verdict:
             "usage": dict(self.spent),
             "actions": [dict(action) for action in self.actions],
             "policy_id": self.policy_id,
+            **told,
         }
 
     def headers(self) -> dict[str, str]:
@@ -78,8 +85,8 @@ class Verdict:
         )
 
 
-def _row(found: Finding, cost_ms: float) -> dict[str, Any]:
-    row = _blank(found.check, cost_ms)
+def _row(found: Finding, cost: Mapping[str, float]) -> dict[str, Any]:
+    row = _blank(found.check, cost)
     row |= {"status": found.status, "reason_code": found.code, "says": found.says}
     row["evidence_ids"] = list(found.evidence_ids)
     row["span"] = None if found.span is None else list(found.span)
@@ -89,12 +96,12 @@ def _row(found: Finding, cost_ms: float) -> dict[str, Any]:
     return row
 
 
-def _blank(name: str, cost_ms: float) -> dict[str, Any]:
+def _blank(name: str, cost: Mapping[str, float]) -> dict[str, Any]:
     return {
         "name": name,
         "status": "pass",
         "reason_code": None,
         "span": None,
         "evidence_ids": [],
-        "cost": {"ms": round(cost_ms, 3), "tokens": 0},
+        "cost": dict(cost),
     }

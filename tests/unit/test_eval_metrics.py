@@ -216,3 +216,28 @@ def test_inputs_that_are_no_confidences_are_refused():
         m.aurc([float("nan")], [True])
     with pytest.raises(ValueError, match="neither 0 nor 1"):
         m.brier([0.5], [0.5])
+
+
+def test_retention_at_hr_of_two_halves_pools_what_each_threshold_gives() -> None:
+    draw = random.Random(3)
+    right = [draw.random() < 0.6 for _ in range(400)]
+    scores = [draw.gauss(1.0 if one else 0.0, 0.8) for one in right]
+    halves = [draw.random() < 0.5 for _ in right]
+    counted = [draw.random() < 0.7 for _ in right]
+    found = m.crossed_retention_at_hr(scores, right, halves, 0.1, counted)
+    assert found is not None
+    given = [False] * len(right)
+    for half in (True, False):
+        fitting = [i for i, h in enumerate(halves) if h != half]
+        best = min(
+            t for t in [*(scores[i] for i in fitting), float("inf")]
+            if (point := m.gate_point([scores[i] for i in fitting], [right[i] for i in fitting], t)).hr is None
+            or point.hr <= 0.1
+        )  # fmt: skip
+        for i, h in enumerate(halves):
+            given[i] |= h == half and scores[i] >= best
+    kept = [g for g, y, c in zip(given, right, counted, strict=True) if y and c]
+    wrong = sum(g and not y for g, y in zip(given, right, strict=True))
+    assert found.ret == pytest.approx(sum(kept) / len(kept))
+    assert found.hr == pytest.approx(wrong / (wrong + given.count(False)))
+    assert m.crossed_retention_at_hr(scores, right, [True] * 400, 0.1) is None

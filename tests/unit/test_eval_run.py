@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 from eval_targets import ScriptedTarget, TransportError
 
+from rorqual.cli.eval import run as command
 from rorqual.data.tasks import World
 from rorqual.data.tasks.answers import IDK
 from rorqual.data.tasks.base import Item
@@ -111,6 +113,35 @@ def test_failed_transport_is_undecided_and_makes_the_run_invalid(tmp_path: Path)
     assert result["headline"]["STRICT"] == 1.0 and result["undecided"]["worst_case"]["ACC"] == 0.9
     assert result["undecided"]["reasons"] == {"transport: 503: busy": 2}
     assert "Invalid" in result["notes"][0]
+
+
+def test_an_invalid_run_ends_its_command_with_1_and_prints_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = arith()
+    items = items_of(settings)
+    target = ScriptedTarget(items, lambda item: TransportError("503") if item is items[0] else item.gold)
+    with pytest.raises(typer.Exit) as ended:
+        command(settings, target, WORLD, tmp_path, as_json=True, is_shown=False)
+    assert ended.value.exit_code == 1 and not json.loads(capsys.readouterr().out)["valid"]
+
+
+def test_repeat_is_the_share_of_items_whose_answer_changes(tmp_path: Path) -> None:
+    settings = replace(arith(), repeat=3)
+    items = items_of(settings)
+    times: dict[str, int] = {}
+
+    def says(item: Item) -> str | Exception:
+        times[item.id] = times.get(item.id, 0) + 1
+        if item is items[0]:
+            return TransportError("503: busy")  # undecided in each pass, so in none
+        return say(item, "7") if item in items[1:5] and times[item.id] == 3 else item.gold
+
+    result = evaluate(settings, ScriptedTarget(items, says), WORLD, tmp_path).result
+    assert result["headline"]["REPEAT"] == pytest.approx(4 / (len(items) - 1))
+    assert result["n"] == len(items) and all(count == 3 for count in times.values())
+    again = evaluate(settings, ScriptedTarget(items, says), WORLD, tmp_path).result
+    assert again["headline"] == result["headline"] and all(count == 3 for count in times.values())
 
 
 def test_what_our_limit_cut_off_is_undecided_unless_nothing_could_save_it(tmp_path: Path) -> None:

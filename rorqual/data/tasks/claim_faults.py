@@ -48,7 +48,8 @@ def corrupt(
     elif fault == "altered-quote":
         words = fact.sentence.split()
         at = rng.randrange(len(words))
-        words[at] = words[at][:-1] if len(words[at]) > 3 else words[at] + "s"
+        bare = words[at].rstrip(".,")  # a quotation without its last full stop is still exact
+        words[at] = (bare[:-1] if len(bare) > 3 else bare + "s") + words[at][len(bare) :]
         lines[place] = claim_line(fact, quote=" ".join(words))
     else:
         # a value of an attribute of the same person that no source speaks of, or of a person that no source knows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +31,10 @@ class FactsSuite(Suite):
     max_tokens = 160
     sizes = {"tiny": 64, "small": 800, "full": 16_000}
     strata: tuple[str, ...] = ("class", "wording", "attribute", "mode")
-    confidence_ids = ("AUROC", "AUROC_MEAN", "AURC", "E-AURC", "COV@1", "COV@2", "COV@5", "ECE", "BRIER", "LOGLOSS")
+    confidence_ids = (
+        "AUROC", "AUROC_MEAN", "AURC", "E-AURC", "COV@1", "COV@2", "COV@5", "RET@HR1", "RET@HR5", "HR_REAL@1",
+        "HR_REAL@5", "ECE", "BRIER", "LOGLOSS",
+    )  # fmt: skip
 
     def build_family(self) -> FactsFamily:
         return FactsFamily(self.setting.world)
@@ -109,6 +113,12 @@ class FactsSuite(Suite):
         }
         for percent in (1, 2, 5):
             out[f"COV@{percent}"] = Figure(m.coverage_at_risk(s, y, percent / 100))
+        halves = [_half(r.item) for r in scored]
+        kept = [r.item.stratum["class"] in RETAINED for r in scored]
+        for percent in (1, 5):
+            point = m.crossed_retention_at_hr(s, y, halves, percent / 100, kept)
+            out[f"RET@HR{percent}"] = Figure(None if point is None else point.ret)
+            out[f"HR_REAL@{percent}"] = Figure(None if point is None else point.hr)
         if all("mean_logprob" in r.signals for r in scored):
             out["AUROC_MEAN"] = Figure(m.auroc([r.signals["mean_logprob"] for r in scored], y))
         return out
@@ -127,6 +137,13 @@ class FactsSuite(Suite):
 
 def _is_known(item: Item) -> bool:
     return str(item.stratum["class"]).startswith("K")
+
+
+def _half(item: Item) -> bool:
+    """One of two halves, by the person asked about, so that no person's items are in both."""
+    question = str(item.messages[-1]["content"]).rpartition("\n\n")[2]
+    name = (_names(question) or [item.id])[-1]
+    return hashlib.sha256(name.encode()).digest()[0] % 2 == 0
 
 
 def _share(value: float | None, part: float, whole: float) -> Figure:

@@ -91,12 +91,19 @@ def _change(before: Sequence[Record], after: Sequence[Record], price: PriceVecto
         "right_to_not": lost,
         "wrong_to_right": sum(f == "I" and a.score >= 1 for f, a in zip(forced, after, strict=True)),
         "VER": verification_ratio(after),
+        "VER_quantiles": _verification(after),
         "latency_ms": _difference(before, after, lambda record: record.t_total_ms),
         "completion_tokens": _difference(before, after, lambda record: float(_tokens(record)[1])),
     }
     if price != PriceVector():
         out["cost"] = _difference(before, after, lambda record: price.cost(record.usage))
     return out
+
+
+def _verification(records: Sequence[Record]) -> dict[str, float | None]:
+    """The referee's tokens over the generation's, question by question."""
+    ratios = [one.usage.referee_completion / one.usage.completion for one in records if one.usage.completion]
+    return {"p50": _quantile(ratios, 0.5), "p95": _quantile(ratios, 0.95)}
 
 
 def _headline(before: Sequence[Record], after: Sequence[Record]) -> dict[str, float | None]:

@@ -31,9 +31,11 @@ from rorqual.evals.targets.base import TransportError, sha, token_signals
 from rorqual.evals.targets.server import ServerTarget, usage_of
 from rorqual.evals.trial.figures import summarise
 from rorqual.evals.trial.questions import SUITE, VERSION, Question, QuestionSet
-from rorqual.referee import Answer, Asked, Options, Referee, Verdict, read_answer
+from rorqual.referee import Answer, Asked, Options, Referee, Retriever, Verdict, read_answer
 from rorqual.referee.budget import RepairRates
+from rorqual.referee.check_code import CodeRunner
 from rorqual.referee.confidence import CalibratedConfidence
+from rorqual.referee.judge_url import JudgeServer
 
 BARE, REFEREE = "bare", "referee"
 Progress = Callable[[str, int, int], None]
@@ -54,6 +56,10 @@ class TrialSettings:
     constrain: bool = True
     confidence: Callable[[], CalibratedConfidence] | None = None
     confidence_id: str | None = None
+    judge: JudgeServer | None = None
+    code: CodeRunner | None = None
+    retriever: Retriever | None = None
+    sources: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -61,6 +67,7 @@ class TrialSettings:
             "budget": self.options.budget.model_dump(), "sampling": self.sampling.model_dump(),
             "price": asdict(self.price), "fallbacks": list(self.fallbacks), "constrain": self.constrain,
             "confidence_id": self.confidence_id,
+            "judge": None if self.judge is None else f"{self.judge.model} of {self.judge.url}", "sources": self.sources,
         }  # fmt: skip
 
 
@@ -175,8 +182,10 @@ class _Trial:
         calls, verdict, failure = _Calls(self), None, "no answer came"
         sure = None if self.settings.confidence is None else self.settings.confidence()
         judge = Referee(
-            confidence=sure, fallbacks=self.settings.fallbacks, constrain=self.settings.constrain, rates=self.rates
-        )
+            confidence=sure, fallbacks=self.settings.fallbacks, constrain=self.settings.constrain, rates=self.rates,
+            judge=None if self.settings.judge is None else self.settings.judge.judge, code=self.settings.code,
+            retriever=self.settings.retriever,
+        )  # fmt: skip
         try:
             verdict = await judge.judge(Asked(body), options, calls.ask)
         except RequestError as error:
@@ -236,10 +245,12 @@ class _Recorder:
         options = self.trial.settings.options
         policy = Policy(on=True, policy_id=options.policy.id)
         first, further = (calls.usage or [Usage()])[0], calls.usage[1:]
+        own = self.trial.settings.judge is None  # then its calls are among these
+        beside = {} if own or verdict is None else verdict.judging or {}
         usage = first.model_copy(
             update={
-                "referee_prompt": sum(one.prompt for one in further),
-                "referee_completion": sum(one.completion for one in further),
+                "referee_prompt": sum(one.prompt for one in further) + beside.get("prompt_tokens", 0),
+                "referee_completion": sum(one.completion for one in further) + beside.get("completion_tokens", 0),
             }
         )
         if verdict is None:

@@ -1,6 +1,9 @@
 """The other checks: format, JSON content, copies, arithmetic, citations, completion claims."""
 
+import asyncio
 import json
+import random
+import threading
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,9 +12,10 @@ import pytest
 
 from rorqual.referee import Answer, Asked, Call, Evidence, Options, Policy
 from rorqual.referee.audit import without_secrets
-from rorqual.referee.check import Checked, check_answer
+from rorqual.referee.check import LARGE, Checked, check_answer, check_answer_beside
 from rorqual.referee.check_arith import evaluate
-from rorqual.referee.check_copy import check_copy, edit_distance
+from rorqual.referee.check_copy import check_copy
+from rorqual.referee.identifiers import IDENTIFIER, Identifiers, _siblings, edit_distance
 from rorqual.referee.policy import PROFILES
 from rorqual.referee.reasons import BY_CODE, REASONS
 
@@ -250,3 +254,48 @@ def test_a_conversation_that_is_odd_fails_no_check(made: Any):
     asked = Asked({"messages": [odd, {"role": "user", "content": [{"type": "text", "text": "Is it done?"}]}]})
     found = check_answer(asked, Answer("It is done.", finish="stop"), Options("annotate", Policy(), ("done",)))
     assert "check_failed" not in {one.code for one in found.findings}
+
+
+def test_the_nearest_identifier_is_that_of_comparing_all():
+    draw = random.Random(7)
+    names = ["".join(draw.choice("ab12") for _ in range(draw.randint(5, 14))) + f"_{i % 7}x" for i in range(300)]
+    text = " ".join(names)
+    known = list(dict.fromkeys(match[0] for match in IDENTIFIER.finditer(text)))
+    for name in names[:60]:
+        at = draw.randrange(len(name))
+        word = name[:at] + draw.choice("ab12_x") + name[at + draw.randint(0, 1) :]
+        if word in text or len(word) < 6 or (match := IDENTIFIER.fullmatch(word)) is None:
+            continue
+        kind, most = match.lastgroup or "", 2 if len(word) >= 8 else 1
+        distances = {one: edit_distance(word, one, most) for one in known if not _siblings(word, one, kind)}
+        found = Identifiers(text).nearest(word, kind)
+        nearest = min(distances.values())
+        assert found == (next(one for one in known if distances.get(one) == nearest) if nearest <= most else None)
+
+
+def test_long_numbers_beside_other_identifiers_fail_no_check():
+    found = checked(asked="order A80341255", calls=reading("80341256"))
+    assert "check_failed" not in {one.code for one in found.findings}
+
+
+def test_large_texts_are_checked_beside_the_event_loop():
+    async def both() -> tuple[set[str], Checked]:
+        threads = set[str]()
+        asked = Asked({"messages": [{"role": "user", "content": "whales " * LARGE}]})
+        asked.__dict__["context"] = Noting(threads, asked.context)
+        return threads, await check_answer_beside(
+            asked, Answer("see a1b2-c3d4", finish="stop"), Options("annotate", Policy())
+        )
+
+    class Noting(str):
+        def __new__(cls, threads: set[str], text: str) -> "Noting":
+            made = super().__new__(cls, text)
+            made.threads = threads  # type: ignore[attr-defined]
+            return made
+
+        def __contains__(self, word: object) -> bool:
+            self.threads.add(threading.current_thread().name)  # type: ignore[attr-defined]
+            return super().__contains__(word)  # type: ignore[operator]
+
+    threads, found = asyncio.run(both())
+    assert not found.standing and threads and threading.current_thread().name not in threads

@@ -462,7 +462,7 @@ def test_halves_of_characters_do_no_harm():
 @pytest.mark.parametrize("given, param", [
     ({"mood": 1}, "referee.mood"), ({"mode": "observe"}, "referee.mode"),
     ({"checks": ["spelling"]}, "referee.checks.0"),
-    ({"checks": ["claims"]}, "referee.checks"), ({"budget": {"rounds": 1}}, "referee.budget.rounds"),
+    ({"checks": ["code"]}, "referee.checks"), ({"budget": {"rounds": 1}}, "referee.budget.rounds"),
     ({"budget": {"max_rounds": -1}}, "referee.budget.max_rounds"), ({"profile": "brave"}, "referee.profile"),
     ({"profile": {"brave": 1}}, "referee.profile"), ({"stream": "annotate_after"}, "referee.stream"),
     ({"pins": [[0, 4]]}, "referee.pins"), ({"evidence": [{"id": "a", "uri": "file:///x"}]}, "referee.evidence[0]"),
