@@ -14,7 +14,7 @@ from rorqual.sizes import parse_tokens
 
 if TYPE_CHECKING:
     from rorqual.planner.cache import CacheRows
-    from rorqual.planner.inventory import WeightFormat
+    from rorqual.planner.tensors import WeightFormat
 
 WORK, MACHINE, PRICE = "What is asked", "Machine", "Price"
 

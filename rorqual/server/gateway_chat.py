@@ -24,7 +24,7 @@ from rorqual.server.accounts import account_of
 from rorqual.server.errors import ClientGone, error_body
 from rorqual.server.gateway_relay import Meter, admit
 from rorqual.server.gateway_wire import UpstreamRefusal, encode
-from rorqual.server.streams import DONE, KEEP_ALIVE, gone, sse, whole_answer
+from rorqual.server.sse import DONE, KEEP_ALIVE, gone, sse, whole_answer
 
 if TYPE_CHECKING:
     from rorqual.server.gateway import Gateway
