@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from rorqual import log
 from rorqual.referee.answer import Answer, Asked
@@ -36,6 +38,18 @@ class Checked:
     @property
     def is_repaired(self) -> bool:
         return any(one.status == "repaired" for one in self.findings)
+
+
+BIG: Final = 32_768
+"""Characters of a conversation and an answer from which on checks get a thread of their own."""
+
+
+async def check_beside(asked: Asked, answer: Answer, options: Options) -> Checked:
+    """As `check_answer`; where there is much to read in a thread, so that other requests go on meanwhile."""
+    written = len(answer.content or "") + sum(len(call.arguments) for call in answer.calls)
+    if asked.num_characters + written < BIG:
+        return check_answer(asked, answer, options)
+    return await asyncio.to_thread(check_answer, asked, answer, options)
 
 
 def check_answer(asked: Asked, answer: Answer, options: Options) -> Checked:

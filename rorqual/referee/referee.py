@@ -10,7 +10,7 @@ from typing import Any
 from rorqual.errors import RequestError
 from rorqual.referee.answer import Answer, Asked
 from rorqual.referee.budget import RepairRates, Spending, add_usage
-from rorqual.referee.check import Checked, check_answer
+from rorqual.referee.check import Checked, check_beside
 from rorqual.referee.check_format import INTERRUPTED
 from rorqual.referee.decide import Action, Situation, decide
 from rorqual.referee.hooks import Confidence, Retriever, request_fields
@@ -76,9 +76,9 @@ class Referee:
         self._fallbacks, self._constrain = tuple(fallbacks), constrain
         self.rates = rates or RepairRates()
 
-    def look(self, asked: Asked, answer: Answer, options: Options) -> Verdict:
+    async def look(self, asked: Asked, answer: Answer, options: Options) -> Verdict:
         """What the checks find in an answer that goes out as it is (mode observe). No model is called."""
-        checked = check_answer(asked, answer, options)
+        checked = await check_beside(asked, answer, options)
         case = _Case(asked, options, _nobody, Spending(options.budget), usage=_plain_usage(answer))
         word: Word = "flagged" if checked.standing or checked.is_repaired else "pass"
         return self._verdict(case, _Candidate(checked, None, (0, 0)), word, answer)
@@ -130,7 +130,7 @@ class Referee:
     async def _candidate(self, case: _Case, answer: Answer, usage: tuple[int, int], sent: str) -> _Candidate:
         if sent and len(case.candidates):
             answer = replace(answer, content=sent)  # what the client has stays; only the calls are new
-        checked = check_answer(case.asked, answer, case.options)
+        checked = await check_beside(case.asked, answer, case.options)
         p = None
         wants = "abstain" in case.options.checks and self._confidence is not None
         if wants and not checked.standing and not checked.answer.calls:
@@ -246,7 +246,7 @@ class Referee:
             return self._verdict(case, candidate, "blocked", _blocked(checked, sent))
         if action.kind == "REJECT-DONE" and mode == "enforce":
             text = "This is not accepted as done. " + _list(checked.findings)
-            return self._verdict(case, candidate, "blocked", replace(checked.answer, content=text))
+            return self._verdict(case, candidate, "blocked", replace(checked.answer, content=text, raw={}, deltas=()))
         if action.kind == "ABSTAIN" and mode == "enforce":
             return self._verdict(case, candidate, "abstained", _abstention(checked, case.asked))
         if action.kind == "ERROR":
@@ -336,4 +336,5 @@ def _abstention(checked: Checked, asked: Asked) -> Answer:
         else "I do not know this surely enough: nothing in what I was given supports an answer."
     )
     text = f"{missing} Send a source that answers it, or ask for one part of it at a time."
-    return replace(checked.answer, content=text, calls=(), finish="stop", logprobs=None)
+    # nothing of the answer goes out with it, sound or annotations neither
+    return replace(checked.answer, content=text, calls=(), finish="stop", logprobs=None, raw={}, deltas=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Coroutine, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -17,11 +17,32 @@ from rorqual.server.errors import ClientGone, error_body
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
 
+Result = TypeVar("Result")
+
 
 async def gone(http: HttpRequest) -> None:
     """Return when the client has closed the connection."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is ended where it stands when the client goes away first.
+
+    Raises: ClientGone then; RequestError 503 where the work was ended by the server; what `work` raises.
+    """
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(gone(http))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        if task.cancelled():
+            raise RequestError("The gateway is going away. Send it again.", status=503, type="server_error")
+        return task.result()
+    finally:
+        for one in (task, watcher):
+            one.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)  # nothing of it runs on behind the answer
 
 
 def sse(data: Mapping[str, Any]) -> str:

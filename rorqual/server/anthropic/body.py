@@ -76,7 +76,7 @@ class MessageBody:
         }
 
     def _beside(self, beside: Mapping[str, Any]) -> dict[str, Any]:
-        edits = {"context_management": {"applied_edits": []}} if self._edits_history else {}
+        edits: dict[str, Any] = {"context_management": {"applied_edits": []}} if self._edits_history else {}
         return {**beside, **edits}
 
 
