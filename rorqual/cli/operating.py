@@ -12,8 +12,8 @@ if TYPE_CHECKING:  # it brings torch, which takes seconds to import
     from rorqual.ledger import Ledger
     from rorqual.server import Behaviour
     from rorqual.server.dashboard import Dashboard
+    from rorqual.server.listen import Certificate
     from rorqual.server.operations import Operations
-    from rorqual.server.run import Certificate
 
 ACCOUNTS = "Accounts"
 
@@ -219,7 +219,7 @@ def open_ledger(path: Path | None) -> "Ledger | None":
 
 def certificate(cert_file: Path | None, key_file: Path | None) -> "Certificate | None":
     """Raises: ConfigError when the files do not load, or there is a key without a certificate."""
-    from rorqual.server.run import Certificate
+    from rorqual.server.listen import Certificate
 
     if cert_file is None:
         if key_file is not None:

@@ -15,7 +15,7 @@ from rorqual.sizes import parse_tokens
 if TYPE_CHECKING:
     from rorqual.planner.adapters import AdapterPlan
     from rorqual.planner.cache import CacheRows
-    from rorqual.planner.inventory import WeightFormat
+    from rorqual.planner.tensors import WeightFormat
 
 WORK, MACHINE, PRICE, TRAINING = "What is asked", "Machine", "Price", "Adapters"
 

@@ -51,6 +51,7 @@ from rorqual.errors import ConfigError
 from rorqual.sizes import parse_bytes
 
 if TYPE_CHECKING:
+    from rorqual.referee import Continuity
     from rorqual.referee.confidence import CalibratedConfidence
 
 ROUNDS, RECORD = "Asking again", "Record"
@@ -157,6 +158,25 @@ def stand(
             rich_help_panel=JUDGING,
         ),
     ] = "rethink",
+    continuity: Annotated[
+        str | None,
+        typer.Option(
+            "--continuity",
+            metavar="FOLDER|memory",
+            help="Where that is kept, encrypted; in your data folder otherwise.",
+            show_default=False,
+            rich_help_panel=RECORD,
+        ),
+    ] = None,
+    continuity_size: Annotated[
+        str, typer.Option("--continuity-size", help="Most of it.", rich_help_panel=RECORD)
+    ] = "256MiB",
+    continuity_hours: Annotated[
+        float,
+        typer.Option(
+            "--continuity-hours", min=0.01, help="Unused for so long, it is forgotten.", rich_help_panel=RECORD
+        ),
+    ] = 168.0,
     journal: Annotated[
         Path | None,
         typer.Option("--journal", help="Folder of the record; in your data folder otherwise.", rich_help_panel=RECORD),
@@ -209,7 +229,7 @@ def stand(
         return
     require_server()
     from rorqual.folders import data_folder
-    from rorqual.referee import Continuity, Options, Referee, load_policy
+    from rorqual.referee import Options, Referee, load_policy
     from rorqual.referee.audit import Audit
     from rorqual.referee.policy import BudgetBody
     from rorqual.server.gateway import Gateway
@@ -228,6 +248,8 @@ def stand(
         )
     if journal is not None and no_journal:
         raise ConfigError("--journal names a folder and --no-journal says that there is none. Leave one of them out.")
+    if not keep_reasoning and continuity is not None:
+        raise ConfigError("--continuity says where reasoning is kept and --no-keep-reasoning that it is not. Choose.")
     operations = build_operations(
         api_keys=api_key,
         key_file=key_file,
@@ -267,7 +289,9 @@ def stand(
         options,
         decides,
         audit,
-        Threads(Continuity() if keep_reasoning else None, missing_reasoning),
+        Threads(
+            _continuity(continuity, continuity_size, continuity_hours) if keep_reasoning else None, missing_reasoning
+        ),
         operations,
         dashboard=dashboard,
     )
@@ -293,6 +317,19 @@ def stand(
         for one in (runner, judges):
             if one is not None:
                 one.close()
+
+
+def _continuity(where: str | None, size: str, hours: float) -> "Continuity":
+    """Raises: ConfigError for a folder that cannot be used, MissingExtraError."""
+    most = parse_bytes(size, "--continuity-size")
+    if where == "memory":
+        from rorqual.referee import Continuity
+
+        return Continuity(most, hours * 3600)
+    from rorqual.folders import data_folder
+    from rorqual.referee.continuity_disk import DiskContinuity
+
+    return DiskContinuity(data_folder() / "continuity" if where is None else Path(where), most, hours * 3600)
 
 
 def _confidence(file: Path | None, model: str | None, upstream: str, profile: str) -> "CalibratedConfidence | None":

@@ -13,9 +13,9 @@ if TYPE_CHECKING:  # it brings torch, which takes seconds to import
     from rorqual.cli.elsewhere import Elsewhere
     from rorqual.engine import EngineSettings
     from rorqual.server.dashboard import Dashboard
+    from rorqual.server.listen import Certificate
     from rorqual.server.logs import Style
     from rorqual.server.operations import Operations
-    from rorqual.server.run import Certificate
     from rorqual.server.service import Behaviour
     from rorqual.server.upstream import UpstreamSettings
 
@@ -59,7 +59,7 @@ def start(
     from rorqual.ops import native
     from rorqual.server import run
     from rorqual.server.auth import check_exposure
-    from rorqual.server.run import bind
+    from rorqual.server.listen import bind
 
     if operations is not None:
         check_exposure(host, operations.accounts.gatekeeper)

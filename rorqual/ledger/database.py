@@ -1,4 +1,4 @@
-"""The file that keys, budgets and usage are kept in: SQLite with a write-ahead log, shared by any number of processes.
+"""Files that any number of processes share: SQLite with a write-ahead log. `LEDGER` is one: keys, budgets, usage.
 
 A transaction is short and takes the write lock at once, so what it read still holds when it writes. A process may be
 killed at any moment: what was committed stays, what was not is as if it had never begun. Amounts of money are whole
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rorqual.errors import ConfigError
@@ -22,7 +23,7 @@ WAIT_S = 30
 """Longest wait for another process that writes."""
 
 VERSION = 1
-SCHEMA = """
+_KEYS_AND_USAGE = """
 CREATE TABLE keys (
     name TEXT PRIMARY KEY,
     digest BLOB NOT NULL UNIQUE,      -- SHA-256 of the key, which itself is nowhere
@@ -74,6 +75,28 @@ CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a file holds. name: for errors. tables: SQL, a statement up to each `;` at a line's end. advice: what to do
+    where a file cannot be used, and elsewhere: where its version is another.
+    """
+
+    name: str
+    version: int
+    tables: str
+    advice: str
+    elsewhere: str
+
+
+LEDGER = Form(
+    "ledger",
+    VERSION,
+    _KEYS_AND_USAGE,
+    "Give the server a file it may write, with --ledger FILE, or run it with --no-ledger.",
+    "name another file with --ledger",
+)
+
+
 def default_path() -> Path:
     """`ledger.sqlite` in the user's data folder: $RORQUAL_HOME, $XDG_DATA_HOME/rorqual, or ~/.local/share/rorqual."""
     return data_folder() / "ledger.sqlite"
@@ -95,12 +118,12 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 class Database:
     """Two connections, one to write and one to read, which threads take in turns.
 
-    path: None keeps everything in memory, for this process alone.
+    path: None keeps everything in memory, for this process alone. form: what it holds.
     Raises: ConfigError when the file cannot be used.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None, form: Form = LEDGER) -> None:
+        self.path, self._form = path, form
         self._writing, self._reading = threading.Lock(), threading.Lock()
         try:
             if path is not None:
@@ -115,10 +138,7 @@ class Database:
             with self.transaction() as rows:
                 self._prepare(rows)
         except (OSError, sqlite3.Error) as error:
-            raise ConfigError(
-                f"the ledger {path} cannot be used: {error}. Give the server a file it may write, with --ledger FILE, "
-                "or run it with --no-ledger."
-            ) from error
+            raise ConfigError(f"the {form.name} {path} cannot be used: {error}. {form.advice}") from error
 
     @contextmanager
     def transaction(self, *, outlives_power: bool = True) -> Iterator[sqlite3.Connection]:
@@ -154,13 +174,13 @@ class Database:
     def _prepare(self, rows: sqlite3.Connection) -> None:
         version = rows.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
-            for statement in SCHEMA.split(";\n"):
+            for statement in self._form.tables.split(";\n"):
                 rows.execute(statement)
-            rows.execute(f"PRAGMA user_version = {VERSION}")
-        elif version != VERSION:
+            rows.execute(f"PRAGMA user_version = {self._form.version}")
+        elif version != self._form.version:
             raise ConfigError(
-                f"the ledger {self.path} has version {version}, and this Rorqual reads version {VERSION}. "
-                "Use the Rorqual that wrote it, or name another file with --ledger."
+                f"the {self._form.name} {self.path} has version {version}, and this Rorqual reads version "
+                f"{self._form.version}. Use the Rorqual that wrote it, or {self._form.elsewhere}."
             )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from rorqual.config import ModelConfig
 from rorqual.planner.flops import mean_min
-from rorqual.planner.inventory import Inventory, inventory
+from rorqual.planner.tensors import Inventory, inventory
 from rorqual.planner.work import Experts, Operations, WeightBytes, Work, count_products, experts_of, weight_bytes
 
 FP8_SCALE_BYTES = 4 / 128**2

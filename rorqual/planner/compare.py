@@ -11,10 +11,10 @@ from typing import Any
 from rorqual.config import ModelConfig
 from rorqual.planner.bounds import Resource
 from rorqual.planner.hardware import find_machine
-from rorqual.planner.inventory import inventory
 from rorqual.planner.plan import RESERVE, Costs, Workload, fit
 from rorqual.planner.prices import price_at
 from rorqual.planner.report import claims
+from rorqual.planner.tensors import inventory
 from rorqual.planner.work import V4
 
 _PICOS = 1e6

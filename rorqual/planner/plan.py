@@ -22,8 +22,8 @@ from rorqual.planner.bounds import (
 )
 from rorqual.planner.cache import CacheRows
 from rorqual.planner.hardware import Machine
-from rorqual.planner.inventory import Inventory, WeightFormat, inventory
 from rorqual.planner.report import fp8_equivalent
+from rorqual.planner.tensors import Inventory, WeightFormat, inventory
 from rorqual.planner.work import V4, Network, WeightBytes, Work
 
 RESERVE = 0.1

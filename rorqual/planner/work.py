@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 from rorqual.config import ModelConfig
 from rorqual.planner.cache import CacheRows, released_rows
 from rorqual.planner.flops import attention_keys, mean_entries, mixing_flops, per_key_flops
-from rorqual.planner.inventory import Inventory, inventory
+from rorqual.planner.tensors import Inventory, inventory
 
 NumberFormat = Literal["fp4", "fp8", "bf16"]
 PACKED_DTYPES = ("I8", "F8_E4M3")

@@ -6,19 +6,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 from rorqual.errors import RequestError
 from rorqual.referee.identifiers import Identifiers
 
+_OUTPUTS: Final = ("audio", "image", "images", "video")
+TEXT_OF: Final = {"function": "arguments", "custom": "input"}
+"""Kinds of calls, and what of each holds the text that the model wrote."""
+
 
 @dataclass(frozen=True)
 class Call:
-    """A tool call. arguments: its text as the model wrote it."""
+    """A tool call. arguments: its text as the model wrote it. kind: `custom` for one that takes free text."""
 
     id: str | None
     name: str | None
     arguments: str
+    kind: str = "function"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,12 @@ class Answer:
     refusal: str | None = None
     had_plain_arguments: bool = False
     logprobs: Any = None  # whatever the server sent
+    deltas: tuple[Mapping[str, Any], ...] = ()
+    """Of a stream, fields of its deltas that nobody here reads, as they came."""
+    reasoning_name: str = "reasoning_content"
+    """What the server calls the reasoning."""
+    is_legacy: bool = False
+    """Its call came as `function_call`, as requests with `functions` are answered."""
     source: Mapping[str, Any] | None = None
 
     def with_calls(self, calls: Sequence[Call]) -> Answer:
@@ -51,6 +62,12 @@ class Answer:
         )
 
     @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """Fields besides content and calls that hold an answer."""
+        names = (name for part in (self.raw, *self.deltas) for name, value in part.items() if value)
+        return tuple(dict.fromkeys(name for name in names if name in _OUTPUTS))
+
+    @property
     def same(self) -> tuple[Any, ...]:
         """What makes two answers equal for those who ask."""
         return self.content or "", tuple((call.name, call.arguments) for call in self.calls), self.finish
@@ -61,10 +78,12 @@ class Answer:
             return dict(self.source)
         message: dict[str, Any] = {"role": "assistant", "content": self.content, **self.raw}
         if self.reasoning is not None:
-            message["reasoning_content"] = self.reasoning
+            message[self.reasoning_name] = self.reasoning
         if self.refusal is not None:
             message["refusal"] = self.refusal
-        if self.calls:
+        if self.is_legacy and len(self.calls) == 1:
+            message["function_call"] = call_body(self.calls[0])["function"]
+        elif self.calls:
             message["tool_calls"] = [call_body(call) for call in self.calls]
         return message
 
@@ -77,7 +96,7 @@ def _parts(answer: Answer) -> tuple[Any, ...]:
 
 def call_body(call: Call) -> dict[str, Any]:
     """A call as chat completions have it."""
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    return {"id": call.id, "type": call.kind, call.kind: {"name": call.name, TEXT_OF[call.kind]: call.arguments}}
 
 
 _KNOWN = {"role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal"}
@@ -103,23 +122,25 @@ def read_answer(body: Any) -> Answer:  # Any: whatever JSON holds
 def read_message(message: Any, finish: Any, usage: Any = None, logprobs: Any = None) -> Answer:
     """An assistant message; calls of the older shape (`function_call`) are read as calls."""
     given = message.get("tool_calls")
-    if not given and message.get("function_call"):
+    is_legacy = not given and bool(message.get("function_call"))
+    if is_legacy:
         given = [{"id": None, "type": "function", "function": message["function_call"]}]
     calls, plain = [], False
     for one in given or ():
-        function = one.get("function") if isinstance(one, Mapping) else None
+        kind = "custom" if isinstance(one, Mapping) and one.get("type") == "custom" else "function"
+        function = one.get(kind) if isinstance(one, Mapping) else None
         function = function if isinstance(function, Mapping) else {}
-        arguments = function.get("arguments")
+        arguments = function.get(TEXT_OF[kind])
         if arguments is None:
             arguments = ""
         elif not isinstance(arguments, str):  # some servers send the object itself
             arguments, plain = json.dumps(arguments, ensure_ascii=False), True
         name, call_id = function.get("name"), one.get("id") if isinstance(one, Mapping) else None
         call_id, name = (one if isinstance(one, str) else None for one in (call_id, name))
-        calls.append(Call(whole_characters(call_id), whole_characters(name), whole_characters(arguments) or ""))
-    reasoning = message.get("reasoning_content")
-    if reasoning is None:
-        reasoning = message.get("reasoning")
+        calls.append(Call(whole_characters(call_id), whole_characters(name), whole_characters(arguments) or "", kind))
+    reasoning, reasoning_name = message.get("reasoning_content"), "reasoning_content"
+    if reasoning is None and message.get("reasoning") is not None:
+        reasoning, reasoning_name = message["reasoning"], "reasoning"
     return Answer(
         content=whole_characters(_text(message.get("content"))),
         reasoning=whole_characters(reasoning if isinstance(reasoning, str) else None),
@@ -130,6 +151,8 @@ def read_message(message: Any, finish: Any, usage: Any = None, logprobs: Any = N
         refusal=message.get("refusal"),
         had_plain_arguments=plain,
         logprobs=logprobs,
+        reasoning_name=reasoning_name,
+        is_legacy=is_legacy,
         source=message if _is_text(message) else None,
     )
 
@@ -179,16 +202,40 @@ class Asked:
     def functions(self) -> dict[str, Mapping[str, Any]]:
         """The tools by name; those of other shapes are left out."""
         found: dict[str, Mapping[str, Any]] = {}
-        tools = self.body.get("tools")
-        for tool in tools if isinstance(tools, list) else ():
-            function = tool.get("function") if isinstance(tool, Mapping) else None
+        tools, older = self.body.get("tools"), self.body.get("functions")
+        given = [one.get("function") for one in _mappings(tools)] or _mappings(older)
+        for function in given:
             if isinstance(function, Mapping) and isinstance(function.get("name"), str):
                 found[function["name"]] = function
         return found
 
     @property
+    def is_legacy(self) -> bool:
+        """Whether tools are `functions`, so that a call is answered as `function_call`."""
+        return bool(self.body.get("functions")) and not self.body.get("tools")
+
+    @cached_property
+    def custom(self) -> frozenset[str]:
+        """Names of the tools that take free text."""
+        inner = [one.get("custom") for one in _mappings(self.body.get("tools"))]
+        return frozenset(one["name"] for one in inner if isinstance(one, Mapping) and isinstance(one.get("name"), str))
+
+    @property
+    def tool_choice(self) -> Any:
+        """Which call is asked for; the older `function_call` is read as one."""
+        choice = self.body.get("tool_choice", self.body.get("function_call"))
+        if isinstance(choice, Mapping) and "name" in choice and "type" not in choice:
+            return {"type": "function", "function": choice}
+        return choice
+
+    @cached_property
+    def num_characters(self) -> int:
+        """About how much there is to read, without reading it."""
+        return sum(_length(one.get("content")) + _length(one.get("tool_calls")) for one in self.messages)
+
+    @property
     def may_call(self) -> bool:
-        return bool(self.functions) and self.body.get("tool_choice") != "none"
+        return bool(self.functions) and self.tool_choice != "none"
 
     @cached_property
     def schema(self) -> tuple[bool, Any]:
@@ -225,6 +272,18 @@ class Asked:
             if message.get("role") == "user":
                 return _text(message.get("content")) or ""
         return ""
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
+
+
+def _length(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_length, value.values()))
+    return sum(map(_length, value)) if isinstance(value, list) else 0
 
 
 def _strings(value: Any) -> list[str]:

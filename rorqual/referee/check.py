@@ -22,9 +22,6 @@ from rorqual.referee.reasons import Finding, failed
 
 logger = log.get(__name__)
 
-LARGE: Final = 32_768
-"""Characters of conversation and answer from which the checks run in a thread, so that others are served meanwhile."""
-
 
 @dataclass(frozen=True)
 class Checked:
@@ -49,6 +46,18 @@ class Checked:
         return any(one.status == "repaired" for one in self.findings)
 
 
+BIG: Final = 32_768
+"""Characters of a conversation and an answer from which on checks get a thread of their own."""
+
+
+async def check_beside(asked: Asked, answer: Answer, options: Options) -> Checked:
+    """As `check_answer`; where there is much to read in a thread, so that other requests go on meanwhile."""
+    written = len(answer.content or "") + sum(len(call.arguments) for call in answer.calls)
+    if asked.num_characters + written < BIG:
+        return check_answer(asked, answer, options)
+    return await asyncio.to_thread(check_answer, asked, answer, options)
+
+
 def check_answer(asked: Asked, answer: Answer, options: Options) -> Checked:
     """Run the checks the options ask for. No model is called and nothing is executed.
 
@@ -60,14 +69,6 @@ def check_answer(asked: Asked, answer: Answer, options: Options) -> Checked:
         logger.exception("a check failed")
         says = f"the referee failed to check this answer ({type(error).__name__}); its log has the trace"
         return Checked(answer, (failed("check_failed", says),), {})
-
-
-async def check_answer_beside(asked: Asked, answer: Answer, options: Options) -> Checked:
-    """As `check_answer`, in a thread where the texts are large, so that the event loop is not held up."""
-    size = len(asked.context) + len(answer.content or "") + sum(len(call.arguments) for call in answer.calls)
-    if size < LARGE:
-        return check_answer(asked, answer, options)
-    return await asyncio.to_thread(check_answer, asked, answer, options)
 
 
 def _check(asked: Asked, answer: Answer, options: Options) -> Checked:

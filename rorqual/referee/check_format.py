@@ -33,7 +33,9 @@ def check_format(asked: Asked, answer: Answer) -> tuple[Answer, list[Finding]]:
     answer = _calls_as_text(asked, answer, found)
     answer = _control_tokens(asked, answer, found)
     answer = _finish(asked, answer, found)
-    if not (answer.content or "").strip() and not answer.calls and not answer.refusal:
+    if answer.elsewhere:
+        found.append(failed("not_judged", f"what it says in {', '.join(answer.elsewhere)} was not looked at"))
+    elif not (answer.content or "").strip() and not answer.calls and not answer.refusal:
         full = bool((answer.reasoning or "").strip())
         if answer.finish != "content_filter":
             says = "it holds reasoning and no answer" if full else "it is empty"
@@ -92,8 +94,10 @@ def _calls_as_text(asked: Asked, answer: Answer, found: list[Finding]) -> Answer
     if not calls:
         return answer
     found.append(repaired("calls_in_content", f"{len(calls)} calls written as text were taken out of the content"))
-    finish = "tool_calls" if answer.finish in ("stop", None) else answer.finish
-    return replace(answer, content=rest.strip() or None, calls=tuple(calls), finish=finish)
+    is_legacy = asked.is_legacy and len(calls) == 1
+    called = "function_call" if is_legacy else "tool_calls"
+    finish = called if answer.finish in ("stop", None) else answer.finish
+    return replace(answer, content=rest.strip() or None, calls=tuple(calls), finish=finish, is_legacy=is_legacy)
 
 
 def _hermes(text: str, asked: Asked) -> Call | None:
@@ -162,8 +166,9 @@ def _finish(asked: Asked, answer: Answer, found: list[Finding]) -> Answer:
     elif finish not in FINISHES:
         found.append(failed("finish_inconsistent", f"it ended with the unknown reason {finish!r}"))
     elif answer.calls and finish == "stop":
-        found.append(repaired("finish_inconsistent", "finish_reason `stop` set to `tool_calls`, since there are calls"))
-        return replace(answer, finish="tool_calls")
+        called = "function_call" if asked.is_legacy and answer.is_legacy else "tool_calls"
+        found.append(repaired("finish_inconsistent", f"finish_reason `stop` set to `{called}`, since there are calls"))
+        return replace(answer, finish=called)
     elif not answer.calls and finish in ("tool_calls", "function_call"):
         if (answer.content or "").strip() and not _was_a_call(found):
             found.append(
@@ -171,7 +176,7 @@ def _finish(asked: Asked, answer: Answer, found: list[Finding]) -> Answer:
             )
             return replace(answer, finish="stop")
         found.append(failed("finish_inconsistent", "it says that it calls tools, and there are no calls"))
-    elif finish == "function_call":
+    elif finish == "function_call" and not (asked.is_legacy and answer.is_legacy):
         return replace(answer, finish="tool_calls")
     return answer
 

@@ -57,7 +57,10 @@ def check_tools(asked: Asked, answer: Answer, policy: Policy) -> tuple[Answer, l
         calls.append(state.call)
     if answer.had_plain_arguments:
         found.append(repaired("arguments_stringified", "arguments sent as an object were written as JSON text"))
-    calls = _distinct_ids(calls, found)
+    if answer.is_legacy and not asked.is_legacy:  # the request has `tools`, and clients then look for calls
+        answer = replace(answer, is_legacy=False)
+    if not answer.is_legacy:
+        calls = _distinct_ids(calls, found)
     _check_together(asked, calls, found)
     return (answer if tuple(calls) == answer.calls else answer.with_calls(calls)), found
 
@@ -75,6 +78,12 @@ def _checked_value(state: _State, asked: Asked, policy: Policy, *, cut: bool) ->
     if not state.call.name:
         state.fail("call_malformed", "it has no name, so nobody knows what it calls")
         return _UNREADABLE
+    if state.call.kind == "custom":
+        if state.call.name in asked.custom:
+            state.found.append(failed("not_judged", f"{state.label}: its free text was not looked at"))
+        else:
+            state.fail("tool_unknown", "there is no custom tool of that name")
+        return state.call.arguments
     if not asked.functions:
         state.fail("call_unwanted", "the request has no tools")
         return _plain_value(state.call.arguments)
@@ -236,7 +245,7 @@ def _distinct_ids(calls: Sequence[Call], found: list[Finding]) -> list[Call]:
 
 def _check_together(asked: Asked, calls: Sequence[Call], found: list[Finding]) -> None:
     """What `tool_choice` and `parallel_tool_calls` ask, and calls that stand there twice."""
-    choice = asked.body.get("tool_choice")
+    choice = asked.tool_choice
     names = [call.name for call in calls]
     if choice == "none" and calls:
         found.append(failed("call_unwanted", "tool_choice is `none`; answer with text and call nothing"))

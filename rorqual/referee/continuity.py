@@ -51,7 +51,9 @@ class Restored:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Kept:
+    """What is kept of an answer. used: when it was last asked for. arguments: of its calls, as they were spelled."""
+
     used: float
     reasoning: str | None
     calls: tuple[Parameters, ...]
@@ -68,7 +70,7 @@ class _Kept:
 
 
 class Continuity:
-    """Remembers reasoning and calls per assistant message, in memory only.
+    """Remembers reasoning and calls per assistant message, in memory; `continuity_disk.py` does on disk.
 
     max_bytes: most text kept; the least recently used goes first. expires_s: unused for so long, it is forgotten.
     Thread-safe.
@@ -78,9 +80,12 @@ class Continuity:
         self, max_bytes: int = 64 << 20, expires_s: float = 24 * 3600.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._max_bytes, self._expires_s, self._clock = max_bytes, expires_s, clock
-        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # least recently used first
+        self._kept: OrderedDict[bytes, Kept] = OrderedDict()  # least recently used first
         self._nbytes = 0
         self._lock = threading.Lock()
+
+    is_on_disk = False
+    """Whether its calls read and write a file, and so have to stay off an event loop."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -109,10 +114,7 @@ class Continuity:
         if reasoning is None and not sampled and not arguments or not (calls or _text(answer).strip()):
             return
         with self._lock:
-            for key in _keys(owner, before, answer):
-                self._drop(key)
-                self._kept[key] = _Kept(self._clock(), reasoning, tuple(sampled), arguments)
-                self._nbytes += len(key) + self._kept[key].nbytes
+            self._keep(_keys(owner, before, answer), Kept(self._clock(), reasoning, tuple(sampled), arguments))
             self._forget_old()
 
     def restore(self, owner: str, messages: Sequence[Message], thinking: bool = True) -> Restored:
@@ -145,7 +147,17 @@ class Continuity:
                     (missing if reasoning is None else restored).append(i)
         return Restored(out, tuple(restored), tuple(missing), tuple(as_sampled))
 
-    def _find(self, keys: Sequence[bytes]) -> _Kept | None:
+    def close(self) -> None:
+        """Give back what it holds open."""
+
+    def _keep(self, keys: Sequence[bytes], kept: Kept) -> None:
+        """Under each of the keys, in the place of what was there."""
+        for key in keys:
+            self._drop(key)
+            self._kept[key] = kept
+            self._nbytes += len(key) + kept.nbytes
+
+    def _find(self, keys: Sequence[bytes]) -> Kept | None:
         """What is kept under the surest of the keys; all of them are used now."""
         known = [key for key in keys if key in self._kept]
         for key in reversed(known):

@@ -72,7 +72,7 @@ def with_sentences(answer: Answer, findings: Sequence[Finding], reply: Answer) -
         assert one.span is not None
         line = "" if _NOTHING.match(lines[number]) else lines[number]
         content = _spliced(content, one.span, line)
-    return replace(answer, content=content, usage=reply.usage, logprobs=None)
+    return replace(answer, content=content, usage=reply.usage, logprobs=None, raw={}, deltas=())
 
 
 def without_claims(answer: Answer, findings: Sequence[Finding]) -> Answer | None:
@@ -86,7 +86,7 @@ def without_claims(answer: Answer, findings: Sequence[Finding]) -> Answer | None
         return None
     was, them = ("was", "it") if len(faults) == 1 else ("were", "them")
     mark = REMOVED.format(count=len(faults), was=was, them=them)
-    return replace(answer, content=f"{content.strip()}\n\n{mark}", logprobs=None)
+    return replace(answer, content=f"{content.strip()}\n\n{mark}", logprobs=None, raw={}, deltas=())
 
 
 def _spliced(content: str, span: tuple[int, int], text: str) -> str:

@@ -63,6 +63,7 @@ REASONS: Final = (
     Reason("calls_in_content", "format", True, "Calls written as text.", "DSML, `<tool_call>`"),
     Reason("empty_answer", "format", True, "No content and no call, perhaps after full reasoning.", '`""`'),
     Reason("answer_malformed", "format", True, "No chat completion at all.", "no choices"),
+    Reason("not_judged", "format", False, "A part of the answer that no check here reads.", "audio, free text"),
     Reason("copy_altered", "copy", True, "An identifier almost as in the context.", "`a3f9c1`"),
     Reason("copy_unknown", "copy", True, "An identifier nobody makes up that the context does not have.", "a UUID"),
     Reason("copy_new", "copy", False, "An identifier that the context does not have.", "`notes-2.md`"),

@@ -11,7 +11,7 @@ from typing import Any
 from rorqual.errors import RequestError
 from rorqual.referee.answer import Answer, Asked
 from rorqual.referee.budget import RepairRates, Spending, add_usage
-from rorqual.referee.check import Checked, check_answer, check_answer_beside
+from rorqual.referee.check import Checked, check_beside
 from rorqual.referee.check_claims import Memory, check_claims
 from rorqual.referee.check_code import CodeRunner, check_code
 from rorqual.referee.check_format import INTERRUPTED
@@ -86,15 +86,9 @@ class Referee:
         self.rates = rates or RepairRates()
         self._judge, self._code = judge, code
 
-    def look(self, asked: Asked, answer: Answer, options: Options) -> Verdict:
+    async def look(self, asked: Asked, answer: Answer, options: Options) -> Verdict:
         """What the checks find in an answer that goes out as it is (mode observe). No model is called, no code run."""
-        return self._looked_at(asked, answer, options, check_answer(asked, answer, options))
-
-    async def look_beside(self, asked: Asked, answer: Answer, options: Options) -> Verdict:
-        """As `look`, without holding up the event loop over large texts."""
-        return self._looked_at(asked, answer, options, await check_answer_beside(asked, answer, options))
-
-    def _looked_at(self, asked: Asked, answer: Answer, options: Options, checked: Checked) -> Verdict:
+        checked = await check_beside(asked, answer, options)
         case = _Case(asked, options, _nobody, Spending(options.budget), usage=_plain_usage(answer))
         word: Word = "flagged" if checked.standing or checked.is_repaired else "pass"
         return self._verdict(case, _Candidate(checked, None, (0, 0)), word, answer)
@@ -164,7 +158,7 @@ class Referee:
         asked, options = case.asked, case.options
         judge = self._judge_of(case) if "claims" in options.checks else None
         alone = options if judge is None else replace(options, checks=_without(options.checks, "claims"))
-        checked = await check_answer_beside(asked, answer, alone)
+        checked = await check_beside(asked, answer, alone)
         if "code" in options.checks and self._code is not None and not checked.standing:
             began = time.perf_counter()
             found = await asyncio.to_thread(check_code, asked, checked.answer, options.tests, self._code)
@@ -332,7 +326,7 @@ class Referee:
             return self._verdict(case, candidate, "blocked", _blocked(checked, sent))
         if action.kind == "REJECT-DONE" and mode == "enforce":
             text = "This is not accepted as done. " + _list(checked.findings)
-            return self._verdict(case, candidate, "blocked", replace(checked.answer, content=text))
+            return self._verdict(case, candidate, "blocked", replace(checked.answer, content=text, raw={}, deltas=()))
         if action.kind == "REMOVE":
             left = without_claims(checked.answer, checked.findings)
             if left is None:
@@ -432,4 +426,5 @@ def _abstention(checked: Checked, asked: Asked) -> Answer:
         else "I do not know this surely enough: nothing in what I was given supports an answer."
     )
     text = f"{missing} Send a source that answers it, or ask for one part of it at a time."
-    return replace(checked.answer, content=text, calls=(), finish="stop", logprobs=None)
+    # nothing of the answer goes out with it, sound or annotations neither
+    return replace(checked.answer, content=text, calls=(), finish="stop", logprobs=None, raw={}, deltas=())

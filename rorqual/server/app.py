@@ -12,13 +12,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from rorqual.engine import Engine
-from rorqual.server import anthropic, chat, completions, dashboard, errors, openapi, page, responses
+from rorqual.server import chat, completions, dashboard, errors, openapi, page
 from rorqual.server.accounts import account_of
+from rorqual.server.anthropic import routes as anthropic
 from rorqual.server.dashboard import Dashboard
 from rorqual.server.engine_view import engine_picks, engine_view
 from rorqual.server.metadata import metrics, statistics
 from rorqual.server.operations import Operations
-from rorqual.server.responses import ResponsesRequest
+from rorqual.server.responses import answer as responses
+from rorqual.server.responses.schema import ResponsesRequest
 from rorqual.server.schema import ChatRequest, CompletionRequest
 from rorqual.server.served import ServedModel
 from rorqual.server.service import Behaviour, make_service

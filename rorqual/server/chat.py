@@ -18,7 +18,8 @@ from rorqual.server import turn as turns
 from rorqual.server.schema import ChatRequest
 from rorqual.server.served import Envelope
 from rorqual.server.service import Service
-from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, sse, sse_error, whole_answer
+from rorqual.server.sse import DONE, KEEP_ALIVE, sse, sse_error, whole_answer
+from rorqual.server.streams import EventStream
 from rorqual.server.turn import Turn
 
 

@@ -24,7 +24,8 @@ from rorqual.server.replies import api_reason, exactness_body, token_logprob, us
 from rorqual.server.schema import CompletionRequest
 from rorqual.server.served import Envelope
 from rorqual.server.service import Service
-from rorqual.server.streams import DONE, KEEP_ALIVE, EventStream, TokenStream, sse, sse_error, whole_answer
+from rorqual.server.sse import DONE, KEEP_ALIVE, sse, sse_error, whole_answer
+from rorqual.server.streams import EventStream, TokenStream
 from rorqual.tokenizer import BOS, Tokenizer
 from rorqual.tokenizer.tokenizer import clean_text
 

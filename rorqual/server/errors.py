@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,21 @@ def for_anthropic(body: dict[str, Any]) -> dict[str, Any]:
     error = body["error"]
     details = {} if error["code"] == error["type"] else {"details": {"error_code": error["code"]}}
     return {"type": "error", "error": {**error, **details}}
+
+
+def body_as_sent(body: bytes, path: str) -> bytes:
+    """Another server's error body as it came, on Anthropic's paths with what its clients look for besides."""
+    if not path.startswith(_ANTHROPIC):
+        return body
+    try:
+        read = json.loads(body)
+        if read.get("type") == "error":
+            return body
+        error = {"message": "", "type": "api_error", "param": None, "code": None, **read["error"]}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        error = {"message": body.decode("utf-8", "replace")[:2000], "type": "api_error", "param": None, "code": None}
+        read = {}
+    return json.dumps({**read, **for_anthropic({"error": error})}).encode()
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> RequestError:

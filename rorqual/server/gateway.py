@@ -1,7 +1,9 @@
 """The referee as a gateway: the same API in front of any OpenAI-style endpoint, its answers checked on the way.
 
-`/v1/chat/completions` is judged (or, in mode observe, passed on byte for byte and judged afterwards); the list of
-models and completions pass through. `POST /v1/referee/check` judges an answer that somebody already has.
+`/v1/chat/completions` is judged (or, in mode observe, passed on byte for byte and judged afterwards). `/v1/responses`
+and Anthropic's `/v1/messages` are translated and judged the same way; in mode observe they are passed on to an upstream
+that has them, and translated for one that has chat completions alone. The list of models, completions and embeddings
+pass through. `POST /v1/referee/check` judges an answer that somebody already has.
 """
 
 from __future__ import annotations
@@ -18,21 +20,25 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from rorqual.errors import RequestError
 from rorqual.referee import Answer, Asked, Continuity, Options, Referee, options_of, read_answer, read_message
 from rorqual.referee.audit import Audit
+from rorqual.referee.reasons import Finding
 from rorqual.server import dashboard, errors, page
 from rorqual.server.accounts import account_of, owner_of
 from rorqual.server.dashboard import Dashboard
 from rorqual.server.gateway_chat import Exchange
+from rorqual.server.gateway_dialects import MESSAGES, RESPONSES, Dialect
 from rorqual.server.gateway_relay import observe, relay
+from rorqual.server.gateway_speech import ChatSpeech, Speech
 from rorqual.server.gateway_threads import Threads, owner_with_key
-from rorqual.server.gateway_wire import Upstream, UpstreamRefusal
+from rorqual.server.gateway_wire import Upstream, UpstreamRefusal, encode
 from rorqual.server.operations import Operations
 
 _PASSED_ON = ("/v1/models", "/v1/completions", "/v1/embeddings")
+_NOT_THERE = (404, 405, 501)
 
 
 @dataclass
@@ -48,6 +54,8 @@ class Gateway:
     keep_alive_s: float = 10.0
     verdicts: Counter[str] = field(default_factory=Counter)
     dashboard: Dashboard = field(default_factory=Dashboard)
+    _lacking: set[str] = field(default_factory=set)
+    """Paths that the upstream does not have."""
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions. Raises: RequestError for what cannot be served."""
@@ -55,19 +63,52 @@ class Gateway:
         body = read_body(raw)
         given = body.pop("referee", None)
         options = options_of(given, self.options)
-        headers = self.upstream.headers(http.headers)
-        owner = owner_with_key(owner_of(http, _user(body)), {} if self.upstream.has_key else http.headers)
-        sent, found = self.threads.restore(owner, body)
-        asked = Asked(sent)
         if options.mode in ("off", "observe"):
+            headers, owner, sent, _ = await self._restored(http, body)
             as_came = raw if given is None and sent is body else None
-            return await observe(self, http, asked, options, headers, owner, as_came)
+            return await observe(self, http, Asked(sent), options, headers, owner, as_came)
         if body.get("n") not in (None, 1):
             raise RequestError(
                 f"n is {body['n']}, and the referee judges one answer a request. Send n=1, or mode off.",
                 param="n",
             )
-        return await Exchange(self, http, asked, options, headers, owner, found).respond()
+        return await self._judged(http, body, options, ChatSpeech(body))
+
+    async def translated(self, http: HttpRequest, dialect: Dialect) -> Response:
+        """POST of a request in another dialect. Raises: RequestError for what cannot be served."""
+        raw = await http.body()
+        body = read_body(raw)
+        given = body.pop("referee", None)
+        options = options_of(given, self.options)
+        path, passed = http.scope["path"], None
+        if options.mode in ("off", "observe") and path not in self._lacking:
+            passed = await relay(self, http, raw if given is None else encode(body))
+            if passed.status_code not in _NOT_THERE or isinstance(passed, StreamingResponse):
+                return passed
+        try:
+            asked, speech = dialect.read(body, self.threads.keeps)
+            with errors.named_as_sent(**dialect.sent_as):
+                answer = await self._judged(http, asked, options, speech)
+        except RequestError:
+            if passed is not None:  # it has neither, so its own words say more
+                return passed
+            raise
+        if passed is not None:
+            self._lacking.add(path)
+        return answer
+
+    async def _judged(self, http: HttpRequest, body: dict[str, Any], options: Options, speech: Speech) -> Response:
+        headers, owner, sent, found = await self._restored(http, body)
+        return await Exchange(self, http, Asked(sent), options, headers, owner, found, speech).respond()
+
+    async def _restored(
+        self, http: HttpRequest, body: dict[str, Any]
+    ) -> tuple[dict[str, str], str, Mapping[str, Any], list[Finding]]:
+        """Headers for the upstream, whose conversation it is, the request with what was dropped, and what that was."""
+        headers = self.upstream.headers(http.headers)
+        owner = owner_with_key(owner_of(http, _user(body)), {} if self.upstream.has_key else http.headers)
+        sent, found = await self.threads.restore(owner, body)
+        return headers, owner, sent, found
 
     async def check(self, http: HttpRequest) -> Response:
         """POST /v1/referee/check: an answer somebody has, judged without asking any model."""
@@ -101,6 +142,7 @@ class Gateway:
         """Close the upstream's connections and the journal."""
         await self.upstream.close()
         await self.audit.settled()
+        self.threads.close()
         self.dashboard.close()
         self.audit.close()
 
@@ -141,7 +183,7 @@ def create_gateway(gateway: Gateway, allowed_hosts: Collection[str] | None = Non
     @app.exception_handler(UpstreamRefusal)
     async def refused(request: HttpRequest, error: UpstreamRefusal) -> Response:
         request.state.refusal = error
-        return Response(error.body, error.status, dict(error.headers))
+        return Response(errors.body_as_sent(error.body, request.url.path), error.status, dict(error.headers))
 
     async def chat(http: HttpRequest) -> Response:
         return await gateway.chat(http)
@@ -150,17 +192,13 @@ def create_gateway(gateway: Gateway, allowed_hosts: Collection[str] | None = Non
         return await gateway.check(http)
 
     async def passed_on(http: HttpRequest) -> Response:
-        return await relay(gateway, http)
+        return await relay(gateway, http, await http.body())
 
-    async def unchecked(http: HttpRequest) -> Response:
-        if gateway.options.mode == "observe":
-            return await relay(gateway, http)
-        raise RequestError(
-            f"{http.url.path} is not judged by this referee, and its mode is {gateway.options.mode}. Use "
-            "/v1/chat/completions, or start it with --mode observe to have it passed on.",
-            status=501,
-            type="not_supported",
-        )
+    async def messages(http: HttpRequest) -> Response:
+        return await gateway.translated(http, MESSAGES)
+
+    async def responses(http: HttpRequest) -> Response:
+        return await gateway.translated(http, RESPONSES)
 
     async def health(http: HttpRequest) -> Response:
         return JSONResponse({"status": "draining" if gateway.operations.drain.is_draining else "ok"})
@@ -180,8 +218,11 @@ def create_gateway(gateway: Gateway, allowed_hosts: Collection[str] | None = Non
     for path in _PASSED_ON:
         app.add_route(path, passed_on, ["GET", "POST"])
     app.add_route("/v1/models/{name:path}", passed_on, ["GET"])
-    for path in ("/v1/responses", "/v1/messages", "/anthropic/v1/messages"):
-        app.add_route(path, unchecked, ["POST"])
+    for path in ("/v1/responses", "/responses"):
+        app.add_route(path, responses, ["POST"])
+    for path in ("/v1/messages", "/anthropic/v1/messages", "/anthropic/messages"):
+        app.add_route(path, messages, ["POST"])
+        app.add_route(f"{path}/count_tokens", passed_on, ["POST"])
     app.add_route("/health", health, ["GET"])
     app.add_route("/stats", statistics, ["GET"])
     app.add_route("/metrics", metrics, ["GET"])

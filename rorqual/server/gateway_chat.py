@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,16 @@ from starlette.responses import Response, StreamingResponse
 from rorqual import log
 from rorqual.errors import RequestError
 from rorqual.referee import Answer, Asked, Options, Verdict
-from rorqual.referee.answer import call_body, whole_characters
+from rorqual.referee.answer import whole_characters
 from rorqual.referee.budget import add_usage
 from rorqual.referee.holdback import Holdback
 from rorqual.referee.reasons import Finding
 from rorqual.server.accounts import account_of
-from rorqual.server.errors import ClientGone, error_body
+from rorqual.server.gateway_dialects import deltas_of
 from rorqual.server.gateway_relay import Meter, admit
-from rorqual.server.gateway_wire import UpstreamRefusal, encode
-from rorqual.server.streams import DONE, KEEP_ALIVE, gone, sse, whole_answer
+from rorqual.server.gateway_speech import Rejected, Speech
+from rorqual.server.gateway_wire import READ_FIELDS, UpstreamRefusal, encode
+from rorqual.server.sse import unless_gone, whole_answer
 
 if TYPE_CHECKING:
     from rorqual.server.gateway import Gateway
@@ -35,7 +35,7 @@ logger = log.get(__name__)
 
 
 class Exchange:
-    """A request and its answer. found: what was put back into the request."""
+    """A request and its answer. speech: the client's words. found: what was put back into the request."""
 
     def __init__(
         self,
@@ -46,19 +46,21 @@ class Exchange:
         headers: Mapping[str, str],
         owner: str,
         found: Sequence[Finding],
+        speech: Speech,
     ) -> None:
         self._gateway, self._http, self._asked, self._options = gateway, http, asked, options
         self._headers, self._owner, self._found = headers, owner, list(found)
         self._meter = Meter()
         self._began = time.monotonic()
         self._trace = getattr(http.state, "trace", "")
-        self._body = asked.body
+        self._body, self._speech = asked.body, speech
+        self._is_judged = options.mode not in ("off", "observe")
         self._live: _Live | None = None
         self._is_streaming = False
 
     async def respond(self) -> Response:
         """Raises: RequestError before a byte is sent."""
-        rounds = 1 + self._options.budget.max_rounds
+        rounds = 1 + (self._options.budget.max_rounds if self._is_judged else 0)
         await admit(self._gateway, self._http, self._asked, len(encode(self._asked.body)), rounds, self._meter)
         if self._asked.body.get("stream"):
             return await self._stream()
@@ -77,7 +79,11 @@ class Exchange:
         try:
             live = self._live
             sent = (lambda: live.sent) if live is not None else (lambda: "")
-            verdict = await gateway.referee.judge(self._asked, self._options, self._ask, sent=sent)
+            if self._is_judged:
+                verdict = await gateway.referee.judge(self._asked, self._options, self._ask, sent=sent)
+            else:
+                answer = await self._ask(dict(self._asked.body))
+                verdict = await gateway.referee.look(self._asked, answer, self._options)
         except RequestError as error:
             self._meter.error = error
             gateway.audit.failure(
@@ -86,10 +92,12 @@ class Exchange:
             )  # fmt: skip
             raise
         verdict = replace(verdict, findings=(*self._found, *verdict.findings), usage=self._meter.usage or None)
-        gateway.note(verdict.word)
         if verdict.answer is not None:
             message = verdict.answer.message()
-            gateway.threads.remember(self._owner, self._asked.body, message)
+            await gateway.threads.remember(self._owner, self._asked.body, message)
+        if self._options.mode == "off":
+            return verdict
+        gateway.note(verdict.word)
         gateway.audit.verdict(
             self._asked, self._options, verdict, account=account_of(self._http), trace=self._trace,
             duration_s=time.monotonic() - self._began,
@@ -122,111 +130,84 @@ class Exchange:
         options = body.get("stream_options")
         body = {**body, "stream_options": {**(options if isinstance(options, dict) else {}), "include_usage": True}}
         if live is None:
-            return await upstream.streamed(PATH, self._headers, body, lambda delta: None)
+            return await upstream.streamed(PATH, self._headers, body, lambda choice: None)
         live.begin()
 
-        def each(delta: Mapping[str, Any]) -> None:
+        def each(choice: Mapping[str, Any]) -> None:
             self._meter.first_token()
-            live.take(delta)
+            live.take(choice)
 
         return await upstream.streamed(PATH, self._headers, body, each)
 
     # ---------------------------------------------------------------- whole
 
     async def _whole(self, headers: dict[str, str]) -> dict[str, Any]:
-        verdict = await self._until_gone(self._judged())
-        headers.update(verdict.headers())
+        verdict = await unless_gone(self._http, self._judged())
         if verdict.answer is None:
-            headers.clear()
-            raise Rejected(verdict)
-        answer = verdict.answer
-        choice = {"index": 0, "message": answer.message(), "logprobs": answer.logprobs, "finish_reason": answer.finish}
-        body = {**self._envelope(answer, "chat.completion"), "choices": [choice]}
-        if verdict.usage is not None:
-            body["usage"] = dict(verdict.usage)
-        return {**body, "referee": verdict.to_dict()}
+            raise Rejected(verdict, self._speech)
+        headers.update(self._headers_of(verdict))
+        return self._speech.whole(verdict.answer, verdict.usage, self._told(verdict))
 
-    async def _until_gone(self, work: Any) -> Any:
-        """The result; the work is ended and ClientGone raised when the client goes away first."""
-        task = asyncio.ensure_future(work)
-        watcher = asyncio.ensure_future(gone(self._http))
-        try:
-            await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise ClientGone
-            if task.cancelled():
-                raise RequestError("The gateway is going away. Send it again.", status=503, type="server_error")
-            return task.result()
-        finally:
-            task.cancel()
-            watcher.cancel()
+    def _told(self, verdict: Verdict) -> dict[str, Any] | None:
+        return verdict.to_dict() if self._is_judged else None
 
-    def _envelope(self, answer: Answer | None, kind: str) -> dict[str, Any]:
-        """The members around the choices, those of the upstream where it sent any."""
-        given = dict(answer.envelope) if answer is not None else {}
-        given.pop("referee", None)
-        own = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": self._asked.body.get("model"),
-        }
-        return {**own, **given, "object": kind}
+    def _headers_of(self, verdict: Verdict) -> dict[str, str]:
+        return verdict.headers() if self._is_judged else {}
 
     # ---------------------------------------------------------------- streamed
 
     async def _stream(self) -> Response:
         """A stream whose status and headers wait for what is known within the first seconds."""
         queue: asyncio.Queue[str | None] = asyncio.Queue()
-        self._live = _Live(self, queue, self._options)
+        self._live = _Live(self._asked, self._options, self._speech, queue)
         headers: dict[str, str] = {"cache-control": "no-store"}
         task = asyncio.ensure_future(self._write(queue, headers))
-        first = asyncio.ensure_future(queue.get())
+        first: str | None = ""
         try:
-            await asyncio.wait({first, task}, timeout=self._gateway.keep_alive_s, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()  # a refusal before the first byte has a status of its own
+            with contextlib.suppress(TimeoutError):
+                patience = self._gateway.keep_alive_s
+                first = await unless_gone(self._http, asyncio.wait_for(queue.get(), patience))
+            if first is None or (first == "" and task.done() and queue.empty()):
+                await task  # a refusal before the first byte has a status of its own
         except BaseException:
             task.cancel()
-            first.cancel()
             raise
         self._is_streaming = True
         return _Lines(self._lines(queue, first), task, headers)
 
-    async def _lines(self, queue: asyncio.Queue[str | None], pending: asyncio.Future[str | None]) -> AsyncIterator[str]:
-        while True:
-            await asyncio.wait({pending}, timeout=self._gateway.keep_alive_s)
-            if not pending.done():
-                yield KEEP_ALIVE
-                continue
-            line = pending.result()
-            if line is None:
-                return
-            yield line
-            pending = asyncio.ensure_future(queue.get())
+    async def _lines(self, queue: asyncio.Queue[str | None], line: str | None) -> AsyncIterator[str]:
+        while line is not None:
+            yield line or self._speech.keep_alive()
+            try:
+                line = await asyncio.wait_for(queue.get(), self._gateway.keep_alive_s)
+            except TimeoutError:
+                line = ""
 
     async def _write(self, queue: asyncio.Queue[str | None], headers: dict[str, str]) -> None:
-        """Everything the client gets, put into the queue. Raises: RequestError while nothing is on its way."""
+        """Everything the client gets, put into the queue; None ends it.
+
+        Raises: RequestError while nothing is on its way.
+        """
         assert self._live is not None
         try:
             verdict = await self._judged()
-            headers.update(verdict.headers())
+            headers.update(self._headers_of(verdict))
             if verdict.answer is None and not self._has_begun:
-                raise Rejected(verdict)
+                raise Rejected(verdict, self._speech)
             for line in self._ending(verdict, self._live):
                 queue.put_nowait(line)
         except RequestError as error:
             if not self._has_begun:
                 raise
-            queue.put_nowait(sse(error_body(error)))
+            queue.put_nowait(self._speech.failed(error))
         except Exception as error:
             if not self._has_begun:
                 raise
             logger.exception("a stream failed")
             says = f"The gateway failed: {type(error).__name__}. Its log has the trace."
-            queue.put_nowait(sse(error_body(RequestError(says, status=500, type="server_error"))))
+            queue.put_nowait(self._speech.failed(RequestError(says, status=500, type="server_error")))
         finally:
-            if self._has_begun or not queue.empty():
-                queue.put_nowait(None)
+            queue.put_nowait(None)
 
     @property
     def _has_begun(self) -> bool:
@@ -235,61 +216,48 @@ class Exchange:
 
     def _ending(self, verdict: Verdict, live: _Live) -> list[str]:
         """What follows the text that was already sent."""
-        answer, told = verdict.answer, verdict.to_dict()
+        answer, told, speech = verdict.answer, self._told(verdict), self._speech
         if answer is None:
-            return [sse({**error_body(verdict.error()), "referee": told})]
-        envelope = live.envelope or self._envelope(answer, "chat.completion.chunk")
+            return [speech.failed(verdict.error(), told)]
         lines: list[str] = []
-
-        def put(delta: dict[str, Any], finish: str | None = None, **more: Any) -> None:
-            choice = {"index": 0, "delta": delta, "logprobs": more.pop("logprobs", None), "finish_reason": finish}
-            lines.append(sse({**envelope, "choices": [choice], **more}))
-
         if not live.has_begun:
-            put({"role": "assistant", "content": None if answer.reasoning or answer.calls else ""})
-            if answer.reasoning:
-                put({"reasoning_content": answer.reasoning})
+            speaks_first = not answer.reasoning and not answer.calls
+            lines.append(speech.begin(answer, speaks_first=speaks_first, usage=verdict.usage))
         content = answer.content or ""
-        if content.startswith(live.sent):
-            rest = content[len(live.sent) :]
-            if rest:
-                put({"content": rest}, logprobs=answer.logprobs if not live.sent else None)
-        else:  # what is out stays said; the correction is told apart from it
-            told["correction"] = {"content": content, "sent_characters": len(live.sent)}
-        if answer.refusal is not None:  # never sent before the verdict
-            put({"refusal": answer.refusal})
-        for index, call in enumerate(answer.calls):
-            put({"tool_calls": [{"index": index, **call_body(call)}]})
-        event = {**envelope, "choices": [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}]}
-        lines.append("event: referee\n" + sse({**event, "referee": told}))
-        put({}, answer.finish)
-        options = self._asked.body.get("stream_options")
-        if isinstance(options, Mapping) and options.get("include_usage") and verdict.usage is not None:
-            lines.append(sse({**envelope, "choices": [], "usage": dict(verdict.usage)}))
-        return [*lines, DONE]
-
-
-class Rejected(UpstreamRefusal):
-    """An answer that did not pass, as a refusal with the verdict in its body and headers."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        error = verdict.error()
-        body = encode({**error_body(error), "referee": verdict.to_dict()})
-        RequestError.__init__(self, error.message, status=error.status, type=error.type, code=error.code)
-        self.body, self.headers = body, {"content-type": "application/json", **verdict.headers()}
+        if not content.startswith(live.sent):  # what is out stays said; the correction is told apart from it
+            if told is not None:
+                told["correction"] = {"content": content, "sent_characters": len(live.sent)}
+            content = live.sent
+        logprobs = None if live.has_told_logprobs else answer.logprobs
+        for delta in deltas_of(replace(answer, content=content[len(live.sent) :], calls=answer.calls)):
+            if "reasoning_content" in delta:
+                if not live.has_begun:  # else it went before the text
+                    lines.append(speech.delta({answer.reasoning_name: answer.reasoning}))
+                continue
+            is_text = "content" in delta
+            lines.append(speech.delta(delta, logprobs if is_text else None))
+            logprobs = None if is_text else logprobs
+        lines += [speech.delta(delta) for delta in answer.deltas[live.num_others :]]
+        if told is not None:
+            lines.append(speech.verdict(told))
+        lines.append(speech.end(answer.finish, verdict.usage, told, logprobs))
+        return [line for line in lines if line]
 
 
 class _Live:
-    """What goes out before the verdict, by the way of streaming. sent: content that the client has."""
+    """What goes out before the verdict, by the way of streaming. sent: content that the client has.
 
-    def __init__(self, exchange: Exchange, queue: asyncio.Queue[str | None], options: Options) -> None:
-        self._exchange, self._queue, self._options = exchange, queue, options
+    num_others: how many deltas it has with fields that nobody here reads. has_told_logprobs: they went with the text.
+    """
+
+    def __init__(self, asked: Asked, options: Options, speech: Speech, queue: asyncio.Queue[str | None]) -> None:
+        self._asked, self._options, self._speech, self._queue = asked, options, speech, queue
         self._way = options.streaming
-        self._holdback = Holdback(exchange._asked, options)
-        self._reasoning = ""
+        self._holdback = Holdback(asked, options)
+        self._reasoning, self._reasoning_name = "", "reasoning_content"
         self.sent = ""
-        self.has_begun = False
-        self.envelope: dict[str, Any] = {}
+        self.num_others = 0
+        self.has_begun = self.has_told_logprobs = False
 
     def begin(self) -> None:
         """Another attempt at the first answer. Raises: RequestError when part of an earlier one is out already."""
@@ -299,38 +267,49 @@ class _Live:
                 status=502,
                 type="upstream_error",
             )
-        self._holdback, self._reasoning = Holdback(self._exchange._asked, self._options), ""
+        self._holdback, self._reasoning = Holdback(self._asked, self._options), ""
 
-    def take(self, delta: Mapping[str, Any]) -> None:
-        """A delta of the upstream; calls always wait."""
+    def take(self, choice: Mapping[str, Any]) -> None:
+        """A choice with a delta of the upstream; calls always wait."""
         if self._way == "buffer":
             return
-        reasoning = delta.get("reasoning_content")
-        reasoning = delta.get("reasoning") if reasoning is None else reasoning
-        reasoning = whole_characters(reasoning) if isinstance(reasoning, str) else None
+        delta = choice["delta"]
+        is_live = self._way == "annotate_after"
+        name = "reasoning" if delta.get("reasoning_content") is None else "reasoning_content"
+        reasoning = _whole(delta.get(name))
         if reasoning:
-            if self._way == "annotate_after":
-                self._put({"reasoning_content": reasoning})
+            self._reasoning_name = name
+            if is_live:
+                self._put({name: reasoning})
             else:
                 self._reasoning += reasoning
-        content = delta.get("content")
-        content = whole_characters(content) if isinstance(content, str) else None
+        content = _whole(delta.get("content"))
         if content:
-            piece = content if self._way == "annotate_after" else self._holdback.feed(content)
+            piece = content if is_live else self._holdback.feed(content)
             if piece:
                 if self._reasoning:  # an answer whose text goes out is not asked for again
-                    self._put({"reasoning_content": self._reasoning})
+                    self._put({self._reasoning_name: self._reasoning})
                     self._reasoning = ""
                 self.sent += piece
-                self._put({"content": piece})
+                logprobs = choice.get("logprobs") if is_live and "logprobs" in self._asked.body else None
+                self.has_told_logprobs |= logprobs is not None
+                self._put({"content": piece}, logprobs)
+        others = {key: value for key, value in delta.items() if key not in READ_FIELDS}
+        if others and is_live:
+            self.num_others += 1
+            self._put(others)
 
-    def _put(self, delta: dict[str, Any]) -> None:
+    def _put(self, delta: dict[str, Any], logprobs: Any = None) -> None:
         if not self.has_begun:
             self.has_begun = True
-            self.envelope = self._exchange._envelope(None, "chat.completion.chunk")
-            self._put({"role": "assistant", "content": None if "reasoning_content" in delta else ""})
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
-        self._queue.put_nowait(sse({**self.envelope, "choices": [choice]}))
+            self._queue.put_nowait(self._speech.begin(None, speaks_first="content" in delta))
+        line = self._speech.delta(delta, logprobs)
+        if line:
+            self._queue.put_nowait(line)
+
+
+def _whole(text: Any) -> str | None:
+    return whole_characters(text) if isinstance(text, str) else None
 
 
 class _Lines(StreamingResponse):

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, unquote
 
 from starlette.background import BackgroundTask
@@ -23,7 +23,9 @@ from rorqual import log
 from rorqual.errors import RequestError
 from rorqual.referee import Answer, Asked, Options, read_answer
 from rorqual.server.accounts import Ticket, account_of
+from rorqual.server.gateway_usage import BYTES_A_TOKEN, Spent, estimate
 from rorqual.server.gateway_wire import Assembler, SseReader, encode, headers_back
+from rorqual.server.sse import unless_gone
 
 if TYPE_CHECKING:
     from rorqual.server.gateway import Gateway
@@ -72,15 +74,78 @@ async def admit(gateway: Gateway, http: HttpRequest, asked: Asked, num_bytes: in
     return ticket
 
 
-async def relay(gateway: Gateway, http: HttpRequest) -> Response:
-    """Pass a request on that is not judged. Raises: RequestError 404 for a path that leads elsewhere upstream."""
+async def relay(gateway: Gateway, http: HttpRequest, raw: bytes) -> Response:
+    """Pass a request on that is not judged, with this body; where it makes a model work, it is counted like any other.
+
+    Raises: RequestError 404 for a path that leads elsewhere upstream, 402 and 429 where the key may not.
+    """
     path = _path(http)
-    raw = await http.body()
+    meter = Meter()
+    spent = Spent(len(raw), writes="embeddings" not in path)
+    if http.method == "POST" and not path.endswith("/count_tokens"):
+        ticket = await admit(gateway, http, Asked(_fields(raw)), len(raw), 1, meter)
+        ticket.follow(meter, lambda: spent.usage)
+    try:
+        return await unless_gone(http, _relayed(gateway, http, path, raw, meter, spent))
+    except RequestError as error:
+        meter.error = error
+        raise
+
+
+async def _relayed(gateway: Gateway, http: HttpRequest, path: str, raw: bytes, meter: Meter, spent: Spent) -> Response:
     stack = AsyncExitStack()
-    response = await stack.enter_async_context(
-        gateway.upstream.send(http.method, path, gateway.upstream.headers(http.headers), raw, http.url.query)
-    )
-    return _Relayed(stack, None, _pieces(gateway, response, None), response.status_code, headers_back(response.headers))
+    headers = gateway.upstream.headers(http.headers)
+    try:
+        response = await stack.enter_async_context(
+            gateway.upstream.send(http.method, path, headers, raw, http.url.query)
+        )
+        back, status = headers_back(response.headers), response.status_code
+        if response.headers.get("content-type", "").startswith("text/event-stream"):
+            return _Relayed(stack, _pieces(gateway, response, _Counter(meter, spent)), status, back)
+        content = await gateway.upstream.read(response)
+    except BaseException:
+        await stack.aclose()
+        raise
+    await stack.aclose()
+    spent.whole(content)
+    if status >= 400:
+        meter.error = gateway.upstream.refusal(response, content)
+    return Response(content, status, back)
+
+
+class _Watcher(Protocol):
+    """What looks at pieces that are passed on."""
+
+    def piece(self, piece: bytes) -> None: ...
+    def ended(self) -> None: ...
+    def broken(self, error: RequestError) -> None: ...
+
+
+class _Counter:
+    """Reads what a stream used."""
+
+    def __init__(self, meter: Meter, spent: Spent) -> None:
+        self._meter, self._spent, self._reader = meter, spent, SseReader()
+
+    def piece(self, piece: bytes) -> None:
+        self._meter.first_token()
+        for data in self._reader.feed(piece):
+            self._spent.event(data)
+
+    def ended(self) -> None:
+        """There is nothing to do then."""
+
+    def broken(self, error: RequestError) -> None:
+        self._meter.error = error
+
+
+def _fields(raw: bytes) -> Mapping[str, Any]:
+    """What a ticket is drawn by, of a body that is the upstream's to judge."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
 def _path(http: HttpRequest) -> str:
@@ -110,7 +175,11 @@ async def observe(
     content = encode(asked.body) if raw is None else raw
     meter = Meter()
     ticket = await admit(gateway, http, asked, len(content), 1, meter)
-    tap = _Tap(gateway, http, asked, options, owner, meter, ticket)
+    tap = _Tap(gateway, http, asked, options, owner, meter, ticket, len(content))
+    return await unless_gone(http, _observed(gateway, asked, headers, content, tap))
+
+
+async def _observed(gateway: Gateway, asked: Asked, headers: Mapping[str, str], content: bytes, tap: _Tap) -> Response:
     stack = AsyncExitStack()
     try:
         response = await stack.enter_async_context(
@@ -134,10 +203,12 @@ async def observe(
     except BaseException as error:
         await stack.aclose()
         if isinstance(error, RequestError):
-            meter.error = error
+            tap.meter.error = error
             tap.failed(error)
+        elif isinstance(error, asyncio.CancelledError):
+            tap.close()
         raise
-    return _Relayed(stack, tap, _pieces(gateway, response, tap), response.status_code, back)
+    return _Relayed(stack, _pieces(gateway, response, tap), response.status_code, back, tap)
 
 
 class _Relayed(StreamingResponse):
@@ -146,10 +217,10 @@ class _Relayed(StreamingResponse):
     def __init__(
         self,
         stack: AsyncExitStack,
-        tap: _Tap | None,
         pieces: AsyncIterator[bytes],
         status: int,
         headers: dict[str, str],
+        tap: _Tap | None = None,
     ) -> None:
         super().__init__(pieces, status, headers, background=None if tap is None else BackgroundTask(tap.look))
         self._stack, self._tap = stack, tap
@@ -163,21 +234,18 @@ class _Relayed(StreamingResponse):
             await self._stack.aclose()
 
 
-async def _pieces(gateway: Gateway, response: Any, tap: _Tap | None) -> AsyncIterator[bytes]:
+async def _pieces(gateway: Gateway, response: Any, watcher: _Watcher) -> AsyncIterator[bytes]:
     try:
         if response.is_stream_consumed:
             yield response.content
         else:
             async for piece in response.aiter_bytes():
-                if tap is not None:
-                    tap.piece(piece)
+                watcher.piece(piece)
                 yield piece
     except gateway.upstream.errors as error:
-        if tap is not None:
-            tap.meter.error = tap.failure = gateway.upstream.failure(error)
+        watcher.broken(gateway.upstream.failure(error))
         raise  # the client's connection breaks as the upstream's did
-    if tap is not None:
-        tap.read_stream()
+    watcher.ended()
 
 
 class _Tap:
@@ -192,7 +260,9 @@ class _Tap:
         owner: str,
         meter: Meter,
         ticket: Ticket,
+        num_bytes: int,
     ) -> None:
+        self._num_bytes = num_bytes
         self._gateway, self._http, self._asked, self._options = gateway, http, asked, options
         self._owner, self.meter, self._ticket = owner, meter, ticket
         self._began = time.monotonic()
@@ -215,7 +285,11 @@ class _Tap:
         if status == 200:
             self._read(lambda: read_answer(json.loads(content)))
 
-    def read_stream(self) -> None:
+    def broken(self, error: RequestError) -> None:
+        """The upstream broke off."""
+        self.meter.error = self.failure = error
+
+    def ended(self) -> None:
         """All pieces are there."""
         reader, assembler = SseReader(), Assembler()
 
@@ -233,7 +307,7 @@ class _Tap:
         except (RequestError, ValueError, TypeError, AttributeError, RecursionError) as error:
             self.failure = RequestError(f"the answer could not be read: {error}", status=502)
             return
-        self.meter.usage = dict(self._answer.usage or {})
+        self.meter.usage = dict(self._answer.usage or self._estimate())
 
     async def look(self) -> None:
         """Judge, remember and record it; whatever goes wrong here is no business of the client's."""
@@ -241,7 +315,7 @@ class _Tap:
         self._give_ticket_back()
         try:
             await asyncio.sleep(0)  # the answer's last bytes go first
-            self._look()
+            await self._look()
         except Exception:
             logger.exception("an answer could not be observed")
 
@@ -254,22 +328,30 @@ class _Tap:
         """The exchange is over; one that ended in its middle is recorded as that."""
         self._give_ticket_back()
         if not self._has_looked:
+            if self.failure is None and self._parts:  # the client left: what was written for it is charged
+                self.meter.usage = self.meter.usage or self._estimate()
             self._record_failure(str(self.failure or "the client went away"), 499 if self.failure is None else 502)
+
+    def _estimate(self) -> dict[str, Any]:
+        """Usage that the upstream has not told: a token for every event, or for every four bytes of a whole answer."""
+        events = sum(part.count(b"\ndata:") + part.startswith(b"data:") for part in self._parts)
+        whole = 0 if events else sum(map(len, self._parts)) // BYTES_A_TOKEN
+        return estimate(self._num_bytes // BYTES_A_TOKEN, events or whole)
 
     def _give_ticket_back(self) -> None:
         """From here on the end of the exchange settles it."""
         if self._ticket not in self._tickets:
             self._tickets.append(self._ticket)
 
-    def _look(self) -> None:
+    async def _look(self) -> None:
         answer, gateway = self._answer, self._gateway
         if answer is None or self._status != 200:
             self._record_failure(str(self.failure or "the upstream refused it"), self._status)
             return
-        gateway.threads.remember(self._owner, self._asked.body, answer.message())
+        await gateway.threads.remember(self._owner, self._asked.body, answer.message())
         if self._options.mode == "off":
             return
-        verdict = gateway.referee.look(self._asked, answer, self._options)
+        verdict = await gateway.referee.look(self._asked, answer, self._options)
         gateway.note(verdict.word)
         gateway.audit.verdict(
             self._asked, self._options, verdict, account=account_of(self._http), trace=self._ticket.asked.trace,

@@ -9,7 +9,7 @@ from rorqual.errors import ConfigError
 from rorqual.server import logs
 from rorqual.server.auth import check_exposure, is_loopback
 from rorqual.server.gateway import Gateway, create_gateway
-from rorqual.server.run import LOOPBACK, Certificate, address_of, bind, serve_app
+from rorqual.server.listen import LOOPBACK, Certificate, address_of, bind, serve_app
 
 
 def run_gateway(

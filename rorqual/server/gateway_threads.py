@@ -6,14 +6,17 @@ is sent as empty reasoning, which such upstreams take, and the model thinks agai
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Literal, TypeVar
 
 from rorqual.errors import RequestError
 from rorqual.referee import Continuity
 from rorqual.referee.reasons import Finding, repaired
 
+Result = TypeVar("Result")
 Missing = Literal["rethink", "error"]
 """What happens to a turn whose reasoning is gone: `rethink` without it, told in the answer, or a clear error."""
 
@@ -26,14 +29,34 @@ class Threads:
     def __init__(self, continuity: Continuity | None, missing: Missing = "rethink") -> None:
         self._continuity, self._missing = continuity, missing
         self._want: set[str] = set()
+        on_disk = continuity is not None and continuity.is_on_disk
+        self._thread = ThreadPoolExecutor(1, "continuity") if on_disk else None
 
-    def restore(self, owner: str, body: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Finding]]:
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is put back."""
+        return self._continuity is not None
+
+    def close(self) -> None:
+        """Write what is waiting and close what is open."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        if self._continuity is not None:
+            self._continuity.close()
+
+    async def _beside(self, work: Callable[..., Result], *given: Any, **more: Any) -> Result:
+        """What reads or writes a file does not hold up the event loop."""
+        if self._thread is None:
+            return work(*given, **more)
+        return await asyncio.wrap_future(self._thread.submit(work, *given, **more))
+
+    async def restore(self, owner: str, body: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Finding]]:
         """The request with what its client dropped or spelled otherwise put back; the very object where nothing was."""
         messages = body.get("messages")
         if self._continuity is None or not isinstance(messages, list) or not _has_answers(messages):
             return body, []
         plain = [_plain(message) for message in messages]
-        back = self._continuity.restore(owner, plain, _thinks(body))
+        back = await self._beside(self._continuity.restore, owner, plain, _thinks(body))
         out = list(messages)
         for i in back.as_sampled:
             out[i] = {**out[i], "tool_calls": back.messages[i]["tool_calls"]}
@@ -49,14 +72,15 @@ class Threads:
             found += more
         return body, found
 
-    def remember(self, owner: str, body: Mapping[str, Any], message: Mapping[str, Any]) -> None:
+    async def remember(self, owner: str, body: Mapping[str, Any], message: Mapping[str, Any]) -> None:
         """Keep an answer that was given to the conversation of `body`."""
         messages = body.get("messages")
         if self._continuity is None or not isinstance(messages, list):
             return
         answer = _plain(message)
         if answer.get("tool_calls") or answer.get(_MARK):
-            self._continuity.remember(owner, [_plain(one) for one in messages], answer, spelling=True)
+            before = [_plain(one) for one in messages]
+            await self._beside(self._continuity.remember, owner, before, answer, spelling=True)
 
     def without(self, body: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Finding]]:
         """The request with empty reasoning where none is known. Raises: RequestError where that is not wanted."""

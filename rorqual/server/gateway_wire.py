@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final
 
 import httpx2
 
 from rorqual.errors import RequestError
-from rorqual.referee.answer import Answer, read_answer, read_message
+from rorqual.referee.answer import TEXT_OF, Answer, read_answer, read_message
 
 CONNECT_S: Final = 10.0
 _PASSED_ON: Final = (
@@ -24,6 +25,8 @@ _PASSED_ON: Final = (
 )  # fmt: skip
 _PASSED_BACK: Final = ("content-type", "retry-after", "x-request-id", "request-id", "cache-control", "location")
 _PREFIXES_BACK: Final = ("x-ratelimit-", "openai-", "x-ds-", "anthropic-")
+READ_FIELDS: Final = ("role", "content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal")
+"""Of a delta, those that are put together here; any other travels on as it came."""
 
 
 class UpstreamRefusal(RequestError):
@@ -110,7 +113,7 @@ class Upstream:
     async def streamed(
         self, path: str, headers: Mapping[str, str], body: Mapping[str, Any], each: Callable[[Mapping[str, Any]], None]
     ) -> Answer:
-        """A streamed answer, put together; `each` sees the first choice's deltas as they come.
+        """A streamed answer, put together; `each` sees the first choice of each chunk that has a delta, as it comes.
 
         Raises: UpstreamRefusal, RequestError, the latter also for a stream that breaks off.
         """
@@ -125,9 +128,9 @@ class Upstream:
                     for data in reader.feed(piece):
                         if data == "[DONE]":
                             return self._finished(assembler)
-                        delta = self._take(assembler, data)
-                        if delta is not None:
-                            each(delta)
+                        choice = self._take(assembler, data)
+                        if choice is not None:
+                            each(choice)
             except httpx2.HTTPError as error:
                 raise self.failure(error) from error
         return self._finished(assembler)
@@ -138,7 +141,7 @@ class Upstream:
             answer = read_answer(json.loads(content))
         except (ValueError, RecursionError) as error:
             raise self.broken(f"it sent neither a stream nor JSON ({error})") from error
-        each({"content": answer.content, "reasoning_content": answer.reasoning})
+        each({"delta": {"content": answer.content, "reasoning_content": answer.reasoning}})
         return answer
 
     def _take(self, assembler: Assembler, data: str) -> Mapping[str, Any] | None:
@@ -228,11 +231,15 @@ class SseReader:
     """Bytes of an event stream to the data of its events, whatever the pieces are cut into."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest: list[bytes] = []  # of a line that has not ended, joined when it does: a line may be long
         self._data: list[bytes] = []
 
     def feed(self, piece: bytes) -> Iterator[str]:
-        *lines, self._rest = (self._rest + piece).split(b"\n")
+        if b"\n" not in piece:
+            self._rest.append(piece)
+            return
+        *lines, rest = b"".join([*self._rest, piece]).split(b"\n")
+        self._rest = [rest]
         for line in lines:
             line = line.removesuffix(b"\r")
             if line.startswith(b"data:"):
@@ -251,13 +258,16 @@ class Assembler:
         self._calls: dict[int, dict[str, Any]] = {}
         self._logprobs: list[Any] = []
         self._refusal: list[str] = []
+        self._others: list[dict[str, Any]] = []
+        self._reasoning_name = "reasoning_content"
+        self._is_legacy = False
         self._usage: Any = None
         self._envelope: dict[str, Any] = {}
         self.finish: str | None = None
         self.has_begun = False
 
     def feed(self, chunk: Any) -> Mapping[str, Any] | None:
-        """The first choice's delta, where the chunk has one."""
+        """The first choice, where the chunk has one with a delta."""
         if not isinstance(chunk, dict):
             return None
         if not self._envelope:
@@ -278,15 +288,15 @@ class Assembler:
         if not isinstance(delta, dict):
             return None
         self._take(delta)
-        return delta
+        return choice
 
     def _take(self, delta: Mapping[str, Any]) -> None:
         if isinstance(delta.get("content"), str):
             self._content.append(delta["content"])
-        reasoning = delta.get("reasoning_content")
-        reasoning = delta.get("reasoning") if reasoning is None else reasoning
-        if isinstance(reasoning, str):
-            self._reasoning.append(reasoning)
+        name = "reasoning" if delta.get("reasoning_content") is None else "reasoning_content"
+        if isinstance(delta.get(name), str):
+            self._reasoning.append(delta[name])
+            self._reasoning_name = name
         if isinstance(delta.get("refusal"), str):
             self._refusal.append(delta["refusal"])
         for position, part in enumerate(delta.get("tool_calls") or ()):
@@ -294,39 +304,47 @@ class Assembler:
                 self._call(part, position)
         if isinstance(delta.get("function_call"), dict):
             self._call({"index": 0, "function": delta["function_call"]}, 0)
+            self._is_legacy = True
+        others = {key: value for key, value in delta.items() if key not in READ_FIELDS}
+        if others:
+            self._others.append(others)
 
     def _call(self, part: Mapping[str, Any], position: int) -> None:
         index = part.get("index")
         if not isinstance(index, int):  # some servers leave it out: a new id begins a new call
             known = [at for at, call in self._calls.items() if part.get("id") and call["id"] == part["id"]]
             index = known[0] if known else (len(self._calls) if part.get("id") else max(self._calls, default=position))
-        call = self._calls.setdefault(index, {"id": None, "name": None, "arguments": []})
-        if isinstance(part.get("id"), str) and part["id"]:
-            call["id"] = part["id"]
-        function = part.get("function")
-        if isinstance(function, dict):
-            if isinstance(function.get("name"), str) and function["name"]:
-                call["name"] = function["name"]
-            arguments = function.get("arguments")
-            if isinstance(arguments, str):
-                call["arguments"].append(arguments)
-            elif arguments is not None:
-                call["arguments"].append(json.dumps(arguments))
+        call = self._calls.setdefault(index, {"id": None, "type": "function", "name": None, "text": []})
+        for key, given in (("id", part.get("id")), ("type", part.get("type"))):
+            if isinstance(given, str) and given:
+                call[key] = given
+        kind = call["type"] if call["type"] in TEXT_OF else "function"
+        inner = part.get(kind)
+        if isinstance(inner, dict):
+            if isinstance(inner.get("name"), str) and inner["name"]:
+                call["name"] = inner["name"]
+            text = inner.get(TEXT_OF[kind])
+            if isinstance(text, str):
+                call["text"].append(text)
+            elif text is not None:
+                call["text"].append(json.dumps(text))
 
     def answer(self) -> Answer:
         """What the chunks add up to."""
         calls = [
-            {"id": call["id"], "type": "function",
-             "function": {"name": call["name"], "arguments": "".join(call["arguments"])}}
+            {"id": call["id"], "type": kind, kind: {"name": call["name"], TEXT_OF[kind]: "".join(call["text"])}}
             for _, call in sorted(self._calls.items())
-        ]  # fmt: skip
+            for kind in [call["type"] if call["type"] in TEXT_OF else "function"]
+        ]
         message: dict[str, Any] = {"role": "assistant", "content": "".join(self._content) if self._content else None}
         if self._reasoning:
-            message["reasoning_content"] = "".join(self._reasoning)
+            message[self._reasoning_name] = "".join(self._reasoning)
         if self._refusal:
             message["refusal"] = "".join(self._refusal)
-        if calls:
+        if calls and self._is_legacy:
+            message["function_call"] = calls[0]["function"]
+        elif calls:
             message["tool_calls"] = calls
         logprobs = {"content": self._logprobs} if self._logprobs else None
         answer = read_message(message, self.finish, self._usage, logprobs)
-        return answer.within(self._envelope)
+        return replace(answer.within(self._envelope), deltas=tuple(self._others))

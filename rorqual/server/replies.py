@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from rorqual import chat
 from rorqual.engine import FinishReason, Request, TokenEvent, Usage
+from rorqual.server.pieces import Piece
 from rorqual.tokenizer import Tokenizer
 from rorqual.tokenizer.special import END_THINK
 
 IMPOSSIBLE = -9999.0  # what the API reports for a log probability that is minus infinity
-
-
-@dataclass(frozen=True)
-class Piece:
-    """An event of the reply, with the log probabilities of the tokens since the last one (None when not asked for)."""
-
-    event: chat.Event
-    logprobs: dict[str, Any] | None
 
 
 class ReplyReader:

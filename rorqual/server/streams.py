@@ -1,25 +1,20 @@
-"""Between the engine's thread and the event loop: token events as an async stream, and Server-Sent Events."""
+"""Between the engine's thread and the event loop: token events as an async stream."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from rorqual.engine import Engine, Request, SamplingParams, TokenEvent
-from rorqual.errors import RequestError
-from rorqual.server.errors import ClientGone, error_body, named_as_sent
+from rorqual.server.errors import ClientGone, named_as_sent
 from rorqual.server.schema import Extension
+from rorqual.server.sse import gone
 from rorqual.server.upstream import RemoteEngine, RemoteRequest
-
-DONE = "data: [DONE]\n\n"
-KEEP_ALIVE = ": keep-alive\n\n"
 
 
 class TokenStream:
@@ -108,22 +103,6 @@ class TokenStream:
         return [event async for batch in self.batches(3600.0) for event in batch]
 
 
-async def gone(http: HttpRequest) -> None:
-    """Return when the client has closed the connection."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
-def sse(data: Mapping[str, Any]) -> str:
-    """One event, compact JSON."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def sse_error(error: RequestError) -> str:
-    """A failure inside a running stream; SDKs raise it. No `[DONE]` follows."""
-    return sse(error_body(error))
-
-
 class EventStream(StreamingResponse):
     """Server-Sent Events of one engine request, which is cancelled when the client goes away."""
 
@@ -136,44 +115,3 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._request.cancel()
-
-
-async def whole_answer(making: Coroutine[Any, Any, Mapping[str, Any]], keep_alive_s: float) -> Response:
-    """The answer as JSON once it is made; a client that waits longer gets an empty line every `keep_alive_s` before it.
-
-    Those lines need a status, so a failure after the first of them is an error body under status 200, as on the hosted
-    API. Raises: what `making` does until then.
-    """
-    task = asyncio.ensure_future(making)
-    try:
-        await asyncio.wait({task}, timeout=keep_alive_s)
-    except asyncio.CancelledError:
-        task.cancel()
-        raise
-    return JSONResponse(task.result()) if task.done() else _Waiting(task, keep_alive_s)
-
-
-class _Waiting(StreamingResponse):
-    """Empty lines, then the JSON body."""
-
-    def __init__(self, task: asyncio.Future[Mapping[str, Any]], keep_alive_s: float) -> None:
-        super().__init__(self._lines(task, keep_alive_s), media_type="application/json")
-        self._task = task
-
-    async def _lines(self, task: asyncio.Future[Mapping[str, Any]], keep_alive_s: float) -> AsyncIterator[bytes]:
-        while not task.done():
-            yield b"\n"
-            await asyncio.wait({task}, timeout=keep_alive_s)
-        try:
-            body = task.result()
-        except RequestError as error:
-            body = error_body(error)
-        except ClientGone:
-            return
-        yield bytes(JSONResponse(body).body)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._task.cancel()

@@ -20,7 +20,8 @@ from rorqual.server.constraints import grammar_for
 from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import ChatPrompt, build_prompt
 from rorqual.server.metadata import metadata
-from rorqual.server.replies import Piece, ReplyReader, exactness_body
+from rorqual.server.pieces import Piece
+from rorqual.server.replies import ReplyReader, exactness_body
 from rorqual.server.schema import ChatRequest
 from rorqual.server.served import ServedModel
 from rorqual.server.service import Service

@@ -39,7 +39,7 @@ from rorqual.ledger import Ledger
 from rorqual.server import run
 from rorqual.server.accounts import Accounts, Tariff
 from rorqual.server.operations import Operations
-from rorqual.server.run import Certificate
+from rorqual.server.listen import Certificate
 given = json.loads(sys.argv[1])
 model = ScriptModel(lambda prompt: "done</think>" + "word " * given["words"])
 model.step_s = 0.01

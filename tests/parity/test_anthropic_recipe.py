@@ -21,11 +21,9 @@ from rorqual import chat
 from rorqual.server.anthropic.convert import to_chat
 from rorqual.server.anthropic.schema import MessagesRequest
 from rorqual.server.anthropic.writer import Writer
-from rorqual.server.service import make_service
 
 recipe = pytest.importorskip("deepseek_recipe", reason="deepseek-recipe is not installed (a test-only oracle)")
 OPTIONS = recipe.ConversionOptions().with_model_alias("m", recipe.ModelVersion.DeepseekV4Pro)
-SERVICE = make_service([])
 
 texts = st.text(st.sampled_from('ab \n"\\é🐋<>｜&{'), min_size=1, max_size=8).filter(
     lambda text: not text.startswith("\n")
@@ -109,7 +107,7 @@ def test_requests_become_the_same_prompt(
     conversation = recipe.MessagesRequest(json.dumps(body)).convert(OPTIONS).conversation
     expected = recipe.DeepseekV4Encoding().render_conversation(conversation).prompt
 
-    ours = to_chat(MessagesRequest.model_validate(body), SERVICE)
+    ours = to_chat(MessagesRequest.model_validate(body), True)
     mode, level = chat.resolve_effort(ours.reasoning_effort, "2026-07")
     if ours.thinking is not None and ours.thinking.type == "disabled":
         mode, level = "chat", None

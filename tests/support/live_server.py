@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from rorqual.server.run import bind
+from rorqual.server.listen import bind
 
 
 @contextmanager

@@ -28,7 +28,6 @@ from rorqual.server.anthropic.schema import (
 )
 from rorqual.server.errors import from_validation
 from rorqual.server.schema import USER_ID, Body, ChatRequest
-from rorqual.server.service import Service
 
 SENT_AS: Mapping[str, str] = {
     "stop": "stop_sequences",
@@ -62,8 +61,11 @@ class ManyTools(ChatRequest):
     max_tools = None
 
 
-def to_chat(body: MessagesRequest, service: Service) -> ChatRequest:
-    """Raises: RequestError naming the block or field at fault."""
+def to_chat(body: MessagesRequest, keeps_reasoning: bool) -> ChatRequest:
+    """keeps_reasoning: what was in thinking blocks that come back empty may be known here.
+
+    Raises: RequestError naming the block or field at fault.
+    """
     if body.thread is not None:
         raise RequestError(
             "thread refers to a conversation kept by the server, and this server stores none. Send the whole history "
@@ -78,7 +80,7 @@ def to_chat(body: MessagesRequest, service: Service) -> ChatRequest:
     return ManyTools.model_validate(
         {
             "model": body.model,
-            "messages": _messages(body, service),
+            "messages": _messages(body, keeps_reasoning),
             "max_tokens": body.max_tokens,
             "temperature": body.temperature,
             "top_p": body.top_p,
@@ -98,7 +100,7 @@ def to_chat(body: MessagesRequest, service: Service) -> ChatRequest:
     )
 
 
-def _messages(body: MessagesRequest, service: Service) -> list[dict[str, Any]]:
+def _messages(body: MessagesRequest, keeps_reasoning: bool) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     if body.system is not None:
         system = _joined(_blocks(body.system, "system", ("system",)))
@@ -107,7 +109,7 @@ def _messages(body: MessagesRequest, service: Service) -> list[dict[str, Any]]:
         if system:
             out.append({"role": "system", "content": system})
     # A client that asked for empty thinking blocks sends them back empty; what was in them may still be known here.
-    is_omitted = body.thinking is not None and body.thinking.display == "omitted" and service.continuity is not None
+    is_omitted = body.thinking is not None and body.thinking.display == "omitted" and keeps_reasoning
     unanswered: list[str] = []
     for i, message in enumerate(body.messages):
         blocks = _blocks(message.content, message.role, ("messages", i, "content"))

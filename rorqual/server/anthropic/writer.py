@@ -18,6 +18,8 @@ Event = dict[str, Any]
 _DELTAS = {"thinking": ("thinking_delta", "thinking"), "text": ("text_delta", "text"),
            "tool_use": ("input_json_delta", "partial_json")}  # fmt: skip
 
+_THINKING: Event = {"type": "thinking", "thinking": "", "signature": ""}
+
 
 class Writer:
     """Feed it the events of a reply; it gives those of the stream, and keeps `content`.
@@ -36,10 +38,12 @@ class Writer:
     def begin(self) -> Iterator[Event]:
         """The opening of the reply's first block where it is known what that is; call it before `read`."""
         if self._thinking:
-            yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
+            yield from self._begin(dict(_THINKING))
 
     def read(self, event: chat.Event) -> Iterator[Event]:
         if isinstance(event, chat.ReasoningDelta):
+            if self._block is None or self._block["type"] != "thinking":
+                yield from self._begin(dict(_THINKING))
             if self._shows_thinking:
                 yield from self._more("thinking", event.text)
         elif isinstance(event, chat.ContentDelta):

@@ -17,6 +17,14 @@ from rorqual.server.content import read_content
 from rorqual.server.responses.schema import ResponsesRequest
 from rorqual.server.schema import USER_ID, ChatRequest
 
+SENT_AS: Mapping[str, str] = {
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "messages": "input",
+}
+"""Fields of the chat request that this dialect calls otherwise."""
+
 INPUT = "input"
 """The one parameter of a custom tool, as the model sees it."""
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from rorqual import chat
-from rorqual.server.replies import Piece
+from rorqual.server.pieces import Piece
 from rorqual.server.responses.convert import INPUT
 
 Event = dict[str, Any]

@@ -12,7 +12,7 @@ import pytest
 
 from rorqual.referee import Answer, Asked, Call, Evidence, Options, Policy
 from rorqual.referee.audit import without_secrets
-from rorqual.referee.check import LARGE, Checked, check_answer, check_answer_beside
+from rorqual.referee.check import BIG, Checked, check_answer, check_beside
 from rorqual.referee.check_arith import evaluate
 from rorqual.referee.check_copy import check_copy
 from rorqual.referee.identifiers import IDENTIFIER, Identifiers, _siblings, edit_distance
@@ -281,11 +281,9 @@ def test_long_numbers_beside_other_identifiers_fail_no_check():
 def test_large_texts_are_checked_beside_the_event_loop():
     async def both() -> tuple[set[str], Checked]:
         threads = set[str]()
-        asked = Asked({"messages": [{"role": "user", "content": "whales " * LARGE}]})
+        asked = Asked({"messages": [{"role": "user", "content": "whales " * BIG}]})
         asked.__dict__["context"] = Noting(threads, asked.context)
-        return threads, await check_answer_beside(
-            asked, Answer("see a1b2-c3d4", finish="stop"), Options("annotate", Policy())
-        )
+        return threads, await check_beside(asked, Answer("see a1b2-c3d4", finish="stop"), Options("annotate", Policy()))
 
     class Noting(str):
         def __new__(cls, threads: set[str], text: str) -> "Noting":

@@ -12,7 +12,6 @@ from rorqual.engine import Engine
 from rorqual.server import Behaviour, create_app
 from rorqual.server.anthropic.convert import to_chat
 from rorqual.server.anthropic.schema import MessagesRequest
-from rorqual.server.service import make_service
 
 CLOCK: Any = {"name": "clock", "description": "Tells the time.", "input_schema": {"type": "object"}}
 CALL: Any = {"type": "tool_use", "id": "c1", "name": "clock", "input": {"zone": "UTC", "n": 1}}
@@ -167,12 +166,11 @@ def test_everything_that_clients_send_is_taken(client: TestClient) -> None:
 
 
 def test_what_the_chat_request_is() -> None:
-    service = make_service([])
     schema = {"type": "object", "properties": {"title": {"type": "string"}}}
 
     def converted(**fields: Any) -> Any:
         body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
-        return to_chat(MessagesRequest.model_validate(body), service)
+        return to_chat(MessagesRequest.model_validate(body), True)
 
     form = {"type": "json_schema", "schema": schema}
     for fields in ({"output_config": {"format": form}}, {"output_format": form}):

@@ -10,7 +10,7 @@ from scripted_api import PROMPTS, refused
 from starlette.testclient import TestClient
 
 from rorqual import chat
-from rorqual.server.replies import Piece
+from rorqual.server.pieces import Piece
 from rorqual.server.responses.convert import to_chat
 from rorqual.server.responses.items import Writer
 from rorqual.server.responses.schema import ResponsesRequest

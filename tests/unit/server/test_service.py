@@ -15,7 +15,7 @@ from rorqual.engine import Engine
 from rorqual.errors import ConfigError
 from rorqual.server import ServedModel, create_app
 from rorqual.server.guard import Guard
-from rorqual.server.run import bind
+from rorqual.server.listen import bind
 
 
 def test_models_health_page_and_paths(client: TestClient) -> None:
