@@ -277,7 +277,8 @@ def measure_learning(tokenizer: Tokenizer, seeds: int, updates: int, as_json: bo
             curves.setdefault(way, []).append(curve)
             note(
                 f"{way}, seed {seed}: reward {curve['reward'][0]:.3f} -> "
-                f"{statistics.fmean(curve['reward'][-tail:]):.3f}, length {curve['length'][0]:.1f} -> {statistics.fmean(curve['length'][-tail:]):.1f}"
+                f"{statistics.fmean(curve['reward'][-tail:]):.3f}, length {curve['length'][0]:.1f} -> "
+                f"{statistics.fmean(curve['length'][-tail:]):.1f}"
                 f" ({time.perf_counter() - began:.0f} s)"
             )
     same = sum(a == b for a, b in zip(curves["undisturbed"], curves["gone on with"], strict=True))

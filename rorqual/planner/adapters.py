@@ -18,8 +18,8 @@ from typing import Literal
 
 from rorqual.config import ModelConfig
 from rorqual.model.adapters import AdapterSpec, choose_targets
-from rorqual.planner.inventory import WeightFormat, inventory
 from rorqual.planner.parameters import build_on_meta
+from rorqual.planner.tensors import WeightFormat, inventory
 
 FP32, BF16 = 4, 2
 
