@@ -49,3 +49,16 @@ def staged(tensor: Tensor) -> Tensor:
         return tensor.pin_memory()
     except (RuntimeError, NotImplementedError):  # back ends without pinned memory: their copies wait
         return tensor
+
+
+def rng_state(device: torch.device) -> Tensor | None:
+    """The state of an accelerator's default generator, uint8 on the CPU; None for the CPU and where a maker has none."""
+    give = None if device.type == "cpu" else getattr(torch.get_device_module(device), "get_rng_state", None)
+    return None if give is None else give(device)
+
+
+def set_rng_state(device: torch.device, state: Tensor) -> None:
+    """Put back what `rng_state` gave; does nothing on the CPU, which cannot go on with another device's draws."""
+    take = None if device.type == "cpu" else getattr(torch.get_device_module(device), "set_rng_state", None)
+    if take is not None:
+        take(state, device)

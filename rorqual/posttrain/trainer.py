@@ -21,6 +21,7 @@ from rorqual import log
 from rorqual.errors import CheckpointError, ConfigError, RorqualError
 from rorqual.model import Transformer
 from rorqual.model.quantised import forget, quantise, round_activations
+from rorqual.ops.device import rng_state, set_rng_state
 from rorqual.ops.newton_schulz import HYBRID
 from rorqual.parallel.mesh import Mesh
 from rorqual.posttrain.config import OptimConfig, RunConfig
@@ -205,9 +206,8 @@ class Trainer:
             for prefix, part in self._optimizers.items()
             for key, tensor in part.state_dict().items()
         ]
-        device = self.model.reference.device
-        if device.type == "cuda":
-            optimizer.append(whole(_DEVICE_RNG, torch.cuda.get_rng_state(device)))
+        if (drawn := rng_state(self.model.reference.device)) is not None:
+            optimizer.append(whole(_DEVICE_RNG, drawn))
         return checkpoints.save_pieces(
             self.folder,
             [whole(name, tensor) for name, tensor in self.moving().items()],
@@ -259,8 +259,8 @@ class Trainer:
             part.load_state_dict({k.removeprefix(start): v for k, v in saved.optimizer.items() if k.startswith(start)})
         self.weights_moved()
         torch.set_rng_state(saved.torch_rng)
-        if device_rng is not None and self.model.reference.device.type == "cuda":
-            torch.cuda.set_rng_state(device_rng, self.model.reference.device)
+        if device_rng is not None:
+            set_rng_state(self.model.reference.device, device_rng)
 
     def moving(self) -> dict[str, Tensor]:
         """Trained parameters and all buffers that a state holds, by name: what a checkpoint is about."""

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from rorqual.planner.tensors import inventory
 from small_models import build, packable_config, some_tokens
 
 from rorqual.config import ModelConfig
 from rorqual.model.adapters import AdapterSpec
 from rorqual.planner.adapters import adapter_plan
+from rorqual.planner.tensors import inventory
 from rorqual.posttrain.config import OptimConfig, RunConfig
 from rorqual.posttrain.lora import LoraConfig, prepare
 from rorqual.posttrain.trainer import Trainer
