@@ -52,7 +52,7 @@ def staged(tensor: Tensor) -> Tensor:
 
 
 def rng_state(device: torch.device) -> Tensor | None:
-    """The state of an accelerator's default generator, uint8 on the CPU; None for the CPU and where a maker has none."""
+    """The state of an accelerator's default generator, uint8; None for the CPU and where a maker has none."""
     give = None if device.type == "cpu" else getattr(torch.get_device_module(device), "get_rng_state", None)
     return None if give is None else give(device)
 
