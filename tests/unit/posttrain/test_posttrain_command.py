@@ -77,3 +77,8 @@ def test_refusals(capsys: pytest.CaptureFixture[str]) -> None:
         assert why in capsys.readouterr().err
     with pytest.raises(ConfigError, match="words"):
         find_recipe("verses")
+
+
+def test_the_example_recipe_is_one() -> None:
+    [stage] = load_recipe([Path(__file__).parents[3] / "recipes" / "posttrain" / "sft.toml"]).stages
+    assert stage.kind == "sft" and stage.name == "tool"
