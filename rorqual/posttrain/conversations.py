@@ -27,6 +27,7 @@ _PREFERENCES = {
     frozenset({"completion", "label"}): "answers with a verdict",
     frozenset({"completions", "labels"}): "steps with verdicts",
 }
+_PICTURES = ("image", "images", "videos")
 _MODE_KEYS = ("thinking", "enable_thinking")
 
 
@@ -128,7 +129,7 @@ def sample_of(row: Row, source: str, revision: str = "2026-04") -> Conversation 
             source, f"holds a {type(row).__name__}, not a row", 'Write an object, such as {"messages": [...]}.'
         )
     columns = {name for name, value in row.items() if value is not None}
-    if "canary" in columns:
+    if "canary" in columns or CANARY in str(row):
         raise _fault(source, "is a test item (it carries the canary)", "Do not train on the items of an evaluation.")
     for names, what in _PREFERENCES.items():
         if names <= columns:
@@ -138,6 +139,11 @@ def sample_of(row: Row, source: str, revision: str = "2026-04") -> Conversation 
                 "one answer and would not see the others",
                 "Make rows of `messages` from the good answers, or train with rewards (kind = grpo).",
             )
+    seen = sorted(name for name in _PICTURES if row.get(name))
+    if seen:
+        raise _fault(
+            source, f"has the column {seen[0]}, but nothing of a picture is learned here", "Use rows of text alone."
+        )
     if "messages" in columns or "conversations" in columns:
         spoken = row["messages"] if "messages" in columns else row["conversations"]
         return _conversation(row, _messages(spoken, source), 0, source, revision)
@@ -168,8 +174,12 @@ def _prompted(row: Row, source: str, revision: str) -> Conversation | PlainText:
 
 def _conversation(row: Row, messages: list[dict[str, Any]], num_given: int, source: str, revision: str) -> Conversation:
     tools = _parsed(row.get("tools"), "tools", source)
-    if tools is not None and not isinstance(tools, list):
-        raise _fault(source, "has tools that are no list", 'Write [{"type": "function", "function": {...}}].')
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise _fault(
+            source, "has tools that are no list of objects", 'Write [{"type": "function", "function": {...}}].'
+        )
+    if row.get("functions"):
+        raise _fault(source, "has functions, the shape before tools", "Write them as tools.")
     functions = [_without_nulls(tool if "function" in tool else {"function": tool}) for tool in tools or []]
     mode, effort, drops = _rendering(row, source, revision)
     return Conversation(messages, functions or None, mode, effort, drops, num_given, source)
@@ -178,6 +188,8 @@ def _conversation(row: Row, messages: list[dict[str, Any]], num_given: int, sour
 def _rendering(row: Row, source: str, revision: str) -> tuple[str | None, str | None, bool]:
     """(thinking mode or None, effort word, whether old reasoning is dropped) that a row asks for."""
     asked = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs", source) or {}
+    if not isinstance(asked, Mapping):
+        raise _fault(source, "has chat_template_kwargs that are no object", 'Write {"enable_thinking": true}.')
     known = ("thinking_mode", "reasoning_effort", "drop_thinking", *_MODE_KEYS)
     unknown = [name for name, value in asked.items() if name not in known and value is not None]
     if unknown:
@@ -196,6 +208,8 @@ def _rendering(row: Row, source: str, revision: str) -> tuple[str | None, str | 
     word = row.get("reasoning_effort") or asked.get("reasoning_effort")
     if word is None:
         return mode, None, drops
+    if not isinstance(word, str):
+        raise _fault(source, f"has the reasoning effort {word!r}", "Use a word, such as high or max.")
     try:
         meant, effort = resolve_effort(word, revision)
     except RequestError as error:
@@ -214,23 +228,33 @@ def _message(message: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A message in the shape the encoder reads: columns without a value left out, arguments as JSON text."""
     out = {name: value for name, value in message.items() if value is not None or name == "content"}
     if "role" not in out and "from" in out:
-        role = out.pop("from")
-        out["role"] = _ROLES.get(role, role)
+        speaker = out.pop("from")
+        out["role"] = _ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
         out["content"] = out.pop("value", None)
     for name in ("thinking", "reasoning"):
         if isinstance(out.get(name), str):
             out.setdefault("reasoning_content", out.pop(name))
-    if out.get("tool_calls"):
-        out["tool_calls"] = [_call(call, source) for call in out["tool_calls"]]
+    if out.get("function_call"):
+        raise _fault(source, "has a function_call, the shape before tool_calls", "Write it as tool_calls.")
+    calls = _parsed(out.get("tool_calls"), "tool_calls", source) if out.get("tool_calls") else None
+    if calls:
+        if not isinstance(calls, list):
+            raise _fault(source, "has tool_calls that are no list", 'Write [{"function": {...}}].')
+        out["tool_calls"] = [_call(call, source) for call in calls]
+    elif out.get("role") == "assistant" and out.get("content") is None and not out.get("reasoning_content"):
+        raise _fault(source, "has an assistant message that says nothing", 'Give it content; "" means an empty answer.')
     return out
 
 
 def _call(call: Any, source: str) -> dict[str, Any]:
-    if not isinstance(call, Mapping):
+    function = call.get("function") if isinstance(call, Mapping) else call
+    if isinstance(call, Mapping) and function is None:
+        function = {name: call[name] for name in ("name", "arguments") if name in call}
+    if not isinstance(function, Mapping):
         raise _fault(
             source, "has a tool call that is no object", 'Write {"function": {"name": ..., "arguments": ...}}.'
         )
-    function = dict(call.get("function") or {name: call[name] for name in ("name", "arguments") if name in call})
+    function = dict(function)
     if isinstance(function.get("arguments"), Mapping):
         function["arguments"] = json.dumps(_without_nulls(function["arguments"]), ensure_ascii=False)
     out = {"type": "function", "function": function}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rorqual.chat import RenderedPrompt, render_messages
+from rorqual.chat.markers import IMAGE
 from rorqual.data import encode_pieces
 from rorqual.data.conversations import pieces_of_rendered
 from rorqual.errors import DataError, RequestError
@@ -81,7 +82,7 @@ def _render(sample: Conversation, turn: range, revision: str) -> RenderedPrompt:
         places: Iterable[int] = range(len(sample.messages)) if declares else turn
         mode = "thinking" if any(sample.messages[i].get("reasoning_content") for i in places) else "chat"
     try:
-        return render_messages(
+        rendered = render_messages(
             sample.messages[: turn.stop],
             sample.tools,
             mode,
@@ -91,6 +92,9 @@ def _render(sample: Conversation, turn: range, revision: str) -> RenderedPrompt:
         )
     except RequestError as error:
         raise DataError(f"{sample.source}: {error}") from error
+    if IMAGE in rendered.text and (IMAGE, True) in rendered.pieces():
+        raise DataError(f"{sample.source} has an image, of which nothing is learned here. Use rows of text alone.")
+    return rendered
 
 
 def _learned(sample: Conversation, turn: range, rendered: RenderedPrompt) -> set[int]:

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,8 @@ def _open(folder: Path, recipe: Recipe, resume: bool) -> None:
         )
     if resume and not is_run:
         raise ConfigError(f"{folder} holds no run to resume. Check --run-dir, or leave out --resume.")
+    if is_run:
+        _check_base(folder / "config.toml", recipe)
     for number, stage in enumerate(recipe.stages):
         begun = folder / recipe.folder_of(number) / "stage.toml"
         if begun.is_file() and begun.read_text(encoding="utf-8") != to_toml(stage):
@@ -163,6 +166,16 @@ def _open(folder: Path, recipe: Recipe, resume: bool) -> None:
             f"{folder} cannot hold a run: {error.strerror or error}. A run writes its checkpoints and figures there. "
             "Choose another --run-dir, or correct the permissions."
         ) from None
+
+
+def _check_base(config: Path, recipe: Recipe) -> None:
+    before = tomllib.loads(config.read_text(encoding="utf-8")).get("model", {}).get("base")
+    now = recipe.config.model.base
+    if before != now:
+        raise ConfigError(
+            f"{config} says that the run began from {before!r}, and now it is {now!r}; its result would belong to "
+            "neither. Put it back, or choose another --run-dir."
+        )
 
 
 def _write(path: Path, text: str) -> None:

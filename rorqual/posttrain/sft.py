@@ -360,7 +360,8 @@ class _Sft:
 
     def _greeting(self) -> str:
         fitted = self.store.facts["fit"]
-        lost = f"; {fitted['dropped']} left out as too long, {fitted['trimmed']} cut" if fitted["dropped"] else ""
+        is_cut = fitted["dropped"] or fitted["trimmed"]
+        lost = f"; {fitted['dropped']} left out as too long, {fitted['trimmed']} cut" if is_cut else ""
         return (
             f"{self.trainer.num_trained / 1e6:.2f}M trained parameters, {len(self.learned):,} examples with "
             f"{fitted['learned_tokens']:,} learned of {fitted['tokens']:,} tokens{lost}; {len(self.validation[1]):,} "
