@@ -120,6 +120,7 @@ class AgentRollouts:
             raise RequestError(
                 "temperature is 0, so all runs of a group would be the same. Use 1.", param="temperature"
             )
+        self._is_closed = False
         with ThreadPoolExecutor(self.parallel, thread_name_prefix="rorqual-agent-rollouts") as threads:
             groups = [
                 [threads.submit(self._rollout, prompt, group, index, params) for index in range(group_size)]
@@ -131,7 +132,6 @@ class AgentRollouts:
             finally:
                 self._is_closed = True
                 threads.shutdown(wait=False, cancel_futures=True)
-        self._is_closed = False
 
     def pause(self) -> None:
         """Ask every run to stop at its next token; sandboxes rest, and `resume` goes on."""
@@ -143,7 +143,8 @@ class AgentRollouts:
 
     def _rollout(self, prompt: AgentPrompt, group: int, index: int, params: SamplingParams) -> Rollout | None:
         while True:
-            self._may_run.wait()
+            while not self._may_run.wait(POLL_S) and not self._is_closed:
+                pass
             try:
                 return self._attempt(prompt, group, index, params)
             except Preempted:
