@@ -173,7 +173,7 @@ class AgentRollouts:
             session = Session(
                 SessionParts(
                     log, backend, ToolBox(self.tools), environment, folder / "outbox", id, self.seed,
-                    limits=self.limits, stop=lambda: not self._may_run.is_set() or self._is_closed,
+                    limits=self.limits, stop=_Notice(lambda: self._is_closed or not self._may_run.is_set()),
                     accept_new_weights=True,
                 )
             )  # fmt: skip
@@ -246,6 +246,19 @@ class DrawnTurns:
             if len(rows):
                 self.experts.append(rows)
                 self.num_routed += len(rows)
+
+
+class _Notice:
+    """A request to stop: once it was seen it holds for the attempt, whatever is allowed again meanwhile. A turn that
+    broke off and did not hear why would count as one that came to its end.
+    """
+
+    def __init__(self, is_asked: Callable[[], bool]) -> None:
+        self._is_asked, self._was_seen = is_asked, False
+
+    def __call__(self) -> bool:
+        self._was_seen = self._was_seen or self._is_asked()
+        return self._was_seen
 
 
 class RolloutBackend:

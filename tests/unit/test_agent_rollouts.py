@@ -11,6 +11,7 @@ from mock_model import ScriptModel, byte_tokenizer
 from torch import Tensor
 
 from rorqual.agents.loop import Answer
+from rorqual.agents.tools import standard_tools
 from rorqual.chat import suppressed_ids
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import RequestError
@@ -22,6 +23,7 @@ CALL = (
     "echo {} >> out/log</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
 )
 LETTERS = "abcd"
+SHELL = next(tool for tool in standard_tools() if tool.name == "shell")
 
 
 def reply(prompt: str) -> str:
@@ -33,6 +35,12 @@ def reply(prompt: str) -> str:
 class Choosing(ScriptModel):
     """Says its script, and where that has a `?` draws one of the letters."""
 
+    def forward_streams(self, tokens: Tensor, *, state: Any) -> Tensor:
+        state.ids += tokens[0].tolist()
+        rows = torch.zeros(tokens.shape[1], self.cfg.vocab_size)
+        rows[-1] = self.logits_after(state.ids)  # nobody asks what follows within a prompt
+        return rows[None]
+
     def logits_after(self, ids: list[int]) -> Tensor:
         logits = super().logits_after(ids)
         letters = [byte_tokenizer().encode(letter)[0] for letter in LETTERS]
@@ -40,7 +48,6 @@ class Choosing(ScriptModel):
         if logits[open_place] > 0:
             logits[open_place] = 0.0
             logits[letters] = torch.tensor([50.0, 50.5, 51.0, 49.0])
-        # the script is looked up by what was asked, so what was drawn in its place counts as the `?`
         return logits
 
 
@@ -73,7 +80,7 @@ def letters_of(one: Rollout) -> str:
 def test_episodes_are_whole_and_rewarded_by_what_they_left(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     with Engine(Choosing(reply), tokenizer) as engine:
-        source = AgentRollouts(engine, tmp_path / "runs", judge, maker=Maker(tmp_path / "sandboxes"))
+        source = AgentRollouts(engine, tmp_path / "runs", judge, tools=[SHELL], maker=Maker(tmp_path / "sandboxes"))
         groups = list(source.generate(prompts(2), 3))
         with pytest.raises(RequestError, match="temperature"):
             next(source.generate(prompts(1), 2, SamplingParams(temperature=0)))
@@ -97,9 +104,9 @@ def test_episodes_are_whole_and_rewarded_by_what_they_left(tmp_path: Path) -> No
 def test_preempted_and_reopened_episodes_are_the_same(tmp_path: Path) -> None:
     """Paused at any token and gone on with, and read again from their journals by a later process."""
     with Engine(Choosing(reply), byte_tokenizer()) as engine:
-        calm = AgentRollouts(engine, tmp_path / "calm", judge, maker=Maker(tmp_path / "a"))
+        calm = AgentRollouts(engine, tmp_path / "calm", judge, tools=[SHELL], maker=Maker(tmp_path / "a"))
         expected = told(list(calm.generate(prompts(1), 3)))
-        source = AgentRollouts(engine, tmp_path / "runs", judge, maker=Maker(tmp_path / "b"))
+        source = AgentRollouts(engine, tmp_path / "runs", judge, tools=[SHELL], maker=Maker(tmp_path / "b"))
         is_over, paused = threading.Event(), threading.Event()
 
         def disturb() -> None:
@@ -123,6 +130,6 @@ def test_preempted_and_reopened_episodes_are_the_same(tmp_path: Path) -> None:
         assert paused.is_set() and source.preemptions > 0
         assert made == expected
         sampled = engine.stats().sampled_tokens
-        later = AgentRollouts(engine, tmp_path / "runs", judge, maker=Maker(tmp_path / "b"))
+        later = AgentRollouts(engine, tmp_path / "runs", judge, tools=[SHELL], maker=Maker(tmp_path / "b"))
         assert told(list(later.generate(prompts(1), 3))) == expected
         assert engine.stats().sampled_tokens == sampled
