@@ -107,17 +107,16 @@ def test_preempted_and_reopened_episodes_are_the_same(tmp_path: Path) -> None:
         calm = AgentRollouts(engine, tmp_path / "calm", judge, tools=[SHELL], maker=Maker(tmp_path / "a"))
         expected = told(list(calm.generate(prompts(1), 3)))
         source = AgentRollouts(engine, tmp_path / "runs", judge, tools=[SHELL], maker=Maker(tmp_path / "b"))
-        is_over, paused = threading.Event(), threading.Event()
+        is_over = threading.Event()
 
         def disturb() -> None:
-            while not is_over.is_set():
+            for _ in range(4):
                 before = source.preemptions
                 source.pause()
                 while source.preemptions == before and not is_over.is_set():
                     is_over.wait(0.01)
-                paused.set()
                 source.resume()
-                is_over.wait(0.2)
+                is_over.wait(0.1)
 
         thread = threading.Thread(target=disturb)
         thread.start()
@@ -125,9 +124,8 @@ def test_preempted_and_reopened_episodes_are_the_same(tmp_path: Path) -> None:
             made = told(list(source.generate(prompts(1), 3)))
         finally:
             is_over.set()
-            source.resume()
             thread.join()
-        assert paused.is_set() and source.preemptions > 0
+        assert source.preemptions > 0
         assert made == expected
         sampled = engine.stats().sampled_tokens
         later = AgentRollouts(engine, tmp_path / "runs", judge, tools=[SHELL], maker=Maker(tmp_path / "b"))
