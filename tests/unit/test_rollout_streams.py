@@ -25,7 +25,7 @@ from rorqual.server import create_app
 SHORT = SAMPLING.replace(max_tokens=12)
 
 
-@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+@pytest.mark.parametrize("max_staleness", [1, *(pytest.param(most, marks=pytest.mark.slow) for most in (0, 3))])
 def test_no_token_is_older_than_the_bound_and_every_group_is_trained_on(max_staleness: int) -> None:
     prompts = tiny_prompts(12)
     with tiny_engine(tiny_policy()) as engine:
