@@ -275,11 +275,11 @@ def measure_learning(tokenizer: Tokenizer, seeds: int, updates: int, as_json: bo
             began = time.perf_counter()
             curve = train(tokenizer, seed, way, updates, groups, size)
             curves.setdefault(way, []).append(curve)
+            first, last = curve["reward"][0], statistics.fmean(curve["reward"][-tail:])
+            begin, end = curve["length"][0], statistics.fmean(curve["length"][-tail:])
+            took = time.perf_counter() - began
             note(
-                f"{way}, seed {seed}: reward {curve['reward'][0]:.3f} -> "
-                f"{statistics.fmean(curve['reward'][-tail:]):.3f}, length {curve['length'][0]:.1f} -> "
-                f"{statistics.fmean(curve['length'][-tail:]):.1f}"
-                f" ({time.perf_counter() - began:.0f} s)"
+                f"{way}, seed {seed}: reward {first:.3f} -> {last:.3f}, length {begin:.1f} -> {end:.1f} ({took:.0f} s)"
             )
     same = sum(a == b for a, b in zip(curves["undisturbed"], curves["gone on with"], strict=True))
     for figure in ("reward", "length"):

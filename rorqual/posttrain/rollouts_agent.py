@@ -120,6 +120,7 @@ class AgentRollouts:
             raise RequestError(
                 "temperature is 0, so all runs of a group would be the same. Use 1.", param="temperature"
             )
+        self._is_closed = False
         with ThreadPoolExecutor(self.parallel, thread_name_prefix="rorqual-agent-rollouts") as threads:
             groups = [
                 [threads.submit(self._rollout, prompt, group, index, params) for index in range(group_size)]
@@ -131,7 +132,6 @@ class AgentRollouts:
             finally:
                 self._is_closed = True
                 threads.shutdown(wait=False, cancel_futures=True)
-        self._is_closed = False
 
     def pause(self) -> None:
         """Ask every run to stop at its next token; sandboxes rest, and `resume` goes on."""
@@ -143,7 +143,8 @@ class AgentRollouts:
 
     def _rollout(self, prompt: AgentPrompt, group: int, index: int, params: SamplingParams) -> Rollout | None:
         while True:
-            self._may_run.wait()
+            while not self._may_run.wait(POLL_S) and not self._is_closed:
+                pass
             try:
                 return self._attempt(prompt, group, index, params)
             except Preempted:
@@ -172,7 +173,7 @@ class AgentRollouts:
             session = Session(
                 SessionParts(
                     log, backend, ToolBox(self.tools), environment, folder / "outbox", id, self.seed,
-                    limits=self.limits, stop=lambda: not self._may_run.is_set() or self._is_closed,
+                    limits=self.limits, stop=_Notice(lambda: self._is_closed or not self._may_run.is_set()),
                     accept_new_weights=True,
                 )
             )  # fmt: skip
@@ -245,6 +246,19 @@ class DrawnTurns:
             if len(rows):
                 self.experts.append(rows)
                 self.num_routed += len(rows)
+
+
+class _Notice:
+    """A request to stop: once it was seen it holds for the attempt, whatever is allowed again meanwhile. A turn that
+    broke off and did not hear why would count as one that came to its end.
+    """
+
+    def __init__(self, is_asked: Callable[[], bool]) -> None:
+        self._is_asked, self._was_seen = is_asked, False
+
+    def __call__(self) -> bool:
+        self._was_seen = self._was_seen or self._is_asked()
+        return self._was_seen
 
 
 class RolloutBackend:

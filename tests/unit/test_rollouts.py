@@ -166,7 +166,9 @@ def preempted(worker: RolloutWorker, rollouts: Iterator[list[Rollout]], *, every
         thread.join()
 
 
-@pytest.mark.parametrize("sampling", [SAMPLING, FILTERED], ids=["plain", "filtered"])
+@pytest.mark.parametrize(
+    "sampling", [SAMPLING, pytest.param(FILTERED, marks=pytest.mark.slow)], ids=["plain", "filtered"]
+)
 def test_preemption_changes_no_bit(engine: Engine, tmp_path: Path, sampling: SamplingParams) -> None:
     prompts = tiny_prompts(3)
     keep = {"keep_masks": True, "keep_routing": True}
