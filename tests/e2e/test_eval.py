@@ -20,7 +20,6 @@ from rorqual.data.tasks.done import verify_by_interpreter
 from rorqual.data.tasks.needle import NeedleFamily
 from rorqual.errors import ConfigError
 from rorqual.evals import report
-from rorqual.posttrain.rewards.code_execution import CodeRunner
 from rorqual.evals.records import Sampling, read_records
 from rorqual.evals.run import RunSettings, evaluate
 from rorqual.evals.selection import by_chance, cover, span_of
@@ -31,6 +30,7 @@ from rorqual.evals.targets.base import Prompt
 from rorqual.evals.targets.loaded import LoadedTarget, guard_options
 from rorqual.evals.targets.server import ServerTarget
 from rorqual.model.trace import Trace
+from rorqual.posttrain.rewards.code_execution import CodeRunner
 from rorqual.server import create_app
 
 WORLD = World.build()

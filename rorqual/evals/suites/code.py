@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from rorqual.data.tasks.answers import final_answer
 from rorqual.data.tasks.base import Grade, Item, wrong
 from rorqual.data.tasks.code import CodeFamily, extract_code
-from rorqual.posttrain.rewards.code_execution import CodeRunner
 from rorqual.evals.economy import PriceVector
 from rorqual.evals.suites.base import Figure, Figures, Program, Row, Suite, abstain, say, spent
+from rorqual.posttrain.rewards.code_execution import CodeRunner
 
 _SIGNATURE = re.compile(r"\b([a-z_]+\([a-z_, ]*\))")
 

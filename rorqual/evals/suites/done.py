@@ -24,11 +24,11 @@ from rorqual.data.tasks.done import (
 )
 from rorqual.data.tasks.tool import calls_of
 from rorqual.evals import metrics as m
-from rorqual.posttrain.rewards.code_execution import CodeRunner
 from rorqual.evals.economy import PriceVector
 from rorqual.evals.records import Sampling, Usage
 from rorqual.evals.suites.base import Figure, Figures, Program, Row, Suite, abstain, spent
 from rorqual.evals.targets.base import Answer, Prompt, Target, message_of
+from rorqual.posttrain.rewards.code_execution import CodeRunner
 
 MOST_STEPS = 8
 
