@@ -3,9 +3,9 @@
 A name with a dot (or colon) in it is a Python callable: `my_package.rewards:polite`. It is one of
 
 * `f(answers) -> [score, ...]`, as all rewards here; numbers, None and `Score` may be mixed;
-* `f(prompts, completions, **columns) -> [number, ...]`, TRL's form: prompts and completions are the conversation and
-  the answer's text (`[{"role": "assistant", "content": ...}]` where the prompt is a list of messages), columns those of
-  the dataset's row, each repeated for every answer;
+* `f(prompts, completions, completion_ids, **columns) -> [number, ...]`, TRL's form, known by any of the three names:
+  the conversation, the answer's text (`[{"role": "assistant", "content": ...}]` where the prompt is a list of
+  messages), its tokens, and the columns of the dataset's row, each repeated for every answer;
 * a class or function that makes such a callable from the recipe's `options`.
 
 The module is found where Python finds modules, the current folder among them.
@@ -129,6 +129,9 @@ def load_dotted(path: str) -> Any:  # Any: whatever stands there
     return found
 
 
+_TRL_NAMES = {"prompts", "completions", "completion_ids"}
+
+
 def _own(path: str, options: Mapping[str, Any]) -> Reward:
     found = load_dotted(path)
     if not callable(found):
@@ -136,7 +139,7 @@ def _own(path: str, options: Mapping[str, Any]) -> Reward:
     made = found(**options) if options or inspect.isclass(found) else found
     if not callable(made):
         raise ConfigError(f"{path!r} made {type(made).__name__}, which cannot be called. Return a function from it.")
-    is_trl = "completions" in inspect.signature(made).parameters
+    is_trl = not _TRL_NAMES.isdisjoint(inspect.signature(made).parameters)
     return partial(_call, path, partial(_call_as_trl, made) if is_trl else made)
 
 
