@@ -275,14 +275,14 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200, help="held-out items of each domain")
     parser.add_argument("--examples", type=int, default=48, help="examples of a supervised step, prompts of a phase")
     parser.add_argument("--base-seconds", type=float, default=200, help="processor seconds of the base's training")
-    parser.add_argument("--specialist-seconds", type=float, default=120, help="the same of each specialist's")
-    parser.add_argument("--phases", type=int, default=150, help="phases of the distillation")
+    parser.add_argument("--specialist-seconds", type=float, default=90, help="the same of each specialist's")
+    parser.add_argument("--phases", type=int, default=400, help="phases of the distillation")
     parser.add_argument("--lr", type=float, default=4e-3, help="the base's learning rate; half of it afterwards")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a fifth of the training, a quarter of the items")
     args = parser.parse_args()
     if args.quick:
-        args.base_seconds, args.specialist_seconds, args.phases = 40, 25, 40
+        args.base_seconds, args.specialist_seconds, args.phases = 40, 25, 100
         args.items = args.items // 4
     torch.set_num_threads(1)
     for line in lines(study(args), args):

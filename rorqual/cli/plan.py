@@ -172,7 +172,7 @@ def plan_adapter(
     """What training an adapter needs, with micro-batches of so many tokens."""
     from rorqual.model.adapters import AdapterSpec
     from rorqual.planner.adapters import adapter_plan
-    from rorqual.posttrain.lora import ATTENTION
+    from rorqual.posttrain.config import ATTENTION
 
     chosen = ATTENTION if targets is None else tuple(part.strip() for part in targets.split(",") if part.strip())
     return adapter_plan(config, AdapterSpec(rank, 2.0 * rank, chosen), weights=weights, tokens=tokens)

@@ -70,9 +70,33 @@ class RunConfig(Section):
     )
 
 
+ATTENTION = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b")
+"""The projections of attention: in every layer, whatever its kind."""
+
+
+class LoraConfig(Section):
+    """Train an adapter in place of the model's weights."""
+
+    r: int = Field(default=16, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(default=32.0, gt=0, description="The adapters' product is scaled by alpha / r.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped in training.")
+    target_modules: list[str] = Field(
+        default=list(ATTENTION),
+        description="Modules by name, as globs: attn.*, shared_experts.*, experts.w? (one adapter an expert), wq_b.",
+    )
+    layers: Literal["all", "upper-third"] | list[int] = Field(
+        default="all", description="Which layers: all, upper-third (keeps knowledge in place), or their numbers."
+    )
+    init_from: str | None = Field(default=None, description="Folder of an adapter to go on from.")
+    layout: Literal["official", "transformers"] = Field(
+        default="official", description="Whose module names the saved adapter has; transformers for use with PEFT."
+    )
+
+
 class StageConfig(Section):
     """What all stages of a recipe have; each algorithm derives its own with `kind` as a literal."""
 
     kind: str = Field(description="Algorithm: sft, grpo or distill.")
     name: str = Field(default="", description="Name of the stage and of its folder; empty means number and kind.")
     optim: OptimConfig = Field(default=OptimConfig(), description="How weights move.")
+    lora: LoraConfig | None = Field(default=None, description="Train an adapter in place of the weights.")

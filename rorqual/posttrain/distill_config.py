@@ -15,7 +15,6 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rorqual.posttrain.config import OptimConfig, Section, StageConfig
-from rorqual.posttrain.lora import LoraConfig
 
 
 class TeacherSection(Section):
@@ -80,7 +79,6 @@ class DistillConfig(StageConfig):
         default=True, description="Write every token to a journal in the run folder, so that a kill loses none."
     )
     trainable: list[str] = Field(default=[], description="Parameters that move, by name or pattern; empty for all.")
-    lora: LoraConfig | None = Field(default=None, description="Train an adapter in place of the weights.")
     world: str = Field(default="", description="Id of the synthetic world; empty: that of the model's world.json.")
 
     @model_validator(mode="after")
@@ -100,8 +98,6 @@ class DistillConfig(StageConfig):
             raise ValueError(f"teachers name the domain {', '.join(map(repr, idle))}, of which there are no prompts")
         if self.minibatches > self.prompts_per_step:
             raise ValueError(f"minibatches ({self.minibatches}) exceed prompts_per_step ({self.prompts_per_step})")
-        if self.lora is not None and self.trainable:
-            raise ValueError("lora and trainable both say what is trained; give one of them")
         return self
 
     @property

@@ -23,7 +23,6 @@ from rorqual.checkpoint.load import locate
 from rorqual.data.tasks import DEFAULT_WORLD
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import DataError
-from rorqual.posttrain import lora
 from rorqual.posttrain.distill import Term, reverse_kl
 from rorqual.posttrain.distill_config import DistillConfig, TeacherSection
 from rorqual.posttrain.distill_decision import Altered, Decision
@@ -113,10 +112,9 @@ class _Run:
         self.teachers = teachers_of(config, context)
         self.versions = {teacher.name: teacher.version() for teacher in self.teachers}
         self.prompts = PromptStream(config.prompts, derive(seed, "distill"), config.world or _world_of(context.base))
-        trainable: list[str] | None = config.trainable or None
-        if config.lora is not None:
-            trainable = lora.prepare(self.model, config.lora, seed)
-        self.trainer = Trainer(self.model, config.optim, context.run, trainable, total_steps=config.total_updates)
+        self.trainer = Trainer(
+            self.model, config.optim, context.run, config.trainable or None, total_steps=config.total_updates
+        )
         self.choices = min(self.model.cfg.vocab_size, int(self.tokenizer.vocab_size))
         self.engine = Engine(self.model, self.tokenizer, max_running=config.parallel)
         self.log = RolloutLog(context.folder / "rollouts") if config.keep_rollouts else None
@@ -172,8 +170,6 @@ class _Run:
         self._save()
         save_plot(self.context.folder)
         finished = self.phase >= self.config.steps
-        if finished and self.config.lora is not None:
-            lora.finish(self.model, self.config.lora, self.context.folder, base=str(self.context.base))
         return Outcome(self.model, finished, {"kl": last.get("kl", {})})
 
     def _facts(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rorqual.checkpoint import load, save_official
 from rorqual.checkpoint.load import locate
 from rorqual.errors import ConfigError
 from rorqual.model import Transformer
+from rorqual.posttrain import lora
 from rorqual.posttrain.config import RunConfig, StageConfig
 from rorqual.posttrain.recipe import Recipe
 from rorqual.posttrain.registry import STAGES
@@ -114,9 +115,18 @@ def _run_stage(
     context = StageContext(
         model, tokenizer, base, run.model_copy(update={"folder": str(own)}), is_begun, line, should_stop
     )
+    if stage.lora is not None:
+        if getattr(stage, "trainable", None):
+            raise ConfigError(
+                f"The stage {own.name} has both `lora` and `trainable`, which say differently what is trained. Leave "
+                "one of them out."
+            )
+        lora.prepare(model, stage.lora, run.seed)
     outcome = STAGES[stage.kind].run(stage, context)
     if not outcome.finished:
         return None
+    if stage.lora is not None:
+        lora.finish(outcome.model, stage.lora, own, base=str(base))
     _export(outcome.model, base, own / "model", run.export_dtype)
     _write(own / DONE, json.dumps(outcome.figures, indent=2) + "\n")
     return outcome.figures

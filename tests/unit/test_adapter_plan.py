@@ -9,8 +9,8 @@ from rorqual.config import ModelConfig
 from rorqual.model.adapters import AdapterSpec
 from rorqual.planner.adapters import adapter_plan
 from rorqual.planner.tensors import inventory
-from rorqual.posttrain.config import OptimConfig, RunConfig
-from rorqual.posttrain.lora import LoraConfig, prepare
+from rorqual.posttrain.config import LoraConfig, OptimConfig, RunConfig
+from rorqual.posttrain.lora import adapter_spec, prepare
 from rorqual.posttrain.trainer import Trainer
 
 
@@ -18,7 +18,7 @@ from rorqual.posttrain.trainer import Trainer
 def test_counts_are_the_trainers(tmp_path: Path, optimizer: str) -> None:
     cfg = packable_config()
     lora = LoraConfig(r=5, target_modules=["attn.*", "experts.w?"], layers="upper-third")
-    plan = adapter_plan(cfg, lora.spec(cfg), optimizer=optimizer)
+    plan = adapter_plan(cfg, adapter_spec(lora, cfg), optimizer=optimizer)
     model = build(cfg)
     names = prepare(model, lora)
     assert {name.split(".")[1] for name in names} == {"2"}
@@ -42,7 +42,7 @@ def test_counts_are_the_trainers(tmp_path: Path, optimizer: str) -> None:
 def test_one_gpu_sees_what_fits() -> None:
     """V4-Flash's frozen weights alone need more than one card of 141 GB; two hold them with an adapter."""
     cfg = ModelConfig.preset("v4-flash")
-    plan = adapter_plan(cfg, LoraConfig(r=16).spec(cfg), tokens=4096)
+    plan = adapter_plan(cfg, adapter_spec(LoraConfig(r=16), cfg), tokens=4096)
     assert 0 < plan.share < 0.01
     assert plan.optimizer == 2 * plan.gradients == 2 * plan.adapter
     assert plan.total > plan.weights > 100e9

@@ -1,6 +1,7 @@
 """Whole distillation runs: nothing moves when the teacher is the student, divergences fall, a stopped run goes on."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from rorqual.posttrain.config import OptimConfig, RunConfig
 from rorqual.posttrain.distill_config import DistillConfig
 from rorqual.posttrain.distill_figures import curves
 from rorqual.posttrain.distill_run import run_distill
+from rorqual.posttrain.recipe import recipe_of
+from rorqual.posttrain.run import run_recipe
 from rorqual.posttrain.stages import Outcome, StageContext
 from rorqual.tokenizer import Tokenizer
 
@@ -96,15 +99,31 @@ def test_divergences_fall_and_a_stopped_run_goes_on(models: Path, tmp_path: Path
         assert torch.equal(tensor, rest.model.state_dict()[name]), name
 
 
-def test_an_adapter_can_be_the_student(models: Path, tmp_path: Path) -> None:
-    lora = {"r": 4, "target_modules": ["attn.*", "shared_experts.*", "experts.w?"]}
-    found = go(models, tmp_path, recipe(models, lora=lora, steps=2))
-    base = load_model(models / "student")
-    assert any(not torch.equal(tensor, base.state_dict()[name]) for name, tensor in found.model.state_dict().items())
-    load_adapter(base, tmp_path / "adapter")
-    tokens = torch.arange(20)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(base(tokens), found.model.eval()(tokens), rtol=0, atol=1e-4)
+def test_adapters_in_a_recipe(models: Path, tmp_path: Path) -> None:
+    """Any algorithm trains an adapter: it is saved beside the merged model, and a stopped run would find it again."""
+    distilling = recipe(models, steps=2).model_dump(mode="json", exclude={"name"})
+    adapter = {"r": 4, "target_modules": ["attn.*", "shared_experts.*", "experts.w?"]}
+    tuning = {"kind": "sft", "data": [{"family": "arith", "count": 12}], "seq_len": 64, "tokens_per_step": 256}
+    for copied in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ASSETS / "minke" / copied, models / "student" / copied)
+    tree = {
+        "model": {"base": str(models / "student")},
+        "run": {"folder": str(tmp_path), "threads": 1, "export_dtype": "fp32"},
+        "stages": [{**distilling, "lora": adapter}, {**tuning, "lora": {**adapter, "layers": "upper-third"}}],
+    }
+    assert run_recipe(recipe_of(tree)).finished
+    base, tokens = load_model(models / "student"), torch.arange(20)[None]
+    for name in ("01-distill", "02-sft"):
+        tuned = load_model(tmp_path / name / "model")
+        with torch.no_grad():
+            assert not torch.equal(base(tokens), tuned(tokens))
+            load_adapter(base, tmp_path / name / "adapter")
+            torch.testing.assert_close(base(tokens), tuned(tokens), rtol=0, atol=1e-4)
+        base = tuned
+    tree["stages"] = [{**distilling, "lora": adapter, "trainable": ["head.weight"]}]
+    tree["run"]["folder"] = str(tmp_path / "both")
+    with pytest.raises(ConfigError, match="both `lora` and `trainable`"):
+        run_recipe(recipe_of(tree))
 
 
 @pytest.mark.slow
@@ -138,8 +157,6 @@ def test_recipes_that_make_no_sense_are_refused(models: Path) -> None:
         recipe(models, prompts=[{"domain": "code", "source": "code"}])
     with pytest.raises(ValueError, match="share a name"):
         recipe(models, teachers=[{"name": "a", "model": "m"}, {"name": "a", "model": "n"}])
-    with pytest.raises(ValueError, match="lora and trainable"):
-        recipe(models, lora={}, trainable=["head.weight"])
 
 
 def test_unknown_sources_are_refused(models: Path, tmp_path: Path) -> None:
