@@ -134,9 +134,7 @@ def _examples(
 def _from_family(source: DataSource, tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
     """Training documents of a family; its test items are of another split."""
     assert source.family is not None and source.count is not None
-    known = task_room.families(source.world, size=source.world_size, model_name=source.model_name)
-    known |= task_room.evaluation_families(source.world, size=source.world_size)
-    known |= task_room.posttraining_families(source.world, size=source.world_size)
+    known = task_room.named_families(source.world, size=source.world_size, model_name=source.model_name)
     if source.family not in known:
         raise ConfigError(
             f"There is no task family {source.family!r}, so nothing can be made for it. Choose from "

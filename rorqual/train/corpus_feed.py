@@ -217,12 +217,10 @@ def _families(config: TrainConfig) -> dict[str, TaskFamily]:
     tasks = config.data.tasks
     if tasks.weight == 0:
         return {}
-    usual = task_room.families(tasks.world, size=tasks.world_size, model_name=tasks.model_name)
-    known = usual | task_room.evaluation_families(tasks.world, size=tasks.world_size)
-    known |= task_room.posttraining_families(tasks.world, size=tasks.world_size)
+    known = task_room.named_families(tasks.world, size=tasks.world_size, model_name=tasks.model_name)
     if "census" in tasks.families:
         known |= task_room.study_families(tasks.world, size=tasks.world_size)
-    chosen = list(tasks.families) or list(usual)
+    chosen = list(tasks.families) or list(task_room.DEFAULT_WEIGHTS)
     for name in chosen:
         if name not in known:
             raise ConfigError(

@@ -9,7 +9,7 @@ import pytest
 
 import rorqual
 from rorqual.chat.markers import EOS, THINK_END
-from rorqual.data.tasks import ArithFamily, ToolFamily, posttraining_families, split_of
+from rorqual.data.tasks import AbstainFamily, ArithFamily, ToolFamily, posttraining_families, split_of
 from rorqual.data.tasks.arith import KINDS
 from rorqual.data.tasks.arith_columns import EFFORTS, ColumnArithFamily, slip_for, trace
 from rorqual.data.tasks.columns import AGAIN, CHECK, DIFFER
@@ -143,3 +143,25 @@ def test_recall_questions_are_about_their_text() -> None:
             if is_loss and answer.startswith("The ") and THINK_END not in answer and len(answer) < 80:
                 value = answer.rpartition(" ")[2]
                 assert text.count(value) >= 2, answer  # told once at least, and answered
+
+
+def test_abstention_documents_use_no_test_person_and_no_near_name() -> None:
+    rng = random.Random(3)
+    for name in ("abstain-r1", "abstain-r2"):
+        family = FAMILIES[name]
+        assert isinstance(family, AbstainFamily)
+        taught = {person.name for person in family.taught}
+        known = {person.name for person in family.world.people}
+        declined = told = replayed = 0
+        for _ in range(400):
+            pieces = family.train_document(rng)
+            text = "".join(part for part, _ in pieces)
+            if "<｜User｜>" not in text:
+                replayed += 1
+                continue
+            asked = text.partition("<｜User｜>")[2].partition("<｜Assistant｜>")[0]
+            assert not {n for n in known - taught if re.search(rf"\b{n}\b", asked)}, asked
+            declined += text.endswith(f"I don't know.{EOS}")
+            told += not text.endswith(f"I don't know.{EOS}")
+        assert 0.35 < declined / (declined + told) < 0.65
+        assert (replayed > 100) == (name == "abstain-r2") and (replayed > 0) == (name == "abstain-r2")

@@ -109,6 +109,17 @@ def posttraining_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny")
     return {family.name: family for family in made}
 
 
+def named_families(
+    world_id: str = DEFAULT_WORLD, *, size: Size = "tiny", model_name: str = "Minke"
+) -> dict[str, TaskFamily]:
+    """All that a recipe can name without asking for a study: the three groups above. Raises: DataError as they."""
+    return {
+        **families(world_id, size=size, model_name=model_name),
+        **evaluation_families(world_id, size=size),
+        **posttraining_families(world_id, size=size),
+    }
+
+
 def study_families(world_id: str, *, size: Size = "small") -> dict[str, TaskFamily]:
     """Families for studies, which no mixture takes unless a recipe names them: so far `census`.
 
@@ -155,6 +166,7 @@ __all__ = [
     "World",
     "evaluation_families",
     "families",
+    "named_families",
     "posttraining_families",
     "split_of",
     "study_families",

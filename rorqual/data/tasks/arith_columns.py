@@ -71,7 +71,7 @@ class ColumnArithFamily(ArithFamily):
 
     def train_document(self, rng: random.Random) -> list[Piece]:
         """One question at one effort, the prompt without loss, and a slipped pass without loss too."""
-        effort = rng.choices(EFFORTS, (15, 50, 35))[0]
+        effort = rng.choices(EFFORTS, (10, 40, 50))[0]
         problem = self.draw(rng, "train")
         messages: list[dict[str, Any]] = []
         if (system := maybe_system(rng)) is not None:
