@@ -248,15 +248,16 @@ def test_k6_a_stopped_process_is_fenced(tmp_path: Path, server: MailServer) -> N
 @pytest.mark.parametrize("grace_s", [0.0, 0.1, 1.0])
 def test_k7_a_notice_with_a_grace_period(grace_s: float, tmp_path: Path, server: MailServer) -> None:
     """The call in flight lasts longer than any grace. Of 10 s nothing is tested: the process is gone long before."""
-    waits = "until [ -e go ]; do sleep 0.01; done; " + STEP.format("c") + "; cp log out/log"
+    go = tmp_path / "go"  # outside of the sandbox's files, which may be taken back meanwhile
+    waits = f"until [ -e {go} ]; do sleep 0.01; done; {STEP.format('c')}; cp log out/log"
     replies = [*REPLIES[:2], {"calls": [call("shell", command=waits)]}, REPLIES[3]]
     peace = new_lab(tmp_path / "peace", server, replies)
-    process = start_until(peace, "until")
-    let_go(peace)
-    process.join()
-    whole = peace.ended(process, "run")
+    go.touch()
+    whole = peace.run()
+    go.unlink()
     lab = new_lab(tmp_path / "run", server, replies)
-    process = start_until(lab, "until")
+    process = lab.start()
+    wait_for(lambda: any("until" in path.read_text() for path in lab.sandboxes.glob("*/calls/*/spec")))
     os.kill(process.pid, signal.SIGTERM)
     process.join(grace_s if grace_s < 1.0 else 30)  # enough on a loaded machine, and less than the call's own timeout
     process.kill()
@@ -265,21 +266,8 @@ def test_k7_a_notice_with_a_grace_period(grace_s: float, tmp_path: Path, server:
         assert process.exitcode == 3, "it waited for its call"
         assert "asked to stop" in (lab.home / "run.error").read_text()
         assert any(isinstance(record, Preempt) and record.cause == "notice" for record in lab.records())
-    let_go(lab)
+    go.touch()
     check(lab, lab.run(), server, whole.ids)
-
-
-def start_until(lab: Lab, words: str) -> Any:
-    """A process that drives the run; returns when a command with these words was begun."""
-    process = lab.start()
-    wait_for(lambda: any(words in path.read_text() for path in lab.sandboxes.glob("*/calls/*/spec")))
-    return process
-
-
-def let_go(lab: Lab) -> None:
-    """End the waiting of a command that waits for the file `go`."""
-    for folder in lab.sandboxes.glob("*/work"):
-        (folder / "go").touch()
 
 
 def wait_for(condition: Any, seconds: float = 30.0) -> None:

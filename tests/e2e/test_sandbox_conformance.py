@@ -14,8 +14,10 @@ from sandboxes import CASES, is_full_machine, need, traces
 
 from rorqual import AsyncSandbox, Sandbox
 from rorqual.errors import SandboxError
+from rorqual.sandbox.commands import CommandHandle
 from rorqual.sandbox.errors import CommandError, FileError, Gone, Unsupported
 from rorqual.sandbox.spec import Kind
+from rorqual.sandbox.wire import Fields, Tag, Type
 
 Case = tuple[Kind, str]
 pytestmark = pytest.mark.parametrize("case", CASES)
@@ -143,7 +145,15 @@ def test_c5_folder_environment_user_and_input(case: Case) -> None:
         del os.environ["RORQUAL_CANARY"]
 
 
-def test_c6_a_handle_outlives_its_client(case: Case) -> None:
+def test_c6_a_handle_outlives_its_client(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    plain = CommandHandle._event
+
+    def event(handle: CommandHandle, kind: int, fields: Fields) -> None:
+        if kind == Type.OUTPUT:
+            sent.append(fields.number(Tag.OFFSET))
+        plain(handle, kind, fields)
+
     first = Sandbox.create(**need(case))
     try:
         handle = first.commands.start("echo one; while [ ! -e go ]; do sleep 0.05; done; echo two; exit 5")
@@ -152,10 +162,12 @@ def test_c6_a_handle_outlives_its_client(case: Case) -> None:
             time.sleep(0.02)
         first.detach()
         second = Sandbox.connect(first.id)
+        monkeypatch.setattr(CommandHandle, "_event", event)
         again = second.commands.attach(handle.id, offset=2, on_stdout=heard.append)
         second.files.write("go", "")
         result = again.wait(30)
         assert (result.exit_code, result.stdout, "".join(heard)) == (5, "one\ntwo\n", "e\ntwo\n")
+        assert sent[0] == 2, "what this client did not ask for was sent all the same"
         assert second.commands.read(handle.id, offset=4) == (4, b"two\n")
         with pytest.raises(SandboxError, match="no command"):
             second.commands.attach("nobody")

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from rorqual.sandbox import home as home_module
 from rorqual.sandbox import sweep
 from rorqual.sandbox.drivers.base import Process, Running
 from rorqual.sandbox.edge import LEASES, LOCK, _clear_up
@@ -29,6 +30,15 @@ def test_only_edges_that_hold_nothing_are_cleared_up(tmp_path: Path) -> None:
     assert own.is_dir() and not empty.exists()
     assert (holding / LEASES / "a.json").exists() and (store / "objects").is_dir() and (store / "lock").exists()
     assert (with_more / "notes").exists()
+
+
+def test_p2_a_sweep_leaves_alone_what_another_client_makes(tmp_path: Path) -> None:
+    """Before it has a record; the lock is held by another open file, as another process's would be."""
+    made = Home.make("container", tmp_path)
+    home_module._driven.discard(str(made.path))
+    assert sweep.sweep(tmp_path) == [] and made.path.is_dir()
+    made.unlock()
+    assert sweep.sweep(tmp_path) == [made.id] and not made.path.exists()
 
 
 def paused_to_disk(tmp_path: Path, **left_s: float) -> Home:

@@ -160,6 +160,24 @@ def swapping(change: Callable[[], None]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("openat2", [True, False], ids=["openat2", "step by step"])
+def test_s4_a_link_that_won_its_race_is_not_followed(
+    openat2: bool, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands where a folder was looked at a moment ago."""
+    monkeypatch.setattr(beneath, "_missing", not openat2)
+    (tmp_path / "outside/deeper").mkdir()
+    (target / "door").symlink_to(tmp_path / "outside")
+    folder = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with pytest.raises(SandboxError, match="symbolic link"):
+            beneath.open_beneath(folder, (b"door", b"file"), os.O_RDONLY)
+        with pytest.raises(SandboxError, match="symbolic link"):
+            beneath.open_folder(folder, (b"door", b"deeper"))
+    finally:
+        os.close(folder)
+
+
+@pytest.mark.parametrize("openat2", [True, False], ids=["openat2", "step by step"])
 def test_s4_link_races_lead_nowhere(
     openat2: bool, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
