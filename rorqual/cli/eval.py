@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from rorqual.cli.options import MODEL, OUTPUT, SAMPLING, CacheFormat, Json, Memory, Threads, Weights, use_threads
+from rorqual.cli.referee_judging import JUDGE_KEY_VARIABLE, JudgeModel, judge_server
 from rorqual.errors import ConfigError
 
 if TYPE_CHECKING:
     from rorqual.data.tasks import World
+    from rorqual.evals.model_grader import ModelGrader
     from rorqual.evals.run import Outcome, RunSettings
     from rorqual.evals.targets import Target
 
@@ -110,6 +112,15 @@ def eval(
             show_default=False,
         ),
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge",
+            help=f"Endpoint that grades what strings cannot (facts with --set); its key in {JUDGE_KEY_VARIABLE}.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    judge_model: JudgeModel = None,
     repeat: Annotated[
         int,
         typer.Option(
@@ -155,11 +166,13 @@ def eval(
     rorqual eval tools --url http://127.0.0.1:8000
     """
     from rorqual.evals.economy import PriceVector
+    from rorqual.evals.model_grader import ModelGrader
     from rorqual.evals.run import RunSettings
     from rorqual.evals.suites import check_name
     from rorqual.sizes import parse_tokens
 
     check_name(suite)
+    judges = judge_server(judge, judge_model)
     if model is not None and url is not None:
         raise ConfigError(f"--model {model} loads a checkpoint and --url {url} asks a server. Give one of them.")
     if quick and size not in (None, "tiny"):
@@ -179,24 +192,37 @@ def eval(
     else:
         target = open_checkpoint(model or "minke", parallel, guard, weights=weights, memory=memory, cache=cache_format)
     folder = out or new_folder(suite)
+    grader = None if judges is None else ModelGrader(judges)
     try:
-        run(settings, target, found, folder, as_json=as_json, is_shown=not quiet and sys.stderr.isatty())
+        run(
+            settings, target, found, folder, grader=grader, as_json=as_json,
+            is_shown=not quiet and sys.stderr.isatty(),
+        )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo(f"stopped; the answers so far are kept, and the same command with --out {folder} goes on", err=True)
         raise
     finally:
         target.close()
+        if grader is not None:
+            grader.close()
 
 
 def run(
-    settings: "RunSettings", target: "Target", world: "World", folder: Path, *, as_json: bool, is_shown: bool
+    settings: "RunSettings",
+    target: "Target",
+    world: "World",
+    folder: Path,
+    *,
+    as_json: bool,
+    is_shown: bool,
+    grader: "ModelGrader | None" = None,
 ) -> None:
     """Run, keep and print."""
     from rorqual.evals import report
     from rorqual.evals.run import evaluate, save_result
 
     with progress(is_shown) as show:
-        outcome = evaluate(settings, target, world, folder, show)
+        outcome = evaluate(settings, target, world, folder, show, grader)
         result = outcome.result
         result["plots"] = report.write(outcome, folder)
         result["report"] = str(folder / "report.html")

@@ -27,6 +27,7 @@ from rorqual.errors import ConfigError
 from rorqual.evals.economy import PriceVector
 from rorqual.evals.execution import Pass, run_pass
 from rorqual.evals.metrics import Counts, accuracy, hallucination_rate, omniscience_index
+from rorqual.evals.model_grader import ModelGrader
 from rorqual.evals.records import Record, RecordFile, Sampling
 from rorqual.evals.suites.base import Figure, Figures, Row, Setting, Suite
 from rorqual.evals.suites.registry import build
@@ -73,11 +74,22 @@ class Outcome:
 
 
 def evaluate(
-    settings: RunSettings, target: Target, world: World, folder: Path, on_progress: Progress = lambda *_: None
+    settings: RunSettings,
+    target: Target,
+    world: World,
+    folder: Path,
+    on_progress: Progress = lambda *_: None,
+    grader: ModelGrader | None = None,
 ) -> Outcome:
-    """Run a suite against a target, or finish the run that `folder` holds. Raises: ConfigError, DataError."""
+    """Run a suite against a target, or finish the run that `folder` holds. Raises: ConfigError, DataError.
+
+    grader: grades answers that strings cannot, where the suite takes one.
+    """
     began = time.monotonic()
     suite = build(settings.suite, _setting(settings, target, world))
+    if grader is not None and not suite.takes_grader:
+        raise ConfigError(f"{suite.name} grades exactly, so --judge has nothing to do. It is for facts with --set.")
+    suite.grader = grader
     items = suite.items(settings.split, settings.seed, settings.items)
     if not items:
         raise ConfigError("--items 0 asks for nothing, so there is nothing to measure. Ask for at least one item.")

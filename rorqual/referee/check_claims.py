@@ -147,12 +147,13 @@ class _Panel:
     async def _ask(self, heard: Mapping[int, list[Opinion]], places: Sequence[int], turn: int) -> None:
         questions = [Question(self.sheet.claims[place], self.sheet.shown(place)) for place in places]
         opinions = await self.judge.opinions(self.sheet.question, questions, self.tally, turn=turn)
+        shown = [one for question in questions for one in question.sentences]
         for place, question, opinion in zip(places, questions, opinions, strict=True):
             if opinion is None:
                 continue
             if opinion.support != "supported":
                 self.tally.negative += 1
-                if not exists(opinion, question):
+                if not exists(opinion, question.claim, shown):
                     self.tally.dropped += 1
                     opinion = Opinion("supported")
             heard[place].append(opinion)

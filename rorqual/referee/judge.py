@@ -137,19 +137,19 @@ def read_verdicts(text: str, count: int) -> dict[int, Opinion]:
     return found
 
 
-def exists(opinion: Opinion, question: Question) -> bool:
+def exists(opinion: Opinion, claim: Claim, sentences: Sequence[Sentence]) -> bool:
     """The meta-check: the words that a negative verdict names stand where it says.
 
-    Of a contradiction they stand in a sentence it was shown and are not the claim's own words; of a claim that was not
-    found they are the claim's, and no one sentence shown has them all beside its other words.
+    sentences: all that the judge was shown. Of a contradiction the words stand in one of them and are not the claim's
+    own; of a claim that was not found they are the claim's, and no sentence is the claim.
     """
     span = plain(opinion.span)
     if not span:
         return False
-    shown = [plain(one.text) for one in question.sentences]
+    shown = [plain(one.text) for one in sentences]
     if opinion.support == "contradicted":
-        return any(span in one for one in shown) and span not in plain(question.claim.said)
-    return span in plain(question.claim.said) and plain(question.claim.said) not in shown
+        return any(span in one for one in shown) and span not in plain(claim.said)
+    return span in plain(claim.said) and plain(claim.said) not in shown
 
 
 def plain(text: str) -> str:

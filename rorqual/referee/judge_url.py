@@ -35,9 +35,10 @@ class JudgeServer:
 
     async def ask(self, body: Mapping[str, Any]) -> Answer:
         """The answer to a chat request. Raises: RequestError where the server refuses or fails."""
-        return await asyncio.to_thread(self._ask, body)
+        return await asyncio.to_thread(self.send, body)
 
-    def _ask(self, body: Mapping[str, Any]) -> Answer:
+    def send(self, body: Mapping[str, Any]) -> Answer:
+        """As `ask`, waiting for it."""
         try:
             reply = self._client.post(f"{self.url}/v1/chat/completions", json=dict(body))
             if reply.status_code == 200:

@@ -4,15 +4,18 @@ import csv
 import json
 from pathlib import Path
 
+import httpx2
 import pytest
 from eval_targets import ScriptedTarget
 
 from rorqual.data.tasks import World
 from rorqual.errors import ConfigError
+from rorqual.evals.model_grader import ModelGrader
 from rorqual.evals.public import PublicQuestions
 from rorqual.evals.run import RunSettings, evaluate
 from rorqual.evals.suites import build
 from rorqual.evals.suites.base import Setting, say
+from rorqual.referee.judge_url import JudgeServer
 
 WORLD = World.build()
 
@@ -40,6 +43,29 @@ def test_omniscience_by_the_formulas(tmp_path: Path) -> None:
     assert (head["ACC"], head["OI"], head["HR"]) == (0.5, 25.0, 0.5)
     assert set(result["strata"]["domain"]) == {"Science", "Law"}
     assert result["baselines"]["always-abstain"]["HR"] == 0
+
+
+def test_a_model_grades_what_strings_take_for_wrong(tmp_path: Path) -> None:
+    asked: list[str] = []
+    says = {"Marie and Pierre": "Partial.", "High Court": "correct", "somewhere": "It could be correct or incorrect."}
+
+    def reply(request: httpx2.Request) -> httpx2.Response:
+        text = json.loads(request.content)["messages"][0]["content"]
+        asked.append(text)
+        word = next(word for answer, word in says.items() if f"Answer: {answer}" in text)
+        return httpx2.Response(200, json={"choices": [{"message": {"content": word}, "finish_reason": "stop"}]})
+
+    settings = RunSettings("facts", options={"set": str(omniscience(tmp_path))})
+    items = build("facts", Setting(WORLD, options=settings.options)).items("test", 0)
+    said = {"q1": "It was 1912.", "q2": "Marie and Pierre", "q3": "High Court, Tor", "q4": "somewhere"}
+    target = ScriptedTarget(items, lambda item: say(item, said[item.id[-2:]]))
+    grader = ModelGrader(JudgeServer("http://judge", "big", transport=httpx2.MockTransport(reply)))
+    result = evaluate(settings, target, WORLD, tmp_path / "run", grader=grader).result
+    assert result["grades"] == {"C": 2, "P": 1, "I": 0, "A": 0, "X": 1} and not result["valid"]
+    assert len(asked) == 3 and all("1912" not in text for text in asked)  # strings had decided that one
+    assert result["spec"]["judge"] == "strings, then big of http://judge"
+    with pytest.raises(ConfigError, match="grades exactly"):
+        evaluate(RunSettings("arith", size="tiny"), target, WORLD, tmp_path / "other", grader=grader)
 
 
 def test_gold_passes_and_adversaries_fail(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rorqual.data.tasks import World
 from rorqual.data.tasks.answers import IDK, MAX_ANSWER_WORDS, abstention_start, final_answer
@@ -22,6 +22,9 @@ from rorqual.evals.records import Record, Sampling, Usage
 from rorqual.evals.statistics import Interval, miss_bound, wilson
 from rorqual.evals.targets.base import Answer, Prompt, Target
 from rorqual.seeds import derive
+
+if TYPE_CHECKING:
+    from rorqual.evals.model_grader import ModelGrader
 
 Program = Callable[[Item, random.Random], str]
 """A baseline: from an item to a raw completion, without a model."""
@@ -98,6 +101,9 @@ class Suite(ABC):
     max_tokens = 256
     sizes: Mapping[Size, int] = {"tiny": 24, "small": 240, "full": 2400}
     strata: tuple[str, ...] = ()
+    grader: ModelGrader | None = None
+    """Grades what `takes_grader` suites cannot decide by strings."""
+    takes_grader = False
     confidence_ids: tuple[str, ...] = ()
     """Metrics of the forced run's confidence, which say nothing about a baseline."""
 

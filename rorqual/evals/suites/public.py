@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rorqual.data.tasks.base import Item, Split, TaskFamily
+from rorqual.data.tasks.answers import final_answer
+from rorqual.data.tasks.base import Grade, Item, Split, TaskFamily
 from rorqual.evals import metrics as m
 from rorqual.evals.economy import PriceVector
 from rorqual.evals.public import MOST_WORDS, PublicMrcr, PublicQuestions
 from rorqual.evals.suites.base import Figure, Figures, Program, Row, Suite, abstain, counts, question_of, say, spent
 from rorqual.evals.suites.facts import FactsSuite
 from rorqual.evals.suites.mrcr import MrcrSuite
+from rorqual.evals.targets.base import Answer
 
 
 class _FromFile(Suite):
@@ -21,14 +24,28 @@ class _FromFile(Suite):
 
 
 class PublicFactsSuite(_FromFile, FactsSuite):
-    """OI, HR and the rest by the same formulas; answers are judged by strings."""
+    """OI, HR and the rest by the same formulas; answers are judged by strings, the rest by a grader if any.
 
+    Baselines are judged by strings alone.
+    """
+
+    takes_grader = True
     max_tokens = 1024
     answer_words = MOST_WORDS
     strata = ("domain",)
 
     def build_family(self) -> TaskFamily:  # type: ignore[override]
         return PublicQuestions(Path(str(self.setting.options["set"])))
+
+    def spec(self) -> dict[str, Any]:
+        return super().spec() | ({} if self.grader is None else {"judge": f"strings, then {self.grader.name}"})
+
+    def settle(self, item: Item, answer: Answer) -> Grade:
+        grade = super().settle(item, answer)
+        if self.grader is None or grade.grade != "I":
+            return grade
+        said = final_answer(answer.text, item.thinking_mode)
+        return self.grader.grade(str(item.messages[-1]["content"]), str(item.meta["value"]), said)
 
     def programs(self) -> dict[str, Program]:
         return {

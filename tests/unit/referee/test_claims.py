@@ -188,6 +188,23 @@ def test_verdicts_are_read_leniently_and_the_first_of_a_number_counts():
     assert set(found) == {1, 2, 3}
 
 
+def test_a_span_may_stand_in_what_was_shown_for_another_claim():
+    far = tuple(Evidence(f"near-{i}", f"Ann Vale grew up in Bergen{i}x.") for i in range(4))
+    far += (Evidence("far", "Nobody called Vale has ever lived outside Hamar."),)
+    options = Options("annotate", Policy(), ("claims",), evidence=far)
+    asked = Asked({"model": "m", "messages": [{"role": "user", "content": QUESTION}]})
+
+    async def judge(body: Any) -> Answer:
+        assert "outside Hamar" in body["messages"][-1]["content"]
+        return Answer('1 contradicted "has ever lived outside Hamar"\n2 supported', finish="stop")
+
+    answer = Answer("Ann Vale grew up in Lund.\nNobody there has lived far outside old Hamar.", finish="stop")
+    verdict = asyncio.run(Referee().judge_answer(asked, answer, options, judge))
+    assert "claim_contradicted" in {code for one in verdict.rounds_asked for code in one["codes"]} | {
+        one.code for one in verdict.findings
+    }
+
+
 def test_a_negative_verdict_needs_a_span_that_exists():
     async def invents(body: Any) -> Answer:
         return Answer('1 contradicted "Ann Vale was a pilot"', finish="stop")

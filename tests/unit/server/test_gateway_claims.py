@@ -16,6 +16,7 @@ from rorqual.server.gateway_wire import Upstream
 EVIDENCE = [{"id": "doc-1", "text": "Ann Vale was born in Oslo. She worked as a baker."}]
 FINE, WRONG = "Ann Vale was born in Oslo.", "Ann Vale worked as a pilot."
 RIGHT = "Ann Vale worked as a baker."
+REWORDED = "Ann Vale had a job as a baker."
 AGAINST = says('1 contradicted "She worked as a baker"')
 BODY = {"model": "m", "messages": [{"role": "user", "content": "Who was Ann Vale?"}]}
 
@@ -30,7 +31,7 @@ def ask(mock: MockUpstream, profile: str = "assistant", referee: Any = None, **m
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_contradicted_sentence_is_asked_for_again_and_never_sent(stream: bool):
-    mock = MockUpstream([says(f"{FINE} {WRONG}"), AGAINST, says(f"1. {RIGHT}"), says("unused")])
+    mock = MockUpstream([says(f"{FINE} {WRONG}"), AGAINST, says(f"1. {RIGHT}"), says("1 supported")])
     more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     answer, _ = ask(mock, **more)
     assert answer.status_code == 200 and "pilot" not in answer.text.partition("event: referee")[0].split('"referee"')[0]
@@ -46,13 +47,13 @@ def test_a_contradicted_sentence_is_asked_for_again_and_never_sent(stream: bool)
         told = answer.json()["referee"]
         assert answer.json()["choices"][0]["message"]["content"] == f"{FINE} {RIGHT}"
     assert told["verdict"] == "repaired" and [one["rule"] for one in told["actions"]] == [7, 12]
-    assert told["judging"]["calls"] == 1 and told["judging"]["claims"] == 1
+    assert told["judging"]["calls"] == told["judging"]["claims"] == 2  # the wrong sentence, and the one in its place
 
 
 def test_one_vote_alone_is_dropped_and_counted():
-    mock = MockUpstream([says(f"{FINE} Ann Vale made bread."), says('1 not found "made bread"'), says("1 supported")])
+    mock = MockUpstream([says(f"{FINE} {REWORDED}"), says('1 not found "had a job"'), says("1 supported")])
     told = ask(mock)[0].json()
-    assert told["choices"][0]["message"]["content"].endswith("made bread.")
+    assert told["choices"][0]["message"]["content"].endswith(REWORDED)
     assert told["referee"]["verdict"] == "pass" and told["referee"]["judging"]["dropped"] == 1
 
 
