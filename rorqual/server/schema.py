@@ -49,6 +49,12 @@ class Extension(Body):
     guard: str | None = Field(
         None, description="The retrieval guard: off, default, or names of sources; as the server has it unless given."
     )
+    pin: list[tuple[int, int] | str] | None = Field(
+        None,
+        strict=False,  # JSON has lists for pairs
+        max_length=64,
+        description="What the guard always shows: spans [begin, end] of prompt tokens, or texts that the prompt holds.",
+    )
 
 
 class JsonSchema(Body):

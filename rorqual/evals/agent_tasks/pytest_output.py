@@ -26,4 +26,9 @@ def outcomes(text: str) -> dict[str, str]:
 
 def was_collected(text: str) -> bool:
     """Whether pytest found its tests and ran to the end: not where a file could not be imported, or it was ended."""
-    return _UNCOLLECTED.search(text) is None and _LAST.search(text) is not None
+    return not broke_off(text) and _LAST.search(text) is not None
+
+
+def broke_off(text: str) -> bool:
+    """Whether it says that it ended because a file could not be imported."""
+    return _UNCOLLECTED.search(text) is not None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.errors import ConfigError
-from rorqual.evals.agent_tasks.pytest_output import outcomes, was_collected
+from rorqual.evals.agent_tasks.pytest_output import broke_off, outcomes, was_collected
 from rorqual.evals.agent_tasks.task import AgentTask, Judged, TaskFailed, make_folder
 
 PLACE = "/testbed"
@@ -84,7 +84,9 @@ class SweTask(AgentTask):
         files = sorted({name.split("::")[0] for name in self._must_pass})
         command = self._test_command.replace("{tests}", shlex.join(files))
         ran = sandbox.commands.run(command, cwd=PLACE, timeout=self._test_s)
-        states = outcomes(ran.stdout) if was_collected(ran.stdout) else {}
+        # a command of the user's own prints such lines as it likes; ours ends with pytest's last line
+        is_whole = was_collected(ran.stdout) if self._test_command == TEST_COMMAND else not broke_off(ran.stdout)
+        states = outcomes(ran.stdout) if is_whole else {}
         failed = [name for name in self._must_pass if states.get(name) not in ("PASSED", "XFAIL")]
         tail = f"{ran.stdout}\n{ran.stderr}".strip()[-20_000:]
         return Judged(float(not failed), {"patch": patch, "failed": failed, "exit_code": ran.exit_code, "output": tail})
