@@ -233,21 +233,24 @@ def test_over_http_a_request_pins_spans_or_texts(speaker: Transformer) -> None:
             fields = {"model": "small", "prompt": text, "max_tokens": 2, "rorqual": {"guard": "pinned", **more}}
             return client.post("/v1/completions", json=fields)
 
-        begin = text.index("not to be")
-        spans = [[at, at + 9] for at in range(len(text)) if text.startswith("not to be", at)]
-        bare, by_place, by_text = ask(), ask(pin=spans), ask(pin=["not to be"])
+        bare = ask()
+        before = bare.json()["usage"]["prompt_tokens"] - len(text)  # tokens of this tokenizer are bytes
+        begin = text.index("not to be") + before
+        spans = [[before + at, before + at + 9] for at in range(len(text)) if text.startswith("not to be", at)]
+        by_place, by_text = ask(pin=spans), ask(pin=["not to be"])
         assert bare.json()["exactness"]["guard"]["forced"]["pinned"] == 0, bare.text
         told = by_place.json()["exactness"]["guard"]["forced"]["pinned"]
         assert told > 0 and by_text.json()["exactness"]["guard"]["forced"]["pinned"] == told
         one = ask(pin=[[begin, begin + 9]]).json()["exactness"]["guard"]["forced"]["pinned"]
         assert 0 < one < told
         for more, param in (
-            ({"pin": [[0, len(text) + 1]]}, "rorqual.pin[0]"), ({"pin": [[0, 4], [5, 5]]}, "rorqual.pin[1]"),
+            ({"pin": [[0, len(text) + before + 1]]}, "rorqual.pin[0]"), ({"pin": [[0, 4], [5, 5]]}, "rorqual.pin[1]"),
             ({"pin": ["nowhere"]}, "rorqual.pin[0]"), ({"pin": [[0, 4]], "guard": "lexical"}, "rorqual.pin"),
-            ({"pin": [[0, 4]], "guard": "off"}, "rorqual.pin"), ({"pin": [[0]]}, None), ({"pin": [["0", 4]]}, None),
+            ({"pin": [[0, 4]], "guard": "off"}, "rorqual.pin"), ({"pin": [[0]]}, "rorqual.pin[0]"),
+            ({"pin": [["0", 4]]}, "rorqual.pin[0]"), ({"pin": [""]}, "rorqual.pin[0]"), ({"pin": 3}, "rorqual.pin"),
         ):  # fmt: skip
             refused = ask(**more)
-            assert refused.status_code == 400 and (param is None or refused.json()["error"]["param"] == param), more
+            assert refused.status_code == 400 and (refused.json()["error"]["param"] == param), more
         chat = {"model": "small", "messages": [{"role": "user", "content": text}], "max_tokens": 2}
         asked = {**chat, "rorqual": {"guard": "pinned", "pin": ["not to be"]}}
         answer = client.post("/v1/chat/completions", json=asked).json()

@@ -168,7 +168,7 @@ def test_the_folder_one_stands_in_has_a_name(tmp_path: Path, monkeypatch: pytest
 def test_variables_with_words_and_heredocs_and_mounts(tmp_path: Path) -> None:
     path = tmp_path / "Dockerfile"
     path.write_text(
-        "FROM a\nARG V\nENV A=${V:-one} B=${A:+set} C=${V:+set} D=${X-${A}} E=\\$A\nWORKDIR ${DIR:-/app}\n"
+        "FROM a\nARG V\nENV A=${V:-one}\nENV B=${A:+set} C=${V:+set} D=${X-${A}} E=\\$A\nWORKDIR ${DIR:-/app}\n"
         "RUN --mount=type=cache,target=/root/.cache --network=none pip install .\n"
         "RUN <<EOF\necho $A\n# kept\nEOF\nRUN python3 - <<'PY' && echo done\nprint('x')\nPY\n"
         'COPY <<EOF /etc/a.conf\nvalue=$A\nEOF\nCOPY --chmod=644 <<-"RAW" b.conf\n\tvalue=$A\n\tRAW\n'

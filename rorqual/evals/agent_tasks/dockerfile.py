@@ -228,7 +228,7 @@ def _write(sandbox: Any, one: Instruction) -> None:
 
 
 def _settings(name: str, rest: str, env: dict[str, str], where: str) -> dict[str, str]:
-    words = shlex.split(rest)
+    words = [word.replace("\0", "\\$") for word in shlex.split(rest.replace("\\$", "\0"))]  # `\$` is no variable
     if name == "ENV" and "=" not in words[0]:  # the old form: one name, and the rest is its value
         return {words[0]: _expand(" ".join(words[1:]), env, where)}
     pairs = (word.partition("=") for word in words)
