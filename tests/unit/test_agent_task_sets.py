@@ -1,6 +1,7 @@
 """Reading task sets: what is followed, what is refused and why."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -239,7 +240,8 @@ def test_printed_lines_are_no_results(
         (tmp_path / name).write_text(text)
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "."]
     command += options
-    text = subprocess.run([*command, "."], cwd=tmp_path, capture_output=True, text=True).stdout
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    text = subprocess.run([*command, "."], cwd=tmp_path, capture_output=True, text=True, env=environment).stdout
     assert was_collected(text) is ran, text
     if states is not None:
         assert outcomes(text) == states, text
