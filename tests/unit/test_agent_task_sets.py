@@ -268,7 +268,7 @@ def test_one_malformed_task_does_not_stop_the_others(tmp_path: Path) -> None:
         read_tasks(tmp_path, only=["b"])
     done = run_tasks([one for one in found if one.id != "a"], RunSettings("-", model="m"), tmp_path / "out", parallel=2)
     assert [(one.task, one.score, one.ending) for one in done] == [(name, None, "invalid") for name in "bcde"]
-    assert summary(done)["failed_to_run"] == ["b", "c", "d", "e"]
+    assert list(summary(done)["failed_to_run"]) == ["b", "c", "d", "e"]
 
 
 def test_files_that_archives_leave_out_are_there(tmp_path: Path) -> None:
