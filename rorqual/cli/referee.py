@@ -163,13 +163,13 @@ def stand(
         typer.Option(
             "--continuity",
             metavar="FOLDER|memory",
-            help="Where that is kept, encrypted; in your data folder otherwise.",
+            help="Where reasoning is kept, encrypted; in your data folder otherwise.",
             show_default=False,
             rich_help_panel=RECORD,
         ),
     ] = None,
     continuity_size: Annotated[
-        str, typer.Option("--continuity-size", help="Most of it.", rich_help_panel=RECORD)
+        str, typer.Option("--continuity-size", help="Most that is kept.", rich_help_panel=RECORD)
     ] = "256MiB",
     continuity_hours: Annotated[
         float,

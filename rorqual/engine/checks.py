@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,7 @@ def check_request(
     num_choices: int,
     context_limit: int,
     scheduler: Scheduler,
+    guard: Any = None,
 ) -> int:
     """The number of tokens the request may generate.
 
@@ -86,24 +88,25 @@ def check_request(
             param="max_tokens" if len(tokens) < context_limit else "messages",
             code="context_length_exceeded",
         )
-    if scheduler.fits(len(tokens) + max_tokens):
+    if scheduler.fits(len(tokens) + max_tokens, guard):
         return max_tokens
-    return _what_fits(len(tokens), params.max_tokens, max_tokens, scheduler)
+    return _what_fits(len(tokens), params.max_tokens, max_tokens, scheduler, guard)
 
 
-def _what_fits(num_tokens: int, asked: int | None, room: int, scheduler: Scheduler) -> int:
+def _what_fits(num_tokens: int, asked: int | None, room: int, scheduler: Scheduler, guard: Any) -> int:
     """Without `asked`, as many tokens as the memory for states can hold. Raises: RequestError when that is none."""
     if asked is None:
-        fitting = bisect.bisect_left(range(1, room + 1), True, key=lambda n: not scheduler.fits(num_tokens + n))
+        fitting = bisect.bisect_left(range(1, room + 1), True, key=lambda n: not scheduler.fits(num_tokens + n, guard))
         if fitting:
             return fitting
     wanted = asked or 1
+    needs = scheduler.cost(num_tokens + wanted) + scheduler.cost.of_guard(guard, num_tokens + wanted)
     raise RequestError(
         f"This engine keeps at most {scheduler.max_bytes:,} bytes of states, and a request of {num_tokens + wanted} "
         f"tokens ({num_tokens} in the messages, {wanted} in the completion) needs "
-        f"{scheduler.cost(num_tokens + wanted):,}. Please reduce the length of the messages or completion, or raise "
+        f"{needs:,}. Please reduce the length of the messages or completion, or raise "
         "max_state_bytes.",
-        param="max_tokens" if scheduler.fits(num_tokens + 1) else "messages",
+        param="max_tokens" if scheduler.fits(num_tokens + 1, guard) else "messages",
         code="context_length_exceeded",
     )
 

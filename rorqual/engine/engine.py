@@ -181,7 +181,7 @@ class Engine:
             tokens = tuple(tokens)  # once, for the check and the request
         ids = as_array(tokens)
         checked = tokens if ids is None else ids
-        max_tokens = check_request(checked, params, self._num_choices, self.context_limit, self._scheduler)
+        max_tokens = check_request(checked, params, self._num_choices, self.context_limit, self._scheduler, guard)
         check_timeout(timeout_s)
         check_priority(priority)
         seed = params.seed if params.seed is not None else secrets.randbits(SEED_BITS)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Cost:
-    """What states hold at most, in bytes. `alone(num_tokens)`: one that shares nothing, after so many tokens."""
+    """What states hold at most, in bytes. `alone(num_tokens)`: one that shares nothing, after so many tokens.
+
+    A request's retrieval guard remembers its tokens too, and is counted with its state where states are (`of_guard`).
+    """
 
     def __init__(self, alone: Callable[[int], int]) -> None:
         self._alone = alone
@@ -24,11 +27,15 @@ class Cost:
 
     def together(self, jobs: Sequence[Job], gone: Sequence[Job] = ()) -> int:
         """Of these running jobs, with all tokens known of them. `gone`: the other ones that run, taken as ended."""
-        return sum(self(job.num_tokens) for job in jobs)
+        return sum(self(job.num_tokens) + self.of_guard(job.guard, job.num_tokens) for job in jobs)
 
     def joining(self, job: Job, num_tokens: int) -> int:
         """What a waiting job adds when it runs up to so many tokens."""
-        return self(num_tokens)
+        return self(num_tokens) + self.of_guard(job.guard, num_tokens)
+
+    def of_guard(self, guard: Any, num_tokens: int) -> int:
+        """What a guard holds after so many tokens, where it is counted; None is no guard."""
+        return 0
 
 
 def free_of_charge(num_tokens: int) -> int:
@@ -61,6 +68,9 @@ class StateCost(Cost):
                 total += row_bytes * max(16, 2 * entries)
         return total
 
+    def of_guard(self, guard: Any, num_tokens: int) -> int:
+        return 0 if guard is None else int(guard.most_bytes(num_tokens))
+
 
 class PagedCost(StateCost):
     """The same for states whose entries lie in the pages of `cache`: pages in use, shared ones once.
@@ -82,10 +92,12 @@ class PagedCost(StateCost):
         for job in jobs:
             held = self._shared(job) if job.state is None else len(job.state.table)
             pages += max(0, self._pages(job.num_tokens) - held)
-        return self._pool.page_bytes * pages + sum(self._rest(job.num_tokens) for job in jobs)
+        rest = sum(self._rest(job.num_tokens) + self.of_guard(job.guard, job.num_tokens) for job in jobs)
+        return self._pool.page_bytes * pages + rest
 
     def joining(self, job: Job, num_tokens: int) -> int:
-        return self._rest(num_tokens) + self._pool.page_bytes * (self._pages(num_tokens) - self._shared(job))
+        rest = self._rest(num_tokens) + self.of_guard(job.guard, num_tokens)
+        return rest + self._pool.page_bytes * (self._pages(num_tokens) - self._shared(job))
 
     def _shared(self, job: Job) -> int:
         """Pages that the job will find in use by others."""

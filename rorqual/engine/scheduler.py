@@ -23,6 +23,7 @@ import bisect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rorqual.engine.grain import GRAIN
 from rorqual.engine.job import Job
@@ -106,9 +107,9 @@ class Scheduler:
         """What the running requests are charged for."""
         return self.cost.together(self.running)
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a request of so many tokens could run if it were alone."""
-        return self.max_bytes is None or self.cost(num_tokens) <= self.max_bytes
+    def fits(self, num_tokens: int, guard: Any = None) -> bool:
+        """Whether a request of so many tokens could run if it were alone, with its retrieval guard."""
+        return self.max_bytes is None or self.cost(num_tokens) + self.cost.of_guard(guard, num_tokens) <= self.max_bytes
 
     def add(self, job: Job) -> None:
         """Queue a job. Raises: RequestError (429) when the queue is full."""
@@ -222,9 +223,12 @@ class Scheduler:
 
         return sorted(readers, key=place)
 
+    def _one(self, job: Job, num_tokens: int) -> int:
+        return self.cost(num_tokens) + self.cost.of_guard(job.guard, num_tokens)
+
     def room_for_drafts(self, work: list[tuple[Job, int]], most: int) -> int:
         """How many drafts this round's step may hold besides; none where `most` for each might be too many bytes."""
-        grown = sum(self.cost(job.num_tokens + most) - self.cost(job.num_tokens) for job in self.running)
+        grown = sum(self._one(job, job.num_tokens + most) - self._one(job, job.num_tokens) for job in self.running)
         if self.max_bytes is not None and self.used_bytes + grown > self.max_bytes:
             return 0
         return self.step_tokens - sum(count for _, count in work)

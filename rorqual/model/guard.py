@@ -108,6 +108,10 @@ class Guard:
         """Bytes held."""
         return self.grams.nbytes
 
+    def most_bytes(self, num_tokens: int) -> int:
+        """Most bytes held after so many tokens."""
+        return Grams.most_bytes(num_tokens, self.rules.policy)
+
     def shown(self, tokens: Tensor, start: int, ids: Sequence[int]) -> Shown:
         """What the queries of `ids` must be shown, which follow the first `start` of `tokens`."""
         grams = self.grams

@@ -239,6 +239,15 @@ class Grams:
         """Bytes held."""
         return self.tokens.nbytes + (sum(array.nbytes for array in self._arrays.values()) if self._native else 0)
 
+    @staticmethod
+    def most_bytes(length: int, policy: Policy) -> int:
+        """Most bytes that one holds of so many tokens, whose room doubles when it runs out."""
+        room = max(256, 2 * length)
+        entries = room // policy.ratio + 64
+        of_tokens = 12 + 9 * ORDERS  # tokens, asked, closed; before, spread, done
+        table, terms = 4 * ORDERS << (2 * room).bit_length(), 8 * ORDERS * (policy.recent + policy.message)
+        return of_tokens * room + table + terms + 12 * entries + 8 * (entries // 64 + 2)
+
     def copy(self) -> Grams:
         """One that goes on by itself."""
         other = Grams.__new__(Grams)

@@ -57,7 +57,7 @@ def create_app(
     # FastAPI's own documentation pages load scripts from elsewhere; the schema itself is at /openapi.json.
     app = FastAPI(title="Rorqual", docs_url=None, redoc_url=None)
     errors.install(app)
-    openapi.install(app)
+    openapi.install(app, dashboard.PATHS)
     operations.install(app, allowed_hosts)
 
     streams: dict[int | str, dict[str, Any]] = {200: {"content": openapi.STREAM}}

@@ -20,6 +20,7 @@ from rorqual.errors import RequestError
 from rorqual.server.accounts import Ticket, owner_of
 from rorqual.server.errors import named_as_sent
 from rorqual.server.metadata import metadata
+from rorqual.server.pins import spans_of
 from rorqual.server.replies import api_reason, exactness_body, token_logprob, usage_body
 from rorqual.server.schema import CompletionRequest
 from rorqual.server.served import Envelope
@@ -55,6 +56,9 @@ async def answer(body: CompletionRequest, http: HttpRequest, service: Service) -
         top_logprobs=body.logprobs or 0,
         suppress_token_ids=chat.suppressed_ids_after(served.tokenizer, tokens),
         prompt_logprobs=bool(body.echo) and body.logprobs is not None,
+    )
+    params = params.replace(
+        pin=await run_in_threadpool(spans_of, body.rorqual, tokens, served.engine, served.tokenizer)
     )
     ticket = await service.accounts.admit(
         http, served.name, prompt_tokens=len(tokens), max_tokens=params.max_tokens or limit, user_id=body.owner

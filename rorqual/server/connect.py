@@ -72,7 +72,7 @@ def connect(client: Client, target: Target, records: Path, home: Path | None = N
         for pointer, value in members.items():
             _set(now, pointer, value, path)
         if now != was:
-            texts[path] = json.dumps(now, indent=2, ensure_ascii=False) + "\n"
+            texts[path] = _dump(now)
         entry = record.setdefault(str(path), {"existed": was is not None, "before": {}, "written": {}})
         for pointer, value in members.items():
             name = json.dumps(pointer)
@@ -95,14 +95,17 @@ def connect(client: Client, target: Target, records: Path, home: Path | None = N
 
 
 def undo(client: Client, records: Path, home: Path | None = None) -> Outcome:
-    """Put back what stood there before `connect`. Raises: ConfigError when nothing was connected."""
+    """Put back what stood there before `connect`. A file that cannot be read any more is left, and stays recorded.
+
+    Raises: ConfigError when nothing was connected.
+    """
     home = home or Path.home()
     record = _read_record(records, client)
     if not record:
         raise ConfigError(f"{client} was not connected from here, so there is nothing to undo.")
     if client == "cursor":
         return _undo_cursor(records, record)
-    changed = []
+    changed, left, advice = list[Path](), dict[str, Any](), list[str]()
     for name, entry in record.items():
         path = Path(name)
         if not path.exists():
@@ -115,17 +118,24 @@ def undo(client: Client, records: Path, home: Path | None = None) -> Outcome:
                 path.unlink()
             changed.append(path)
             continue
-        now = _load(path) or {}
+        try:
+            now = _load(path) or {}
+        except ConfigError as error:  # the others are undone all the same
+            left[name] = entry
+            advice.append(f"{error} What was written there has to be taken out first; then undo once more.")
+            continue
         was = json.loads(json.dumps(now))
         for name_of, value in entry["written"].items():
             pointer = tuple(json.loads(name_of))
             if _get(now, pointer) == value:  # a later choice of the person's stays
                 _restore(now, pointer, entry["before"][name_of])
         if now != was:
-            _write(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
+            _write(path, _dump(now))
             changed.append(path)
-    _forget(records, client, record)
-    return Outcome(tuple(changed))
+    _forget(records, client, {name: entry for name, entry in record.items() if name not in left})
+    if left:
+        _write_record(records, client, left)
+    return Outcome(tuple(changed), tuple(advice))
 
 
 _ADVICE: Final[dict[str, tuple[str, ...]]] = {
@@ -201,6 +211,16 @@ def _load(path: Path) -> dict[str, Any] | None:
     return value
 
 
+def _dump(value: Any) -> str:
+    """JSON for a file; half a surrogate pair, which UTF-8 cannot carry, makes all of it ASCII."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2) + "\n"
+    return text
+
+
 def _get(value: Any, pointer: Pointer) -> Any:
     for part in pointer:
         if not isinstance(value, Mapping) or part not in value:
@@ -268,7 +288,7 @@ def _write_record(records: Path, client: str, record: Mapping[str, Any]) -> None
 
 
 def _copy_of(records: Path, client: str, path: Path) -> Path:
-    mark = hashlib.sha256(str(path).encode()).hexdigest()[:12]  # two folders may hold a file of one name
+    mark = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]  # two folders may hold a file of one name
     return records / client / f"{mark}-{path.name}"
 
 
@@ -312,7 +332,7 @@ def _connect_cursor(target: Target, records: Path, home: Path) -> Outcome:
             if new == state and key == target.key:
                 return Outcome(())
             _write_record(records, "cursor", record)
-            _put(database, _CURSOR_ROW, json.dumps(new, ensure_ascii=False))
+            _put(database, _CURSOR_ROW, json.dumps(new))
             _put(database, _CURSOR_KEY_ROW, target.key)
     except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be changed ({error}). Quit Cursor, which holds it, and try again.") from error
@@ -334,10 +354,10 @@ def _undo_cursor(records: Path, record: Mapping[str, Any]) -> Outcome:
                         del state[name]
                     else:
                         state[name] = before
-            _put(database, _CURSOR_ROW, json.dumps(state, ensure_ascii=False))
+            _put(database, _CURSOR_ROW, json.dumps(state))
             if _row(database, _CURSOR_KEY_ROW) == record["written"]["key"]:
                 _put(database, _CURSOR_KEY_ROW, record["key"])
-    except (sqlite3.Error, ValueError) as error:
+    except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be changed ({error}). Quit Cursor, which holds it, and try again.") from error
     _forget(records, "cursor", {})
     return Outcome((path,))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from glob import glob
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,7 +63,7 @@ class Dashboard:
             raise RequestError(
                 "This server was told of no evals, so there are none to show. Start it with --evals FOLDER.", status=404
             )
-        found = [(path.stat().st_mtime, path) for path in _result_files(self.evals)]
+        found = [(when, path) for path in _result_files(self.evals) if (when := _time_of(path)) is not None]
         shown, unreadable = list[dict[str, Any]](), list[dict[str, str]]()
         for when, path in sorted(found, reverse=True)[:MOST_RUNS]:
             name = path.parent.relative_to(self.evals).as_posix()
@@ -80,7 +81,17 @@ class Dashboard:
 
 def _result_files(folder: Path) -> list[Path]:
     patterns = ("result.json", "*/result.json", "*/*/result.json")
-    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    # unlike Path.glob, it passes over folders that are removed while it looks
+    names = [name for pattern in patterns for name in glob(pattern, root_dir=folder, include_hidden=True)]
+    return [path for path in (folder / name for name in names) if path.is_file()]
+
+
+def _time_of(path: Path) -> float | None:
+    """When it was written; None where it is gone since the folder was listed."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -118,6 +129,20 @@ def _number(value: Any) -> float | None:
     """None also for what Python's JSON has and the page's has not: NaN and the infinite."""
     number = math.nan if value is None else float(value)
     return number if math.isfinite(number) else None
+
+
+_QUERY: Final[list[dict[str, Any]]] = [
+    {"name": "by", "in": "query", "schema": {"enum": list(HOURS_OF)}},
+    {"name": "last", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": MOST_BUCKETS}},
+]
+_JSON: Final[dict[str, Any]] = {"200": {"description": "The numbers.", "content": {"application/json": {}}}}
+_PAGE: Final[dict[str, Any]] = {"200": {"description": "The page.", "content": {"text/html": {}}}}
+PATHS: Final[dict[str, Any]] = {
+    "/dashboard": {"get": {"summary": "The dashboard.", "responses": _PAGE}},
+    "/v1/referee/stats": {"get": {"summary": "Verdicts over time.", "parameters": _QUERY, "responses": _JSON}},
+    "/v1/evals": {"get": {"summary": "Results of evals.", "responses": _JSON}},
+}
+"""For the OpenAPI document."""
 
 
 def install(app: FastAPI, dashboard: Dashboard) -> None:

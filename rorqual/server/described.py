@@ -32,6 +32,20 @@ STOP: Any = {
         {"type": "null"},
     ]
 }
+PINS: Any = {
+    "anyOf": [
+        {
+            "type": "array",
+            "items": {
+                "anyOf": [
+                    {"type": "string", "minLength": 1},
+                    {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "integer", "minimum": 0}},
+                ]
+            },
+        },
+        {"type": "null"},
+    ]
+}
 FUNCTION: Any = {
     "type": "object",
     "required": ["name"],

@@ -26,7 +26,7 @@ from rorqual.errors import RequestError
 from rorqual.referee import Answer, Asked, Continuity, Options, Referee, options_of, read_answer, read_message
 from rorqual.referee.audit import Audit
 from rorqual.referee.reasons import Finding
-from rorqual.server import dashboard, errors, page
+from rorqual.server import dashboard, errors, gateway_api, openapi, page
 from rorqual.server.accounts import account_of, owner_of
 from rorqual.server.dashboard import Dashboard
 from rorqual.server.gateway_chat import Exchange
@@ -176,8 +176,10 @@ def create_gateway(gateway: Gateway, allowed_hosts: Collection[str] | None = Non
         yield
         await gateway.close()
 
-    app = FastAPI(title="Rorqual referee", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(title="Rorqual referee", docs_url=None, redoc_url=None, lifespan=lifespan)
     errors.install(app)
+    paths, schemas = gateway_api.describe(CheckBody)
+    openapi.install(app, {**paths, **dashboard.PATHS}, schemas)
     gateway.operations.install(app, allowed_hosts)
 
     @app.exception_handler(UpstreamRefusal)

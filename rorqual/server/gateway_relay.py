@@ -237,6 +237,7 @@ class _Relayed(StreamingResponse):
 async def _pieces(gateway: Gateway, response: Any, watcher: _Watcher) -> AsyncIterator[bytes]:
     try:
         if response.is_stream_consumed:
+            watcher.piece(response.content)
             yield response.content
         else:
             async for piece in response.aiter_bytes():

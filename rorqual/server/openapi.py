@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -42,23 +44,25 @@ _ERROR: Final[dict[str, Any]] = {
 }
 
 
-def install(app: FastAPI) -> None:
-    """Make `app.openapi()` tell the truth about refusals."""
+def install(app: FastAPI, paths: Mapping[str, Any] | None = None, schemas: Mapping[str, Any] | None = None) -> None:
+    """Make `app.openapi()` tell the truth about refusals. paths, schemas: of routes that FastAPI knows nothing of."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
+            app.openapi_schema = _document(app, paths or {}, schemas or {})
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, paths: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is never sent
         schemas.pop(name, None)
     schemas["Error"] = _ERROR
+    schemas.update(more)
+    document["paths"].update(deepcopy(dict(paths)))
     body = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     for path in document["paths"].values():
         for operation in path.values():

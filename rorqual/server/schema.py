@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rorqual.errors import RequestError
 from rorqual.server import tools
-from rorqual.server.described import CONTENT, STOP, TOOLS, within
+from rorqual.server.described import CONTENT, PINS, STOP, TOOLS, within
 
 MAX_OUTPUT = 393_216
 USER_ID = re.compile(r"[A-Za-z0-9_-]{1,512}")
@@ -49,6 +49,23 @@ class Extension(Body):
     guard: str | None = Field(
         None, description="The retrieval guard: off, default, or names of sources; as the server has it unless given."
     )
+    pin: list[Any] | None = Field(
+        None,
+        description="What the guard always shows: spans [begin, end] of prompt tokens, or texts that the prompt holds.",
+        json_schema_extra=PINS,
+    )
+
+    @field_validator("pin")
+    @classmethod
+    def _pin(cls, value: list[Any] | None) -> list[Any] | None:
+        for number, pin in enumerate(value or ()):
+            is_span = isinstance(pin, list) and len(pin) == 2 and all(type(one) is int for one in pin)
+            if not is_span and not (isinstance(pin, str) and pin):
+                raise RequestError(
+                    f"rorqual.pin[{number}] is no span [begin, end] of prompt tokens and no text. Send one of them.",
+                    param=f"rorqual.pin[{number}]",
+                )
+        return value
 
 
 class JsonSchema(Body):

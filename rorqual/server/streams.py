@@ -41,7 +41,7 @@ class TokenStream:
         more = more or Extension.model_validate({})
         if more.guard is not None:
             params = params.replace(guard=more.guard)
-        with named_as_sent(timeout_s="rorqual.timeout_s", guard="rorqual.guard"):
+        with named_as_sent(timeout_s="rorqual.timeout_s", guard="rorqual.guard", pin="rorqual.pin"):
             self.request: Request = engine.submit(
                 tokens,
                 params,

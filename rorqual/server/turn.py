@@ -21,6 +21,7 @@ from rorqual.server.errors import named_as_sent
 from rorqual.server.messages import ChatPrompt, build_prompt
 from rorqual.server.metadata import metadata
 from rorqual.server.pieces import Piece
+from rorqual.server.pins import spans_of
 from rorqual.server.replies import ReplyReader, exactness_body
 from rorqual.server.schema import ChatRequest
 from rorqual.server.served import ServedModel
@@ -128,6 +129,7 @@ async def start(
         if forces_thinking is None:
             forces_thinking = service.behaviour.forced_calls_while_thinking
         grammar = grammar_for(body, prompt, forces_thinking=forces_thinking)
+        pins = await run_in_threadpool(spans_of, body.rorqual, prompt.tokens, served.engine, served.tokenizer)
         if grammar is not None:  # the first of its kind is compiled, which takes a while
             await run_in_threadpool(served.engine.grammars.constraint, grammar)
         params = served.params(
@@ -142,7 +144,7 @@ async def start(
                 served.tokenizer, thinking=prompt.opens_reasoning, tools=bool(prompt.tools)
             ),
             grammar=grammar,
-        )
+        ).replace(pin=pins)
         ticket = await service.accounts.admit(
             http,
             served.name,

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,10 @@ from hypothesis.errors import Unsatisfiable
 from mock_model import ScriptModel, byte_tokenizer
 
 from rorqual.engine import Engine
+from rorqual.referee import Options, Policy
 from rorqual.server import create_app
+from rorqual.server.gateway import Gateway, create_gateway
+from rorqual.server.gateway_wire import Upstream
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis (clients extra)")
 
@@ -34,6 +38,26 @@ def test_no_failure_and_no_unknown_status() -> None:
         assert statuses.total() >= NUM_CASES
         assert statuses[200] > NUM_CASES // 50 and statuses[400] > NUM_CASES // 50, statuses
         assert engine.is_alive and engine.occupancy() == (0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_gateways_routes_hold_to_their_document() -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, json={"id": "u", "object": "chat.completion", "choices": [choice]})
+
+    upstream = Upstream("http://mock", transport=httpx2.MockTransport(answer))
+    gateway = Gateway(upstream, Options("enforce", Policy()))
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_gateway(gateway))
+    statuses: Counter[int] = Counter()
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert {one.path for one in operations} >= {"/v1/messages", "/v1/responses", "/v1/evals", "/v1/referee/check"}
+    for one in operations:
+        for mode in schemathesis.GenerationMode:
+            statuses += run(one, mode, 8)
+    assert statuses[200] > 25 and statuses[400] > 25, statuses
 
 
 def run(operation: Any, mode: Any, count: int) -> Counter[int]:

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from rorqual.engine import Engine, SamplingParams
 from rorqual.engine.guard import SOURCES, sources_of
+from rorqual.engine.memory import StateCost
 from rorqual.engine.picks import find_picks
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.errors import ConfigError, RequestError
@@ -221,3 +222,70 @@ def test_over_http_a_request_chooses_and_its_answer_tells(speaker: Transformer) 
         ]
     assert told[0] is None and told[2] is None
     assert told[1]["sources"] == ["lexical"] and told[1]["forced"]["lexical"] > 0 == told[1]["forced"]["anchors"]
+
+
+def test_over_http_a_request_pins_spans_or_texts(speaker: Transformer) -> None:
+    text = "the key is 7 and more. " + "to be or not to be " * 12 + "the end, and the key"
+    with Engine(speaker, TOKENIZER) as engine:
+        client = TestClient(create_app(engine, "small"))
+
+        def ask(**more: Any) -> Any:
+            fields = {"model": "small", "prompt": text, "max_tokens": 2, "rorqual": {"guard": "pinned", **more}}
+            return client.post("/v1/completions", json=fields)
+
+        bare = ask()
+        before = bare.json()["usage"]["prompt_tokens"] - len(text)  # tokens of this tokenizer are bytes
+        begin = text.index("not to be") + before
+        spans = [[before + at, before + at + 9] for at in range(len(text)) if text.startswith("not to be", at)]
+        by_place, by_text = ask(pin=spans), ask(pin=["not to be"])
+        assert bare.json()["exactness"]["guard"]["forced"]["pinned"] == 0, bare.text
+        told = by_place.json()["exactness"]["guard"]["forced"]["pinned"]
+        assert told > 0 and by_text.json()["exactness"]["guard"]["forced"]["pinned"] == told
+        one = ask(pin=[[begin, begin + 9]]).json()["exactness"]["guard"]["forced"]["pinned"]
+        assert 0 < one < told
+        for more, param in (
+            ({"pin": [[0, len(text) + before + 1]]}, "rorqual.pin[0]"), ({"pin": [[0, 4], [5, 5]]}, "rorqual.pin[1]"),
+            ({"pin": ["nowhere"]}, "rorqual.pin[0]"), ({"pin": [[0, 4]], "guard": "lexical"}, "rorqual.pin"),
+            ({"pin": [[0, 4]], "guard": "off"}, "rorqual.pin"), ({"pin": [[0]]}, "rorqual.pin[0]"),
+            ({"pin": [["0", 4]]}, "rorqual.pin[0]"), ({"pin": [""]}, "rorqual.pin[0]"), ({"pin": 3}, "rorqual.pin"),
+        ):  # fmt: skip
+            refused = ask(**more)
+            assert refused.status_code == 400 and (refused.json()["error"]["param"] == param), more
+        chat = {"model": "small", "messages": [{"role": "user", "content": text}], "max_tokens": 2}
+        asked = {**chat, "rorqual": {"guard": "pinned", "pin": ["not to be"]}}
+        answer = client.post("/v1/chat/completions", json=asked).json()
+        assert answer["exactness"]["guard"]["forced"]["pinned"] > 0
+
+
+@pytest.mark.parametrize("cuts", [[1], [400], [7, 300, 1, 64], [255, 1, 1], [256, 1, 500], [1] * 40])
+def test_what_a_guard_remembers_is_within_what_is_charged(cuts: list[int]) -> None:
+    guard = Guard(config(compress_ratios=[0, 4, 8, 4]), Rules(SMALL), ROLES)
+    ids = np.arange(sum(cuts), dtype=np.int32) % 60
+    done = 0
+    for count in cuts:
+        guard.shown(torch.from_numpy(ids), done, ids[done : done + count].tolist())
+        done += count
+        assert guard.nbytes <= guard.most_bytes(done)
+
+
+def test_memory_for_states_counts_their_guards(speaker: Transformer) -> None:
+    prompt = list(range(4, 54)) * 4
+    params = SamplingParams(max_tokens=8)
+    with Engine(speaker, TOKENIZER) as engine:
+        with_guard = engine.guards.of("default", ())
+    assert with_guard is not None
+    alone = StateCost(speaker)(len(prompt) + 8)
+    with Engine(speaker, TOKENIZER, max_state_bytes=alone + with_guard.most_bytes(208) // 2) as engine:
+        assert len(list(engine.submit(prompt, params))) >= 1
+        with pytest.raises(RequestError, match="needs") as refused:
+            engine.submit(prompt, params.replace(guard="default"))
+        assert refused.value.code == "context_length_exceeded"
+    for limit, together in ((2, True), (1, False)):
+        most = limit * (alone + with_guard.most_bytes(208)) + (0 if together else alone)
+        with Engine(speaker, TOKENIZER, max_state_bytes=most) as engine:
+            handles = [engine.submit(prompt, params.replace(guard="default")) for _ in range(2)]
+            for handle in handles:
+                list(handle)
+            records = engine.step_log()
+            assert max(one.charged_bytes for one in records) <= most
+            assert (max(one.running for one in records) == 2) is together

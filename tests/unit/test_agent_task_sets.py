@@ -1,15 +1,19 @@
 """Reading task sets: what is followed, what is refused and why."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from rorqual.agents import RunSettings
 from rorqual.errors import ConfigError
-from rorqual.evals.agent_tasks import read_tasks
+from rorqual.evals.agent_tasks import InvalidTask, read_tasks, run_tasks, summary
 from rorqual.evals.agent_tasks.dockerfile import read_dockerfile
-from rorqual.evals.agent_tasks.pytest_output import outcomes
+from rorqual.evals.agent_tasks.pytest_output import outcomes, was_collected
+from rorqual.evals.agent_tasks.swe import SweTask
 from rorqual.evals.agent_tasks.task import TaskFailed
 from rorqual.evals.agent_tasks.terminal import LOGS, _reward
 
@@ -160,3 +164,135 @@ def test_the_folder_one_stands_in_has_a_name(tmp_path: Path, monkeypatch: pytest
         (folder / name).write_text(text)
     monkeypatch.chdir(folder)
     assert [task.id for task in read_tasks(Path(), only=["hello"])] == ["hello"]
+
+
+def test_variables_with_words_and_heredocs_and_mounts(tmp_path: Path) -> None:
+    path = tmp_path / "Dockerfile"
+    path.write_text(
+        "FROM a\nARG V\nENV A=${V:-one}\nENV B=${A:+set} C=${V:+set} D=${X-${A}} E=\\$A\nWORKDIR ${DIR:-/app}\n"
+        "RUN --mount=type=cache,target=/root/.cache --network=none pip install .\n"
+        "RUN <<EOF\necho $A\n# kept\nEOF\nRUN python3 - <<'PY' && echo done\nprint('x')\nPY\n"
+        'COPY <<EOF /etc/a.conf\nvalue=$A\nEOF\nCOPY --chmod=644 <<-"RAW" b.conf\n\tvalue=$A\n\tRAW\n'
+        "RUN [ 1 -lt 2 ] && echo $((1<<2))\n"
+    )
+    found = read_dockerfile(path)
+    assert (found.env, found.cwd) == ({"A": "one", "B": "set", "C": "", "D": "one", "E": "$A"}, "/app")
+    assert [(one.name, one.words) for one in found.instructions[1:]] == [
+        ("RUN", ("pip install .",)),
+        ("RUN", ("echo $A\n# kept\n",)),
+        ("RUN", ("python3 - <<'PY' && echo done\nprint('x')\nPY\n",)),
+        ("WRITE", ("value=one\n", "/etc/a.conf")),
+        ("WRITE", ("value=$A\n", "b.conf")),
+        ("RUN", ("[ 1 -lt 2 ] && echo $((1<<2))",)),
+    ]
+
+
+def test_a_heredoc_is_run_as_docker_runs_it(tmp_path: Path) -> None:
+    path = tmp_path / "Dockerfile"
+    path.write_text(
+        "FROM a\nRUN <<EOF\n#!/usr/bin/env python3\nprint(6 * 7)\nEOF\n"
+        "RUN cat <<A - <<'B' /dev/fd/3 3<<C\na\nA\nb\nB\nc\nC\n"
+    )
+    script, several = (one.words[0] for one in read_dockerfile(path).instructions)
+    assert subprocess.run(["/bin/sh", "-c", script], capture_output=True, text=True).stdout == "42\n"
+    assert subprocess.run(["/bin/sh", "-c", several], capture_output=True, text=True).stdout == "b\nc\n"
+    sandbox = Files()
+    path.write_text("FROM a\nCOPY <<EOF /b.txt\nhere\nEOF\n")
+    read_dockerfile(path).build(sandbox, 1.0)
+    assert sandbox.written == {"/b.txt": b"here\n"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("RUN <<EOF\necho", "heredoc EOF has no end"),
+        ("COPY <<A <<B /x\nA\nB", "one heredoc"),
+        ("ENV A=${B#x}", "form of variables"),
+        ("RUN --mount=type=secret,id=k x", "--mount=type=secret"),
+        ("RUN --mount=from=b,target=/x x", "--mount=from=b"),
+        ("RUN --security=insecure x", "--security=insecure"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_by_name_and_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "Dockerfile").write_text(f"FROM a\n{text}\n")
+    with pytest.raises(ConfigError, match=said) as refused:
+        read_dockerfile(tmp_path / "Dockerfile")
+    assert "Dockerfile:2" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "states", "ran"),
+    [
+        ({"test_a.py": "print('PASSED test_a.py::test_x')\nimport nothing_of_that_name\ndef test_x(): pass\n"},
+         {"test_a.py": "ERROR"}, False),
+        ({"test_a.py": "def test_x(): pass\n", "conftest.py": "print('PASSED test_a.py::test_x')\n1 / 0\n"},
+         None, False),
+        ({"test_a.py": "def test_x():\n    print('PASSED test_a.py::test_y')\ndef test_y(): assert 0\n"},
+         {"test_a.py::test_x": "PASSED", "test_a.py::test_y": "FAILED"}, True),
+        ({"test_a.py": "def test_x(): pass\n"}, {"test_a.py::test_x": "PASSED"}, True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("options", [(), ("-q",)])
+def test_printed_lines_are_no_results(
+    tmp_path: Path, files: dict[str, str], states: dict[str, str] | None, ran: bool, options: tuple[str, ...]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "."]
+    command += options
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    text = subprocess.run([*command, "."], cwd=tmp_path, capture_output=True, text=True, env=environment).stdout
+    assert was_collected(text) is ran, text
+    if states is not None:
+        assert outcomes(text) == states, text
+
+
+def test_one_malformed_task_does_not_stop_the_others(tmp_path: Path) -> None:
+    def task(name: str, settings: str, file: str = "task.toml") -> None:
+        for folder in ("environment", "tests"):
+            (tmp_path / name / folder).mkdir(parents=True)
+        texts = {file: settings, "instruction.md": "x", "environment/Dockerfile": "FROM a", "tests/test.sh": ""}
+        for path, text in texts.items():
+            (tmp_path / name / path).write_text(text)
+
+    task("a", "[agent]\ntimeout_sec = 5\n")
+    task("b", "[agent\n")
+    task("c", "[agent]\ntimeout_sec = 'soon'\n")
+    task("d", "instruction: [\n", "task.yaml")
+    task("e", "agent = 3\n")
+    found = read_tasks(tmp_path)
+    whys = {one.id: one.why for one in found if isinstance(one, InvalidTask)}
+    assert [one.id for one in found] == ["a", "b", "c", "d", "e"] and set(whys) == {"b", "c", "d", "e"}
+    assert "malformed" in whys["b"] and "'soon'" in whys["c"] and "task.yaml" in whys["d"] and "table" in whys["e"]
+    with pytest.raises(ConfigError, match="malformed"):
+        read_tasks(tmp_path, only=["b"])
+    done = run_tasks([one for one in found if one.id != "a"], RunSettings("-", model="m"), tmp_path / "out", parallel=2)
+    assert [(one.task, one.score, one.ending) for one in done] == [(name, None, "invalid") for name in "bcde"]
+    assert list(summary(done)["failed_to_run"]) == ["b", "c", "d", "e"]
+
+
+def test_files_that_archives_leave_out_are_there(tmp_path: Path) -> None:
+    clone = tmp_path / "a__b"
+    clone.mkdir()
+    (clone / ".gitattributes").write_text("secret.txt export-ignore\nversion.py export-subst\ntests export-ignore\n")
+    (clone / "secret.txt").write_text("here")
+    (clone / "version.py").write_text("'$Format:%H$'")
+    (clone / "tests").mkdir()
+    (clone / "tests" / "run.sh").write_text("#!/bin/sh\n")
+    (clone / "tests" / "run.sh").chmod(0o755)
+    git = ["git", "-C", str(clone), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    (clone / "secret.txt").write_text("changed since")
+    row = dict.fromkeys(("problem_statement", "test_patch"), "x")
+    row |= {"instance_id": "a__b-1", "repo": "a/b", "base_commit": commit, "FAIL_TO_PASS": "[]", "PASS_TO_PASS": "[]"}
+    task = SweTask(row, tmp_path)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    task._check_out(tree, tmp_path / "index")
+    assert (tree / "secret.txt").read_text() == "here" and "$Format" in (tree / "version.py").read_text()
+    assert (tree / "tests" / "run.sh").stat().st_mode & 0o100
+    assert not subprocess.run([*git, "diff", "--cached", "--stat"], capture_output=True).stdout, "the clone's own index"
+    with pytest.raises(TaskFailed, match="no commit"):
+        SweTask(row | {"base_commit": "0" * 40}, tmp_path)._check_out(tree, tmp_path / "index2")

@@ -2,6 +2,6 @@
 
 from rorqual.evals.agent_tasks.read import read_tasks
 from rorqual.evals.agent_tasks.runner import TaskRun, run_tasks, summary
-from rorqual.evals.agent_tasks.task import AgentTask, Judged
+from rorqual.evals.agent_tasks.task import AgentTask, InvalidTask, Judged
 
-__all__ = ["AgentTask", "Judged", "TaskRun", "read_tasks", "run_tasks", "summary"]
+__all__ = ["AgentTask", "InvalidTask", "Judged", "TaskRun", "read_tasks", "run_tasks", "summary"]

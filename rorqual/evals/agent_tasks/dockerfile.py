@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ _BEFORE = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 
 @dataclass(frozen=True)
 class Instruction:
-    """One of RUN, COPY or WORKDIR. words: its arguments; cwd and env: as they are at this place."""
+    """One of RUN, COPY, WORKDIR, or WRITE (a heredoc's COPY: text, target). cwd and env: as they are at this place."""
 
     name: str
     words: tuple[str, ...]
@@ -62,6 +63,8 @@ class Dockerfile:
                 make_folder(sandbox, one.cwd)
             elif one.name == "COPY":
                 self._copy(sandbox, one, where)
+            elif one.name == "WRITE":
+                _write(sandbox, one)
             else:
                 ran = administer(sandbox, one.words[0], cwd=one.cwd, timeout_s=timeout_s, env=one.env)
                 if ran.exit_code != 0:
@@ -86,22 +89,29 @@ class Dockerfile:
 def read_dockerfile(path: Path) -> Dockerfile:
     """Read it. Raises: ConfigError for what cannot be followed without Docker, with its line."""
     found = Dockerfile("", path.parent)
-    for number, line in _lines(path.read_text(encoding="utf-8")):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    for number, line, heredocs in _lines(text, path):
         name, _, rest = line.partition(" ")
-        name, rest = name.upper(), rest.strip()
+        name, rest, where = name.upper(), rest.strip(), f"{path}:{number}"
         if name == "FROM":
             found.base = next(word for word in rest.split() if not word.startswith("--"))
             found.cwd, found.env, found.instructions = "/", {}, []
         elif name == "WORKDIR":
-            target = _expand(rest.strip("\"'"), found.env)
+            target = _expand(rest.strip("\"'"), found.env, where)
             found.cwd = target if target.startswith("/") else f"{found.cwd.rstrip('/')}/{target}"
             found.instructions.append(_now(found, name, (), number))
         elif name in ("ENV", "ARG"):
-            found.env.update(_settings(name, rest, found.env))
+            found.env.update(_settings(name, rest, found.env, where))
         elif name in ("COPY", "ADD"):
-            found.instructions.append(_now(found, "COPY", _copied(rest, found.env, f"{path}:{number}"), number))
+            if heredocs:
+                found.instructions.append(_now(found, "WRITE", _written(rest, heredocs, found.env, where), number))
+            else:
+                found.instructions.append(_now(found, "COPY", _copied(rest, found.env, where), number))
         elif name == "RUN":
-            found.instructions.append(_now(found, name, (_command(rest),), number))
+            found.instructions.append(_now(found, name, (_command(_without_flags(rest, where), heredocs),), number))
         elif name not in _IGNORED:
             raise ConfigError(
                 f"{path}:{number}: {name} cannot be followed without Docker. Build its image and import it."
@@ -115,24 +125,72 @@ def _now(found: Dockerfile, name: str, words: tuple[str, ...], line: int) -> Ins
     return Instruction(name, words, found.cwd, tuple(found.env.items()), line)
 
 
-def _lines(text: str) -> list[tuple[int, str]]:
-    """Instructions with the number of their first line; comments out, continued lines joined."""
-    lines: list[tuple[int, str]] = []
+@dataclass(frozen=True)
+class _Heredoc:
+    """name: its last line. body: what stands before that. expands: whether the builder puts variables in."""
+
+    name: str
+    body: str
+    expands: bool
+
+
+_HEREDOC = re.compile(r"(?:(?<=\s)|^)\d*<<(-?)([\"']?)([A-Za-z_][\w.-]*)\2(?=\s|$|[;&|>)])")
+_TAKES_HEREDOCS = {"RUN", "COPY", "ADD"}
+
+
+def _lines(text: str, path: Path) -> list[tuple[int, str, list[_Heredoc]]]:
+    """Instructions with the number of their first line; comments out, continued lines joined, heredocs beside them.
+
+    Raises: ConfigError for a heredoc without an end.
+    """
+    found: list[tuple[int, str, list[_Heredoc]]] = []
     held, begun = "", 0
-    for number, line in enumerate(text.splitlines(), 1):
+    lines = iter(enumerate(text.splitlines(), 1))
+    for number, line in lines:
         if line.lstrip().startswith("#") or (not line.strip() and not held):
             continue
         begun = begun or number
         if line.rstrip().endswith("\\"):
             held += line.rstrip()[:-1] + " "
             continue
-        lines.append((begun, (held + line).strip()))
+        whole = (held + line).strip()
+        heredocs = []
+        if whole.partition(" ")[0].upper() in _TAKES_HEREDOCS:
+            for match in _HEREDOC.finditer(whole):
+                heredocs.append(_read_heredoc(match, lines, f"{path}:{begun}"))
+        found.append((begun, whole, heredocs))
         held, begun = "", 0
-    return [*lines, (begun, held.strip())] if held.strip() else lines
+    return [*found, (begun, held.strip(), [])] if held.strip() else found
 
 
-def _command(rest: str) -> str:
+def _read_heredoc(match: re.Match[str], lines: Iterator[tuple[int, str]], where: str) -> _Heredoc:
+    strips, quote, name = match[1] == "-", match[2], match[3]
+    body: list[str] = []
+    for _, line in lines:
+        line = line.lstrip("\t") if strips else line
+        if line == name:
+            return _Heredoc(name, "".join(f"{one}\n" for one in body), not quote)
+        body.append(line)
+    raise ConfigError(f"{where}: the heredoc {name} has no end: a line with that word alone.")
+
+
+def _without_flags(rest: str, where: str) -> str:
+    """RUN without its flags. Raises: ConfigError for one that brings something in from elsewhere."""
+    while rest.startswith("--"):
+        flag, _, rest = rest.partition(" ")
+        rest = rest.strip()
+        name, _, value = flag.partition("=")
+        kind = dict(part.partition("=")[::2] for part in value.split(",")).get("type", "bind")
+        harmless = kind in ("cache", "tmpfs") if name == "--mount" else name == "--network"
+        if not harmless:  # a cache is empty at first and no part of the image; there is no network anyway
+            raise ConfigError(f"{where}: RUN {flag} cannot be followed without Docker. Build its image and import it.")
+    return rest
+
+
+def _command(rest: str, heredocs: Sequence[_Heredoc] = ()) -> str:
     """The command line of RUN, in either form; what begins with `[` and is no JSON is the shell's test."""
+    if heredocs:
+        return _with_heredocs(rest, heredocs)
     try:
         words = json.loads(rest) if rest.startswith("[") else None
     except ValueError:
@@ -140,12 +198,41 @@ def _command(rest: str) -> str:
     return shlex.join(map(str, words)) if words else rest
 
 
-def _settings(name: str, rest: str, env: dict[str, str]) -> dict[str, str]:
-    words = shlex.split(rest)
+def _with_heredocs(rest: str, heredocs: Sequence[_Heredoc]) -> str:
+    """A heredoc alone is a script; beside a command it is the shell's own. `<<-` has lost its tabs already."""
+    first = heredocs[0]
+    if len(heredocs) == 1 and _HEREDOC.fullmatch(rest):
+        if not first.body.startswith("#!"):
+            return first.body
+        mark = f"{first.name}_END"
+        return f'f=$(mktemp) && cat > "$f" <<\'{mark}\' && chmod +x "$f" && "$f"\n{first.body}{mark}\n'
+    return rest + "\n" + "".join(f"{one.body}{one.name}\n" for one in heredocs)
+
+
+def _written(rest: str, heredocs: Sequence[_Heredoc], env: dict[str, str], where: str) -> tuple[str, ...]:
+    """The text and the target of a COPY from a heredoc. Raises: ConfigError for several, or files beside it."""
+    words = [word for word in shlex.split(_HEREDOC.sub(" ", rest)) if not word.startswith("--")]
+    if len(heredocs) != 1 or len(words) != 1 or words[0].endswith("/"):
+        raise ConfigError(f"{where}: a COPY of a heredoc takes one heredoc and the name of one file here.")
+    body = _expand(heredocs[0].body, env, where) if heredocs[0].expands else heredocs[0].body
+    return body, _expand(words[0], env, where)
+
+
+def _write(sandbox: Any, one: Instruction) -> None:
+    text, target = one.words
+    into = target if target.startswith("/") else f"{one.cwd.rstrip('/')}/{target}"
+    folder = into.rsplit("/", 1)[0]
+    if folder:
+        make_folder(sandbox, folder)
+    sandbox.files.write(into, text.encode())
+
+
+def _settings(name: str, rest: str, env: dict[str, str], where: str) -> dict[str, str]:
+    words = [word.replace("\0", "\\$") for word in shlex.split(rest.replace("\\$", "\0"))]  # `\$` is no variable
     if name == "ENV" and "=" not in words[0]:  # the old form: one name, and the rest is its value
-        return {words[0]: _expand(" ".join(words[1:]), env)}
+        return {words[0]: _expand(" ".join(words[1:]), env, where)}
     pairs = (word.partition("=") for word in words)
-    return {key: _expand(value, env) for key, equals, value in pairs if equals}
+    return {key: _expand(value, env, where) for key, equals, value in pairs if equals}
 
 
 def _copied(rest: str, env: dict[str, str], where: str) -> tuple[str, ...]:
@@ -154,11 +241,32 @@ def _copied(rest: str, env: dict[str, str], where: str) -> tuple[str, ...]:
         raise ConfigError(
             f"{where}: a copy from another image or an address needs Docker. Build its image and import it."
         )
-    plain = tuple(_expand(word, env) for word in words if not word.startswith("--"))
+    plain = tuple(_expand(word, env, where) for word in words if not word.startswith("--"))
     if len(plain) < 2:
         raise ConfigError(f"{where}: COPY takes what to copy and where to.")
     return plain
 
 
-def _expand(text: str, env: dict[str, str]) -> str:
-    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", lambda m: {**_BEFORE, **env}.get(m[1] or m[2], ""), text)
+_VARIABLE = re.compile(
+    r"(?P<escaped>\\\$)|\$(?:(?P<bare>\w+)|\{(?P<name>\w+)(?:(?P<how>:?[-+])(?P<word>(?:[^{}]|\$\{[^{}]*\})*))?\})|(?P<odd>\$\{)"
+)
+
+
+def _expand(text: str, env: dict[str, str], where: str) -> str:
+    """`$V`, `${V}`, `${V:-word}`, `${V:+word}` and both without the colon. Raises: ConfigError for any other form."""
+    known = {**_BEFORE, **env}
+
+    def value(match: re.Match[str]) -> str:
+        if match["escaped"]:
+            return "$"
+        if match["odd"]:
+            raise ConfigError(f"{where}: {text[match.start() :][:40]} is a form of variables that is not known here.")
+        got, how = known.get(match["bare"] or match["name"]), match["how"]
+        if how is None:
+            return got or ""
+        is_set = bool(got) if how.startswith(":") else got is not None
+        if how.endswith("-"):
+            return str(got) if is_set else _expand(match["word"], env, where)
+        return _expand(match["word"], env, where) if is_set else ""
+
+    return _VARIABLE.sub(value, text)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from rorqual.errors import ConfigError
+from rorqual.errors import ConfigError, RorqualError
 from rorqual.evals.agent_tasks.swe import TEST_COMMAND, SweTask
-from rorqual.evals.agent_tasks.task import AgentTask
+from rorqual.evals.agent_tasks.task import AgentTask, InvalidTask
 from rorqual.evals.agent_tasks.terminal import TerminalTask
 
 
@@ -17,14 +18,15 @@ def read_tasks(
 ) -> list[AgentTask]:
     """The tasks, in the order of their names or rows; `only` keeps those of these ids.
 
-    Raises: ConfigError for a set that is none, an id that is not in it, or a task that cannot be followed here.
+    One that is malformed or cannot be followed here is an `InvalidTask` among the others.
+    Raises: ConfigError for a set that is none, an id that is not in it, or where no task can be followed.
     """
     if source.is_dir():
         source = source.resolve()  # `.` is a folder with a name, too
         folders = [source] if _is_task(source) else sorted(path for path in source.iterdir() if _is_task(path))
         names = {folder.name: folder for folder in folders}
         _check(names, only, source)
-        return [TerminalTask(folder) for name, folder in names.items() if not only or name in only]
+        return _made({name: folder for name, folder in names.items() if not only or name in only}, TerminalTask)
     if not source.is_file():
         raise ConfigError(f"{source} is neither a folder of tasks nor a file of instances. Check the path.")
     if repos is None:
@@ -38,7 +40,24 @@ def read_tasks(
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(f"{source}:{number} is no instance: a JSON object with an instance_id.") from None
     _check(rows, only, source)
-    return [SweTask(row, repos, test_command) for name, row in rows.items() if not only or name in only]
+    clones = repos
+    chosen = {name: row for name, row in rows.items() if not only or name in only}
+    return _made(chosen, lambda row: SweTask(row, clones, test_command))
+
+
+def _made(chosen: Mapping[str, Any], make: Callable[[Any], AgentTask]) -> list[AgentTask]:
+    """Raises: ConfigError of the first, where none can be made."""
+    made: list[AgentTask] = []
+    errors: list[RorqualError] = []
+    for name, given in chosen.items():
+        try:
+            made.append(make(given))
+        except RorqualError as error:
+            errors.append(error)
+            made.append(InvalidTask(name, str(error)))
+    if len(errors) == len(made):
+        raise errors[0]
+    return made
 
 
 def _is_task(folder: Path) -> bool:

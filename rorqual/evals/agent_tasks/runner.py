@@ -29,7 +29,7 @@ from rorqual.agents import (
 )
 from rorqual.agents.report import state_of
 from rorqual.errors import ConfigError, RorqualError
-from rorqual.evals.agent_tasks.task import AgentTask
+from rorqual.evals.agent_tasks.task import AgentTask, InvalidTask
 from rorqual.evals.statistics import wilson
 
 BRIEFING = """You work alone on a task in a sandbox, with tools, without network, in the folder `{cwd}`.
@@ -79,7 +79,10 @@ def run_tasks(
     def work(task: AgentTask) -> TaskRun:
         if task.id in done:
             return done[task.id]
-        outcome = _one(task, settings, folder, hooks(task))
+        if isinstance(task, InvalidTask):
+            outcome = TaskRun(task.id, "", None, "invalid", error=task.why)
+        else:
+            outcome = _one(task, settings, folder, hooks(task))
         with lock:
             if outcome.score is not None:
                 _append(folder / "results.jsonl", outcome.to_dict())

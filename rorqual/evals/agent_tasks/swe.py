@@ -8,6 +8,7 @@ put back and patched, then every test of FAIL_TO_PASS and PASS_TO_PASS must pass
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.errors import ConfigError
-from rorqual.evals.agent_tasks.pytest_output import outcomes
+from rorqual.evals.agent_tasks.pytest_output import broke_off, outcomes, was_collected
 from rorqual.evals.agent_tasks.task import AgentTask, Judged, TaskFailed, make_folder
 
 PLACE = "/testbed"
@@ -53,17 +54,22 @@ class SweTask(AgentTask):
 
     def prepare(self, sandbox: Any) -> None:
         make_folder(sandbox, PLACE)
-        with tempfile.TemporaryDirectory() as tree:
-            archive = subprocess.Popen(
-                ["git", "-C", str(self._clone), "archive", "--format=tar", self._row["base_commit"]],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
-            unpacked = subprocess.run(["tar", "-x", "-C", tree], stdin=archive.stdout, capture_output=True)
-            _, said = archive.communicate()
-            if archive.returncode or unpacked.returncode:
-                raise TaskFailed(f"{self._clone} has no commit {self._row['base_commit']}: {said.decode()[-300:]}")
+        with tempfile.TemporaryDirectory() as scratch:
+            tree = Path(scratch, "tree")
+            tree.mkdir()
+            self._check_out(tree, Path(scratch, "index"))
             sandbox.files.upload(tree, PLACE)
         _run(sandbox, f"git init -q && git add -A && git {_AS} commit -qm base")
+
+    def _check_out(self, tree: Path, index: Path) -> None:
+        """The commit's files, all of them: `git archive` would leave out what `export-ignore` names."""
+        git = ["git", "-C", str(self._clone), "-c", "core.hooksPath=/dev/null", "--work-tree", str(tree)]
+        environment = {**os.environ, "GIT_INDEX_FILE": str(index)}
+        for words in (["read-tree", f"{self._row['base_commit']}^{{tree}}"], ["checkout-index", "-a", "-f"]):
+            ran = subprocess.run([*git, *words], env=environment, capture_output=True)
+            if ran.returncode:
+                says = ran.stderr.decode(errors="replace")[-300:]
+                raise TaskFailed(f"{self._clone} has no commit {self._row['base_commit']} that can be read: {says}")
 
     def judge(self, sandbox: Any) -> Judged:
         _run(sandbox, "git add -A -- . ':!out' ':!.rorqual'")
@@ -78,7 +84,9 @@ class SweTask(AgentTask):
         files = sorted({name.split("::")[0] for name in self._must_pass})
         command = self._test_command.replace("{tests}", shlex.join(files))
         ran = sandbox.commands.run(command, cwd=PLACE, timeout=self._test_s)
-        states = outcomes(ran.stdout)
+        # a command of the user's own prints such lines as it likes; ours ends with pytest's last line
+        is_whole = was_collected(ran.stdout) if self._test_command == TEST_COMMAND else not broke_off(ran.stdout)
+        states = outcomes(ran.stdout) if is_whole else {}
         failed = [name for name in self._must_pass if states.get(name) not in ("PASSED", "XFAIL")]
         tail = f"{ran.stdout}\n{ran.stderr}".strip()[-20_000:]
         return Judged(float(not failed), {"patch": patch, "failed": failed, "exit_code": ran.exit_code, "output": tail})

@@ -45,6 +45,19 @@ class AgentTask(ABC):
         """Bring in the tests and run them on what the agent left. Raises: TaskFailed, SandboxError."""
 
 
+class InvalidTask(AgentTask):
+    """A task of a set that is malformed, or asks for what cannot be followed here. why: in words."""
+
+    def __init__(self, id: str, why: str) -> None:
+        self.id, self.why, self.instruction, self.env = id, why, "", {}
+
+    def prepare(self, sandbox: Any) -> None:
+        raise TaskFailed(self.why)
+
+    def judge(self, sandbox: Any) -> Judged:
+        raise TaskFailed(self.why)
+
+
 def administer(sandbox: Any, command: str, *, cwd: str = "/", timeout_s: float = 600.0, env: Any = None) -> Any:
     """Run a command line with the rights of whoever builds the image: root, or the only user where there is but one."""
     user = None if sandbox.info().driver in ("bwrap", "zygote") else "root"

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rorqual.errors import ConfigError, MissingExtraError
 from rorqual.evals.agent_tasks.dockerfile import read_dockerfile
-from rorqual.evals.agent_tasks.pytest_output import outcomes
+from rorqual.evals.agent_tasks.pytest_output import outcomes, was_collected
 from rorqual.evals.agent_tasks.task import AgentTask, Judged, TaskFailed, administer, make_folder, put_in
 
 TESTS, LOGS = "/tests", "/logs/verifier"
@@ -67,6 +68,8 @@ class TerminalTask(AgentTask):
             found = outcomes(ran.stdout)
             if not found:
                 raise TaskFailed(f"the tests of {self.id} named no result: {output[-500:]}")
+            if not was_collected(ran.stdout):  # such lines may be printed by anything
+                return Judged(0.0, {**details, "tests": found, "failed": "pytest did not run to its end"})
             passed = sum(state == "PASSED" for state in found.values())
             return Judged(float(passed == len(found)), {**details, "tests": found})
         return Judged(_reward(sandbox, self.id, output), details)
@@ -92,15 +95,16 @@ def _reward(sandbox: Any, name: str, output: str) -> float:
 
 
 def _second(folder: Path) -> tuple[str, float | None, float, float]:
-    settings = tomllib.loads((folder / "task.toml").read_text(encoding="utf-8"))
+    settings = _parsed(folder / "task.toml", tomllib.loads)
     file = folder / "instruction.md"
     if not file.is_file():
         raise ConfigError(f"{file} is missing: a task needs words for the agent.")
+    where = folder / "task.toml"
     return (
-        file.read_text(encoding="utf-8").strip(),
-        settings.get("agent", {}).get("timeout_sec"),
-        float(settings.get("verifier", {}).get("timeout_sec", 600.0)),
-        float(settings.get("environment", {}).get("build_timeout_sec", 600.0)),
+        _text(file).strip(),
+        _seconds(settings, where, None, "agent", "timeout_sec"),
+        _seconds(settings, where, 600.0, "verifier", "timeout_sec") or 600.0,
+        _seconds(settings, where, 600.0, "environment", "build_timeout_sec") or 600.0,
     )
 
 
@@ -109,8 +113,40 @@ def _first(folder: Path) -> tuple[str, float | None, float, float]:
         import yaml
     except ImportError:
         raise MissingExtraError("tasks of Terminal-Bench's first version are YAML. Install PyYAML.") from None
-    settings = yaml.safe_load((folder / "task.yaml").read_text(encoding="utf-8"))
+    settings = _parsed(folder / "task.yaml", yaml.safe_load)
     if not isinstance(settings, dict) or not settings.get("instruction"):
         raise ConfigError(f"{folder / 'task.yaml'} has no instruction.")
-    times = settings.get("max_agent_timeout_sec"), float(settings.get("max_test_timeout_sec", 600.0))
-    return str(settings["instruction"]).strip(), times[0], times[1], 600.0
+    where = folder / "task.yaml"
+    agent_s = _seconds(settings, where, None, "max_agent_timeout_sec")
+    test_s = _seconds(settings, where, 600.0, "max_test_timeout_sec") or 600.0
+    return str(settings["instruction"]).strip(), agent_s, test_s, 600.0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+
+
+def _parsed(path: Path, read: Callable[[str], Any]) -> Any:
+    """The file's content. Raises: ConfigError for one that is no TOML or YAML."""
+    text = _text(path)
+    try:
+        return read(text)
+    except Exception as error:  # YAML's own tree of errors, and what its values raise (dates out of range)
+        raise ConfigError(f"{path} is malformed: {' '.join(str(error).split())[:300]}.") from error
+
+
+def _seconds(settings: Any, where: Path, usual: float | None, *names: str) -> float | None:
+    """A time of the settings. Raises: ConfigError for what is no positive number."""
+    value = settings
+    for name in names:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: what holds {name} is no table.")
+        value = value.get(name, {} if name is not names[-1] else None)
+    if value is None:
+        return usual
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{where}: {'.'.join(names)} is {value!r}, and a number of seconds was due.")
+    return float(value)

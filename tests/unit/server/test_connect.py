@@ -1,6 +1,7 @@
 """Clients' configurations: written, unchanged the second time, put back byte for byte, later edits kept."""
 
 import json
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -160,3 +161,27 @@ def test_cursor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     undo("cursor", records, tmp_path)
     assert {**rows(), ROW: json.loads(rows()[ROW])} == {**before, ROW: json.loads(before[ROW])}
     assert set(get_args(Client)) == {*FILES, "cursor"}
+
+
+def test_a_file_that_cannot_be_read_any_more_is_left_and_the_others_are_undone(tmp_path: Path):
+    home, records = tmp_path / "home", tmp_path / "records"
+    connect("cline", TARGET, records, home)
+    state, secrets = (home / name for name in FILES["cline"])
+    was = state.read_bytes()
+    state.write_bytes(was.replace(b"{", b'{"name": "caf\xe9",', 1))
+    outcome = undo("cline", records, home)
+    assert not secrets.exists() and outcome.files == (secrets,) and "cannot be read" in outcome.advice[0]
+    assert state.read_bytes().count(b"\xe9") == 1
+    state.write_bytes(was)
+    assert undo("cline", records, home).files == (state,) and not state.exists()
+
+
+def test_half_characters_and_odd_names_of_folders(tmp_path: Path):
+    home, records = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / "records"
+    path = home / FILES["claude-code"][0]
+    path.parent.mkdir(parents=True)
+    path.write_text('{"half": "\\ud800"}')
+    connect("claude-code", TARGET, records, home)
+    assert json.loads(path.read_text())["half"] == "\ud800"
+    undo("claude-code", records, home)
+    assert path.read_text() == '{"half": "\\ud800"}'

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from rorqual.engine import Engine
 from rorqual.referee import Options, Policy
 from rorqual.referee.audit import Audit
-from rorqual.server import create_app
+from rorqual.server import create_app, dashboard
 from rorqual.server.accounts import Accounts
 from rorqual.server.dashboard import Dashboard
 from rorqual.server.gateway import Gateway, create_gateway
@@ -140,3 +140,11 @@ def test_a_damaged_journal_is_told(tmp_path: Path) -> None:
     with Engine(ScriptModel(lambda prompt: "hi"), byte_tokenizer()) as engine:
         answer = TestClient(create_app(engine, "minke", shown=app_dashboard)).get("/v1/referee/stats")
     assert answer.status_code == 500 and "cannot be read" in answer.json()["error"]["message"]
+
+
+def test_results_that_go_while_the_folder_is_read(tmp_path: Path, evals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = dashboard._result_files(evals)
+    assert listed
+    monkeypatch.setattr(dashboard, "_result_files", lambda folder: [*listed, evals / "gone" / "result.json"])
+    shown = dashboard.Dashboard(evals=evals).runs()
+    assert len(shown["runs"]) + len(shown["unreadable"]) == len(listed)
