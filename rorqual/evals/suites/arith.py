@@ -20,7 +20,7 @@ class ArithSuite(Suite):
     name = "arith"
     max_tokens = 320
     sizes = {"tiny": 32, "small": 400, "full": 4000}
-    strata = ("kind", "d", "digits", "beyond_training", "mode")
+    strata: tuple[str, ...] = ("kind", "d", "digits", "beyond_training", "mode")
 
     def build_family(self) -> ArithFamily:
         return ArithFamily()
