@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.chat import encode_messages
-from rorqual.data.tasks import DEFAULT_WORLD, Item, TaskFamily, evaluation_families, families
+from rorqual.data.tasks import DEFAULT_WORLD, Item, TaskFamily, named_families
 from rorqual.errors import ConfigError, DataError, RorqualError
 from rorqual.posttrain.distill_config import PromptSection
 from rorqual.seeds import derive
@@ -42,7 +42,7 @@ class PromptStream:
                 self._streams.append(_from_file(section, own))
                 continue
             if known is None:
-                known = families(world) | evaluation_families(world)
+                known = named_families(world)
             if section.source not in known:
                 raise ConfigError(
                     f"prompts.{number}.source is {section.source!r}, which is no task family ({', '.join(known)}) and "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.chat import encode_messages
-from rorqual.data.tasks import DEFAULT_WORLD, World, evaluation_families, families
+from rorqual.data.tasks import DEFAULT_WORLD, World, named_families
 from rorqual.data.tasks.base import Item, Mode, Split, TaskFamily
 from rorqual.errors import ConfigError, DataError
 from rorqual.posttrain.grpo_config import GRPOConfig, ModeSection, TaskSection
@@ -63,8 +63,7 @@ def families_of(config: GRPOConfig, base: Path) -> dict[str, TaskFamily]:
     if not config.world and record.is_file():
         world = World.from_dict(json.loads(record.read_text(encoding="utf-8")))
     size: Any = world.to_dict()["size"]
-    world_id = world.to_dict()["world_id"]
-    return {**evaluation_families(world_id, size=size), **families(world_id, size=size)}
+    return named_families(world.to_dict()["world_id"], size=size)
 
 
 class TaskStream:
