@@ -1,6 +1,5 @@
 """Rollouts with tools: an agent's run with its ids, drawn by an engine, rewarded by what it left in its sandbox."""
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +60,6 @@ def judge(prompt: AgentPrompt, answer: Answer, sandbox: Any) -> float:
     return 2.0 * sandbox.files.read("out/log").count("b") if answer.ending == "done" else 0.0
 
 
-def told(groups: list[list[Rollout]]) -> Any:
-    return {
-        one.id: (
-            one.trajectory.ids, one.trajectory.logprobs, one.trajectory.mask, one.versions, one.reward, one.truncated,
-            [None if ids is None else ids.tolist() for ids in one.sampling_masks or ()],
-        )
-        for group in groups
-        for one in group
-    }  # fmt: skip
-
-
 def letters_of(one: Rollout) -> str:
     text = byte_tokenizer().decode(one.answer)
     return "".join(part[0] for part in text.split("echo ")[1:])
@@ -99,35 +87,3 @@ def test_episodes_are_whole_and_rewarded_by_what_they_left(tmp_path: Path) -> No
             [i for i, chosen in zip(one.trajectory.ids, one.trajectory.mask, strict=True) if not chosen]
         )
         assert given.count("<tool_result>") == 2 and given.count("Write two letters.") == 1
-
-
-def test_preempted_and_reopened_episodes_are_the_same(tmp_path: Path) -> None:
-    """Paused at any token and gone on with, and read again from their journals by a later process."""
-    with Engine(Choosing(reply), byte_tokenizer()) as engine:
-        calm = AgentRollouts(engine, tmp_path / "calm", judge, tools=[SHELL], maker=Maker(tmp_path / "a"))
-        expected = told(list(calm.generate(prompts(1), 3)))
-        source = AgentRollouts(engine, tmp_path / "runs", judge, tools=[SHELL], maker=Maker(tmp_path / "b"))
-        is_over = threading.Event()
-
-        def disturb() -> None:
-            for _ in range(4):
-                before = source.preemptions
-                source.pause()
-                while source.preemptions == before and not is_over.is_set():
-                    is_over.wait(0.01)
-                source.resume()
-                is_over.wait(0.1)
-
-        thread = threading.Thread(target=disturb)
-        thread.start()
-        try:
-            made = told(list(source.generate(prompts(1), 3)))
-        finally:
-            is_over.set()
-            thread.join()
-        assert source.preemptions > 0
-        assert made == expected
-        sampled = engine.stats().sampled_tokens
-        later = AgentRollouts(engine, tmp_path / "runs", judge, tools=[SHELL], maker=Maker(tmp_path / "b"))
-        assert told(list(later.generate(prompts(1), 3))) == expected
-        assert engine.stats().sampled_tokens == sampled
