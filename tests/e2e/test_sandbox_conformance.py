@@ -248,12 +248,12 @@ def test_c10_idle_lifetime_and_paused_times(case: Case) -> None:
     ends("idle", idle_ttl=1.0)
     ends("lifetime", max_lifetime=1.5)
     ends("paused", paused_ttl=1.0)
-    with Sandbox.create(**need(case), idle_ttl=1.0) as used:
+    with Sandbox.create(**need(case), idle_ttl=2.5) as used:
         for _ in range(4):
-            time.sleep(0.5)
+            time.sleep(0.7)
             used.commands.run("true")
         used.set_ttl(idle=60)
-        time.sleep(1.3)
+        time.sleep(2.8)
         assert used.commands.run("echo here").stdout == "here\n"
 
 
@@ -279,7 +279,7 @@ def test_c11_pause_stops_clocks_and_any_use_wakes(sandbox: Sandbox) -> None:
     grown = _grows(sandbox, before)
     result = handle.wait(30)
     assert grown and result.timed_out
-    assert 1900 < result.duration_ms < 4000, "the time it was paused counted"
+    assert 1900 < result.duration_ms < 4400, "the time it was paused counted"
 
 
 def _grows(sandbox: Sandbox, before: int) -> bool:
