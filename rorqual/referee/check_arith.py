@@ -18,7 +18,9 @@ from rorqual.referee.reasons import Finding, failed
 
 _MOST_BITS: Final = 4096
 # Possessive and bounded: a text made to be slow takes no longer than another of its length.
-_NUM = r"(?<![\d.,])(?>\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?+"
+_GROUPS = r"(?:,\d{3})+(?!\d|,\d{3})"
+# Whole numbers only, said by what may follow and not by possessive quantifiers, which Python before 3.11.5 gets wrong.
+_NUM = rf"(?<![\d.,])(?:\d{{1,3}}{_GROUPS}|\d{{4,}}|\d{{1,3}}(?!{_GROUPS}))(?!\d)(?:\.\d+(?!\d)|(?!\.\d))"
 _OPEN, _SHUT, _SIGN = r"[(]{0,8}", r"[)]{0,8}", r"(?:\*\*|[-+*/^×÷·−])"
 _SIDE = rf"{_OPEN}(?:[+\-−] ?)?{_OPEN}{_NUM}{_SHUT}(?: ?{_SIGN} ?{_OPEN}[-−]?{_NUM}{_SHUT}){{0,64}}"
 _EQUATION = re.compile(rf"(?P<first>{_SIDE})(?P<rest>(?: ?(?:=|≈) ?{_SIDE}){{1,16}})")

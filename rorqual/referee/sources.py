@@ -23,8 +23,9 @@ MOST_SENTENCES: Final = 20_000
 """Sentences of all sources that are looked at; a text is read no further."""
 _MOST_CANDIDATES = 400
 _NUMBERED = re.compile(r"^[ \t]*\[([A-Za-z0-9][\w.:-]{0,63})\][ \t]+(\S.*)$", re.MULTILINE)
-_SENTENCE = re.compile(r"[^\n.!?]++(?:[.!?]++(?![\s\"'”)\]]|\Z)[^\n.!?]*+)*+[.!?]*+[\"'”)\]]*+")
-_WORD = re.compile(r"\d++(?:[.,:]\d++)*+|[^\W\d_]++(?:['’-][^\W\d_]++)*+|[^\W_]++")
+# No possessive quantifiers over groups: Python before 3.11.5 drops what a repetition that failed had begun to take.
+_SENTENCE = re.compile(r"[^\n.!?]+(?:[.!?]+(?![\s\"'”)\]]|\Z)[^\n.!?]*)*[.!?]*[\"'”)\]]*")
+_WORD = re.compile(r"\d+(?:[.,:]\d+)*|[^\W\d_]+(?:['’-][^\W\d_]+)*|[^\W_]+")
 _ISO = re.compile(r"\b(\d{4})-(\d{1,2})-(\d{1,2})\b")
 _MONTH_NAMES = "january february march april may june july august september october november december"
 _MONTHS = tuple(_MONTH_NAMES.split())

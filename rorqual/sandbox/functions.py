@@ -104,9 +104,25 @@ class Functions:
             handle = self._listen(CommandHandle(self._sandbox, str(there["id"])))
             handle._offsets[0] = int(str(there["stdout_bytes"]))
             handle._attached = False
-            await handle._attach()
-            await handle.write("\n")  # its client before this one may have died in the middle of a line
+            try:
+                await handle._attach()
+                await handle.write("\n")  # its client before this one may have died in the middle of a line
+            except SandboxError as error:
+                if not _takes_nothing(error):
+                    raise
+                await self._see_end(handle, error)
+                handle = self._listen(CommandHandle(self._sandbox, PREFIX + secrets.token_hex(8)))
+                await self._start(handle)
             return handle
+
+    async def _see_end(self, handle: CommandHandle, error: Exception) -> None:
+        """An interpreter that takes nothing any more was just killed: wait until that is known. Raises: the error."""
+        try:
+            with contextlib.suppress(AgentRefusal):
+                await asyncio.wait_for(handle._ended(), READY_S)
+        except TimeoutError:
+            raise error from None
+        self._let_go(handle)
 
     def _listen(self, handle: CommandHandle) -> CommandHandle:
         """Take this interpreter's output, and let go of it when it ends."""
@@ -208,7 +224,12 @@ class Functions:
             record = known or await history.accept(
                 call or "", handle.id, printed, incarnation, {"argv": ["python-call", entry or ""]}
             )
-            report = await self._report(handle, number, line, timeout)
+            try:
+                report = await self._report(handle, number, line, timeout)
+            except TransportError as error:
+                if known is None or self._handle is handle:
+                    raise
+                raise _unknown(call, "the interpreter that ran it is no more") from error
             if report.get("dropped"):
                 raise _unknown(call, "its result was dropped inside before anybody came for it")
             result = _result(report)
@@ -231,7 +252,13 @@ class Functions:
                 line = json.dumps({"forget": self._on_record}).encode() + b"\n" + line
                 self._on_record = []
             async with self._writing:  # two long lines must not be mixed
-                await handle.write(line)
+                try:
+                    await handle.write(line)
+                except SandboxError as error:
+                    if not _takes_nothing(error):
+                        raise
+                    await self._see_end(handle, error)
+                    raise TransportError("the warm interpreter ended.", retryable=False) from error
             return await self._until(future, handle, None if timeout is None else timeout + GRACE_S)
         except TimeoutError as error:
             raise TransportError(
@@ -270,6 +297,11 @@ def _unknown(call: str | None, why: str) -> OutcomeUnknown:
         f"call {call!r} began and its client went away before its result was recorded; {why}. Roll back to a snapshot "
         "from before, then ask again."
     )
+
+
+def _takes_nothing(error: SandboxError) -> bool:
+    """Whether the agent said so: the interpreter is gone, or its standard input is."""
+    return isinstance(error, AgentRefusal) or isinstance(error.__cause__, AgentRefusal)
 
 
 def _is_interpreter(entry: Mapping[str, object]) -> bool:
