@@ -161,7 +161,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Callable[[Actor], cluster.ClusterPo
     return make
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.021])
+@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.015])
 @pytest.mark.parametrize("dies", [0, 2])
 def test_a_cancelled_caller_of_the_cluster_leaves_no_sandbox(
     edge: Edge, made: set[FakeSandbox], pool: Callable[[Actor], cluster.ClusterPool], after_s: float, dies: int
