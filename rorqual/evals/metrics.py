@@ -273,11 +273,6 @@ def fit_threshold(scores: Scores, labels: Labels, hr: float) -> float:
     return float(s[order][ends[fine[-1]]]) if len(fine) else math.inf
 
 
-def retention_at_hr(cal_scores: Scores, cal_labels: Labels, scores: Scores, labels: Labels, hr: float) -> GatePoint:
-    """RET@h: fit the threshold on the calibration items, apply it to the others; realised HR and RET."""
-    return gate_point(scores, labels, fit_threshold(cal_scores, cal_labels, hr))
-
-
 def crossed_retention_at_hr(
     scores: Scores, labels: Labels, halves: Sequence[bool], hr: float, counted: Sequence[bool] | None = None
 ) -> GatePoint | None:

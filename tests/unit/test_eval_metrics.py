@@ -168,7 +168,7 @@ def test_gate_point_counts_by_the_formulas_of_grades():
 
 def test_retention_at_a_rate_uses_the_calibration_threshold_only():
     cal, test = sample(1, 200), sample(2, 200)
-    point = m.retention_at_hr(*cal, *test, hr=0.05)
+    point = m.gate_point(*test, m.fit_threshold(*cal, 0.05))
     assert point.threshold == m.fit_threshold(*cal, hr=0.05)
     assert point == m.gate_point(*test, threshold=point.threshold)
 

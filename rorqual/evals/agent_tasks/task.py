@@ -21,10 +21,6 @@ class Judged:
     score: float
     details: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def is_solved(self) -> bool:
-        return self.score >= 1.0
-
 
 class AgentTask(ABC):
     """One task. cwd: absolute folder the agent works in; env: of its commands; agent_s: its time, None for no limit."""
