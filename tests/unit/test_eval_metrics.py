@@ -166,13 +166,6 @@ def test_gate_point_counts_by_the_formulas_of_grades():
     assert point.ret == m.retention(["C" if y else "I" for y in labels], grades)
 
 
-def test_retention_at_a_rate_uses_the_calibration_threshold_only():
-    cal, test = sample(1, 200), sample(2, 200)
-    point = m.gate_point(*test, m.fit_threshold(*cal, 0.05))
-    assert point.threshold == m.fit_threshold(*cal, hr=0.05)
-    assert point == m.gate_point(*test, threshold=point.threshold)
-
-
 def test_bins_have_equal_mass_and_their_error_is_the_weighted_gap():
     scores, labels = sample(5, 1000)
     table = m.reliability(scores, labels)
