@@ -194,10 +194,12 @@ class Run:
     def _acknowledged(self, ids: list[int]) -> list[str]:
         """Every token that any process printed must be in the journal at its place."""
         wrong, start = [], 0
-        for line in self.printed.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n") or not line.startswith(b'{"event": '):
-                continue  # cut off by a kill (the next process's line then stands behind it)
-            event = json.loads(line)
+        first = b'{"event": '
+        for piece in self.printed.read_bytes().split(first)[1:]:  # the line of a killed process may lack its end
+            try:
+                event = json.loads(first + piece)
+            except json.JSONDecodeError:
+                continue  # cut off by a kill, so nobody was told
             if event["event"] == "prompt":
                 start = len(event["ids"])
             elif event["event"] == "tokens":
