@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from abuse import CASES, PLACE, all_descriptors, amount, arm, excess, memory_limit, on_host
-from sandboxes import need, traces
+from sandboxes import Shared, need, traces
 
 from rorqual import Sandbox
 from rorqual.errors import SandboxError
@@ -30,16 +30,28 @@ ASKED = {"forks": 120, "memory": 400, "hidden": 400, "disk": 48, "inodes": 3000,
 BOMB = "b() { b | b & }; b"
 
 
-@pytest.fixture(scope="module", params=CASES)
-def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
-    """One small sandbox for all loads of a kind: each is told to give back what it took."""
+def small(case: dict[str, str]) -> Sandbox:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rorqual.sandbox.async_sandbox.Limits", functools.partial(Limits, inodes=INODES))
-        made = Sandbox.create(**need(request.param), pids=PIDS, memory_mb=MEMORY, disk_mb=DISK)
-    with made:
-        assert {"memory", "pids", "cpu", "disk"} <= set(made.info().enforced)
-        yield arm(made)
-    assert traces(made.id) == []
+        made = Sandbox.create(**case, pids=PIDS, memory_mb=MEMORY, disk_mb=DISK)
+    assert {"memory", "pids", "cpu", "disk"} <= set(made.info().enforced)
+    return arm(made)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
+    """One small sandbox for all loads of a kind: each is told to give back what it took."""
+    case = need(request.param)
+    made = Shared(lambda: small(case))
+    yield made
+    last = made.close()
+    assert last is None or traces(last) == []
+
+
+@pytest.fixture
+def sandbox(shared: Shared, request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    with shared.lent(request) as made:
+        yield made
 
 
 @pytest.mark.parametrize("what", ["forks", "memory", "hidden", "disk", "inodes", "descriptors"])
