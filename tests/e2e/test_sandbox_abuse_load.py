@@ -102,7 +102,7 @@ def test_s2_fork_bomb_is_contained_and_ended(sandbox: Sandbox) -> None:
         for entry in sandbox.commands.list():
             if entry["running"]:
                 sandbox.commands.attach(str(entry["id"])).kill()
-        if sandbox.commands.run("true", timeout=20).exit_code == 0:
+        if sandbox.commands.run("true", timeout=60).exit_code == 0:
             break
     assert sandbox.commands.run("echo alive").stdout == "alive\n"
 
@@ -163,12 +163,12 @@ def size_of(folder: Path) -> int:
 )
 def test_s3_endless_output_is_cut_at_the_source(sandbox: Sandbox, line: str) -> None:
     home = sandboxes_folder() / sandbox.id
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while sandbox.commands.run("true & wait").exit_code and time.monotonic() < deadline:
         time.sleep(0.1)  # what an earlier bomb left is still being counted by the kernel
     disk = size_of(home)
     with allocation() as taken:
-        result = sandbox.commands.run(line, timeout=0.7, max_output=100_000)
+        result = sandbox.commands.run(line, timeout=3, max_output=100_000)
     assert len(result.stdout_bytes) == 100_000 and result.truncated_bytes["stdout"] > 0
     assert taken[0] < 48 << 20 and size_of(home) - disk < 8 << 20
 

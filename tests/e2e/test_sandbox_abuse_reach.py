@@ -117,7 +117,7 @@ def test_s7_control_on_the_host_sockets_are_found(services: list[str], tmp_path:
 
 def test_s7_signals_to_everything_do_not_stop_the_agent(sandbox: Sandbox) -> None:
     """A command stops its own supervisor, then all there is, over and over; calls still end in time."""
-    stopped = sandbox.commands.run("kill -STOP $PPID; echo done", timeout=20)
+    stopped = sandbox.commands.run("kill -STOP $PPID; echo done", timeout=60)
     assert (stopped.exit_code, stopped.stdout) == (0, "done\n")
     held = sandbox.commands.run("while :; do kill -STOP $PPID; done", timeout=0.5)
     assert held.timed_out
@@ -154,17 +154,17 @@ def test_s7_a_pipe_in_place_of_the_list_of_users_does_not_stop_the_agent(sandbox
     assert not tried.timed_out
     able = tried.exit_code == 0
     user = None if able else "0"  # whoever may do it in this kind of sandbox
-    sandbox.commands.run("cp /etc/passwd /etc/kept; rm -f /etc/passwd; mkfifo /etc/passwd", timeout=20, user=user)
+    sandbox.commands.run("cp /etc/passwd /etc/kept; rm -f /etc/passwd; mkfifo /etc/passwd", timeout=60, user=user)
     try:
         assert sandbox.files.stat("/etc/passwd").kind == "fifo"
         sandbox.files.write("/tmp/piped", "written")
-        assert sandbox.commands.run("cat /tmp/piped", timeout=20).stdout == "written"
-        started = time.monotonic()
-        with pytest.raises(SandboxError, match="could not start"):
-            sandbox.commands.run("true", user="stranger", timeout=20)
-        assert time.monotonic() - started < 8, "it was given up only because nothing came"
+        assert sandbox.commands.run("cat /tmp/piped", timeout=60).stdout == "written"
+        with pytest.raises(
+            SandboxError, match="could not start.*changing to its user"
+        ):  # and not for want of an answer
+            sandbox.commands.run("true", user="stranger", timeout=50)
     finally:
-        sandbox.commands.run(["mv", "-f", "/etc/kept", "/etc/passwd"], timeout=20, user=user)
+        sandbox.commands.run(["mv", "-f", "/etc/kept", "/etc/passwd"], timeout=60, user=user)
 
 
 async def _hello(sandbox_id: str, secret: bytes, noise: bytes = b"") -> bool:
