@@ -182,7 +182,7 @@ def test_a_busy_lease_is_not_put_aside(make: Callable[..., Pool], tmp_path: Path
             asked = asyncio.create_task(pool.lease(CONTAINER, priority=9))
             await asyncio.sleep(0.2)
             assert not asked.done() and low.has_place
-            await low.write("go", "")
+            await low.sandbox.files.write("go", "")
             assert (await command).stdout == "done\n"
             high = await asked  # as soon as it is idle
             assert not low.has_place and pool.stats().preempted == 1
