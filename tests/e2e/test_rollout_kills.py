@@ -1,4 +1,4 @@
-"""The log's drill: the sampler is killed with SIGKILL at random, and what comes out is what would have come out."""
+"""The log's drill: the sampler is killed with SIGKILL at any token, and what comes out is what would have come out."""
 
 import random
 import signal
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from rollout_models import SAMPLING, flat, tiny_engine, tiny_prompts, told
-from rollout_process import run_until_whole
+from rollout_process import Kill, run_until_whole
 
 from rorqual.posttrain.rollouts import RolloutWorker
 
@@ -23,8 +23,13 @@ def test_every_rollout_survives_kills_to_the_last_bit(tmp_path: Path, sampling: 
         whole = told(flat(RolloutWorker(engine, **keep).generate(tiny_prompts(3), 3, sampling)))  # type: ignore[arg-type]
         total = engine.stats().sampled_tokens
     draw = random.Random(str(keep))
-    kills = [draw.randrange(2, total // 5) for _ in range(4)]
-    made, sampled, codes = run_until_whole(tmp_path, sampling, kills, keep)  # type: ignore[arg-type]
-    assert codes == [-signal.SIGKILL] * 4 + [0]
-    assert made == whole
-    assert sampled < total  # the last process went on, and did not begin again
+    lasts = ("durable", "written", "unwritten", "durable")
+    kills = [Kill(draw.randrange(2, total // 5), last) for last in lasts]  # too few for any process to reach the end
+    lives = run_until_whole(tmp_path, sampling, kills, keep)  # type: ignore[arg-type]
+    assert lives.codes == [-signal.SIGKILL] * 4 + [0]
+    assert lives.made == whole
+    for kill, before, after in zip(kills, lives.found, lives.found[1:], strict=False):
+        assert before <= after <= before + kill.after
+        if kill.last == "durable":
+            assert after == before + kill.after, "what was durable is gone, or was drawn again"
+    assert lives.sampled == total - lives.found[-1]

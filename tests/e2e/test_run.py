@@ -33,13 +33,13 @@ def test_a_server_process_starts_answers_and_ends() -> None:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:")
-        with urllib.request.urlopen(f"{url}/health", timeout=20) as answer:
+        with urllib.request.urlopen(f"{url}/health", timeout=60) as answer:
             assert answer.status == 200
         request = urllib.request.Request(f"{url}/v1/chat/completions", BODY, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=20) as stream:
+        with urllib.request.urlopen(request, timeout=60) as stream:
             assert b'"role":"assistant"' in stream.readline()
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=20)
+            out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert out == "ended\n", err

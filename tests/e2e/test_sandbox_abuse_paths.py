@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from abuse import CASES, PLACE, arm
 from full import often
-from sandboxes import is_full_machine, need
+from sandboxes import Shared, is_full_machine, need
 
 from rorqual import Sandbox
 from rorqual.errors import SandboxError
@@ -29,9 +29,16 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="module")
-def sandbox(case: Case) -> Iterator[Sandbox]:
-    with Sandbox.create(**need(case)) as made:
-        yield arm(made)
+def shared(case: Case) -> Iterator[Shared]:
+    made = Shared(lambda: arm(Sandbox.create(**need(case))))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def sandbox(shared: Shared, request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    with shared.lent(request) as made:
+        yield made
 
 
 def leads_out(folder: Path) -> list[str]:

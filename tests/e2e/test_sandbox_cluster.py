@@ -99,7 +99,7 @@ def test_leases_spread_and_come_back_with_results_and_errors(home: Path) -> None
         await leases[0].close()
         with pytest.raises(Gone):
             await leases[0].run(["true"])
-        assert (await (await pool.lease(SMALL, timeout=5)).run("echo room")).stdout == "room\n"
+        assert (await (await pool.lease(SMALL, timeout=60)).run("echo room")).stdout == "room\n"
 
     play(home, scene, capacity=2, warm={SMALL: 1})
 

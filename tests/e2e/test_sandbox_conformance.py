@@ -196,14 +196,14 @@ sh -c 'trap "" TERM HUP; while :; do echo x >> beats; sleep 0.02; done' &
 setsid sh -c 'trap "" TERM HUP; (while :; do echo y >> beats; sleep 0.02; done) &' &
 sleep 1000"""
     start = time.monotonic()
-    result = sandbox.commands.run(program, timeout=0.7)
+    result = sandbox.commands.run(program, timeout=3)
     assert result.timed_out and result.stdout == "before\n" and result.exit_code == 137
-    assert time.monotonic() - start < 0.7 + 5
+    assert time.monotonic() - start < 3 + 5
     first = sandbox.files.stat("beats").size
     time.sleep(0.3)
     assert first > 0 and sandbox.files.stat("beats").size == first, "something of the tree still runs"
-    with pytest.raises(CommandError, match="timeout of 0.2 s") as caught:
-        sandbox.commands.run("echo part; sleep 100", timeout=0.2, check=True)
+    with pytest.raises(CommandError, match="timeout of 2 s") as caught:
+        sandbox.commands.run("echo part; sleep 100", timeout=2, check=True)
     assert caught.value.result.stdout == "part\n"
 
 
@@ -230,7 +230,7 @@ def test_c10_idle_lifetime_and_paused_times(case: Case) -> None:
                     sandbox.pause()
                 except Unsupported:
                     return
-            end = time.monotonic() + 30
+            end = time.monotonic() + 60
             while time.monotonic() < end:
                 try:
                     sandbox.info()
@@ -248,18 +248,18 @@ def test_c10_idle_lifetime_and_paused_times(case: Case) -> None:
     ends("idle", idle_ttl=1.0)
     ends("lifetime", max_lifetime=1.5)
     ends("paused", paused_ttl=1.0)
-    with Sandbox.create(**need(case), idle_ttl=2.5) as used:
+    with Sandbox.create(**need(case), idle_ttl=6) as used:
         for _ in range(4):
-            time.sleep(0.7)
+            time.sleep(1.7)
             used.commands.run("true")
         used.set_ttl(idle=60)
-        time.sleep(2.8)
+        time.sleep(6.3)
         assert used.commands.run("echo here").stdout == "here\n"
 
 
 @pytest.mark.slow
 def test_c11_pause_stops_clocks_and_any_use_wakes(sandbox: Sandbox) -> None:
-    handle = sandbox.commands.start("while :; do echo x >> beats; sleep 0.02; done", timeout=2.0)
+    handle = sandbox.commands.start("while :; do echo x >> beats; sleep 0.02; done", timeout=5)
     while not sandbox.files.exists("beats"):
         time.sleep(0.02)
     try:
@@ -271,15 +271,15 @@ def test_c11_pause_stops_clocks_and_any_use_wakes(sandbox: Sandbox) -> None:
     with pytest.raises(SandboxError, match="paused"):
         sandbox.commands.list()
     assert sandbox.info().state == "paused", "looking woke it"
-    time.sleep(2.5)
+    time.sleep(5.5)  # longer than its timeout
     sandbox.pause()
     before = sandbox.files.stat("beats").size
     assert sandbox.info().state == "ready"
     assert not sandbox.files.exists("nothing")
     grown = _grows(sandbox, before)
-    result = handle.wait(30)
+    result = handle.wait(60)
     assert grown and result.timed_out
-    assert 1900 < result.duration_ms < 4400, "the time it was paused counted"
+    assert 4900 < result.duration_ms < 10_000, "the time it was paused counted"
 
 
 def _grows(sandbox: Sandbox, before: int) -> bool:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from sandboxes import need, traces
+from sandboxes import Shared, need, traces
 
 from rorqual import AsyncSandbox, Sandbox
 from rorqual.errors import SandboxError
@@ -15,10 +15,18 @@ from rorqual.sandbox.errors import ReplayDivergence
 
 
 @pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox.create(**need(("function", "zygote"))) as made:  # type: ignore[arg-type]
+def shared() -> Iterator[Shared]:
+    case = need(("function", "zygote"))
+    made = Shared(lambda: Sandbox.create(**case))  # type: ignore[arg-type]
+    yield made
+    last = made.close()
+    assert last is None or traces(last) == []
+
+
+@pytest.fixture
+def sandbox(shared: Shared, request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    with shared.lent(request) as made:
         yield made
-    assert traces(made.id) == []
 
 
 def test_a_call_returns_a_value_and_what_was_printed(sandbox: Sandbox) -> None:
@@ -79,7 +87,7 @@ if os.fork() == 0:
             time.sleep(0.01)
 while True: pass
 """
-    result = sandbox.call(program, timeout=0.5)
+    result = sandbox.call(program, timeout=3)
     assert result.timed_out and not result.ok and result.stdout == "on\n"
     first = sandbox.files.stat("beats").size
     time.sleep(0.2)

@@ -177,11 +177,12 @@ def test_a_busy_lease_is_not_put_aside(make: Callable[..., Pool], tmp_path: Path
     async def scene() -> None:
         async with make(capacity=1) as pool:
             low = await pool.lease(CONTAINER)
-            command = asyncio.create_task(low.run("sleep 0.7; echo done"))
+            command = asyncio.create_task(low.run("while [ ! -e go ]; do sleep 0.02; done; echo done"))
             await until(lambda: low.busy == 1)
             asked = asyncio.create_task(pool.lease(CONTAINER, priority=9))
             await asyncio.sleep(0.2)
             assert not asked.done() and low.has_place
+            await low.sandbox.files.write("go", "")
             assert (await command).stdout == "done\n"
             high = await asked  # as soon as it is idle
             assert not low.has_place and pool.stats().preempted == 1

@@ -174,7 +174,7 @@ def test_a_call_whose_client_died_goes_on_and_is_joined(sandbox: Sandbox) -> Non
             mine.commands.run(program, call="long")
         finally:
             os._exit(0)
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end and not any(Path("/proc", str(child)).glob("task")):
         time.sleep(0.01)
     folder = sandboxes_folder() / sandbox.id / "history"
@@ -239,7 +239,7 @@ def test_when_a_part_dies_all_of_it_is_gone(arguments: dict[str, str], victim: s
         chosen = {"keeper": parts[0], "holder": parts[1], "agent": parts[3]}[victim]
         assert len(parts) >= 5
         processes.send(chosen, signal.SIGKILL)
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while any(map(processes.alive, parts)) and time.monotonic() < end:
             time.sleep(0.02)
         assert [part for part in parts if processes.alive(part)] == []

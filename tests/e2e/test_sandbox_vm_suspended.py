@@ -38,6 +38,16 @@ def count(sandbox: Sandbox) -> int:
     return int(sandbox.commands.run("cat /tmp/count").stdout)
 
 
+def grows(sandbox: Sandbox, before: int) -> bool:
+    """Whether its counter goes on, however slow the machine is."""
+    until = time.monotonic() + 60
+    while count(sandbox) <= before:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest that cannot answer is never asked: the first wait for one fails the test."""
@@ -67,9 +77,8 @@ def test_a_paused_machine_is_copied_where_it_stands(sandbox: Sandbox, keep_memor
     with Sandbox.create(**need(SMALL), snapshot=full, memory_mb=192) as copy:
         assert copy.files.read("/home/agent/note") == f"kept {keep_memory}"
         first = count(copy)
-        assert first <= at_pause + 50
-        time.sleep(0.5)
-        assert count(copy) > first, "what ran in the original does not run in its copy"
+        assert first <= at_pause + 600
+        assert grows(copy, first), "what ran in the original does not run in its copy"
     handle.kill()
     sandbox.commands.run("rm -f /tmp/count")
     snapshot.remove(full.digest)
@@ -164,8 +173,7 @@ def test_whatever_step_a_client_dies_at_the_machine_comes_back() -> None:
         expected += f"{kill_at} "
         sandbox.files.write("/home/agent/note", expected)
         first = count(sandbox)
-        time.sleep(0.5)
-        assert count(sandbox) > first, f"killed when {kill_at}: what ran inside does not go on"
+        assert grows(sandbox, first), f"killed when {kill_at}: what ran inside does not go on"
         machines = [one for one in Path("/proc").glob("[0-9]*/cmdline") if made.id.encode() in _read(one)]
         record = json.loads((sandboxes_folder() / made.id / "spec.json").read_text())
         keeper = record["running"]["processes"][0]["pid"]

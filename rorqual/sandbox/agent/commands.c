@@ -5,6 +5,7 @@
  */
 #include "agent.h"
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +18,8 @@
 enum {
     MAX_HANDLES = 64, MAX_NAME = 80, MAX_WAITERS = 8, MAX_REMEMBERED = 4096, STREAMS = 3,
     RETAINED_BYTES = 16 << 20, INLINE_BYTES = 128 << 10, CHUNK = 64 << 10, LATE_US = 50000, STDIN_ROOM = 1 << 20,
-    SUPERVISOR_US = 1000000,
+    SUPERVISOR_US = 1000000, BEGIN_STEP_US = 50000, BEGIN_STEP_MOST_US = 1000000, BEGIN_US = 60000000,
+    SETTLE_US = 500000,
 };
 
 typedef struct {
@@ -29,19 +31,20 @@ typedef struct {
 } Stream;
 
 typedef struct {
-    bool used, done, pty, stream, forgotten, killing, timed_out, exited, said, tree_gone;
+    bool used, beginning, done, pty, stream, forgotten, killing, timed_out, exited, said, tree_gone;
     char name[MAX_NAME];
     pid_t supervisor, pid;
     int status;
     size_t half;
     Stream streams[STREAMS]; /* stdout (or the terminal), stderr, status pipe */
-    Watch status_watch, in_watch;
+    Watch status_watch, in_watch, report_watch;
     bool status_open, in_open, in_closing;
     Buffer input;
     uint64_t in_total; /* bytes of input that were taken from clients */
     uint64_t started_us, deadline_us, exited_us, kill_since_us, paused_before_us, duration_us, paused_us, order, next_kill_us;
-    uint64_t waiters[MAX_WAITERS];
-    int waiting;
+    uint64_t next_continue_us, continue_step_us;
+    uint64_t waiters[MAX_WAITERS], starters[MAX_WAITERS]; /* who asked for its end, and for its beginning */
+    int waiting, starting;
 } Handle;
 
 static Handle handles[MAX_HANDLES];
@@ -76,8 +79,7 @@ static size_t kept_bytes(const Handle *h) {
     return sum;
 }
 
-static void drop(Handle *h) {
-    remembered[forgotten++ % MAX_REMEMBERED] = name_digest(h->name);
+static void erase(Handle *h) {
     for (int i = 0; i < STREAMS; i++) {
         if (h->streams[i].open) watch_remove(&h->streams[i].watch);
         free(h->streams[i].head);
@@ -85,8 +87,14 @@ static void drop(Handle *h) {
     }
     if (h->status_open) watch_remove(&h->status_watch);
     if (h->in_open) watch_remove(&h->in_watch);
+    if (h->beginning) watch_remove(&h->report_watch);
     buffer_free(&h->input);
     memset(h, 0, sizeof *h);
+}
+
+static void drop(Handle *h) {
+    remembered[forgotten++ % MAX_REMEMBERED] = name_digest(h->name);
+    erase(h);
 }
 
 /* Oldest finished handles go when places or retained bytes run out. */
@@ -211,7 +219,31 @@ static void send_state(Handle *h, uint64_t request) {
     buffer_free(&b);
 }
 
+static void begun(Handle *h) {
+    watch_remove(&h->report_watch);
+    h->beginning = false;
+    for (int i = 0; i < h->starting; i++) send_state(h, h->starters[i]);
+    h->starting = 0;
+}
+
+/* The name is free again, for nothing ran. */
+static void not_begun(Handle *h, int error, const char *why) {
+    for (int i = 0; i < h->starting; i++) send_error(h->starters[i], error, why);
+    for (int i = 0; i < h->waiting; i++) send_error(h->waiters[i], error, why);
+    erase(h);
+}
+
+/* Whether the handle still stands: one whose program could not begin does not. */
+static bool look_if_begun(Handle *h) {
+    char why[200];
+    int error = spawn_begun(h->report_watch.fd, why, sizeof why);
+    if (!error) begun(h);
+    else if (error > 0) not_begun(h, error, why);
+    return error <= 0;
+}
+
 static void finish(Handle *h) {
+    if (h->beginning) begun(h);
     h->done = true;
     h->duration_us = h->exited_us - h->started_us;
     h->paused_us = settings.paused_total_us - h->paused_before_us;
@@ -280,7 +312,9 @@ static void feed_stdin(Handle *h) {
 
 void command_event(Watch *w, uint32_t events) {
     Handle *h = w->owner;
-    if (w->kind == W_STDIN) {
+    /* before anything else: a child that could not begin says so, and then ends like any other */
+    if (h->beginning && !look_if_begun(h)) return;
+    if (w->kind == W_STDIN && h->in_open) {
         feed_stdin(h);
         if (h->in_open && events & (EPOLLERR | EPOLLHUP)) { /* nobody can read it any more */
             buffer_free(&h->input);
@@ -364,6 +398,35 @@ static void kill_round(Handle *h) {
     }
 }
 
+/* One look at a program that has not begun: its processes are continued again and again, for what runs inside may stop
+ * them, and given up after a while; ever more rarely, for it may also be a slow machine, and looking for them costs. The
+ * agent serves all others meanwhile. Whether the handle still stands. */
+static bool help_begin(Handle *h) {
+    if (running_us() - h->started_us >= BEGIN_US) {
+        spawn_kill(h->supervisor);
+        not_begun(h, ETIMEDOUT, "beginning failed: something inside stops it");
+        return false;
+    }
+    if (now_us() >= h->next_continue_us) {
+        spawn_continue(h->supervisor);
+        h->continue_step_us = 2 * h->continue_step_us < BEGIN_STEP_MOST_US ? 2 * h->continue_step_us : BEGIN_STEP_MOST_US;
+        h->next_continue_us = now_us() + h->continue_step_us;
+    }
+    return true;
+}
+
+void commands_settle(void) {
+    uint64_t end = now_us() + SETTLE_US;
+    for (int i = 0; i < MAX_HANDLES; i++) {
+        Handle *h = &handles[i];
+        while (h->beginning && !h->killing && now_us() < end) {
+            struct pollfd p = {h->report_watch.fd, POLLIN, 0};
+            int ready = poll(&p, 1, BEGIN_STEP_US / 1000);
+            if (!(ready > 0 ? look_if_begun(h) : help_begin(h))) break;
+        }
+    }
+}
+
 static int sooner(int a, int64_t us) {
     int ms = us <= 0 ? 0 : (int)((us + 999) / 1000 < 3600000 ? (us + 999) / 1000 : 3600000);
     return a < 0 || ms < a ? ms : a;
@@ -375,6 +438,10 @@ int commands_tick(void) {
     for (int i = 0; i < MAX_HANDLES; i++) {
         Handle *h = &handles[i];
         if (!h->used || h->done) continue;
+        if (h->beginning && !h->killing) {
+            if (!help_begin(h)) continue;
+            due = sooner(due, (int64_t)(h->next_continue_us - now_us()));
+        }
         if (h->deadline_us && !h->killing && !h->exited && running_us() >= h->deadline_us) {
             h->timed_out = true;
             begin_kill(h);
@@ -407,7 +474,7 @@ bool command_owns(pid_t supervisor) {
 
 void commands_detach(void) {
     for (int i = 0; i < MAX_HANDLES; i++) {
-        handles[i].waiting = 0;
+        handles[i].waiting = handles[i].starting = 0;
         handles[i].stream = handles[i].said = false;
     }
 }
@@ -453,6 +520,14 @@ static void wait_for(Handle *h, uint64_t request) {
     else send_error(request, EAGAIN, "too many callers wait for this command");
 }
 
+/* Answers once the program has begun, with what there is to say of it then. */
+static void answer_start(Handle *h, uint64_t request, bool wait) {
+    if (wait) wait_for(h, request);
+    else if (!h->beginning) send_state(h, request);
+    else if (h->starting < MAX_WAITERS) h->starters[h->starting++] = request;
+    else send_error(request, EAGAIN, "too many callers wait for this command");
+}
+
 static void watch_streams(Handle *h, const Launched *l) {
     int fds[STREAMS] = {l->out, l->err, l->status};
     for (int i = 0; i < STREAMS; i++) {
@@ -460,7 +535,8 @@ static void watch_streams(Handle *h, const Launched *l) {
         h->streams[i].open = true;
         watch_add(&h->streams[i].watch, fds[i], W_STREAM, h, i, EPOLLIN);
     }
-    h->status_open = true;
+    h->status_open = h->beginning = true;
+    watch_add(&h->report_watch, l->report, W_REPORT, h, 0, EPOLLIN);
     watch_add(&h->status_watch, l->control, W_STATUS, h, 0, EPOLLIN);
     if (l->in >= 0) {
         h->in_open = true;
@@ -479,8 +555,7 @@ void command_start(uint64_t request, Slice payload) {
     Handle *h = find(name);
     if (h) { /* the same call again: join it */
         free(name);
-        if (flags & FLAG_WAIT) wait_for(h, request);
-        else send_state(h, request);
+        answer_start(h, request, flags & FLAG_WAIT);
         return;
     }
     uint64_t digest = name_digest(name);
@@ -524,7 +599,9 @@ void command_start(uint64_t request, Slice payload) {
     h->half = max_output / 2;
     h->pty = launch.pty;
     h->supervisor = h->pid = launched.supervisor;
-    h->started_us = running_us();
+    h->started_us = running_us(); /* its time runs from here, lest what stops it before it begins lengthens it */
+    h->continue_step_us = BEGIN_STEP_US;
+    h->next_continue_us = now_us() + BEGIN_STEP_US;
     h->paused_before_us = settings.paused_total_us;
     h->order = ++counter;
     h->stream = flags & FLAG_STREAM;
@@ -538,11 +615,7 @@ void command_start(uint64_t request, Slice payload) {
         h->in_closing = true;
         feed_stdin(h);
     }
-    if (flags & FLAG_WAIT) {
-        wait_for(h, request);
-        return;
-    }
-    send_state(h, request);
+    answer_start(h, request, flags & FLAG_WAIT);
 }
 
 static Handle *wanted(uint64_t request, Slice payload) {

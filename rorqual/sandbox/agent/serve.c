@@ -15,10 +15,11 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { EXIT_IDLE = 40, EXIT_LIFETIME = 41, EXIT_ASKED = 42, EXIT_BROKEN = 43, UNCLAIMED_MS = 600000 };
+enum { EXIT_IDLE = 40, EXIT_LIFETIME = 41, EXIT_ASKED = 42, EXIT_BROKEN = 43, UNCLAIMED_MS = 600000, MAX_REAPED = 512 };
 
 Settings settings;
 static int epoll = -1;
+static bool unreaped;
 static bool machine; /* pid 1 of a virtual machine, which must switch it off */
 
 void agent_is_machine(void) { machine = true; }
@@ -202,7 +203,7 @@ void dispatch(Header *h, Slice p) {
     case FILE_LINK: file_request(h, p); break;
     case PORT_OPEN: case PORT_DATA: case PORT_CLOSE: port_request(h, p); break;
     case PING: status(h->request); break;
-    case PAUSE: set_pause(true); send_ok(h->request); break;
+    case PAUSE: commands_settle(); set_pause(true); send_ok(h->request); break;
     case RESUME: set_pause(false); send_ok(h->request); break;
     case SYNC: {
         int root = open("/", O_RDONLY | O_CLOEXEC); /* its own file system: the machine's others are not its affair */
@@ -250,15 +251,18 @@ static int lifetimes(void) {
     return due;
 }
 
-static void reap(void) {
+/* Whether there may be more to reap. */
+static bool reap(void) {
     int status;
     bool murdered = false;
     pid_t pid;
-    while ((pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0) {
+    int rounds = 0; /* what is continued may be stopped again before the next look, for ever; others wait to be served */
+    while (rounds++ < MAX_REAPED && (pid = waitpid(-1, &status, WNOHANG | WUNTRACED)) > 0) {
         murdered |= WIFSIGNALED(status);
         if (WIFSTOPPED(status) && !settings.paused) kill(pid, SIGCONT); /* nobody inside may stop a supervisor */
     }
     if (murdered) kill_strays(); /* a supervisor ends by itself, unless its own command killed it */
+    return rounds > MAX_REAPED;
 }
 
 static void handle(Watch *w, uint32_t events, int listen_fd) {
@@ -266,13 +270,13 @@ static void handle(Watch *w, uint32_t events, int listen_fd) {
     case W_LIFE: end("broken"); /* a death signal may be lost where its sender died before it was asked for */
     case W_LISTEN: connection_accept(listen_fd); break;
     case W_CONNECTION: connection_ready(w->owner, events); break;
-    case W_STREAM: case W_STATUS: case W_STDIN: command_event(w, events); break;
+    case W_STREAM: case W_STATUS: case W_STDIN: case W_REPORT: command_event(w, events); break;
     case W_PORT: port_event(w, events); break;
     case W_JOB: file_job_event(w, events); break;
     case W_CHILD: {
         struct signalfd_siginfo info;
         while (read(w->fd, &info, sizeof info) == sizeof info) {}
-        reap();
+        unreaped = reap();
         break;
     }
     }
@@ -310,7 +314,8 @@ int serve(int listen_fd, int in_fd, int out_fd) {
     for (;;) {
         int due = commands_tick(), other = lifetimes();
         if (due < 0 || (other >= 0 && other < due)) due = other;
-        ready_count = epoll_wait(epoll, ready, 64, due);
+        ready_count = epoll_wait(epoll, ready, 64, unreaped ? 0 : due);
+        if (unreaped) unreaped = reap();
         for (int i = 0; i < ready_count; i++)
             if (ready[i].data.ptr) handle(ready[i].data.ptr, ready[i].events, listen_fd);
         ready_count = 0;

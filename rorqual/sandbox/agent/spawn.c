@@ -7,7 +7,6 @@
 #include "agent.h"
 #include <dirent.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,7 +19,7 @@
 #include <termios.h>
 #include <unistd.h>
 
-enum { PREFERRED = 300, MAX_PROCESSES = 32768, BEGIN_STEP_MS = 50, BEGIN_MS = 10000 };
+enum { PREFERRED = 300, MAX_PROCESSES = 32768 };
 
 typedef struct { int error; char what[60]; } Failure;
 
@@ -201,60 +200,59 @@ static void prefer(int value) {
     if (preference >= 0) (void)!pwrite(preference, text, (size_t)size, 0);
 }
 
-/* Waits until the program begins or says why not. What runs inside may stop the process before that, for the same user
- * may signal it: it is continued again and again, and ended if that does not help. */
-static int begun(int report, pid_t supervisor, Failure *f) {
-    struct pollfd p = {report, POLLIN, 0};
-    int waited = 0, ready;
-    while ((ready = poll(&p, 1, BEGIN_STEP_MS)) <= 0) {
-        if (ready < 0 && errno != EINTR) return errno;
-        if ((waited += BEGIN_STEP_MS) >= BEGIN_MS) {
-            signal_all(supervisor, SIGKILL);
-            kill(supervisor, SIGKILL);
-            snprintf(f->what, sizeof f->what, "beginning (something inside stops it)");
-            return ETIMEDOUT;
-        }
-        kill(supervisor, SIGCONT);
-        signal_all(supervisor, SIGCONT);
-    }
+int spawn_begun(int report, char *why, size_t why_size) {
+    Failure f = {0};
     ssize_t n;
-    while ((n = read(report, f, sizeof *f)) < 0 && errno == EINTR) {}
-    return n == sizeof *f ? f->error : 0;
+    while ((n = read(report, &f, sizeof f)) < 0 && errno == EINTR) {}
+    if (n < 0 && errno == EAGAIN) return -1;
+    if (n != sizeof f || !f.error) return 0; /* the program's beginning closes it, as does its end by a signal */
+    f.what[sizeof f.what - 1] = 0;
+    snprintf(why, why_size, "%s failed: %s", f.what, strerror(f.error));
+    return f.error;
+}
+
+/* What runs inside may stop the processes before the program begins, for the same user may signal them. */
+void spawn_continue(pid_t supervisor) {
+    kill(supervisor, SIGCONT);
+    signal_all(supervisor, SIGCONT);
+}
+
+void spawn_kill(pid_t supervisor) {
+    signal_all(supervisor, SIGKILL);
+    kill(supervisor, SIGKILL);
 }
 
 int spawn(const Launch *l, Launched *r, char *why, size_t why_size) {
     int theirs[4] = {-1, -1, -1, -1}, control[2] = {-1, -1}, report[2] = {-1, -1};
-    *r = (Launched){.in = -1, .out = -1, .err = -1, .status = -1, .control = -1};
+    *r = (Launched){.in = -1, .out = -1, .err = -1, .status = -1, .control = -1, .report = -1};
     int error = pipes(l, r, theirs);
     if (!error && (pipe2(control, O_CLOEXEC) || pipe2(report, O_CLOEXEC))) error = errno;
-    Failure f = {0};
-    if (error) {
-        snprintf(f.what, sizeof f.what, "%s", l->pty ? "opening a terminal" : "opening its pipes");
-    } else {
+    const char *what = l->pty ? "opening a terminal" : "opening its pipes";
+    if (!error) {
         prefer(usual > PREFERRED ? usual : PREFERRED);
         r->supervisor = fork();
         if (r->supervisor) prefer(usual);
         if (r->supervisor == 0) supervise(l, theirs, control[1], report[1]);
         if (r->supervisor < 0) {
             error = errno;
-            snprintf(f.what, sizeof f.what, "forking");
+            what = "forking";
         }
     }
     for (int i = 0; i < 4; i++)
         if (theirs[i] >= 0) close(theirs[i]);
     if (control[1] >= 0) close(control[1]);
     if (report[1] >= 0) close(report[1]);
-    if (!error) error = begun(report[0], r->supervisor, &f);
-    if (report[0] >= 0) close(report[0]);
     if (!error) {
         r->control = control[0];
+        r->report = report[0];
         fcntl(r->control, F_SETFL, O_NONBLOCK);
+        fcntl(r->report, F_SETFL, O_NONBLOCK);
         return 0;
     }
-    int all[] = {r->in, r->out, r->err, r->status, control[0]};
-    for (int i = 0; i < 5; i++)
+    int all[] = {r->in, r->out, r->err, r->status, control[0], report[0]};
+    for (int i = 0; i < 6; i++)
         if (all[i] >= 0) close(all[i]);
-    snprintf(why, why_size, "%s failed: %s", f.what, strerror(error));
+    snprintf(why, why_size, "%s failed: %s", what, strerror(error));
     return error;
 }
 

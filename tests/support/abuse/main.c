@@ -44,6 +44,7 @@ int main(int argc, char **argv) {
     if (!strcmp(part, "kernel")) kernel();
     else if (!strcmp(part, "network")) network(argc - 2, argv + 2);
     else if (!strcmp(part, "channel")) channel();
+    else if (!strcmp(part, "storm")) storm();
     else if (!strcmp(part, "secret") && argc == 3) secret(argv[2]);
     else if (!strcmp(part, "walk") && argc > 3) walk(atof(argv[2]), argc - 3, argv + 3);
     else return load(argc, argv);

@@ -4,6 +4,7 @@
  *   probe network ADDRESS...     S6: interfaces, and tcp:IP:PORT, unix:PATH, abstract:NAME, udp:IP:PORT   (reach.c)
  *   probe channel                S7: descriptors, sockets and ports that lead to the agent               (reach.c)
  *   probe secret MASKED          S9: a text (hex, every byte xor 0x5a) in environments, command lines, files (reach.c)
+ *   probe storm                  S7: stops whatever is begun after it, for ever                             (reach.c)
  *   probe walk SECONDS PATH...   reads everything below the paths, as a recursive grep does              (reach.c)
  *   probe forks|memory|disk|inodes|descriptors|count ... S2: see load.c
  *
@@ -35,6 +36,7 @@ void kernel(void);
 void network(int count, char **addresses);
 void channel(void);
 void secret(const char *masked);
+void storm(void) __attribute__((noreturn));
 void walk(double seconds, int count, char **paths);
 int load(int argc, char **argv);
 #endif

@@ -203,3 +203,16 @@ void walk(double seconds, int count, char **paths) {
     for (int i = 0; i < count; i++) below(paths[i], 0, 64 << 10);
     printf("walked\tshut\t%ld files, %ld bytes\n", files_read, bytes_read);
 }
+
+/* Two processes, and so one of them always runs where there are two processors, stop whatever is begun after them, before
+ * its program can begin: a supervisor and its child have the next numbers. */
+void storm(void) {
+    signal(SIGTERM, SIG_IGN);
+    pid_t mate = fork(), last = mate ? mate : getpid();
+    if (mate) {
+        puts("storms");
+        fflush(stdout);
+    }
+    for (;;)
+        for (pid_t pid = last + 1; pid <= last + 64; pid++) kill(pid, SIGSTOP);
+}
