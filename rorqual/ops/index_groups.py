@@ -34,12 +34,12 @@ def _number(name: str) -> int:
     return int(found.group(1))
 
 
-SEGMENT, MEMBERS, FINE, PLAIN, LAG = (_number(name) for name in ("SEGMENT", "MEMBERS", "FINE", "PLAIN", "LAG"))
+SEGMENT, MEMBERS, FINE, PLAIN, LAG, ABREAST = (
+    _number(name) for name in ("SEGMENT", "MEMBERS", "FINE", "PLAIN", "LAG", "ABREAST")
+)
 """Keys of a segment, of a group and of its parts; the part of the budget below which every key is scored; how many of
-the newest keys are never in groups: as C has them."""
+the newest keys are never in groups; groups that are scored together: as C has them."""
 PER_SEGMENT, PARTS = SEGMENT // MEMBERS, MEMBERS // FINE
-LANES = 16
-"""Groups that are scored together."""
 WAYS, RADIUS = 6, 0.3
 """Steps towards the direction of largest spread; the part of a radius that counts."""
 BUDGET = 512
@@ -53,7 +53,7 @@ class Groups(NamedTuple):
     """uint8 [G, 2 SEGMENT]: uint16 places of keys in their segment, group by group and part by part, ascending within a
     part."""
     means: Tensor
-    """fp32 [G, PER_SEGMENT / LANES, K + 1, LANES]: of each group the mean, and of its radius what counts."""
+    """fp32 [G, PER_SEGMENT / ABREAST, K + 1, ABREAST]: of each group the mean, and of its radius what counts."""
     fine: Tensor
     """uint8 [G, PER_SEGMENT, K + 1, 2 PARTS]: the same of a group's parts, in bf16."""
 
@@ -68,7 +68,7 @@ def room_for(segments: int, width: int, device: torch.device) -> Groups:
     """Room for so many segments of keys of `width` channels."""
     return Groups(
         torch.zeros(segments, 2 * SEGMENT, dtype=torch.uint8, device=device),
-        torch.zeros(segments, PER_SEGMENT // LANES, width + 1, LANES, device=device),
+        torch.zeros(segments, PER_SEGMENT // ABREAST, width + 1, ABREAST, device=device),
         torch.zeros(segments, PER_SEGMENT, width + 1, 2 * PARTS, dtype=torch.uint8, device=device),
     )
 
@@ -104,7 +104,7 @@ def make_groups_reference(keys: IndexKeys, groups: Groups, first: int, last: int
             parts = [half for part in parts for half in _halves(mine, part)]
         order = torch.stack(parts)
         groups.order[segment] = order.to(torch.int16).flatten().view(torch.uint8)
-        groups.means[segment] = _means(mine[order.view(-1, MEMBERS)]).unflatten(0, (-1, LANES)).transpose(1, 2)
+        groups.means[segment] = _means(mine[order.view(-1, MEMBERS)]).unflatten(0, (-1, ABREAST)).transpose(1, 2)
         fine = _means(mine[order]).unflatten(0, (-1, PARTS)).transpose(1, 2).to(torch.bfloat16)
         groups.fine[segment] = fine.contiguous().view(torch.uint8)
 

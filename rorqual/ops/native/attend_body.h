@@ -9,7 +9,7 @@
 /* Scores [n] of one head -> weights exp(score - top); returns top, the largest of them and the sink. Rows are whole vectors,
  * whose last lanes hold anything. */
 INLINE float weigh(float *score, long n, float scale, float sink) {
-    const Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Integers lane = LANE_NUMBERS;
     Vector most = (Vector){0} + sink;
     for (long j = 0; j < n; j += VECTOR) {
         Vector x = load(score + j, VECTOR) * scale;
@@ -29,7 +29,7 @@ INLINE float weigh(float *score, long n, float scale, float sink) {
 #endif
 
 /* Adds `n` keys, one after the other, each by its weight (rows of weights `wide` apart): value [heads][padded] over
- * `vectors` of 16 channels (is_whole: all there) from channel `at` on, and with the first channels the sum of weights, total [heads]. */
+ * `vectors` of channels (is_whole: all there) from channel `at` on, and with the first channels the sum of weights, total [heads]. */
 INLINE void NAME(add_keys)(int heads, int vectors, int is_whole, const float *weights, long wide, const T *const *keys,
                            long n, long at, long width, float *value, long padded, float *total) {
     Vector sum[4][4];

@@ -11,10 +11,9 @@
 #define ROWS 32
 #define EACH_ROW for (int l = 0; l < ROWS; l++)
 
-/* The low 16 bits as a mask, one lane a bit. */
+/* The low VECTOR bits as a mask, one lane a bit. */
 INLINE Integers seeing(uint32_t bits) {
-    const Integers lane = {1, 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7,
-                           1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    const Integers one = {0}, lane = (one + 1) << (Integers)LANE_NUMBERS;
     return (lane & (int32_t)bits) != 0;
 }
 

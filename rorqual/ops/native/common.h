@@ -32,7 +32,6 @@ static inline int omp_in_parallel(void) { return 0; }
         }                                                                                                           \
     } while (0)
 
-#define LANES 16 /* tokens whose small matrices are worked on side by side, one per vector lane */
 #define INLINE static inline __attribute__((always_inline))
 
 /* exp to about 1e-7 relative, written so that compilers vectorise it (calls into libm they do not). */

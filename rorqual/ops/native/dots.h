@@ -1,17 +1,22 @@
 /* Inner products along rows: c[i][j] = a_i . b_j, both operands in their natural layout.
  *
- * Every product has one order of additions, whatever the number of rows: 16 partial sums over a block of DOT_STEPS steps
- * of 16 words, added up by the tree of `sum_lanes`, and the blocks one after the other. So a row's result does not depend
+ * Every product has one order of additions, whatever the number of rows: one partial sum a lane over a block of
+ * DOT_STEPS vectors of words, added up by the tree of `sum_lanes`, and the blocks one after the other. So a row's result does not depend
  * on its neighbours, and a single row streams the other operand once. */
 
 #include "gemm.h"
 
 #ifndef RORQUAL_DOTS
 #define RORQUAL_DOTS
-#define DOT_STEPS 64 /* 4 KiB of a row */
+#define DOT_STEPS (1024 / VECTOR) /* 4 KiB of a row */
+#ifdef HAS_32_REGISTERS
+#define DOT_TILE 16 /* sums kept at once */
+#else
+#define DOT_TILE 8
+#endif
 
-/* sum_lanes of 16 vectors at once: lane l of the result is that of x[l]. */
-INLINE Vector sum_lanes_of_16(const Vector *x) {
+/* sum_lanes of VECTOR vectors at once: lane l of the result is that of x[l]. */
+INLINE Vector sum_lanes_of_all(const Vector *x) {
 #ifdef __AVX512F__
     __m512 s[8], t[4], u[2];
     for (int i = 0; i < 8; i++) {
@@ -27,6 +32,17 @@ INLINE Vector sum_lanes_of_16(const Vector *x) {
         u[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
     }
     return (Vector)_mm512_add_ps(_mm512_shuffle_ps(u[0], u[1], 0x88), _mm512_shuffle_ps(u[0], u[1], 0xdd));
+#elif defined(__AVX__)
+    __m256 s[4], t[2];
+    for (int i = 0; i < 4; i++) { /* of x[i] and x[i + 4], half a register each */
+        __m256 a = (__m256)x[i], b = (__m256)x[i + 4];
+        s[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    for (int i = 0; i < 2; i++) {
+        __m256d a = (__m256d)s[2 * i], b = (__m256d)s[2 * i + 1];
+        t[i] = _mm256_add_ps((__m256)_mm256_unpacklo_pd(a, b), (__m256)_mm256_unpackhi_pd(a, b));
+    }
+    return (Vector)_mm256_add_ps(_mm256_shuffle_ps(t[0], t[1], 0x88), _mm256_shuffle_ps(t[0], t[1], 0xdd));
 #else
     Vector out;
     for (int i = 0; i < VECTOR; i++) out[i] = sum_lanes(x[i]);
@@ -34,7 +50,7 @@ INLINE Vector sum_lanes_of_16(const Vector *x) {
 #endif
 }
 
-/* Up to 16 words of a row; what lies beyond its `n` elements counts as 0. */
+/* Up to a vector of words of a row; what lies beyond its `n` elements counts as 0. */
 INLINE Vector step_of(const float *p, long n) {
 #ifdef __AVX512F__
     if (n < VECTOR) return (Vector)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
@@ -65,10 +81,11 @@ typedef Vector Step;
 typedef Bits Step_bf16;
 #endif
 
-/* `height` rows of a times `width` rows of b over k elements (a block at most); height * width is 16, or 15. */
-INLINE Vector NAME(dot_tile)(int height, int width, const T *const *a, const T *const *b, long k) {
+/* `height` rows of a times `width` rows of b over k elements (a block at most) -> tile [height][width], with room
+ * for DOT_TILE; height * width is no more. */
+INLINE void NAME(dot_tile)(int height, int width, const T *const *a, const T *const *b, long k, float *tile) {
     const long each = VECTOR * PER_WORD;
-    Vector sum[16] = {0};
+    Vector sum[DOT_TILE] = {0};
     long at = 0;
     for (; at + each <= k; at += each) {
         NAME(Step) x[4];
@@ -90,14 +107,15 @@ INLINE Vector NAME(dot_tile)(int height, int width, const T *const *a, const T *
                 sum[i * width + j] = NAME(add_products)(sum[i * width + j], NAME(step_of)(a[i] + at, k - at), y);
         }
     }
-    return sum_lanes_of_16(sum);
+#pragma GCC unroll 4
+    for (int i = 0; i < DOT_TILE; i += VECTOR) store(tile + i, VECTOR, sum_lanes_of_all(sum + i));
 }
 
 /* One tile into c: rows beyond m and columns beyond n are computed twice and dropped. */
 INLINE void NAME(dot_into)(int height, int width, long m, long n, const T *const *a, const T *const *b, long k, float *c,
                            long c_row, int add) {
-    float tile[16];
-    store(tile, VECTOR, NAME(dot_tile)(height, width, a, b, k));
+    float tile[DOT_TILE];
+    NAME(dot_tile)(height, width, a, b, k, tile);
 #pragma GCC unroll 4
     for (int i = 0; i < height; i++)
         if (i < m) {
@@ -114,7 +132,7 @@ INLINE void NAME(dot_into)(int height, int width, long m, long n, const T *const
 INLINE void NAME(dot_strip)(int height, int width, long rows, long n, long k, const T *const *a, const T *b,
                             const T *const *b_rows, long b_row, long from, float *c, long c_row, int add) {
     for (long j = 0; j < n; j += width) {
-        const T *columns[16];
+        const T *columns[DOT_TILE];
         for (int i = 0; i < width; i++) {
             long at = j + i < n ? j + i : j;
             columns[i] = (b_rows ? b_rows[at] : b + at * b_row) + from;
@@ -138,18 +156,18 @@ __attribute__((unused)) static void NAME(dots)(long m, long n, long k, const T *
         rows[r] = a + (index ? index[at] : at) * a_row + from;                                                       \
     }
         if (m >= 4)
-            for (long j = 0; j < n; j += 4) /* four rows of b stay in cache while those of a pass */
+            for (long j = 0; j < n; j += DOT_TILE / 4) /* a few rows of b stay in cache while those of a pass */
                 for (i = 0; i + 4 <= m; i += 4) {
                     ROWS_AT(i, 4)
                     const T *some = b ? b + j * b_row : NULL, *const *chosen = b_rows ? b_rows + j : NULL;
-                    NAME(dot_strip)(4, 4, 4, n - j < 4 ? n - j : 4, count, rows, some, chosen, b_row, from,
+                    NAME(dot_strip)(4, DOT_TILE / 4, 4, n - j < DOT_TILE / 4 ? n - j : DOT_TILE / 4, count, rows, some, chosen, b_row, from,
                                     c + i * c_row + j, c_row, add);
                 }
         long rest = m - i;
         if (rest) ROWS_AT(i, rest)
-        if (rest == 1) NAME(dot_strip)(1, 16, 1, n, count, rows, b, b_rows, b_row, from, c + i * c_row, c_row, add);
-        if (rest == 2) NAME(dot_strip)(2, 8, 2, n, count, rows, b, b_rows, b_row, from, c + i * c_row, c_row, add);
-        if (rest == 3) NAME(dot_strip)(3, 5, 3, n, count, rows, b, b_rows, b_row, from, c + i * c_row, c_row, add);
+        if (rest == 1) NAME(dot_strip)(1, DOT_TILE, 1, n, count, rows, b, b_rows, b_row, from, c + i * c_row, c_row, add);
+        if (rest == 2) NAME(dot_strip)(2, DOT_TILE / 2, 2, n, count, rows, b, b_rows, b_row, from, c + i * c_row, c_row, add);
+        if (rest == 3) NAME(dot_strip)(3, DOT_TILE / 3, 3, n, count, rows, b, b_rows, b_row, from, c + i * c_row, c_row, add);
 #undef ROWS_AT
     }
 }

@@ -1,6 +1,6 @@
 /* Small matrix products on one core: C[m][n] (+)= sum_s A[m][s] * B[s][n], in words (see types.h).
  *
- * A is read a word at a time and broadcast, so any strides will do; rows of B and C are whole vectors of 16. */
+ * A is read a word at a time and broadcast, so any strides will do; rows of B and C are whole vectors. */
 
 #include "types.h"
 #include "vectors.h"
@@ -65,10 +65,15 @@ __attribute__((unused)) static void NAME(gemm)(long m, long n, long steps, const
         for (long i = 0; i < m; i += HEIGHT)                                                                        \
             NAME(block)(HEIGHT, VECTORS, m - i < HEIGHT ? m - i : HEIGHT, steps, index ? a : a + i * a_row,               \
                         index ? index + i : NULL, a_row, a_step, b + done, b_row, c + i * c_row + done, c_row, add);
+#ifdef HAS_32_REGISTERS
     BLOCKS(6, 4)
     BLOCKS(8, 3)
     BLOCKS(8, 2)
     BLOCKS(8, 1)
+#else
+    BLOCKS(6, 2)
+    BLOCKS(8, 1)
+#endif
 #undef BLOCKS
 }
 

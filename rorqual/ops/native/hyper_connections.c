@@ -1,6 +1,6 @@
 /* hyper_connections.py: the two halves of mHC around a sublayer, forward and backward.
  *
- * The small matrices of 16 tokens are worked on side by side, one token a vector lane. */
+ * The small matrices of LANES tokens are worked on side by side, one token a vector lane. */
 
 #include <stdlib.h>
 
@@ -106,7 +106,7 @@ typedef struct {
     Vector mix[MAX_MIX], pre[MAX_STREAMS], post[MAX_STREAMS], comb[MAX_STREAMS * MAX_STREAMS];
 } Coefficients;
 
-/* Rows of `count` (up to 16) tokens [count][m] -> a vector of tokens for each of the m; and back. */
+/* Rows of `count` (up to LANES) tokens [count][m] -> a vector of tokens for each of the m; and back. */
 INLINE void to_lanes(const float *rows, long count, int m, Vector *out) {
     float *lanes = (float *)out;
     if (count < LANES) memset(out, 0, sizeof(Vector) * m);

@@ -82,12 +82,12 @@ static void mean_of(const float *rows, long wide, long width, const uint16_t *me
     out[width] = RADIUS * sqrtf(radius / (float)n);
 }
 
-/* Scores of `blocks` blocks of VECTOR groups each: q [heads][width] and its heads' lengths -> score. */
+/* Scores of `blocks` blocks of ABREAST groups each: q [heads][width] and its heads' lengths -> score. */
 static void score_groups(const float *q, const float *length, const float *weights, long heads, long width,
                          const float *means, long blocks, float *score) {
-    for (long b = 0; b < blocks; b++) {
-        const float *block = means + b * (width + 1) * VECTOR;
-        Vector total = {0}, radius = load(block + width * VECTOR, VECTOR);
+    for (long at = 0; at < blocks * ABREAST; at += VECTOR) {
+        const float *block = means + at / ABREAST * (width + 1) * ABREAST + at % ABREAST;
+        Vector total = {0}, radius = load(block + width * ABREAST, VECTOR);
         for (long j = 0; j < heads; j += SIDE) { /* as many as hide the time of a product */
             Vector sum[SIDE];
             const float *mine[SIDE];
@@ -97,7 +97,7 @@ static void score_groups(const float *q, const float *length, const float *weigh
                 sum[i] = radius * length[j + i < heads ? j + i : j];
             }
             for (long c = 0; c < width; c++) {
-                Vector mean = load(block + c * VECTOR, VECTOR);
+                Vector mean = load(block + c * ABREAST, VECTOR);
 #pragma GCC unroll 8
                 for (int i = 0; i < SIDE; i++) sum[i] += mine[i][c] * mean;
             }
@@ -105,7 +105,7 @@ static void score_groups(const float *q, const float *length, const float *weigh
             for (int i = 0; i < SIDE; i++)
                 if (j + i < heads) total += weights[j + i] * larger(sum[i], 0.0f);
         }
-        store(score + b * VECTOR, VECTOR, total);
+        store(score + at, VECTOR, total);
     }
 }
 
@@ -172,8 +172,8 @@ static int by_size(const void *a, const void *b) {
 #endif
 
 /* Segments [first, last) of one sequence's keys (see index_scan) -> order [last][SEGMENT] uint16: of each segment the
- * places of its keys, group by group and part by part, ascending within a part; means [last][groups / VECTOR][width + 1]
- * [VECTOR]: the groups' means and, in the last row, a part of their radius; fine [last][groups][width + 1][parts] bf16: the
+ * places of its keys, group by group and part by part, ascending within a part; means [last][groups / ABREAST][width + 1]
+ * [ABREAST]: the groups' means and, in the last row, a part of their radius; fine [last][groups][width + 1][parts] bf16: the
  * same of each group's parts. */
 void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *table, long width, long per_page, long first,
                         long last, uint8_t *order, float *means, uint8_t *fine) {
@@ -197,7 +197,7 @@ void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *tab
             long at = segment * groups + g;
             uint16_t *parts = (uint16_t *)fine + at * (width + 1) * PARTS;
             mean_of(rows, wide, width, mine + g * MEMBERS, MEMBERS, mean);
-            for (long c = 0; c <= width; c++) means[(at / VECTOR * (width + 1) + c) * VECTOR + at % VECTOR] = mean[c];
+            for (long c = 0; c <= width; c++) means[(at / ABREAST * (width + 1) + c) * ABREAST + at % ABREAST] = mean[c];
             for (long part = 0; part < PARTS; part++) {
                 mean_of(rows, wide, width, mine + g * MEMBERS + part * FINE, FINE, mean);
                 for (long c = 0; c <= width; c++) parts[c * PARTS + part] = to_bf16(mean[c]);
@@ -210,9 +210,9 @@ void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *tab
 /* The `budget` best parts of the `budget` best groups of a query, ascending, to `parts`; -> how many. */
 static long NAME(best_parts)(const Scan *s, const T *q, const float *weights, const float *means, const uint8_t *fine,
                              int64_t groups, long budget, int64_t *parts) {
-    long heads = s->heads, width = s->width, size = (width + 1) * PARTS, side_by_side = VECTOR / PARTS;
+    long heads = s->heads, width = s->width, size = (width + 1) * PARTS, side_by_side = ABREAST / PARTS;
     long most = groups > (budget + 1) * PARTS ? groups : (budget + 1) * PARTS;
-    float *score = malloc(sizeof(float) * (2 * most + heads * (width + 1) + (width + 1) * VECTOR) + 64);
+    float *score = malloc(sizeof(float) * (2 * most + heads * (width + 1) + (width + 1) * ABREAST) + 64);
     float *floats = score + 2 * most, *length = floats + heads * width, *block = length + heads;
     uint32_t *order = (uint32_t *)(score + most);
     int64_t *best = malloc(sizeof(int64_t) * 2 * most), *places = best + most;
@@ -224,19 +224,20 @@ static long NAME(best_parts)(const Scan *s, const T *q, const float *weights, co
         }
         length[j] = sqrtf(sum);
     }
-    score_groups(floats, length, weights, heads, width, means, groups / VECTOR, score);
+    score_groups(floats, length, weights, heads, width, means, groups / ABREAST, score);
     long count = best_places(score, groups, budget, order, best);
     for (long i = 0; i < count; i += side_by_side) { /* parts of some groups side by side */
-        const uint16_t *from[VECTOR / PARTS];
+        const uint16_t *from[ABREAST / PARTS];
         for (long next = i + FETCHED; next < i + FETCHED + side_by_side && next < count; next++)
             for (long at = 0; at < size; at += 32) __builtin_prefetch((const uint16_t *)fine + best[next] * size + at, 0, 2);
         for (long side = 0; side < side_by_side; side++)
             from[side] = (const uint16_t *)fine + best[i + side < count ? i + side : i] * size;
         for (long c = 0; c <= width; c++) {
-            uint16_t lanes[VECTOR];
+            uint16_t lanes[ABREAST];
             for (long side = 0; side < side_by_side; side++)
                 memcpy(lanes + side * PARTS, from[side] + c * PARTS, sizeof(uint16_t) * PARTS);
-            store(block + c * VECTOR, VECTOR, load_bf16(lanes, VECTOR));
+            for (long lane = 0; lane < ABREAST; lane += VECTOR)
+                store(block + c * ABREAST + lane, VECTOR, load_bf16(lanes + lane, VECTOR));
         }
         score_groups(floats, length, weights, heads, width, block, 1, score + i * PARTS);
     }

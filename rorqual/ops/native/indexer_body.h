@@ -63,7 +63,7 @@ void NAME(index_loss)(const T *q, const float *weights, const T *keys, const T *
         for (int i = 0; i < 4; i++) total[i] = 0.0f;
         for (long t = part / batch * each; t < last; t++) {
             long row = b * tokens + t, at = (vis_rows == 1 ? 0 : b) * tokens + t;
-            long from = start ? start[at] : 0, to = end[at], base = from / VECTOR * VECTOR, n = whole(to - base);
+            long from = start ? start[at] : 0, to = end[at], base = from / PADDED * PADDED, n = whole(to - base);
             const T *mine = q + row * heads * width;
             memset(dq + row * heads * width, 0, sizeof(T) * heads * width);
             memset(dweights + row * heads, 0, sizeof(float) * heads);

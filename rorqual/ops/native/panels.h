@@ -1,4 +1,4 @@
-/* Inner products in the order of `dots.h`, bit by bit, for many rows at once: 16 rows of the other operand are turned into a
+/* Inner products in the order of `dots.h`, bit by bit, for many rows at once: VECTOR rows of the other operand are turned into a
  * panel whose vectors hold one word of each, so that sums need no shuffles and a panel's vector serves several rows.
  *
  * A lane's partial sums are those that `dots` keeps in the lanes of one vector. They are made one after the other in the
@@ -57,7 +57,7 @@ INLINE int NAME(panels_fit)(long rows, long k) {
 #endif
 }
 /* Words of the panels of n rows. */
-INLINE long NAME(panel_words)(long n, long k) { return whole(n) * (k / PER_WORD); }
+INLINE long NAME(panel_words)(long n, long k) { return (n + VECTOR - 1) / VECTOR * VECTOR * (k / PER_WORD); }
 
 /* The `n` (at most 16) rows of b as a panel [k / PER_WORD][16]; missing rows count as 0. */
 INLINE void NAME(make_panel)(const T *b, long b_row, long n, long k, WORD *panel) {

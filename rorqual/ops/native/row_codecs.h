@@ -17,7 +17,7 @@
 #include <immintrin.h>
 #endif
 
-typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
+typedef uint8_t Bytes __attribute__((vector_size(VECTOR), aligned(1)));
 
 #define ENTRY_GROUP 64 /* channels that share a scale, where the width allows */
 #define KEY_GROUP 32
@@ -60,7 +60,7 @@ INLINE uint8_t scale_byte(float amax, int is_finite, float floor, float most) {
     return is_finite ? (uint8_t)((bits >> 23) + ((bits & 0x7fffff) != 0)) : 255;
 }
 
-/* ---- e4m3 and e2m1, 16 codes (0..255, 0..15) at a time ---------------------------------------------------------- */
+/* ---- e4m3 and e2m1, a code (0..255, 0..15) a lane ---------------------------------------------------------------- */
 
 INLINE Vector e4m3_lanes(Bits code) {
     Bits size = code & 0x7f, sign = (code & 0x80) << 24;
@@ -86,14 +86,8 @@ INLINE Vector e2m1_lanes(Bits code) {
 #ifdef __AVX512F__
     return (Vector)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(E2M1)); /* the upper bits of an index do not count */
 #elif defined(__AVX2__)
-    Vector out;
-    for (int half = 0; half < 2; half++) {
-        __m256i c = _mm256_loadu_si256((const __m256i *)&code + half);
-        __m256 size = _mm256_permutevar8x32_ps(_mm256_loadu_ps(E2M1), c);
-        __m256i sign = _mm256_slli_epi32(_mm256_and_si256(c, _mm256_set1_epi32(8)), 28);
-        _mm256_storeu_ps((float *)&out + 8 * half, _mm256_or_ps(size, _mm256_castsi256_ps(sign)));
-    }
-    return out;
+    Bits size = (Bits)_mm256_permutevar8x32_ps(_mm256_loadu_ps(E2M1), (__m256i)code);
+    return (Vector)(size | (code & 8) << 28);
 #else
     /* twice the magnitude: the code itself up to 4, then 6, 8 and 12 */
     Bits size = code & 7;
@@ -113,6 +107,8 @@ INLINE Bits to_e2m1_lanes(Vector x) {
 INLINE Bits widen_bytes(const uint8_t *p) {
 #ifdef __AVX512F__
     return (Bits)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX2__)
+    return (Bits)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
 #else
     return __builtin_convertvector(*(const Bytes *)p, Bits);
 #endif

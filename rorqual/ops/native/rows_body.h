@@ -137,10 +137,19 @@ void NAME(index_reduce_backward)(const T *dots, const float *weights, const floa
 #define RORQUAL_TURN
 /* Complex products of neighbouring pairs (re, im) with pairs (cos, sin) of the table; sign -1 turns back. */
 INLINE Vector turn(Vector x, Vector table, float sign) {
+#if VECTOR == 16
     Vector cos = SHUFFLE(table, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
     Vector sin = SHUFFLE(table, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
     Vector other = SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     const Vector way = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+#elif VECTOR == 8
+    Vector cos = SHUFFLE(table, 0, 0, 2, 2, 4, 4, 6, 6), sin = SHUFFLE(table, 1, 1, 3, 3, 5, 5, 7, 7);
+    Vector other = SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6);
+    const Vector way = {-1, 1, -1, 1, -1, 1, -1, 1};
+#else
+    Vector cos = SHUFFLE(table, 0, 0, 2, 2), sin = SHUFFLE(table, 1, 1, 3, 3), other = SHUFFLE(x, 1, 0, 3, 2);
+    const Vector way = {-1, 1, -1, 1};
+#endif
     return x * cos + other * (sin * (way * sign));
 }
 #endif

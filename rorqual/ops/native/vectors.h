@@ -1,40 +1,65 @@
-/* Vectors of 16 floats, written with the compilers' own vector type: one AVX-512 register, two of AVX2, four of NEON. */
+/* Vectors of the processor's own width, written with the compilers' own vector type: 16 floats of AVX-512, 8 of AVX, 4
+ * elsewhere. Compilers split wider ones, but then keep them in memory, which costs up to ten times the time. */
 
 #ifndef RORQUAL_VECTORS_H
 #define RORQUAL_VECTORS_H
 
 #include "common.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_BF16_PRODUCTS 1
 #endif
 #endif
 
+#if defined(__AVX512F__)
 #define VECTOR 16
+#elif defined(__AVX__)
+#define VECTOR 8
+#else
+#define VECTOR 4
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define HAS_32_REGISTERS 1 /* 16 otherwise */
+#endif
+#define PADDED 16 /* padded rows are as long on every processor */
+#define LANES VECTOR /* tokens whose small matrices are worked on side by side, one per vector lane */
 
-typedef float Vector __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t Bits __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Integers __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+typedef float Vector __attribute__((vector_size(4 * VECTOR), aligned(4)));
+typedef uint32_t Bits __attribute__((vector_size(4 * VECTOR), aligned(4)));
+typedef int32_t Integers __attribute__((vector_size(4 * VECTOR), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(2 * VECTOR), aligned(2)));
 
-INLINE long whole(long n) { return (n + VECTOR - 1) / VECTOR * VECTOR; }
+INLINE long whole(long n) { return (n + PADDED - 1) / PADDED * PADDED; }
 
-/* Lanes in another order, given by 16 constants. */
+#if VECTOR == 16
+#define LANE_NUMBERS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#elif VECTOR == 8
+#define LANE_NUMBERS {0, 1, 2, 3, 4, 5, 6, 7}
+#else
+#define LANE_NUMBERS {0, 1, 2, 3}
+#endif
+
+/* Lanes in another order, given by as many constants. */
 #ifdef __clang__
 #define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 #else
 #define SHUFFLE(x, ...) __builtin_shuffle(x, (Integers){__VA_ARGS__})
 #endif
 
+/* Neighbours at half the width first, then at a quarter, and so on. */
 INLINE float sum_lanes(Vector x) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX__)
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 #else
-    float s[8];
-    for (int i = 0; i < 8; i++) s[i] = x[i] + x[i + 8];
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+    return (x[0] + x[2]) + (x[1] + x[3]);
 #endif
 }
 
@@ -59,7 +84,7 @@ INLINE Vector exp_lanes(Vector x) {
 }
 INLINE Vector sigmoid_lanes(Vector x) { return 1.0f / (1.0f + exp_lanes(-x)); }
 
-/* The first `n` (at most 16) elements of a row, the rest 0; and back. */
+/* The first `n` (at most VECTOR) elements of a row, the rest 0; and back. */
 INLINE Vector load(const float *p, long n) {
     if (n >= VECTOR) return *(const Vector *)p;
     Vector v = {0};
