@@ -18,15 +18,6 @@ typedef float Lanes __attribute__((vector_size(4 * LANE_COUNT), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANE_COUNT), aligned(4)));
 typedef int32_t Wholes __attribute__((vector_size(4 * LANE_COUNT), aligned(4)));
 
-/* Keeps what was loaded in a register, where gcc would load it again for every use. */
-#if defined(__x86_64__)
-#define IN_REGISTER(x) __asm__("" : "+v"(x))
-#elif defined(__aarch64__)
-#define IN_REGISTER(x) __asm__("" : "+w"(x))
-#else
-#define IN_REGISTER(x) (void)(x)
-#endif
-
 INLINE Lanes lanes_at(const float *p) { return *(const Lanes *)p; }
 INLINE Lanes positive(Lanes x) { /* a NaN stays */
 #ifdef __AVX512F__
