@@ -62,9 +62,9 @@ INLINE void panel_sums(int vectors, int each, const float *const *row, long step
                 }
 #pragma GCC unroll 8
                 for (int r = 0; r < PANEL_HEIGHT; r++) {
-                    Vector a = (Vector){0} + row[r][at + e];
+                    float a = row[r][at + e];
 #pragma GCC unroll 4
-                    for (int v = 0; v < vectors; v++) sum[r][v] = add_products(sum[r][v], a, b[v]);
+                    for (int v = 0; v < vectors; v++) sum[r][v] = sum[r][v] + a * b[v];
                 }
             }
         }
