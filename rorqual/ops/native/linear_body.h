@@ -12,7 +12,7 @@ INLINE void NAME(panel_column)(long m, long in, const PANEL_WORD *const *row, co
                                T *y, float *exact) {
     for (long i = 0; i < m; i += PANEL_HEIGHT) {
         Vector sums[PANEL_HEIGHT][PANEL_VECTORS];
-        NAME(panel_block)(row + i, in, panel, sums);
+        NAME(panel_block)(n, row + i, in, panel, sums);
 #pragma GCC unroll 8
         for (int r = 0; r < PANEL_HEIGHT; r++) {
             if (i + r >= m) break;

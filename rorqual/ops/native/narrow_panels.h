@@ -108,8 +108,9 @@ INLINE void NAME(make_panel)(const T *b, long b_row, long n, long k, float *pane
         }
 }
 
-/* PANEL_HEIGHT rows of k elements times the whole of a panel. */
-INLINE void NAME(panel_block)(const float *const *row, long k, const float *panel,
+/* PANEL_HEIGHT rows of k elements times the first `columns` of a panel, or more of it. */
+INLINE void NAME(panel_block)(long columns, const float *const *row, long k, const float *panel,
                               Vector (*out)[PANEL_VECTORS]) {
-    panel_sums(PANEL_VECTORS, PER_WORD, row, k / PER_WORD / VECTOR, panel, out);
+    if (columns > PANEL / 2) panel_sums(PANEL_VECTORS, PER_WORD, row, k / PER_WORD / VECTOR, panel, out);
+    else panel_sums(PANEL_VECTORS / 2, PER_WORD, row, k / PER_WORD / VECTOR, panel, out);
 }

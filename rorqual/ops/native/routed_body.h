@@ -56,8 +56,8 @@ static void NAME(expert_panels)(const T *x, const int64_t *token, const float *g
     for (long j = 0; j < inner; j += PANEL)
         for (long i = 0; i < m; i += PANEL_HEIGHT) {
             Vector a[PANEL_HEIGHT][PANEL_VECTORS], u[PANEL_HEIGHT][PANEL_VECTORS];
-            NAME(panel_block)(row + i, d, p1 + NAME(panel_words)(j, d), a);
-            NAME(panel_block)(row + i, d, p3 + NAME(panel_words)(j, d), u);
+            NAME(panel_block)(inner - j, row + i, d, p1 + NAME(panel_words)(j, d), a);
+            NAME(panel_block)(inner - j, row + i, d, p3 + NAME(panel_words)(j, d), u);
             for (long r = i; r < m && r < i + PANEL_HEIGHT; r++)
                 for (long e = 0; e < PANEL && j + e < inner; e += VECTOR)
                     STORE(mine + r * inner + j + e, inner - j - e,
@@ -67,7 +67,7 @@ static void NAME(expert_panels)(const T *x, const int64_t *token, const float *g
     for (long j = 0; j < d; j += PANEL)
         for (long i = 0; i < m; i += PANEL_HEIGHT) {
             Vector y[PANEL_HEIGHT][PANEL_VECTORS];
-            NAME(panel_block)(row + i, inner, p2 + NAME(panel_words)(j, inner), y);
+            NAME(panel_block)(d - j, row + i, inner, p2 + NAME(panel_words)(j, inner), y);
             for (long r = i; r < m && r < i + PANEL_HEIGHT; r++)
                 for (long e = 0; e < PANEL && j + e < d; e += VECTOR)
                     STORE(out + (lo + r) * d + j + e, d - j - e, y[r - i][e / VECTOR]);

@@ -74,7 +74,9 @@ PANEL_SUM(panel_all, panel_eight, 1)
 #undef PANEL_SUM
 
 
-/* PANEL_HEIGHT rows of k elements times a panel. */
-INLINE void NAME(panel_block)(const WORD *const *row, long k, const WORD *panel, Vector (*out)[PANEL_VECTORS]) {
+/* PANEL_HEIGHT rows of k elements times the first `columns` of a panel, or more of it. */
+INLINE void NAME(panel_block)(long columns, const WORD *const *row, long k, const WORD *panel,
+                              Vector (*out)[PANEL_VECTORS]) {
+    (void)columns;
     NAME(panel_all)(PANEL_HEIGHT, 0, k / PER_WORD / VECTOR, row, panel, out[0]);
 }
