@@ -1,6 +1,7 @@
 /* Panels of several vectors: included by panels.h, once for each element type.
  *
- * A panel lies in the order in which it is read: lane by lane of `dots`, [VECTOR lanes][words of a lane][PER_WORD][16]. */
+ * A panel lies in the order in which it is read: block by block of `dots`, in a block lane by lane, [VECTOR lanes][words of a
+ * lane][PER_WORD][16]. */
 
 #ifndef RORQUAL_NARROW_PANELS
 #define RORQUAL_NARROW_PANELS
@@ -84,20 +85,24 @@ INLINE void panel_sums(int vectors, int each, const float *const *row, long step
 }
 #endif
 
+#undef PANEL_BLOCK
+#define PANEL_BLOCK (DOT_STEPS * VECTOR * PER_WORD) /* elements, behind which `dots` begins its sums anew */
+
 /* The `n` (at most 16) rows of b as a panel; missing rows count as 0. */
 INLINE void NAME(make_panel)(const T *b, long b_row, long n, long k, float *panel) {
-    long steps = k / PER_WORD / VECTOR;
-    for (long s = 0; s < steps; s++)
+    for (long at = 0; at < k; at += VECTOR * PER_WORD) {
+        long first = at / PANEL_BLOCK * PANEL_BLOCK, count = k - first < PANEL_BLOCK ? k - first : PANEL_BLOCK;
+        float *lanes = panel + (first + (at - first) / VECTOR) * PANEL;
         for (int v = 0; v < PANEL_VECTORS; v++) {
             Bits a[VECTOR], turned[VECTOR];
-            const T *from = b + v * VECTOR * b_row + s * VECTOR * PER_WORD;
+            const T *from = b + v * VECTOR * b_row + at;
 #pragma GCC unroll 8
             for (int r = 0; r < VECTOR; r++)
                 a[r] = v * VECTOR + r < n ? *(const Bits *)(from + r * b_row) : (Bits){0};
             turn_square(a, turned);
 #pragma GCC unroll 8
             for (int i = 0; i < VECTOR; i++) {
-                float *to = panel + (i * steps + s) * PER_WORD * PANEL + v * VECTOR;
+                float *to = lanes + i * (count / VECTOR) * PANEL + v * VECTOR;
 #ifdef ELEMENT_BF16
                 *(Bits *)to = turned[i] << 16;
                 *(Bits *)(to + PANEL) = turned[i] & 0xffff0000u;
@@ -106,11 +111,21 @@ INLINE void NAME(make_panel)(const T *b, long b_row, long n, long k, float *pane
 #endif
             }
         }
+    }
 }
 
 /* PANEL_HEIGHT rows of k elements times the first `columns` of a panel, or more of it. */
 INLINE void NAME(panel_block)(long columns, const float *const *row, long k, const float *panel,
                               Vector (*out)[PANEL_VECTORS]) {
-    if (columns > PANEL / 2) panel_sums(PANEL_VECTORS, PER_WORD, row, k / PER_WORD / VECTOR, panel, out);
-    else panel_sums(PANEL_VECTORS / 2, PER_WORD, row, k / PER_WORD / VECTOR, panel, out);
+    for (long first = 0; first < k; first += PANEL_BLOCK) {
+        long steps = (k - first < PANEL_BLOCK ? k - first : PANEL_BLOCK) / PER_WORD / VECTOR;
+        const float *from[PANEL_HEIGHT];
+        Vector before[PANEL_HEIGHT][PANEL_VECTORS];
+        for (int r = 0; r < PANEL_HEIGHT; r++) from[r] = row[r] + first;
+        if (first) memcpy(before, out, sizeof(before));
+        if (columns > PANEL / 2) panel_sums(PANEL_VECTORS, PER_WORD, from, steps, panel + first * PANEL, out);
+        else panel_sums(PANEL_VECTORS / 2, PER_WORD, from, steps, panel + first * PANEL, out);
+        for (int r = 0; r < PANEL_HEIGHT && first; r++)
+            for (int v = 0; v < PANEL_VECTORS && v * VECTOR < columns; v++) out[r][v] = before[r][v] + out[r][v];
+    }
 }

@@ -24,7 +24,7 @@
 #ifdef WIDE_PANELS
 #define PANEL_STEPS 8 /* vectors of words, up to which it does: in longer rows the shuffles of `dots` are few */
 #else
-#define PANEL_STEPS DOT_STEPS /* a block of `dots`, behind which its sums begin anew */
+#define PANEL_STEPS (1 << 20) /* any length */
 #endif
 #endif
 
