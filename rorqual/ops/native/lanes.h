@@ -1,5 +1,4 @@
-/* Vectors of the processor's own width, for loops that must keep many sums in registers: compilers split the 16 floats of
- * `vectors.h` on narrower processors, but then keep them in memory. */
+/* Vectors of the processor's own width, as in `vectors.h`, by the names that the index scan uses. */
 
 #ifndef RORQUAL_LANES_H
 #define RORQUAL_LANES_H

@@ -1,7 +1,7 @@
 /* Panels of several vectors: included by panels.h, once for each element type.
  *
- * A panel lies in the order in which it is read: block by block of `dots`, in a block lane by lane, [VECTOR lanes][words of a
- * lane][PER_WORD][16]. */
+ * A panel lies in the order in which it is read: block by block of `dots`, in a block lane by lane, [VECTOR lanes][words of
+ * a lane][PER_WORD][16]. */
 
 #ifndef RORQUAL_NARROW_PANELS
 #define RORQUAL_NARROW_PANELS
