@@ -5,6 +5,11 @@
 
 #ifndef ELEMENT_BF16
 #define KEY_BLOCK 64 /* keys that stay in cache while all heads add them up */
+#ifdef HAS_32_REGISTERS
+#define KEY_VECTORS 4 /* of channels that four heads add up at once */
+#else
+#define KEY_VECTORS 2
+#endif
 
 /* Scores [n] of one head -> weights exp(score - top); returns top, the largest of them and the sink. Rows are whole vectors,
  * whose last lanes hold anything. */
@@ -65,8 +70,8 @@ INLINE void NAME(add_keys)(int heads, int vectors, int is_whole, const float *we
 INLINE void NAME(add_keys_wide)(int heads, const float *weights, long wide, const T *const *keys, long n, long width,
                                 float *value, long padded, float *total) {
     long at = 0;
-    for (; width - at >= 4 * VECTOR; at += 4 * VECTOR)
-        NAME(add_keys)(heads, 4, 1, weights, wide, keys, n, at, width, value, padded, total);
+    for (; width - at >= KEY_VECTORS * VECTOR; at += KEY_VECTORS * VECTOR)
+        NAME(add_keys)(heads, KEY_VECTORS, 1, weights, wide, keys, n, at, width, value, padded, total);
     for (; width - at >= VECTOR; at += VECTOR)
         NAME(add_keys)(heads, 1, 1, weights, wide, keys, n, at, width, value, padded, total);
     if (at < width) NAME(add_keys)(heads, 1, 0, weights, wide, keys, n, at, width, value, padded, total);

@@ -8,6 +8,7 @@
 
 typedef float Few __attribute__((vector_size(16), aligned(4)));
 #define FEW 4 /* tokens of it: narrow vectors are divided faster, and a step of decoding has few tokens */
+#define MIX_TOKENS 48 /* that pass over the panels of `fn` together: a multiple of LANES and PANEL_HEIGHT */
 
 /* One division of all columns or rows by their sums: out = in / (sum(in) + eps). The same numbers in either type. */
 #define DEFINE_DIVIDE(divide, Lanes)                                                                                \

@@ -1,6 +1,6 @@
 /* Included twice by hyper_connections.c, once for each element type. */
 
-#include "dots.h"
+#include "panels.h"
 #include "kernels.h"
 
 #define EACH_VECTOR(i, d) for (long i = 0; i < (d); i += VECTOR)
@@ -39,16 +39,29 @@ INLINE void NAME(mix_packed)(const T *x, const WORD *mix, long count, long m, lo
             raw[t * m + i] = product[t * columns + i] + (PER_WORD == 2 ? product[t * columns + m + i] : 0.0f);
 }
 
-/* The same in fp32 and, for inference, in the order of `dots`. `wide` has room for the streams of LANES tokens when they
- * are bf16. */
-INLINE void NAME(mix_in_order)(const T *x, const float *fn, long count, long m, long k, float *wide, float *raw) {
+/* The same in fp32 and, for inference, in the order of `dots`; by `panels` of fn where there are such. `wide` has room for
+ * the streams when they are bf16. */
+INLINE void NAME(mix_in_order)(const T *x, const float *fn, const float *panels, long count, long m, long k, float *wide,
+                               float *raw) {
 #ifdef ELEMENT_BF16
     EACH_VECTOR(i, count * k) store(wide + i, count * k - i, LOAD(x + i, count * k - i));
-    dots(count, m, k, wide, NULL, k, fn, NULL, k, raw, m);
 #else
-    (void)wide;
-    dots(count, m, k, x, NULL, k, fn, NULL, k, raw, m);
+    wide = (float *)x;
 #endif
+    if (!panels) {
+        dots(count, m, k, wide, NULL, k, fn, NULL, k, raw, m);
+        return;
+    }
+    const float *row[MIX_TOKENS];
+    panel_rows(count, k, wide, NULL, k, NULL, row);
+    for (long j = 0; j < m; j += PANEL)
+        for (long i = 0; i < count; i += PANEL_HEIGHT) {
+            Vector sums[PANEL_HEIGHT][PANEL_VECTORS];
+            panel_block(m - j, row + i, k, panels + panel_words(j, k), sums);
+            for (long r = i; r < count && r < i + PANEL_HEIGHT; r++)
+                for (long e = 0; e < PANEL && j + e < m; e += VECTOR)
+                    store(raw + r * m + j + e, m - j - e, sums[r - i][e / VECTOR]);
+        }
 }
 
 /* The RMS factor of each token. */
@@ -88,13 +101,10 @@ static WORD *NAME(mix_rows)(const float *fn, long m, long k) {
     return columns;
 }
 
-INLINE void NAME(hc_pre_block)(const T *x, const float *fn, const WORD *mix, float *wide, const float *base,
-                               const float *scale, long count, int n, long d, int iters, float norm_eps, float eps,
-                               T *y, float *post, float *comb, float *raw, float *rs) {
+/* What follows the products, for up to LANES tokens. */
+INLINE void NAME(hc_pre_block)(const T *x, const float *base, const float *scale, long count, int n, long d, int iters,
+                               float norm_eps, float eps, T *y, float *post, float *comb, const float *raw, float *rs) {
     Coefficients c;
-    int m = 2 * n + n * n;
-    if (mix) NAME(mix_packed)(x, mix, count, m, n * d, raw);
-    else NAME(mix_in_order)(x, fn, count, m, n * d, wide, raw);
     NAME(rms_factors)(x, count, n * d, norm_eps, rs);
     coefficients_lanes(&c, raw, load(rs, count), base, scale, count, n, iters, eps, NULL);
     from_lanes(c.post, count, n, post);
@@ -117,20 +127,28 @@ void NAME(hc_pre_forward)(const T *x, const float *fn, const float *base, const 
                           int iters, float norm_eps, float eps, int training, T *y, float *post, float *comb, float *raw,
                           float *rs) {
     int m = 2 * n + n * n;
-    WORD *mix = training ? malloc(sizeof(WORD) * mix_columns(m, PER_WORD == 2) * (n * d / PER_WORD)) : NULL;
-    if (mix) NAME(pack_mix)(fn, m, n * d, mix);
-    SHARED_OUT(tokens * n * d * m > FORK_FROM, long t = 0; t < tokens; t += LANES, {
-        long count = tokens - t < LANES ? tokens - t : LANES;
-        float *wide = PER_WORD == 2 && !mix ? malloc(sizeof(float) * count * n * d) : NULL;
-        const T *xt = x + t * n * d;
-        T *yt = y + t * d;
-        float *pt = post + t * n, *ct = comb + t * n * n, *w = raw + t * m, *r = rs + t;
-        if (n == 4)
-            NAME(hc_pre_block)(xt, fn, mix, wide, base, scale, count, 4, d, iters, norm_eps, eps, yt, pt, ct, w, r);
-        else NAME(hc_pre_block)(xt, fn, mix, wide, base, scale, count, n, d, iters, norm_eps, eps, yt, pt, ct, w, r);
+    long k = n * d;
+    WORD *mix = training ? malloc(sizeof(WORD) * mix_columns(m, PER_WORD == 2) * (k / PER_WORD)) : NULL;
+    float *panels = !mix && panels_fit(tokens, k) ? aligned_alloc(64, sizeof(float) * panel_words(m, k)) : NULL;
+    long each = panels ? MIX_TOKENS : LANES;
+    if (mix) NAME(pack_mix)(fn, m, k, mix);
+    if (panels) make_panels(fn, m, k, panels);
+    SHARED_OUT(tokens * k * m > FORK_FROM, long first = 0; first < tokens; first += each, {
+        long all = tokens - first < each ? tokens - first : each;
+        float *wide = PER_WORD == 2 && !mix ? malloc(sizeof(float) * all * k) : NULL;
+        if (!mix) NAME(mix_in_order)(x + first * k, fn, panels, all, m, k, wide, raw + first * m);
+        for (long t = first; t < first + all; t += LANES) {
+            long count = first + all - t < LANES ? first + all - t : LANES;
+            const T *xt = x + t * k;
+            T *yt = y + t * d;
+            float *pt = post + t * n, *ct = comb + t * n * n, *w = raw + t * m, *r = rs + t;
+            if (mix) NAME(mix_packed)(xt, mix, count, m, k, w);
+            if (n == 4) NAME(hc_pre_block)(xt, base, scale, count, 4, d, iters, norm_eps, eps, yt, pt, ct, w, r);
+            else NAME(hc_pre_block)(xt, base, scale, count, n, d, iters, norm_eps, eps, yt, pt, ct, w, r);
+        }
         free(wide);
     });
-    free(mix);
+    free(mix), free(panels);
 }
 
 /* dfn [m][wide] += the products of draw [count][m] and x [count][k] over the tokens; `words` is zero beyond k. */
@@ -311,7 +329,7 @@ void NAME(hc_head_forward)(const T *x, const float *fn, const float *base, const
     SHARED_OUT(tokens * n * d * n > FORK_FROM, long t0 = 0; t0 < tokens; t0 += LANES, {
         long count = tokens - t0 < LANES ? tokens - t0 : LANES;
         float *wide = PER_WORD == 2 ? malloc(sizeof(float) * count * n * d) : NULL;
-        NAME(mix_in_order)(x + t0 * n * d, fn, count, n, n * d, wide, raw + t0 * n);
+        NAME(mix_in_order)(x + t0 * n * d, fn, NULL, count, n, n * d, wide, raw + t0 * n);
         NAME(rms_factors)(x + t0 * n * d, count, n * d, norm_eps, rs + t0);
         for (long t = t0; t < t0 + count; t++) {
             const T *restrict xt = x + t * n * d;

@@ -1,5 +1,4 @@
-/* Vectors of the processor's own width, for loops that must keep many sums in registers: compilers split the 16 floats of
- * `vectors.h` on narrower processors, but then keep them in memory. */
+/* Vectors of the processor's own width, as in `vectors.h`, by the names that the index scan uses. */
 
 #ifndef RORQUAL_LANES_H
 #define RORQUAL_LANES_H
@@ -17,15 +16,6 @@
 typedef float Lanes __attribute__((vector_size(4 * LANE_COUNT), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANE_COUNT), aligned(4)));
 typedef int32_t Wholes __attribute__((vector_size(4 * LANE_COUNT), aligned(4)));
-
-/* Keeps what was loaded in a register, where gcc would load it again for every use. */
-#if defined(__x86_64__)
-#define IN_REGISTER(x) __asm__("" : "+v"(x))
-#elif defined(__aarch64__)
-#define IN_REGISTER(x) __asm__("" : "+w"(x))
-#else
-#define IN_REGISTER(x) (void)(x)
-#endif
 
 INLINE Lanes lanes_at(const float *p) { return *(const Lanes *)p; }
 INLINE Lanes positive(Lanes x) { /* a NaN stays */

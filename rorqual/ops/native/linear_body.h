@@ -5,41 +5,46 @@
 
 #ifndef ELEMENT_BF16
 #define LINEAR_BLOCK 64
-#define LINEAR_ROWS 96 /* a block of rows that stays in cache while panels pass */
 #endif
 
-/* m rows of x (x_row apart) times one panel, to the first `n` columns of y or of `exact` (row stride y_row). */
-INLINE void NAME(panel_column)(long m, long in, const T *x, long x_row, const WORD *panel, long n, long y_row, T *y,
-                               float *exact) {
+/* m rows times one panel, to the first `n` columns of y or of `exact` (row stride y_row). */
+INLINE void NAME(panel_column)(long m, long in, const PANEL_WORD *const *row, const PANEL_WORD *panel, long n, long y_row,
+                               T *y, float *exact) {
     for (long i = 0; i < m; i += PANEL_HEIGHT) {
-        Vector sums[PANEL_HEIGHT];
-        NAME(panel_block)(i, m, in, x, NULL, x_row, panel, sums);
+        Vector sums[PANEL_HEIGHT][PANEL_VECTORS];
+        NAME(panel_block)(n, row + i, in, panel, sums);
 #pragma GCC unroll 8
         for (int r = 0; r < PANEL_HEIGHT; r++) {
             if (i + r >= m) break;
-            if (exact) store(exact + (i + r) * y_row, n, sums[r]);
-            else STORE(y + (i + r) * y_row, n, sums[r]);
+            for (long j = 0; j < PANEL && j < n; j += VECTOR) {
+                if (exact) store(exact + (i + r) * y_row + j, n - j, sums[r][j / VECTOR]);
+                else STORE(y + (i + r) * y_row + j, n - j, sums[r][j / VECTOR]);
+            }
         }
     }
 }
 
 /* `linear` by panels. */
 static void NAME(linear_panels)(const T *x, const T *w, long rows, long groups, long out, long in, T *y, float *exact) {
-    long row_blocks = (rows + LINEAR_ROWS - 1) / LINEAR_ROWS, panels = (out + VECTOR - 1) / VECTOR;
-    long size = VECTOR * in / PER_WORD;
-    WORD *turned = aligned_alloc(64, sizeof(WORD) * groups * panels * size);
+    long row_blocks = (rows + PANEL_ROWS - 1) / PANEL_ROWS, panels = (out + PANEL - 1) / PANEL;
+    long size = NAME(panel_words)(PANEL, in);
+    PANEL_WORD *turned = aligned_alloc(64, sizeof(PANEL_WORD) * groups * panels * size);
     SHARED_OUT(groups * out * in > FORK_FROM, long p = 0; p < groups * panels; p++, {
-        long j = p % panels * VECTOR;
-        NAME(make_panel)(w + (p / panels * out + j) * in, in, out - j < VECTOR ? out - j : VECTOR, in, turned + p * size);
+        long j = p % panels * PANEL;
+        NAME(make_panel)(w + (p / panels * out + j) * in, in, out - j < PANEL ? out - j : PANEL, in, turned + p * size);
     });
     SHARED_OUT(rows * groups * out * in > FORK_FROM, long job = 0; job < row_blocks * groups; job++, {
-        long first = job / groups * LINEAR_ROWS, g = job % groups;
-        long m = rows - first < LINEAR_ROWS ? rows - first : LINEAR_ROWS;
+        long first = job / groups * PANEL_ROWS, g = job % groups;
+        long m = rows - first < PANEL_ROWS ? rows - first : PANEL_ROWS;
+        const PANEL_WORD *row[PANEL_ROWS];
+        PANEL_WORD *room = NAME(panel_room)(m, in);
+        NAME(panel_rows)(m, in, x + (first * groups + g) * in, NULL, groups * in, room, row);
         for (long p = 0; p < panels; p++) {
-            long to = (first * groups + g) * out + p * VECTOR;
-            NAME(panel_column)(m, in, x + (first * groups + g) * in, groups * in, turned + (g * panels + p) * size,
-                               out - p * VECTOR, groups * out, exact ? NULL : y + to, exact ? exact + to : NULL);
+            long to = (first * groups + g) * out + p * PANEL;
+            NAME(panel_column)(m, in, row, turned + (g * panels + p) * size, out - p * PANEL, groups * out,
+                               exact ? NULL : y + to, exact ? exact + to : NULL);
         }
+        free(room);
     });
     free(turned);
 }

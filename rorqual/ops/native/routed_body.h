@@ -46,23 +46,33 @@ void NAME(router)(const T *x, const T *w, const float *bias, long tokens, long d
 }
 
 /* Up to EXPERT_ROWS rows from `lo` on through one expert, given by the panels of its three matrices. */
-static void NAME(expert_panels)(const T *x, const int64_t *token, const float *gate, const WORD *p1, const WORD *p3,
-                                const WORD *p2, long lo, long m, long d, long inner, float top, T *hidden, T *out) {
+static void NAME(expert_panels)(const T *x, const int64_t *token, const float *gate, const PANEL_WORD *p1,
+                                const PANEL_WORD *p3, const PANEL_WORD *p2, long lo, long m, long d, long inner, float top,
+                                T *hidden, T *out) {
     T *mine = hidden + lo * inner;
-    for (long j = 0; j < inner; j += VECTOR)
+    const PANEL_WORD *row[EXPERT_ROWS + PANEL_HEIGHT];
+    PANEL_WORD *room = NAME(panel_room)(m, d > inner ? d : inner);
+    NAME(panel_rows)(m, d, x, token + lo, d, room, row);
+    for (long j = 0; j < inner; j += PANEL)
         for (long i = 0; i < m; i += PANEL_HEIGHT) {
-            Vector a[PANEL_HEIGHT], u[PANEL_HEIGHT];
-            NAME(panel_block)(i, m, d, x, token + lo, d, p1 + NAME(panel_words)(j, d), a);
-            NAME(panel_block)(i, m, d, x, token + lo, d, p3 + NAME(panel_words)(j, d), u);
+            Vector a[PANEL_HEIGHT][PANEL_VECTORS], u[PANEL_HEIGHT][PANEL_VECTORS];
+            NAME(panel_block)(inner - j, row + i, d, p1 + NAME(panel_words)(j, d), a);
+            NAME(panel_block)(inner - j, row + i, d, p3 + NAME(panel_words)(j, d), u);
             for (long r = i; r < m && r < i + PANEL_HEIGHT; r++)
-                STORE(mine + r * inner + j, inner - j, swiglu_lanes(a[r - i], u[r - i], top, gate[lo + r]));
+                for (long e = 0; e < PANEL && j + e < inner; e += VECTOR)
+                    STORE(mine + r * inner + j + e, inner - j - e,
+                          swiglu_lanes(a[r - i][e / VECTOR], u[r - i][e / VECTOR], top, gate[lo + r]));
         }
-    for (long j = 0; j < d; j += VECTOR)
+    NAME(panel_rows)(m, inner, mine, NULL, inner, room, row);
+    for (long j = 0; j < d; j += PANEL)
         for (long i = 0; i < m; i += PANEL_HEIGHT) {
-            Vector y[PANEL_HEIGHT];
-            NAME(panel_block)(i, m, inner, mine, NULL, inner, p2 + NAME(panel_words)(j, inner), y);
-            for (long r = i; r < m && r < i + PANEL_HEIGHT; r++) STORE(out + (lo + r) * d + j, d - j, y[r - i]);
+            Vector y[PANEL_HEIGHT][PANEL_VECTORS];
+            NAME(panel_block)(d - j, row + i, inner, p2 + NAME(panel_words)(j, inner), y);
+            for (long r = i; r < m && r < i + PANEL_HEIGHT; r++)
+                for (long e = 0; e < PANEL && j + e < d; e += VECTOR)
+                    STORE(out + (lo + r) * d + j + e, d - j - e, y[r - i][e / VECTOR]);
         }
+    free(room);
 }
 
 /* Rows sorted by expert, as for experts_forward: x [tokens, d], w1 and w3 [E, inner, d], w2 [E, d, inner], gate [rows]
@@ -81,16 +91,16 @@ void NAME(experts_apply)(const T *x, const int64_t *token, const int64_t *bounds
     int is_much = rows * d * inner > FORK_FROM;
     if (NAME(panels_fit)(rows / experts, d) && NAME(panels_fit)(rows / experts, inner)) {
         long wide = NAME(panel_words)(inner, d), high = NAME(panel_words)(d, inner), each = 2 * wide + high;
-        WORD *turned = aligned_alloc(64, sizeof(WORD) * experts * each);
+        PANEL_WORD *turned = aligned_alloc(64, sizeof(PANEL_WORD) * experts * each);
         SHARED_OUT(is_much, long e = 0; e < experts; e++, {
-            WORD *mine = turned + e * each;
+            PANEL_WORD *mine = turned + e * each;
             if (bounds[e] == bounds[e + 1]) continue;
             NAME(make_panels)(w1 + e * inner * d, inner, d, mine);
             NAME(make_panels)(w3 + e * inner * d, inner, d, mine + wide);
             NAME(make_panels)(w2 + e * inner * d, d, inner, mine + 2 * wide);
         });
         SHARED_OUT(is_much, long p = 0; p < num; p++, {
-            const WORD *mine = turned + parts[p][0] * each;
+            const PANEL_WORD *mine = turned + parts[p][0] * each;
             NAME(expert_panels)(x, token, gate, mine, mine + wide, mine + 2 * wide, parts[p][1], parts[p][2], d, inner,
                                 top, hidden, out);
         });

@@ -43,6 +43,15 @@ INLINE long whole(long n) { return (n + PADDED - 1) / PADDED * PADDED; }
 #define LANE_NUMBERS {0, 1, 2, 3}
 #endif
 
+/* Keeps what was loaded in a register, where gcc would load it again for every use. */
+#if defined(__x86_64__)
+#define IN_REGISTER(x) __asm__("" : "+v"(x))
+#elif defined(__aarch64__)
+#define IN_REGISTER(x) __asm__("" : "+w"(x))
+#else
+#define IN_REGISTER(x) (void)(x)
+#endif
+
 /* Lanes in another order, given by as many constants. */
 #ifdef __clang__
 #define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
