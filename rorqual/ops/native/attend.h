@@ -12,7 +12,7 @@ INLINE long entry_row(const int64_t *table, long page_rows, long i) {
 
 /* A query's keys are added up in runs of RUN, each by itself, then run after run: so threads may take runs without changing
  * the result. Of a run, PIECE keys stay in cache between their scores and their sum. */
-#define RUN 1024
+#define RUN 512
 #define PIECE 64
 
 INLINE long runs_of(long n) { return n > 0 ? (n + RUN - 1) / RUN : 1; }

@@ -162,6 +162,7 @@ INLINE void score_sixteen(const Coarse *q, const uint8_t *low, const uint8_t *hi
 #pragma GCC unroll 4
             for (int v = 0; v < SIXTEEN; v++) {
                 Integers pair = half_lanes(low + c * stride, high + c * stride, v);
+                IN_REGISTER(pair);
 #pragma GCC unroll 8
                 for (int i = 0; i < SIDE; i++) sum[v][i] = add_pairs(sum[v][i], pair, mine[i]);
             }
@@ -172,7 +173,7 @@ INLINE void score_sixteen(const Coarse *q, const uint8_t *low, const uint8_t *hi
 #pragma GCC unroll 8
             for (int i = 0; i < SIDE; i++) {
                 Vector dot = __builtin_convertvector(sum[v][i], Vector) * worth + radius * q->length[j + i];
-                total[v] += q->weights[j + i] * larger(dot, 0.0f);
+                total[v] += q->weights[j + i] * (Vector)positive((Lanes)dot);
             }
         }
     }
@@ -277,7 +278,7 @@ void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *tab
 
 /* The `budget` best parts of the `budget` best groups of a query, ascending, to `parts`; -> how many. */
 static long NAME(best_parts)(const Scan *s, const T *q, const float *weights, const uint8_t *means, const uint8_t *fine,
-                             int64_t groups, long budget, int64_t *parts) {
+                             int64_t groups, long budget, int is_shared, int64_t *parts) {
     long heads = s->heads, width = s->width, size = 4 * ((width + 1) / 2 + 2) * PARTS;
     long most = groups > (budget + 1) * PARTS ? groups : (budget + 1) * PARTS;
     float *score = malloc(sizeof(float) * (2 * most + heads * width) + 64), *floats = score + 2 * most;
@@ -286,17 +287,17 @@ static long NAME(best_parts)(const Scan *s, const T *q, const float *weights, co
     Coarse coarse;
     for (long i = 0; i < heads * width; i++) floats[i] = GET(q, i);
     make_coarse(floats, weights, heads, width, &coarse);
-    for (long at = 0; at < groups; at += ABREAST) {
+    SHARED_OUT(is_shared, long at = 0; at < groups; at += ABREAST, {
         const uint8_t *block = means + at / PARTS * size;
         score_sixteen(&coarse, block, block + 2 * ABREAST, 4 * ABREAST, score + at);
-    }
+    });
     long count = best_places(score, groups, budget, order, best);
-    for (long i = 0; i < count; i += 2) { /* parts of two groups side by side */
+    SHARED_OUT(is_shared, long i = 0; i < count; i += 2, { /* parts of two groups side by side */
         for (long next = i + FETCHED; next < i + FETCHED + 2 && next < count; next++)
             for (long at = 0; at < size; at += 64) __builtin_prefetch(fine + best[next] * size + at, 0, 2);
         score_sixteen(&coarse, fine + best[i] * size, fine + best[i + 1 < count ? i + 1 : i] * size, 4 * PARTS,
                       score + i * PARTS);
-    }
+    });
     count = best_places(score, count * PARTS, budget, order, places);
     for (long i = 0; i < count; i++) parts[i] = best[places[i] / PARTS] * PARTS + places[i] % PARTS;
     free(score), free(best), free(coarse.codes);
@@ -332,6 +333,22 @@ static void NAME(best_of_some)(const Scan *s, const T *q, const float *weights, 
     free(row), free(score), free(places), free_query(&query), free_keys(&keys);
 }
 
+/* One query that sees entries [0, end), by groups of the segments that lie before its newest keys. */
+static void NAME(search_one)(const Scan *s, const T *q, const float *weights, const uint8_t *order, const uint8_t *means,
+                             const uint8_t *fine, int64_t end, long k, long budget, int is_shared, int64_t *picks) {
+    int64_t segments = grouped_segments(end), tail = segments * SEGMENT;
+    if (end <= k) {
+        for (long i = 0; i < k; i++) picks[i] = i < end ? i : -1;
+        return;
+    }
+    int64_t *ids = malloc(sizeof(int64_t) * (budget * (FINE + 1) + end - tail + 1));
+    int64_t *parts = ids + budget * FINE + end - tail + 1;
+    long count = NAME(best_parts)(s, q, weights, means, fine, segments * (SEGMENT / MEMBERS), budget, is_shared, parts);
+    long n = candidates(parts, count, (const uint16_t *)order, tail, end, ids);
+    NAME(best_of_some)(s, q, weights, ids, n, k, picks);
+    free(ids);
+}
+
 /* As `index_scan`, for queries that see entries [0, end) of one sequence, best with ends ascending: those that see many
  * groups score all groups, all parts of the `budget` best of these, the keys of the `budget` best of those, and the newest
  * keys. order, means and fine: what `index_groups` made of the segments that any of them needs. Every query is searched by
@@ -345,19 +362,14 @@ void NAME(index_search)(const T *q, const float *weights, const T *keys, const u
     if (plain)
         NAME(index_scan)(q, weights, keys, packed, table, NULL, end, plain, heads, width, per_page, k, threads, picks);
     Scan s = NAME(scan_of)(keys, packed, table, heads, width, per_page);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && queries - plain > 1)
-    for (long row = plain; row < queries; row++) {
-        int64_t segments = grouped_segments(end[row]), tail = segments * SEGMENT;
-        if (end[row] <= k) {
-            for (long i = 0; i < k; i++) picks[row * k + i] = i < end[row] ? i : -1;
-            continue;
-        }
-        int64_t *ids = malloc(sizeof(int64_t) * (budget * (FINE + 1) + end[row] - tail + 1));
-        int64_t *parts = ids + budget * FINE + end[row] - tail + 1;
-        long count = NAME(best_parts)(&s, q + row * heads * width, weights + row * heads, means, fine,
-                                      segments * per_segment, budget, parts);
-        long n = candidates(parts, count, (const uint16_t *)order, tail, end[row], ids);
-        NAME(best_of_some)(&s, q + row * heads * width, weights + row * heads, ids, n, k, picks + row * k);
-        free(ids);
-    }
+    int is_alone = threads > 1 && queries - plain == 1; /* then threads share the work on it; no region of one thread around it */
+#define SEARCH(row, shared)                                                                                            \
+    NAME(search_one)(&s, q + (row) * heads * width, weights + (row) * heads, order, means, fine, end[row], k, budget,    \
+                     shared, picks + (row) * k)
+    if (threads > 1 && !is_alone) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (long row = plain; row < queries; row++) SEARCH(row, 0);
+    } else
+        for (long row = plain; row < queries; row++) SEARCH(row, is_alone);
+#undef SEARCH
 }

@@ -111,6 +111,8 @@ INLINE void store(float *p, long n, Vector v) {
 INLINE Vector widen_bf16(Halves h) {
 #ifdef HAS_BF16_PRODUCTS
     return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#elif defined(__AVX2__) && VECTOR == 8
+    return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16); /* gcc widens by halves */
 #else
     return (Vector)(__builtin_convertvector(h, Bits) << 16);
 #endif
