@@ -4,10 +4,10 @@ Every complete segment of `SEGMENT` keys is cut in halves again and again, each 
 keys spread most, into groups of `MEMBERS` and further into parts of `FINE`. A query scores a group by its mean, as if
 that were a key, with a part of the group's radius added to each head's product, as the group's best keys lie nearer to
 the query than its mean; then all parts of the `budget` best groups in the same way; then the keys of the `budget` best
-parts, and all of the newest ones, exactly. Means are kept, and queries rounded for them, as whole numbers of 13 bits. The best of those are its picks, of equal ones those of earlier parts. While
-it sees few groups, a fourth of the budget, it scores every key, as `index_scan` does. Which keys a query misses is a
-matter of measurement (`benchmarks/index_recall.py`); that its picks depend on nothing but itself and the keys holds as
-there.
+parts, and all of the newest ones, exactly. Means are kept, and queries rounded for them, as whole numbers of 13 bits.
+The best of those keys are its picks, of equal ones those of earlier parts. While it sees few groups, a fourth of the
+budget, it scores every key, as `index_scan` does. Which keys a query misses is a matter of measurement
+(`benchmarks/index_recall.py`); that its picks depend on nothing but itself and the keys holds as there.
 
 A group index is made of keys and nothing else, so it can be dropped and made again at any time.
 
@@ -39,8 +39,8 @@ SEGMENT, MEMBERS, FINE, PLAIN, LAG, ABREAST, MOST_CODE = (
     _number(name) for name in ("SEGMENT", "MEMBERS", "FINE", "PLAIN", "LAG", "ABREAST", "MOST_CODE")
 )
 """Keys of a segment, of a group and of its parts; the part of the budget below which every key is scored; how many of
-the newest keys are never in groups; groups that are scored together; the whole number that stands for the largest channel
-of a mean: as C has them."""
+the newest keys are never in groups; groups that are scored together; the whole number that stands for a mean's largest
+channel: as C has them."""
 PER_SEGMENT, PARTS = SEGMENT // MEMBERS, MEMBERS // FINE
 WAYS, RADIUS = 6, 0.3
 """Steps towards the direction of largest spread; the part of a radius that counts."""
@@ -55,8 +55,8 @@ class Groups(NamedTuple):
     """uint8 [G, 2 SEGMENT]: uint16 places of keys in their segment, group by group and part by part, ascending within a
     part."""
     means: Tensor
-    """uint8 [G, PER_SEGMENT / ABREAST, ceil(K / 2) + 2, 4 ABREAST]: of each group the mean in pairs of int16, what one of
-    these is worth (fp32), and of its radius what counts (fp32)."""
+    """uint8 [G, PER_SEGMENT / ABREAST, ceil(K / 2) + 2, 4 ABREAST]: of each group the mean in pairs of int16, what one
+    of these is worth (fp32), and of its radius what counts (fp32)."""
     fine: Tensor
     """uint8 [G, PER_SEGMENT, ceil(K / 2) + 2, 4 PARTS]: the same of a group's parts."""
 
@@ -69,11 +69,9 @@ class Groups(NamedTuple):
 
 def room_for(segments: int, width: int, device: torch.device) -> Groups:
     """Room for so many segments of keys of `width` channels."""
-    return Groups(
-        torch.zeros(segments, 2 * SEGMENT, dtype=torch.uint8, device=device),
-        torch.zeros(segments, PER_SEGMENT // ABREAST, (width + 1) // 2 + 2, 4 * ABREAST, dtype=torch.uint8, device=device),
-        torch.zeros(segments, PER_SEGMENT, (width + 1) // 2 + 2, 4 * PARTS, dtype=torch.uint8, device=device),
-    )
+    tall = (width + 1) // 2 + 2
+    sizes = (2 * SEGMENT,), (PER_SEGMENT // ABREAST, tall, 4 * ABREAST), (PER_SEGMENT, tall, 4 * PARTS)
+    return Groups(*(torch.zeros(segments, *size, dtype=torch.uint8, device=device) for size in sizes))
 
 
 def grouped_segments(end: int) -> int:
