@@ -4,16 +4,17 @@ Every complete segment of `SEGMENT` keys is cut in halves again and again, each 
 keys spread most, into groups of `MEMBERS` and further into parts of `FINE`. A query scores a group by its mean, as if
 that were a key, with a part of the group's radius added to each head's product, as the group's best keys lie nearer to
 the query than its mean; then all parts of the `budget` best groups in the same way; then the keys of the `budget` best
-parts, and all of the newest ones, exactly. The best of those are its picks, of equal ones those of earlier parts. While
-it sees few groups, a fourth of the budget, it scores every key, as `index_scan` does. Which keys a query misses is a
-matter of measurement (`benchmarks/index_recall.py`); that its picks depend on nothing but itself and the keys holds as
-there.
+parts, and all of the newest ones, exactly. Means are kept, and queries rounded for them, as whole numbers of 13 bits.
+The best of those keys are its picks, of equal ones those of earlier parts. While it sees few groups, a fourth of the
+budget, it scores every key, as `index_scan` does. Which keys a query misses is a matter of measurement
+(`benchmarks/index_recall.py`); that its picks depend on nothing but itself and the keys holds as there.
 
 A group index is made of keys and nothing else, so it can be dropped and made again at any time.
 
 R queries, J index heads, K index width, C entries, G segments.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -34,11 +35,12 @@ def _number(name: str) -> int:
     return int(found.group(1))
 
 
-SEGMENT, MEMBERS, FINE, PLAIN, LAG, ABREAST = (
-    _number(name) for name in ("SEGMENT", "MEMBERS", "FINE", "PLAIN", "LAG", "ABREAST")
+SEGMENT, MEMBERS, FINE, PLAIN, LAG, ABREAST, MOST_CODE = (
+    _number(name) for name in ("SEGMENT", "MEMBERS", "FINE", "PLAIN", "LAG", "ABREAST", "MOST_CODE")
 )
 """Keys of a segment, of a group and of its parts; the part of the budget below which every key is scored; how many of
-the newest keys are never in groups; groups that are scored together: as C has them."""
+the newest keys are never in groups; groups that are scored together; the whole number that stands for a mean's largest
+channel: as C has them."""
 PER_SEGMENT, PARTS = SEGMENT // MEMBERS, MEMBERS // FINE
 WAYS, RADIUS = 6, 0.3
 """Steps towards the direction of largest spread; the part of a radius that counts."""
@@ -53,9 +55,10 @@ class Groups(NamedTuple):
     """uint8 [G, 2 SEGMENT]: uint16 places of keys in their segment, group by group and part by part, ascending within a
     part."""
     means: Tensor
-    """fp32 [G, PER_SEGMENT / ABREAST, K + 1, ABREAST]: of each group the mean, and of its radius what counts."""
+    """uint8 [G, PER_SEGMENT / ABREAST, ceil(K / 2) + 2, 4 ABREAST]: of each group the mean in pairs of int16, what one
+    of these is worth (fp32), and of its radius what counts (fp32)."""
     fine: Tensor
-    """uint8 [G, PER_SEGMENT, K + 1, 2 PARTS]: the same of a group's parts, in bf16."""
+    """uint8 [G, PER_SEGMENT, ceil(K / 2) + 2, 4 PARTS]: the same of a group's parts."""
 
     def places(self) -> Tensor:
         """Entries of every part, int64 [G * PER_SEGMENT * PARTS, FINE]."""
@@ -66,11 +69,9 @@ class Groups(NamedTuple):
 
 def room_for(segments: int, width: int, device: torch.device) -> Groups:
     """Room for so many segments of keys of `width` channels."""
-    return Groups(
-        torch.zeros(segments, 2 * SEGMENT, dtype=torch.uint8, device=device),
-        torch.zeros(segments, PER_SEGMENT // ABREAST, width + 1, ABREAST, device=device),
-        torch.zeros(segments, PER_SEGMENT, width + 1, 2 * PARTS, dtype=torch.uint8, device=device),
-    )
+    tall = (width + 1) // 2 + 2
+    sizes = (2 * SEGMENT,), (PER_SEGMENT // ABREAST, tall, 4 * ABREAST), (PER_SEGMENT, tall, 4 * PARTS)
+    return Groups(*(torch.zeros(segments, *size, dtype=torch.uint8, device=device) for size in sizes))
 
 
 def grouped_segments(end: int) -> int:
@@ -104,16 +105,37 @@ def make_groups_reference(keys: IndexKeys, groups: Groups, first: int, last: int
             parts = [half for part in parts for half in _halves(mine, part)]
         order = torch.stack(parts)
         groups.order[segment] = order.to(torch.int16).flatten().view(torch.uint8)
-        groups.means[segment] = _means(mine[order.view(-1, MEMBERS)]).unflatten(0, (-1, ABREAST)).transpose(1, 2)
-        fine = _means(mine[order]).unflatten(0, (-1, PARTS)).transpose(1, 2).to(torch.bfloat16)
-        groups.fine[segment] = fine.contiguous().view(torch.uint8)
+        groups.means[segment] = _packed(*_means(mine[order.view(-1, MEMBERS)]), ABREAST)
+        groups.fine[segment] = _packed(*_means(mine[order]), PARTS)
 
 
-def _means(members: Tensor) -> Tensor:
-    """[N, n, K] -> means, and what counts of the radius: [N, K + 1]."""
+def _means(members: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, n, K] -> means [N, K], and what counts of the radius [N]."""
     mean = members.mean(1)
-    radius = RADIUS * ((members - mean[:, None]) ** 2).sum(-1).mean(1, keepdim=True).sqrt()
-    return torch.cat([mean, radius], 1)
+    return mean, RADIUS * ((members - mean[:, None]) ** 2).sum(-1).mean(1).sqrt()
+
+
+def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 [N, K] -> whole numbers int16 [N, K] and what one is worth [N]: NaN where a row has no finite numbers."""
+    most = MOST_CODE if x.shape[1] <= 128 else math.floor(math.sqrt(2147483647 / x.shape[1]) - 1)
+    amax, is_finite = x.abs().amax(1), x.isfinite().all(1)
+    per_one = torch.where(is_finite & (amax > 1e-30), most / amax, 0.0)
+    codes = torch.where(is_finite[:, None], (x * per_one[:, None]).round(), 0.0)
+    return codes.to(torch.int16), torch.where(is_finite, amax / most, torch.nan)
+
+
+def _packed(mean: Tensor, radius: Tensor, lanes: int) -> Tensor:
+    """[N, K], [N] -> uint8 [N / lanes, ceil(K / 2) + 2, 4 lanes]."""
+    codes, worth = codes_of(mean)
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+    rows = [codes.view(torch.float32), worth[:, None], radius[:, None]]
+    return torch.cat(rows, 1).unflatten(0, (-1, lanes)).transpose(1, 2).contiguous().view(torch.uint8)
+
+
+def unpacked(packed: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 [..., ceil(K / 2) + 2, 4 lanes] -> whole numbers int16 [N, K], what one is worth [N], radius [N]."""
+    rows = packed.contiguous().view(torch.float32).transpose(-1, -2).flatten(0, -2).contiguous()
+    return rows[:, :-2].contiguous().view(torch.int16)[:, :width], rows[:, -2], rows[:, -1]
 
 
 def _halves(rows: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,16 +153,20 @@ def _halves(rows: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
 
 def best_parts(q: Tensor, weights: Tensor, groups: Groups, count: int, budget: int) -> Tensor:
     """Of the first `count` groups: q [J, K], weights [J] -> numbers of parts, the best first, int64 [budget]."""
-    means = groups.means.flatten(0, 1).transpose(1, 2).flatten(0, 1)[:count]
-    best = torch.sort(_scores(q, weights, means), descending=True, stable=True).indices[:budget].sort().values
-    fine = groups.fine.contiguous().view(torch.bfloat16).flatten(0, 1).transpose(1, 2)[best].flatten(0, 1)
+    means = groups.means.flatten(0, 1)[: -(-count // ABREAST)]
+    best = torch.sort(_scores(q, weights, means)[:count], descending=True, stable=True).indices[:budget].sort().values
     parts = (best[:, None] * PARTS + torch.arange(PARTS, device=q.device)).flatten()
-    return parts[torch.sort(_scores(q, weights, fine.float()), descending=True, stable=True).indices[:budget]]
+    fine = _scores(q, weights, groups.fine.flatten(0, 1)[best])
+    return parts[torch.sort(fine, descending=True, stable=True).indices[:budget]]
 
 
-def _scores(q: Tensor, weights: Tensor, means: Tensor) -> Tensor:
-    dots = q.float() @ means[:, :-1].T + q.float().norm(dim=-1, keepdim=True) * means[:, -1]
-    return (weights.float().unsqueeze(-1) * dots.relu()).sum(0)
+def _scores(q: Tensor, weights: Tensor, packed: Tensor) -> Tensor:
+    """q [J, K], weights [J], packed means -> [N]. Products of whole numbers are exact."""
+    means, worth, radius = unpacked(packed, q.shape[1])
+    codes, of_head = codes_of(q.float())
+    length = torch.where(of_head > 0, q.float().norm(dim=-1) / of_head, 0.0)
+    dots = (codes.double() @ means.double().T).float() * worth + length[:, None] * radius
+    return ((weights.float() * of_head)[:, None] * dots.relu()).sum(0)
 
 
 def index_search_reference(

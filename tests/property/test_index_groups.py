@@ -61,12 +61,12 @@ def test_groups_are_those_of_the_reference(kind: str) -> None:
     assert places.flatten().sort().values.tolist() == list(range(3 * SEGMENT))
     assert (places[:, 1:] > places[:, :-1]).all()
     members = keys.gather(3 * SEGMENT).float()[places]
-    flat = mine.means.flatten(0, 1).transpose(1, 2).flatten(0, 1)
-    fine = mine.fine.view(torch.bfloat16).flatten(0, 1).transpose(1, 2).flatten(0, 1).float()
-    for found, parts, near in ((flat, members.unflatten(0, (-1, PARTS)).flatten(1, 2), 1e-4), (fine, members, 0.03)):
-        assert torch.allclose(found[:, :-1], parts.mean(1), atol=near, rtol=near)
+    for packed, parts in ((mine.means, members.unflatten(0, (-1, PARTS)).flatten(1, 2)), (mine.fine, members)):
+        codes, worth, radius = op.unpacked(packed, 32)
+        assert codes.abs().amax(1).eq(op.MOST_CODE).all()
+        assert torch.allclose(codes * worth[:, None], parts.mean(1), atol=0.51 * float(worth.max()))
         spread = ((parts - parts.mean(1, keepdim=True)) ** 2).sum(-1).mean(1).sqrt()
-        assert torch.allclose(found[:, -1], op.RADIUS * spread, atol=10 * near)
+        assert torch.allclose(radius, op.RADIUS * spread, atol=1e-4)
     later = room_for(3, 32, keys.rows.device)
     for first in range(3):  # one after the other
         op.make_groups(keys, later, first, first + 1)

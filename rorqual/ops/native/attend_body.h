@@ -4,18 +4,17 @@
 #include "kernels.h"
 
 #ifndef ELEMENT_BF16
-#define KEY_BLOCK 64 /* keys that stay in cache while all heads add them up */
 #ifdef HAS_32_REGISTERS
-#define KEY_VECTORS 4 /* of channels that four heads add up at once */
+#define ADDED 4 /* vectors of channels that four heads add up at once */
 #else
-#define KEY_VECTORS 2
+#define ADDED 2
 #endif
 
-/* Scores [n] of one head -> weights exp(score - top); returns top, the largest of them and the sink. Rows are whole vectors,
- * whose last lanes hold anything. */
-INLINE float weigh(float *score, long n, float scale, float sink) {
+/* Scores [n] of one head -> weights exp(score - top), their sum to `sum`; returns top, the largest of the scores and `top`.
+ * Rows are whole vectors, whose last lanes hold anything. */
+INLINE float weigh(float *score, long n, float scale, float top, float *sum) {
     const Integers lane = LANE_NUMBERS;
-    Vector most = (Vector){0} + sink;
+    Vector most = (Vector){0} + top, all = {0};
     for (long j = 0; j < n; j += VECTOR) {
         Vector x = load(score + j, VECTOR) * scale;
         store(score + j, VECTOR, x);
@@ -23,28 +22,30 @@ INLINE float weigh(float *score, long n, float scale, float sink) {
         most = choose(most < x, x, most);
     }
 #ifdef __AVX512F__
-    float top = _mm512_reduce_max_ps((__m512)most);
+    top = _mm512_reduce_max_ps((__m512)most);
 #else
-    float top = most[0];
+    top = most[0];
     for (int i = 1; i < VECTOR; i++) top = max_(top, most[i]);
 #endif
-    for (long j = 0; j < n; j += VECTOR) store(score + j, VECTOR, exp_lanes(load(score + j, VECTOR) - top));
+    for (long j = 0; j < n; j += VECTOR) {
+        Vector weight = exp_lanes(load(score + j, VECTOR) - top);
+        store(score + j, VECTOR, weight);
+        all += n - j < VECTOR ? choose(lane < (int32_t)(n - j), weight, (Vector){0}) : weight;
+    }
+    *sum = sum_lanes(all);
     return top;
 }
 #endif
 
-/* Adds `n` keys, one after the other, each by its weight (rows of weights `wide` apart): value [heads][padded] over
- * `vectors` of channels (is_whole: all there) from channel `at` on, and with the first channels the sum of weights, total [heads]. */
-INLINE void NAME(add_keys)(int heads, int vectors, int is_whole, const float *weights, long wide, const T *const *keys,
-                           long n, long at, long width, float *value, long padded, float *total) {
+/* Adds `n` keys, one after the other, each by its weight (rows of weights PIECE apart), to value [heads][padded]: `vectors`
+ * of channels (is_whole: all there) from channel `at` on. */
+INLINE void NAME(add_keys)(int heads, int vectors, int is_whole, const float *weights, const T *const *keys, long n, long at,
+                           long width, float *value, long padded) {
     Vector sum[4][4];
-    float all[4];
 #pragma GCC unroll 4
-    for (int h = 0; h < heads; h++) {
-        all[h] = total[h];
+    for (int h = 0; h < heads; h++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sum[h][v] = load(value + h * padded + at + v * VECTOR, VECTOR);
-    }
     for (long j = 0; j < n; j++) {
         const T *key = keys[j] + at;
         Vector x[4];
@@ -52,57 +53,83 @@ INLINE void NAME(add_keys)(int heads, int vectors, int is_whole, const float *we
         for (int v = 0; v < vectors; v++) x[v] = LOAD(key + v * VECTOR, is_whole ? VECTOR : width - at - v * VECTOR);
 #pragma GCC unroll 4
         for (int h = 0; h < heads; h++) {
-            float w = weights[h * wide + j];
-            all[h] += w;
+            float w = weights[h * PIECE + j];
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++) sum[h][v] = sum[h][v] + w * x[v];
         }
     }
 #pragma GCC unroll 4
-    for (int h = 0; h < heads; h++) {
-        if (at == 0) total[h] = all[h];
+    for (int h = 0; h < heads; h++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) store(value + h * padded + at + v * VECTOR, VECTOR, sum[h][v]);
-    }
 }
 
 /* The same over all channels. */
-INLINE void NAME(add_keys_wide)(int heads, const float *weights, long wide, const T *const *keys, long n, long width,
-                                float *value, long padded, float *total) {
+INLINE void NAME(add_keys_wide)(int heads, int vectors, const float *weights, const T *const *keys, long n, long width,
+                                float *value, long padded) {
     long at = 0;
-    for (; width - at >= KEY_VECTORS * VECTOR; at += KEY_VECTORS * VECTOR)
-        NAME(add_keys)(heads, KEY_VECTORS, 1, weights, wide, keys, n, at, width, value, padded, total);
-    for (; width - at >= VECTOR; at += VECTOR)
-        NAME(add_keys)(heads, 1, 1, weights, wide, keys, n, at, width, value, padded, total);
-    if (at < width) NAME(add_keys)(heads, 1, 0, weights, wide, keys, n, at, width, value, padded, total);
+    for (; width - at >= vectors * VECTOR; at += vectors * VECTOR)
+        NAME(add_keys)(heads, vectors, 1, weights, keys, n, at, width, value, padded);
+    for (; width - at >= VECTOR; at += VECTOR) NAME(add_keys)(heads, 1, 1, weights, keys, n, at, width, value, padded);
+    if (at < width) NAME(add_keys)(heads, 1, 0, weights, keys, n, at, width, value, padded);
+}
+
+/* Heads [first, last) of one query [H, K] over run `run` of its `n` keys -> left [run_floats]: sums of values [heads]
+ * [padded], of weights [heads] and largest scores [heads]. The sink counts in the first run. `weights` has room for PIECE a head. */
+void NAME(attend_run)(const T *q, const T *const *keys, long n, long run, const float *sink, long first, long last,
+                      long width, float scale, float *weights, float *left) {
+    long padded = whole(width), heads = last - first, end = n - run * RUN < RUN ? n : (run + 1) * RUN;
+    float *value = left, *total = value + heads * padded, *top = total + heads;
+    memset(value, 0, sizeof(float) * heads * padded);
+    for (long h = 0; h < heads; h++) top[h] = sink[first + h], total[h] = run ? 0.0f : 1.0f;
+    for (long j = run * RUN; j < end; j += PIECE) {
+        long count = end - j < PIECE ? end - j : PIECE, h = 0;
+        NAME(dots)(heads, count, width, q + first * width, NULL, width, NULL, keys + j, 0, weights, PIECE);
+        for (h = 0; h < heads; h++) {
+            float sum, before = top[h];
+            top[h] = weigh(weights + h * PIECE, count, scale, before, &sum);
+            if (top[h] != before) {
+                float less = exp_(before - top[h]);
+                for (long i = 0; i < padded; i += VECTOR) store(value + h * padded + i, VECTOR, load(value + h * padded + i, VECTOR) * less);
+                total[h] *= less;
+            }
+            total[h] += sum;
+        }
+        for (h = 0; heads - h >= 4; h += 4)
+            NAME(add_keys_wide)(4, ADDED, weights + h * PIECE, keys + j, count, width, value + h * padded, padded);
+        for (; h < heads; h++) NAME(add_keys_wide)(1, 4, weights + h * PIECE, keys + j, count, width, value + h * padded, padded);
+    }
+}
+
+/* What the runs left, one after the other -> out [H, K], lse [H] of heads [first, last). Changes the first run's. */
+void NAME(join_runs)(float *left, long runs, long first, long last, long width, T *out, float *lse) {
+    long padded = whole(width), heads = last - first, size = run_floats(heads, width);
+    for (long h = 0; h < heads; h++) {
+        float *value = left + h * padded, *total = left + heads * padded + h, *top = total + heads;
+        for (long run = 1; run < runs; run++) {
+            const float *other = value + run * size;
+            float most = max_(*top, top[run * size]), mine = exp_(*top - most), others = exp_(top[run * size] - most);
+            for (long i = 0; i < padded; i += VECTOR)
+                store(value + i, VECTOR, load(value + i, VECTOR) * mine + load(other + i, VECTOR) * others);
+            *total = *total * mine + total[run * size] * others;
+            *top = most;
+        }
+        float r = 1.0f / *total;
+        T *to = out + (first + h) * width;
+        for (long i = 0; i < width; i += VECTOR) STORE(to + i, width - i, load(value + i, VECTOR) * r);
+        lse[first + h] = logf(*total) + *top;
+    }
 }
 
 /* Heads [first, last) of one query [H, K] over `n` keys, oldest first, each both key and value; sink [H] -> out [H, K],
  * lse [H]. `work` has room for attend_work(last - first, n, width) floats. */
 void NAME(attend_query)(const T *q, const T *const *keys, long n, const float *sink, long first, long last, long width,
                         float scale, float *work, T *out, float *lse) {
-    long wide = whole(n), padded = whole(width), heads = last - first;
-    float *weights = work, *value = work + heads * wide, top[heads], total[heads];
-    NAME(dots)(heads, n, width, q + first * width, NULL, width, NULL, keys, 0, weights, wide);
-    for (long h = 0; h < heads; h++) {
-        top[h] = weigh(weights + h * wide, n, scale, sink[first + h]);
-        total[h] = exp_(sink[first + h] - top[h]);
-    }
-    memset(value, 0, sizeof(float) * heads * padded);
-    for (long j = 0; j < n; j += KEY_BLOCK) {
-        long count = n - j < KEY_BLOCK ? n - j : KEY_BLOCK, h = 0;
-        const float *w = weights + j;
-        for (; heads - h >= 4; h += 4)
-            NAME(add_keys_wide)(4, w + h * wide, wide, keys + j, count, width, value + h * padded, padded, total + h);
-        for (; h < heads; h++)
-            NAME(add_keys_wide)(1, w + h * wide, wide, keys + j, count, width, value + h * padded, padded, total + h);
-    }
-    for (long h = 0; h < heads; h++) {
-        float r = 1.0f / total[h];
-        T *to = out + (first + h) * width;
-        for (long i = 0; i < width; i += VECTOR) STORE(to + i, width - i, load(value + h * padded + i, VECTOR) * r);
-        lse[first + h] = logf(total[h]) + top[h];
-    }
+    long runs = runs_of(n), heads = last - first;
+    float *left = work + heads * PIECE;
+    for (long run = 0; run < runs; run++)
+        NAME(attend_run)(q, keys, n, run, sink, first, last, width, scale, work, left + run * run_floats(heads, width));
+    NAME(join_runs)(left, runs, first, last, width, out, lse);
 }
 
 /* The keys of one query, oldest first: `count` of its window, then the entries it may use, from [from, to) or `picks`. */

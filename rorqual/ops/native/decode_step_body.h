@@ -359,6 +359,22 @@ static void NAME(attend_some)(const NAME(Step) * s, const int64_t *layer, long f
     free(keys), free(unpacked), free(work);
 }
 
+/* One row with many keys, of which each thread takes runs, so that none is read twice. */
+static void NAME(attend_runs)(const NAME(Step) * s, const int64_t *layer, long row, long used) {
+    const int64_t *n = s->shape;
+    long width = n[WIDTH], heads = n[HEADS], room = n[WINDOW] + used, size = run_floats(heads, width);
+    const T **keys = malloc(sizeof(T *) * room), *q = s->q_turned + row * heads * width;
+    T *unpacked = n[ENTRY_BYTES] ? malloc(sizeof(T) * used * width + 64) : NULL;
+    long count = NAME(keys_of)(s, layer, row, unpacked, keys), runs = runs_of(count);
+    float *left = malloc(sizeof(float) * runs * (size + heads * PIECE)), *weights = left + runs * size;
+    SHARED_OUT(runs > 1, long run = 0; run < runs; run++, {
+        NAME(attend_run)(q, keys, count, run, PLACE(layer, SINK), 0, heads, width, s->numbers[SCALE],
+                         weights + run * heads * PIECE, left + run * size);
+    });
+    NAME(join_runs)(left, runs, 0, heads, width, s->o + row * heads * width, s->lse + row * heads);
+    free(keys), free(unpacked), free(left);
+}
+
 static void NAME(attend_rows)(NAME(Step) * s, const int64_t *layer) {
     const int64_t *n = s->shape;
     long heads = n[HEADS], used = 0, rows = s->rows, threads = s->parts > 1 ? 1 : omp_get_max_threads();
@@ -366,6 +382,10 @@ static void NAME(attend_rows)(NAME(Step) * s, const int64_t *layer) {
     int is_much = threads > 1 && rows * heads * (n[WINDOW] + used) * n[WIDTH] > 2 * FORK_FROM; /* dots go fast */
     if (!is_much) {
         NAME(attend_some)(s, layer, 0, rows, 0, heads, used);
+        return;
+    }
+    if (rows < threads && used >= 2 * RUN) {
+        for (long row = 0; row < rows; row++) NAME(attend_runs)(s, layer, row, used);
         return;
     }
     long cuts = rows >= threads ? 1 : heads < threads ? heads : threads; /* few rows are cut by their heads */

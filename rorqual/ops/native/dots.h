@@ -87,6 +87,8 @@ INLINE void NAME(dot_tile)(int height, int width, const T *const *a, const T *co
     const long each = VECTOR * PER_WORD;
     Vector sum[DOT_TILE] = {0};
     long at = 0;
+    enum { AT_ONCE = 3 - PER_WORD }; /* a step of pairs is two already */
+#pragma GCC unroll AT_ONCE
     for (; at + each <= k; at += each) {
         NAME(Step) x[4];
 #pragma GCC unroll 4

@@ -10,6 +10,7 @@
 #define FINE 4 /* keys of a part of a group */
 #define PLAIN 4 /* a query that sees no more than 1 / PLAIN of its budget in groups scores all keys */
 #define ABREAST 16 /* groups whose means lie side by side */
+#define MOST_CODE 4095 /* means and queries are whole numbers up to it, so that 128 of their products fit in 32 bits */
 #define LAG 512 /* the newest keys, which are scored one by one: more than a step of the fused code completes */
 
 /* Segments whose groups stand for their keys, for a query that sees `end` of them. */

@@ -4,7 +4,8 @@
 #ifndef ELEMENT_BF16
 #define WAYS 6 /* steps towards the direction of largest spread */
 #define PARTS (MEMBERS / FINE)
-#define SIDE 8 /* heads */
+#define SIXTEEN (ABREAST / VECTOR) /* vectors of ABREAST lanes */
+#define SIDE (8 / SIXTEEN < 1 ? 1 : 8 / SIXTEEN) /* heads that are scored at once: as many as hide the time of a product */
 #define FETCHED 8 /* groups or parts ahead, whose places in memory nothing foretells */
 #define COARSE_BIT (1u << 20) /* up to it, limits are sought among all scores */
 #define RADIUS 0.3f /* of a group's radius: what its best keys may lie nearer to a query than its mean */
@@ -67,46 +68,116 @@ static void halve(const float *rows, long wide, uint16_t *order, long n, float *
     memcpy(order + down, upper, sizeof(uint16_t) * up);
 }
 
-/* The mean of the n keys named by `members`, and what counts of their radius -> out [width + 1]. */
-static void mean_of(const float *rows, long wide, long width, const uint16_t *members, long n, float *out) {
+/* The largest whole number that stands for a channel. */
+static float most_code(long width) { return width <= 128 ? MOST_CODE : floorf(sqrtf(2147483647.0f / (float)width) - 1.0f); }
+
+/* x [width] as whole numbers up to `most` -> codes, `apart` pairs of channels apart (a last one alone has 0 beside it), and
+ * what one is worth. What is no number or infinite has 0 everywhere, worth NaN. */
+static float write_codes(const float *x, long width, float most, int16_t *codes, long apart) {
+    float amax = 0.0f;
+    int is_finite = 1;
+    for (long c = 0; c < width; c++) {
+        is_finite &= fabsf(x[c]) < INFINITY;
+        amax = max_(amax, fabsf(x[c]));
+    }
+    float per_one = is_finite && amax > 1e-30f ? most / amax : 0.0f;
+    for (long c = 0; c < width || c % 2; c++)
+        codes[c / 2 * 2 * apart + c % 2] = c < width && is_finite ? (int16_t)rintf(x[c] * per_one) : 0;
+    return is_finite ? amax / most : NAN;
+}
+
+/* The mean of the n keys named by `members`, and what counts of their radius, to lane `lane` of rows of `lanes` lanes of 32
+ * bits: pairs of channels, what one of the mean's whole numbers is worth, and the radius. `mean` has room for `width`. */
+static void write_mean(const float *rows, long wide, long width, const uint16_t *members, long n, float *mean, uint32_t *out,
+                       long lanes, long lane) {
     float radius = 0.0f;
     for (long c = 0; c < width; c++) {
         float sum = 0.0f;
         for (long m = 0; m < n; m++) sum += rows[members[m] * wide + c];
-        float mean = out[c] = sum / (float)n;
+        mean[c] = sum / (float)n;
         for (long m = 0; m < n; m++) {
-            float far = rows[members[m] * wide + c] - mean;
+            float far = rows[members[m] * wide + c] - mean[c];
             radius += far * far;
         }
     }
-    out[width] = RADIUS * sqrtf(radius / (float)n);
+    long pairs = (width + 1) / 2;
+    out[pairs * lanes + lane] = bits_of(write_codes(mean, width, most_code(width), (int16_t *)(out + lane), lanes));
+    out[(pairs + 1) * lanes + lane] = bits_of(RADIUS * sqrtf(radius / (float)n));
 }
 
-/* Scores of `blocks` blocks of ABREAST groups each: q [heads][width] and its heads' lengths -> score. */
-static void score_groups(const float *q, const float *length, const float *weights, long heads, long width,
-                         const float *means, long blocks, float *score) {
-    for (long at = 0; at < blocks * ABREAST; at += VECTOR) {
-        const float *block = means + at / ABREAST * (width + 1) * ABREAST + at % ABREAST;
-        Vector total = {0}, radius = load(block + width * ABREAST, VECTOR);
-        for (long j = 0; j < heads; j += SIDE) { /* as many as hide the time of a product */
-            Vector sum[SIDE];
-            const float *mine[SIDE];
+/* A query as groups are scored with it. */
+typedef struct {
+    int32_t *codes; /* [pairs][heads]: pairs of channels as whole numbers */
+    float *length, *weights; /* [heads]: in the head's whole numbers, and with what one is worth */
+    long heads, pairs; /* heads: with copies of the last one up to a multiple of SIDE, whose weights are 0 */
+} Coarse;
+
+static void make_coarse(const float *q, const float *weights, long heads, long width, Coarse *coarse) {
+    long all = (heads + SIDE - 1) / SIDE * SIDE, pairs = (width + 1) / 2;
+    *coarse = (Coarse){malloc(sizeof(int32_t) * all * (pairs + 2)), NULL, NULL, all, pairs};
+    coarse->length = (float *)(coarse->codes + pairs * all), coarse->weights = coarse->length + all;
+    for (long j = 0; j < all; j++) {
+        const float *mine = q + (j < heads ? j : heads - 1) * width;
+        float sum = 0.0f, worth = write_codes(mine, width, most_code(width), (int16_t *)(coarse->codes + j), all);
+        for (long c = 0; c < width; c++) sum += mine[c] * mine[c];
+        coarse->length[j] = worth > 0.0f ? sqrtf(sum) / worth : 0.0f;
+        coarse->weights[j] = j < heads ? weights[j] * worth : 0.0f;
+    }
+}
+
+/* Two products a lane of 16-bit numbers, added to `sum`. */
+INLINE Integers add_pairs(Integers sum, Integers a, int32_t b) {
+#if defined(__AVX512VNNI__)
+    return (Integers)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, _mm512_set1_epi32(b));
+#elif defined(__AVX512BW__)
+    return sum + (Integers)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi32(b));
+#elif defined(__AVX2__) && VECTOR == 8
+    return sum + (Integers)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi32(b));
+#else
+    return sum + (a << 16 >> 16) * (int32_t)(int16_t)b + (a >> 16) * (b >> 16);
+#endif
+}
+
+/* Vector `v` of ABREAST lanes, of which `low` and `high` have half each. */
+INLINE Integers half_lanes(const uint8_t *low, const uint8_t *high, int v) {
+#if defined(__AVX512F__)
+    __m512i first = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)low));
+    (void)v;
+    return (Integers)_mm512_inserti64x4(first, _mm256_loadu_si256((const __m256i *)high), 1);
+#else
+    Integers x;
+    const uint8_t *from = v < SIXTEEN / 2 ? low + v * 4 * VECTOR : high + (v - SIXTEEN / 2) * 4 * VECTOR;
+    memcpy(&x, from, sizeof(x));
+    return x;
+#endif
+}
+
+/* Scores of ABREAST groups or parts, which lie in rows `stride` bytes apart (see write_mean), half of them at `low`, half at `high`. */
+INLINE void score_sixteen(const Coarse *q, const uint8_t *low, const uint8_t *high, long stride, float *score) {
+    Vector total[SIXTEEN] = {{0}};
+    for (long j = 0; j < q->heads; j += SIDE) {
+        Integers sum[SIXTEEN][SIDE] = {{{0}}};
+        const int32_t *mine = q->codes + j;
+        for (long c = 0; c < q->pairs; c++, mine += q->heads)
+#pragma GCC unroll 4
+            for (int v = 0; v < SIXTEEN; v++) {
+                Integers pair = half_lanes(low + c * stride, high + c * stride, v);
+                IN_REGISTER(pair);
+#pragma GCC unroll 8
+                for (int i = 0; i < SIDE; i++) sum[v][i] = add_pairs(sum[v][i], pair, mine[i]);
+            }
+#pragma GCC unroll 4
+        for (int v = 0; v < SIXTEEN; v++) {
+            Vector worth = (Vector)half_lanes(low + q->pairs * stride, high + q->pairs * stride, v);
+            Vector radius = (Vector)half_lanes(low + (q->pairs + 1) * stride, high + (q->pairs + 1) * stride, v);
 #pragma GCC unroll 8
             for (int i = 0; i < SIDE; i++) {
-                mine[i] = q + (j + i < heads ? j + i : j) * width;
-                sum[i] = radius * length[j + i < heads ? j + i : j];
+                Vector dot = __builtin_convertvector(sum[v][i], Vector) * worth + radius * q->length[j + i];
+                total[v] += q->weights[j + i] * (Vector)positive((Lanes)dot);
             }
-            for (long c = 0; c < width; c++) {
-                Vector mean = load(block + c * ABREAST, VECTOR);
-#pragma GCC unroll 8
-                for (int i = 0; i < SIDE; i++) sum[i] += mine[i][c] * mean;
-            }
-#pragma GCC unroll 8
-            for (int i = 0; i < SIDE; i++)
-                if (j + i < heads) total += weights[j + i] * larger(sum[i], 0.0f);
         }
-        store(score + at, VECTOR, total);
     }
+    for (int v = 0; v < SIXTEEN; v++) store(score + v * VECTOR, VECTOR, total[v]);
 }
 
 /* The places of the best k of n scores, ascending; of equal ones the first. A NaN counts as the largest number, and what is
@@ -130,7 +201,7 @@ static long best_places(const float *score, long n, long k, uint32_t *order, int
 #ifdef __AVX512F__
             hits = _mm512_cmpge_epu32_mask(_mm512_loadu_si512(order + at), _mm512_set1_epi32((int)limit));
 #else
-            for (int i = 0; i < VECTOR; i++) hits |= (uint32_t)(order[at + i] >= limit) << i;
+            hits = lanes_set(*(const Bits *)(order + at) >= limit);
 #endif
         } else
             for (long i = 0; at + i < n; i++) hits |= (uint32_t)(order[at + i] >= limit) << i;
@@ -172,13 +243,13 @@ static int by_size(const void *a, const void *b) {
 #endif
 
 /* Segments [first, last) of one sequence's keys (see index_scan) -> order [last][SEGMENT] uint16: of each segment the
- * places of its keys, group by group and part by part, ascending within a part; means [last][groups / ABREAST][width + 1]
- * [ABREAST]: the groups' means and, in the last row, a part of their radius; fine [last][groups][width + 1][parts] bf16: the
- * same of each group's parts. */
+ * places of its keys, group by group and part by part, ascending within a part; means [last][groups / ABREAST][pairs + 2]
+ * [ABREAST] of 32 bits: the groups' means and radii (see write_mean); fine [last][groups][pairs + 2][parts]: the same of each
+ * group's parts. */
 void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *table, long width, long per_page, long first,
-                        long last, uint8_t *order, float *means, uint8_t *fine) {
+                        long last, uint8_t *order, uint8_t *means, uint8_t *fine) {
     Scan s = NAME(scan_of)(keys, packed, table, 1, width, per_page);
-    long wide = whole(width), groups = SEGMENT / MEMBERS;
+    long wide = whole(width), groups = SEGMENT / MEMBERS, tall = (width + 1) / 2 + 2;
     float *rows = calloc(2 * SEGMENT * wide + width + 1, sizeof(float)), *x = rows + SEGMENT * wide;
     float *mean = x + SEGMENT * wide;
     for (long segment = first; segment < last; segment++) {
@@ -195,55 +266,41 @@ void NAME(index_groups)(const T *keys, const uint8_t *packed, const int64_t *tab
             for (long at = 0; at < SEGMENT; at += size) halve(rows, wide, mine + at, size, x);
         for (long g = 0; g < groups; g++) {
             long at = segment * groups + g;
-            uint16_t *parts = (uint16_t *)fine + at * (width + 1) * PARTS;
-            mean_of(rows, wide, width, mine + g * MEMBERS, MEMBERS, mean);
-            for (long c = 0; c <= width; c++) means[(at / ABREAST * (width + 1) + c) * ABREAST + at % ABREAST] = mean[c];
-            for (long part = 0; part < PARTS; part++) {
-                mean_of(rows, wide, width, mine + g * MEMBERS + part * FINE, FINE, mean);
-                for (long c = 0; c <= width; c++) parts[c * PARTS + part] = to_bf16(mean[c]);
-            }
+            write_mean(rows, wide, width, mine + g * MEMBERS, MEMBERS, mean,
+                       (uint32_t *)means + at / ABREAST * tall * ABREAST, ABREAST, at % ABREAST);
+            for (long part = 0; part < PARTS; part++)
+                write_mean(rows, wide, width, mine + g * MEMBERS + part * FINE, FINE, mean,
+                           (uint32_t *)fine + at * tall * PARTS, PARTS, part);
         }
     }
     free(rows);
 }
 
 /* The `budget` best parts of the `budget` best groups of a query, ascending, to `parts`; -> how many. */
-static long NAME(best_parts)(const Scan *s, const T *q, const float *weights, const float *means, const uint8_t *fine,
-                             int64_t groups, long budget, int64_t *parts) {
-    long heads = s->heads, width = s->width, size = (width + 1) * PARTS, side_by_side = ABREAST / PARTS;
+static long NAME(best_parts)(const Scan *s, const T *q, const float *weights, const uint8_t *means, const uint8_t *fine,
+                             int64_t groups, long budget, int is_shared, int64_t *parts) {
+    long heads = s->heads, width = s->width, size = 4 * ((width + 1) / 2 + 2) * PARTS;
     long most = groups > (budget + 1) * PARTS ? groups : (budget + 1) * PARTS;
-    float *score = malloc(sizeof(float) * (2 * most + heads * (width + 1) + (width + 1) * ABREAST) + 64);
-    float *floats = score + 2 * most, *length = floats + heads * width, *block = length + heads;
+    float *score = malloc(sizeof(float) * (2 * most + heads * width) + 64), *floats = score + 2 * most;
     uint32_t *order = (uint32_t *)(score + most);
     int64_t *best = malloc(sizeof(int64_t) * 2 * most), *places = best + most;
-    for (long j = 0; j < heads; j++) {
-        float sum = 0.0f;
-        for (long c = 0; c < width; c++) {
-            float x = floats[j * width + c] = GET(q, j * width + c);
-            sum += x * x;
-        }
-        length[j] = sqrtf(sum);
-    }
-    score_groups(floats, length, weights, heads, width, means, groups / ABREAST, score);
+    Coarse coarse;
+    for (long i = 0; i < heads * width; i++) floats[i] = GET(q, i);
+    make_coarse(floats, weights, heads, width, &coarse);
+    SHARED_OUT(is_shared, long at = 0; at < groups; at += ABREAST, {
+        const uint8_t *block = means + at / PARTS * size;
+        score_sixteen(&coarse, block, block + 2 * ABREAST, 4 * ABREAST, score + at);
+    });
     long count = best_places(score, groups, budget, order, best);
-    for (long i = 0; i < count; i += side_by_side) { /* parts of some groups side by side */
-        const uint16_t *from[ABREAST / PARTS];
-        for (long next = i + FETCHED; next < i + FETCHED + side_by_side && next < count; next++)
-            for (long at = 0; at < size; at += 32) __builtin_prefetch((const uint16_t *)fine + best[next] * size + at, 0, 2);
-        for (long side = 0; side < side_by_side; side++)
-            from[side] = (const uint16_t *)fine + best[i + side < count ? i + side : i] * size;
-        for (long c = 0; c <= width; c++) {
-            uint16_t lanes[ABREAST];
-            for (long side = 0; side < side_by_side; side++)
-                memcpy(lanes + side * PARTS, from[side] + c * PARTS, sizeof(uint16_t) * PARTS);
-            for (long lane = 0; lane < ABREAST; lane += VECTOR)
-                store(block + c * ABREAST + lane, VECTOR, load_bf16(lanes + lane, VECTOR));
-        }
-        score_groups(floats, length, weights, heads, width, block, 1, score + i * PARTS);
-    }
+    SHARED_OUT(is_shared, long i = 0; i < count; i += 2, { /* parts of two groups side by side */
+        for (long next = i + FETCHED; next < i + FETCHED + 2 && next < count; next++)
+            for (long at = 0; at < size; at += 64) __builtin_prefetch(fine + best[next] * size + at, 0, 2);
+        score_sixteen(&coarse, fine + best[i] * size, fine + best[i + 1 < count ? i + 1 : i] * size, 4 * PARTS,
+                      score + i * PARTS);
+    });
     count = best_places(score, count * PARTS, budget, order, places);
     for (long i = 0; i < count; i++) parts[i] = best[places[i] / PARTS] * PARTS + places[i] % PARTS;
-    free(score), free(best);
+    free(score), free(best), free(coarse.codes);
     return count;
 }
 
@@ -276,12 +333,28 @@ static void NAME(best_of_some)(const Scan *s, const T *q, const float *weights, 
     free(row), free(score), free(places), free_query(&query), free_keys(&keys);
 }
 
+/* One query that sees entries [0, end), by groups of the segments that lie before its newest keys. */
+static void NAME(search_one)(const Scan *s, const T *q, const float *weights, const uint8_t *order, const uint8_t *means,
+                             const uint8_t *fine, int64_t end, long k, long budget, int is_shared, int64_t *picks) {
+    int64_t segments = grouped_segments(end), tail = segments * SEGMENT;
+    if (end <= k) {
+        for (long i = 0; i < k; i++) picks[i] = i < end ? i : -1;
+        return;
+    }
+    int64_t *ids = malloc(sizeof(int64_t) * (budget * (FINE + 1) + end - tail + 1));
+    int64_t *parts = ids + budget * FINE + end - tail + 1;
+    long count = NAME(best_parts)(s, q, weights, means, fine, segments * (SEGMENT / MEMBERS), budget, is_shared, parts);
+    long n = candidates(parts, count, (const uint16_t *)order, tail, end, ids);
+    NAME(best_of_some)(s, q, weights, ids, n, k, picks);
+    free(ids);
+}
+
 /* As `index_scan`, for queries that see entries [0, end) of one sequence, best with ends ascending: those that see many
  * groups score all groups, all parts of the `budget` best of these, the keys of the `budget` best of those, and the newest
  * keys. order, means and fine: what `index_groups` made of the segments that any of them needs. Every query is searched by
  * itself, so its picks depend on nothing else. */
 void NAME(index_search)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
-                        const uint8_t *order, const float *means, const uint8_t *fine, const int64_t *end, long queries,
+                        const uint8_t *order, const uint8_t *means, const uint8_t *fine, const int64_t *end, long queries,
                         long heads, long width, long per_page, long k, long budget, long threads, int64_t *picks) {
     const long per_segment = SEGMENT / MEMBERS;
     long plain = 0;
@@ -289,19 +362,14 @@ void NAME(index_search)(const T *q, const float *weights, const T *keys, const u
     if (plain)
         NAME(index_scan)(q, weights, keys, packed, table, NULL, end, plain, heads, width, per_page, k, threads, picks);
     Scan s = NAME(scan_of)(keys, packed, table, heads, width, per_page);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && queries - plain > 1)
-    for (long row = plain; row < queries; row++) {
-        int64_t segments = grouped_segments(end[row]), tail = segments * SEGMENT;
-        if (end[row] <= k) {
-            for (long i = 0; i < k; i++) picks[row * k + i] = i < end[row] ? i : -1;
-            continue;
-        }
-        int64_t *ids = malloc(sizeof(int64_t) * (budget * (FINE + 1) + end[row] - tail + 1));
-        int64_t *parts = ids + budget * FINE + end[row] - tail + 1;
-        long count = NAME(best_parts)(&s, q + row * heads * width, weights + row * heads, means, fine,
-                                      segments * per_segment, budget, parts);
-        long n = candidates(parts, count, (const uint16_t *)order, tail, end[row], ids);
-        NAME(best_of_some)(&s, q + row * heads * width, weights + row * heads, ids, n, k, picks + row * k);
-        free(ids);
-    }
+    int is_alone = threads > 1 && queries - plain == 1; /* then threads share the work on it; no region of one thread around it */
+#define SEARCH(row, shared)                                                                                            \
+    NAME(search_one)(&s, q + (row) * heads * width, weights + (row) * heads, order, means, fine, end[row], k, budget,    \
+                     shared, picks + (row) * k)
+    if (threads > 1 && !is_alone) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+        for (long row = plain; row < queries; row++) SEARCH(row, 0);
+    } else
+        for (long row = plain; row < queries; row++) SEARCH(row, is_alone);
+#undef SEARCH
 }

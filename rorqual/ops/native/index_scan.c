@@ -64,9 +64,7 @@ INLINE uint64_t hits_of(const Best *best, const float *score, int64_t base, int6
         __m512 threshold = _mm512_set1_ps(best->threshold);
         uint64_t found = _mm512_cmp_ps_mask((__m512)lanes_at(score + v * LANE_COUNT), threshold, _CMP_NLE_UQ);
 #else
-        uint64_t found = 0;
-        Wholes is_more = ~(lanes_at(score + v * LANE_COUNT) <= best->threshold);
-        for (int i = 0; i < LANE_COUNT; i++) found |= (uint64_t)(is_more[i] & 1) << i;
+        uint64_t found = lanes_set(~(lanes_at(score + v * LANE_COUNT) <= best->threshold));
 #endif
         hits |= found << v * LANE_COUNT;
     }

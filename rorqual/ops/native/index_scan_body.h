@@ -52,6 +52,10 @@ static void NAME(fill_rows)(const Scan *s, const uint8_t *const *given, enum Ker
         return;
     }
 #endif
+    if (PER_WORD == 2 && !s->is_packed && kernel == FLOATS && width % 2 == 0) {
+        turn_halves(row, width, (uint32_t *)keys->floats);
+        return;
+    }
     for (long r = 0; r < TILE && (s->is_packed || PER_WORD == 2); r++) { /* rows that are not yet what is turned */
         float *floats = keys->rows + r * width;
         uint16_t *halves = keys->half_rows + r * width;

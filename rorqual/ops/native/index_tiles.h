@@ -29,6 +29,25 @@
 #define HAS_CODE_PRODUCTS 1
 #endif
 
+#if defined(__AVX__) && !defined(__AVX512F__)
+/* 8 rows of 8 words, turned in place. */
+INLINE void turn_square(__m256 *x) {
+    __m256d pair[8];
+    for (int i = 0; i < 8; i += 4) { /* of four rows: words 4 l and 4 l + 1, then 4 l + 2 and 4 l + 3 of 128-bit lane l */
+        __m256 low = _mm256_unpacklo_ps(x[i], x[i + 1]), low2 = _mm256_unpacklo_ps(x[i + 2], x[i + 3]);
+        __m256 high = _mm256_unpackhi_ps(x[i], x[i + 1]), high2 = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+        pair[i] = _mm256_unpacklo_pd((__m256d)low, (__m256d)low2);
+        pair[i + 1] = _mm256_unpackhi_pd((__m256d)low, (__m256d)low2);
+        pair[i + 2] = _mm256_unpacklo_pd((__m256d)high, (__m256d)high2);
+        pair[i + 3] = _mm256_unpackhi_pd((__m256d)high, (__m256d)high2);
+    }
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm256_permute2f128_ps((__m256)pair[i], (__m256)pair[4 + i], 0x20);
+        x[4 + i] = _mm256_permute2f128_ps((__m256)pair[i], (__m256)pair[4 + i], 0x31);
+    }
+}
+#endif
+
 /* Words of TILE rows -> out [words][TILE]. */
 INLINE void turn_words(const uint8_t *const *row, long words, uint32_t *out) {
 #ifdef __AVX512F__
@@ -59,9 +78,30 @@ INLINE void turn_words(const uint8_t *const *row, long words, uint32_t *out) {
             for (int i = 0; i < 16 && w + i < words; i++) _mm512_storeu_si512(out + (w + i) * TILE + r, c[i]);
         }
 #else
-    for (long w = 0; w < words; w++)
-        for (long r = 0; r < TILE; r++) memcpy(out + w * TILE + r, row[r] + 4 * w, 4);
+    long done = 0;
+#ifdef __AVX__
+    for (; done + 8 <= words; done += 8)
+        for (long r = 0; r < TILE; r += 8) {
+            __m256 turned[8];
+            for (int i = 0; i < 8; i++) turned[i] = _mm256_loadu_ps((const float *)(row[r + i] + 4 * done));
+            turn_square(turned);
+            for (int i = 0; i < 8; i++) _mm256_storeu_ps((float *)(out + (done + i) * TILE + r), turned[i]);
+        }
 #endif
+    for (; done < words; done++)
+        for (long r = 0; r < TILE; r++) memcpy(out + done * TILE + r, row[r] + 4 * done, 4);
+#endif
+}
+
+/* bf16 rows of `width` (even) channels -> out [width][TILE] in fp32: two channels a word are turned together. */
+INLINE void turn_halves(const uint8_t *const *row, long width, uint32_t *out) {
+    turn_words(row, width / 2, out + width / 2 * TILE); /* the upper half is read before it is written */
+    for (long w = 0; w < width / 2; w++)
+        for (long r = 0; r < TILE; r += LANE_COUNT) {
+            Words two = *(const Words *)(out + (width / 2 + w) * TILE + r);
+            *(Words *)(out + 2 * w * TILE + r) = two << 16;
+            *(Words *)(out + (2 * w + 1) * TILE + r) = two & 0xffff0000u;
+        }
 }
 
 /* A group's sums, added to those of the groups before it (`total`, [heads][TILE], in memory: the registers are needed): kept

@@ -18,11 +18,14 @@ void NAME(hc_head_forward)(const T *x, const float *fn, const float *base, const
                            float norm_eps, float eps, T *y, float *pre, float *raw, float *rs);
 void NAME(attend_query)(const T *q, const T *const *keys, long n, const float *sink, long first, long last, long width,
                         float scale, float *work, T *out, float *lse);
+void NAME(attend_run)(const T *q, const T *const *keys, long n, long run, const float *sink, long first, long last,
+                      long width, float scale, float *weights, float *left);
+void NAME(join_runs)(float *left, long runs, long first, long last, long width, T *out, float *lse);
 void NAME(index_scan)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
                       const int64_t *start, const int64_t *end, long queries, long heads, long width, long per_page, long k,
                       long threads, int64_t *picks);
 void NAME(index_search)(const T *q, const float *weights, const T *keys, const uint8_t *packed, const int64_t *table,
-                        const uint8_t *order, const float *means, const uint8_t *fine, const int64_t *end, long queries,
+                        const uint8_t *order, const uint8_t *means, const uint8_t *fine, const int64_t *end, long queries,
                         long heads, long width, long per_page, long k, long budget, long threads, int64_t *picks);
 void NAME(router)(const T *x, const T *w, const float *bias, long tokens, long d, long experts, long active, float scale,
                   float *scores, int64_t *chosen, float *weights);

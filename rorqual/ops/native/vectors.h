@@ -77,6 +77,19 @@ INLINE Vector choose(Integers when, Vector a, Vector b) { return (Vector)(((Inte
 INLINE Vector smaller(Vector a, float b) { return choose(a > b, (Vector){0} + b, a); } /* a NaN of `a` stays */
 INLINE Vector larger(Vector a, float b) { return choose(a < b, (Vector){0} + b, a); }
 
+/* A bit for each lane whose bits are all set. */
+INLINE uint32_t lanes_set(Integers x) {
+#if defined(__AVX512F__)
+    return _mm512_cmplt_epi32_mask((__m512i)x, _mm512_setzero_si512());
+#elif defined(__AVX__)
+    return (uint32_t)_mm256_movemask_ps((__m256)x);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < VECTOR; i++) bits |= (uint32_t)(x[i] & 1) << i;
+    return bits;
+#endif
+}
+
 /* exp_ of common.h, lane by lane. */
 INLINE Vector exp_lanes(Vector x) {
     const float magic = 12582912.0f; /* adding it leaves the nearest whole number in the low bits */
@@ -107,6 +120,8 @@ INLINE void store(float *p, long n, Vector v) {
 INLINE Vector widen_bf16(Halves h) {
 #ifdef HAS_BF16_PRODUCTS
     return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#elif defined(__AVX2__) && VECTOR == 8
+    return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16); /* gcc widens by halves */
 #else
     return (Vector)(__builtin_convertvector(h, Bits) << 16);
 #endif
