@@ -4,14 +4,15 @@ Drafts come from the text itself and from the MTP module. Greedy continuations o
 repeat themselves, which is much of what is gained on `code`; `config` says what part of the tokens came by drafts.
 
 Both sides are the engine on the same bundled model in one process, one request at a time and by turns, and must give
-the same tokens. On one thread both sides run on the same processor, in each turn on another one: processors of a
-virtual machine may differ by a quarter in speed, and each engine's thread would stay on its own. A line is one kind of prompt: `ours` is tokens per second between the first and the last token with
-speculation, `peer` without, `ratio` how many times better on is than off (the middle of the turns' ratios; `spread` has
-the least and the greatest). `config` has an interval that
-holds the middle of such turns in 95 of 100 runs, the mean accepted length (tokens from a step with drafts), tokens a step over
-all steps, the ratio by processor time of this process (which a busy machine disturbs less, and which on several threads
-counts their waiting for each other), drafted and accepted tokens of a turn, a round's time without drafts, and what a
-further row and a draft cost in such rounds.
+the same tokens. On one thread both sides run on the same processor, in every second turn on another one: processors of
+a virtual machine may differ by a quarter in speed, and each engine's thread would stay on its own.
+
+A line is one kind of prompt: `ours` is tokens per second between the first and the last token with speculation, `peer`
+without, `ratio` how many times better on is than off (the middle of the turns' ratios; `spread` has the least and the
+greatest). `config` has an interval that holds the middle of such turns in 95 of 100 runs, the mean accepted length
+(tokens from a step with drafts), tokens a step over all steps, the ratio by processor time of this process (which a
+busy machine disturbs less, and which on several threads counts their waiting for each other), drafted and accepted
+tokens of a turn, a round's time without drafts, and what a further row and a draft cost in such rounds.
 
 * `code`: beginnings of functions of Python files that training set aside, completed greedily
 * `chat`: questions of the chat and code tasks' test items, answered greedily
@@ -188,7 +189,8 @@ def measure_case(on: Engine, off: Engine, case: Case, kind: str, repeats: int) -
             "accepted_length": _accepted_length(before, after), "temperature": case.params.temperature,
             "ratio_interval": interval(ratios), "cpu_ratio_interval": interval(cpu_ratios),
             "cpu_ratio": measure.middle(cpu_ratios), "cpu_ratio_spread": [cpu_ratios[0], cpu_ratios[-1]],
-            "round_ms": 1e3 * (costs.plain or 0.0), "row_rounds": costs.row, "draft_rounds": costs.drafts(1),
+            "round_ms": 1e3 * (costs.plain or 0.0), "row_rounds": costs.row,
+            "first_row_rounds": costs.first_row, "draft_rounds": costs.drafts(1),
             **measure.machine(),
         },
     }  # fmt: skip
