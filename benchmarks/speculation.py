@@ -4,12 +4,15 @@ Drafts come from the text itself and from the MTP module. Greedy continuations o
 repeat themselves, which is much of what is gained on `code`; `config` says what part of the tokens came by drafts.
 
 Both sides are the engine on the same bundled model in one process, one request at a time and by turns, and must give
-the same tokens. A line is one kind of prompt: `ours` is tokens per second between the first and the last token with
-speculation, `peer` without, `ratio` how many times better on is than off (the middle of the turns' ratios; `spread` has
-the least and the greatest). `config` has the mean accepted length (tokens from a step with drafts), tokens a step over
-all steps, the ratio by processor time of this process (which a busy machine disturbs less, and which on several threads
-counts their waiting for each other), drafted and accepted tokens of a turn, a round's time without drafts, and what a
-further row and a draft cost in such rounds.
+the same tokens. On one thread both sides run on the same processor, in every second turn on another one: processors of
+a virtual machine may differ by a quarter in speed, and each engine's thread would stay on its own.
+
+A line is one kind of prompt: `ours` is tokens per second between the first and the last token with speculation, `peer`
+without, `ratio` how many times better on is than off (the middle of the turns' ratios; `spread` has the least and the
+greatest). `config` has an interval that holds the middle of such turns in 95 of 100 runs, the mean accepted length
+(tokens from a step with drafts), tokens a step over all steps, the ratio by processor time of this process (which a
+busy machine disturbs less, and which on several threads counts their waiting for each other), drafted and accepted
+tokens of a turn, a round's time without drafts, and what a further row and a draft cost in such rounds.
 
 * `code`: beginnings of functions of Python files that training set aside, completed greedily
 * `chat`: questions of the chat and code tasks' test items, answered greedily
@@ -26,6 +29,8 @@ The target is at least 1.2 on code and never below 0.98.
 
 import argparse
 import itertools
+import math
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -120,9 +125,30 @@ class Side:
         return out.ids
 
 
+def share_a_processor(engines: Sequence[Engine], number: int) -> None:
+    """Keep the threads of all engines on one processor, with its number chosen by that of the turn; Linux only."""
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        for engine in engines:
+            os.sched_setaffinity(engine._thread.native_id or 0, {allowed[number // 2 % len(allowed)]})
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    """Bounds of the middle of what sorted values were drawn from, at 95 %, whatever its distribution: two of them, by
+    the binomial distribution; the least and the greatest where there are fewer than six values.
+    """
+    count, at, below = len(values), 0, 0.5 ** len(values)
+    while at + 1 < (count + 1) // 2 and below + math.comb(count, at + 1) * 0.5**count <= 0.025:
+        at += 1
+        below += math.comb(count, at) * 0.5**count
+    return [values[at], values[count - 1 - at]]
+
+
 def turn(on: Engine, off: Engine, case: Case, number: int) -> tuple[Side, Side]:
     """All prompts once on both engines, prompt by prompt by turns, so that a machine's moods meet both."""
     with_drafts, without = Side(), Side()
+    if torch.get_num_threads() == 1:
+        share_a_processor((on, off), number)
     for i, prompt in enumerate(case.prompts):
         found = {}
         for is_on in (True, False) if (number + i) % 2 else (False, True):
@@ -161,8 +187,10 @@ def measure_case(on: Engine, off: Engine, case: Case, kind: str, repeats: int) -
             "prompts": len(case.prompts), "tokens": last.tokens, "repeats": repeats, "steps": steps,
             "drafted": last.drafted, "accepted": last.accepted, "tokens_per_step": last.tokens / max(1, steps),
             "accepted_length": _accepted_length(before, after), "temperature": case.params.temperature,
+            "ratio_interval": interval(ratios), "cpu_ratio_interval": interval(cpu_ratios),
             "cpu_ratio": measure.middle(cpu_ratios), "cpu_ratio_spread": [cpu_ratios[0], cpu_ratios[-1]],
-            "round_ms": 1e3 * (costs.plain or 0.0), "row_rounds": costs.row, "draft_rounds": costs.drafts(1),
+            "round_ms": 1e3 * (costs.plain or 0.0), "row_rounds": costs.row,
+            "first_row_rounds": costs.first_row, "draft_rounds": costs.drafts(1),
             **measure.machine(),
         },
     }  # fmt: skip
@@ -193,7 +221,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="one counted pair of turns, few prompts")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads to measure with")
-    parser.add_argument("--repeats", type=int, default=7, help="counted pairs of turns")
+    parser.add_argument("--repeats", type=int, default=15, help="counted pairs of turns")
     parser.add_argument("--prompts", type=int, default=6, help="prompts of a kind")
     parser.add_argument("--tokens", type=int, default=160, help="most tokens to decode after each")
     parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS), help="of the weights")

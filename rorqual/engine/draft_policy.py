@@ -50,8 +50,12 @@ PLAIN_EVERY = 32
 """One round in so many is made without drafts, so that its time stays known."""
 STALE = 1024
 """Rounds without drafts after which what rows cost is measured anew."""
-ROW, DRAFT, READING = 0.45, 0.3, 0.7
-"""What a row, a draft, and drafts behind a text that is read first may cost in rounds, until it is known."""
+ROW, FIRST_ROW, DRAFT, READING = 0.25, 0.7, 0.3, 0.7
+"""What a row, the first one besides, a draft, and drafts behind a text that is read first may cost in rounds, until it
+is known."""
+LEAST_ROW, LEAST_DRAFT = 0.1, 0.1
+"""No row and no draft costs less, whatever was measured: a moment in which rounds without drafts were slow for another
+reason would make all of them look free."""
 ASIDE = 0.15
 """What looking, remembering and counting cost in rounds, where nothing is measured without them."""
 SHORTEST_PAUSE, LONGEST_PAUSE = 256, 4096
@@ -134,7 +138,7 @@ class Costs:
         self._plain: deque[float] = deque(maxlen=LATEST)
         self._age = self._rows_age = 0
         self._rows: dict[int, Times] = {}
-        self._row: float | None = None
+        self._line: tuple[float, float] | None = None
         self.terms: Terms | None = None
         """What follows from these, until something is added."""
         self._drafts: dict[int, Times] = {}
@@ -145,14 +149,14 @@ class Costs:
         self._plain.append(seconds)
         self._age, self._rows_age = 0, self._rows_age + 1
         if self._rows_age == STALE:
-            self._rows, self._row, self.terms = {}, None, None
+            self._rows, self._line, self.terms = {}, None, None
 
     def add_rows(self, count: int, seconds: float) -> None:
         """A round with `count` further rows, without the time for making drafts."""
         self._age, self._rows_age = self._age + 1, 0
         if count and self._plain:
             self._rows.setdefault(count, Times()).add(seconds / _median(self._plain) - 1)
-            self._row = self.terms = None
+            self._line = self.terms = None
 
     def add_drafts(self, count: int, seconds: float, *, is_first: bool) -> None:
         """One call that made `count` drafts; is_first: and read a part of the text before."""
@@ -173,12 +177,22 @@ class Costs:
 
     @property
     def row(self) -> float:
-        """What a row costs, in rounds: the slope of a line through the round without drafts and those with some."""
-        if self._row is None:
+        """What a row costs, in rounds, behind the first."""
+        return self._fit()[1]
+
+    @property
+    def first_row(self) -> float:
+        """What it costs besides that there are any: other kernels, whose code and data are not in the cache where most
+        rounds go without, choices by rows, what is taken back.
+        """
+        return self._fit()[0]
+
+    def _fit(self) -> tuple[float, float]:
+        """`first_row` and `row`: a line through the counts of rows that were seen, by least squares."""
+        if self._line is None:
             known = [(count, times.typical) for count, times in self._rows.items() if len(times) >= ENOUGH]
-            slope = sum(count * extra for count, extra in known) / sum(count**2 for count, _ in known) if known else ROW
-            self._row = max(0.0, slope)
-        return self._row
+            self._line = _line_through(known) if known else (FIRST_ROW, ROW)
+        return self._line
 
     def drafts(self, count: int, *, is_first: bool = False) -> float:
         """What a call of `count` drafts costs, in rounds; of counts not seen, in proportion to the nearest."""
@@ -190,7 +204,20 @@ class Costs:
         if not known:
             return DRAFT * count
         nearest = min(known, key=lambda number: abs(number - count))
-        return self._drafts[nearest].typical * count / nearest
+        return max(LEAST_DRAFT, self._drafts[nearest].typical / nearest) * count
+
+
+def _line_through(known: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Where a line through counts and costs begins, and how it rises; of one count alone, as `FIRST_ROW` says."""
+    count = sum(number for number, _ in known) / len(known)
+    cost = sum(extra for _, extra in known) / len(known)
+    square = sum((number - count) ** 2 for number, _ in known)
+    if square:
+        slope = sum((number - count) * (extra - cost) for number, extra in known) / square
+    else:
+        slope = (cost - FIRST_ROW) / count
+    slope = min(max(LEAST_ROW, slope), max(LEAST_ROW, cost / count))
+    return max(0.0, cost - slope * count), slope
 
 
 @dataclass
@@ -217,11 +244,14 @@ class Trial:
 
 
 class Terms(NamedTuple):
-    """What a draft has to promise in this round: at least `to_draft` to make a further one, `to_verify` to keep it."""
+    """What a draft has to promise in this round: at least `to_draft` to make a further one, `to_verify` to keep it; and
+    all of them together `aside` more than that.
+    """
 
     most: int
     to_draft: float
     to_verify: float
+    aside: float = 0.0
 
 
 @dataclass
@@ -257,7 +287,8 @@ class Policy:
             return costs.terms
         row, further = costs.row, max(0.0, costs.drafts(2) - costs.drafts(1))
         worth = 1 / abs(requests) / MARGIN
-        costs.terms = Terms(self.most, min(1.0, (row + further) / worth), min(1.0, row / worth))
+        aside = (costs.first_row + ASIDE) / worth
+        costs.terms = Terms(self.most, min(1.0, (row + further) / worth), min(1.0, row / worth), aside)
         return costs.terms
 
     def keep(self, terms: Terms, chances: Sequence[float], greedy: bool) -> int:
@@ -287,7 +318,7 @@ class Policy:
         is_text: the drafts are from the text itself, and `made` counts those of the module beside them.
         """
         costs = self.costs(requests)
-        spent = verified * costs.row + costs.drafts(made, is_first=is_first) + ASIDE
+        spent = verified * costs.row + bool(verified) * costs.first_row + costs.drafts(made, is_first=is_first) + ASIDE
         kind = (self.text_kinds if is_text else self.kinds)[greedy]
         for one in (trial, kind):
             one.add(right - spent * abs(requests))

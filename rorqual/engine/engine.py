@@ -44,8 +44,12 @@ from rorqual.engine.watch import RequestView, view_of
 from rorqual.engine.weights import Change, check_version, copying, restored
 from rorqual.errors import ConfigError, RequestError
 from rorqual.model.index_groups import search_index_by
+from rorqual.ops.native import worker_threads
 
 logger = log.get(__name__)
+
+SPARE_S = 0.02
+"""After so long without work the engine gives its worker threads back, so that those of others wait as they should."""
 
 SEED_BITS = 53
 """Of a seed drawn here: a number that every reader of JSON keeps as it is."""
@@ -136,6 +140,7 @@ class Engine:
         self._changed = threading.Condition()  # guards the scheduler and the two fields below
         self._closing = False
         self._broken: RequestError | None = None
+        worker_threads.release()  # the caller's: from here on the engine's thread computes
         self._thread = threading.Thread(target=self._run, name="rorqual-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # a thread inside torch must not outlive the interpreter
@@ -375,12 +380,16 @@ class Engine:
         for job in left:
             job.request.fail(self._broken or closed())
 
+    def _has_news(self) -> bool:
+        idle = self._scheduler.is_idle and self._asides.is_idle
+        return bool(self._closing or self._changes or not idle)
+
     def _round(self) -> bool:
         """Wait for work and do one round of it. False when the engine is to stop."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closing or self._changes or not (self._scheduler.is_idle and self._asides.is_idle)
-            )
+            if not self._changed.wait_for(self._has_news, SPARE_S):
+                worker_threads.release()
+                self._changed.wait_for(self._has_news)
             if self._closing:
                 return False
             is_free = self._scheduler.is_idle

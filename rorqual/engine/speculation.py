@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rorqual.engine import sampler
-from rorqual.engine.draft_policy import ASIDE, LONGEST_PAUSE, Policy, Terms, Trial
+from rorqual.engine.draft_policy import LONGEST_PAUSE, Policy, Terms, Trial
 from rorqual.engine.grammar import Constraint
 from rorqual.engine.job import Job
 from rorqual.engine.own_text import OwnText
@@ -170,7 +170,7 @@ class Speculation:
         self._look(job, mine, 1)
         if mine.match:
             terms, odds = self.policy.terms(requests), self.policy.text_odds[mine.greedy]
-            if terms is None or odds.keep(mine.match, mine.most_repeated, terms.to_verify, ASIDE):
+            if terms is None or odds.keep(mine.match, mine.most_repeated, terms.to_verify, terms.aside):
                 return 0
             mine.bet = mine.match, mine.repeated[0], len(job.ids)
             mine.match = 0
@@ -236,7 +236,7 @@ class Speculation:
         most = _most(job, room, MOST_REPEATED)
         if mine.match:
             count = self.policy.text_odds[greedy].keep(
-                mine.match, min(most, mine.most_repeated), terms.to_verify, ASIDE
+                mine.match, min(most, mine.most_repeated), terms.to_verify, terms.aside
             )
             if count and self._can_draft(job, count):
                 mine.is_text, mine.misses, self.policy.misses[greedy] = True, 0, 0

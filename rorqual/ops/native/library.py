@@ -57,7 +57,7 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _torch_openmp() -> Path | None:
+def torch_openmp() -> Path | None:
     """torch's own OpenMP runtime: sharing it keeps one pool of threads in the process."""
     folder = Path(torch.__file__).parent / "lib"
     return next(iter(sorted(folder.glob("libgomp*.so*"))), None)
@@ -66,7 +66,7 @@ def _torch_openmp() -> Path | None:
 def _runtime(cc: list[str]) -> Path | None:
     """The OpenMP runtime for what `cc` compiles: torch's, which is gcc's; clang calls its own by other names."""
     version = subprocess.run([*cc, "--version"], capture_output=True, text=True, check=False)
-    return None if "clang" in version.stdout.lower() else _torch_openmp()
+    return None if "clang" in version.stdout.lower() else torch_openmp()
 
 
 def _build(cc: list[str], target: Path) -> None:
