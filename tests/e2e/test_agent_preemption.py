@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from agent_toy import SHELL, Choosing, judge, prompts, reply
 from local_sandbox import Maker
 from mock_model import byte_tokenizer
-from test_agent_rollouts import SHELL, Choosing, judge, prompts, reply
 
 from rorqual.engine import Engine
 from rorqual.errors import RequestError

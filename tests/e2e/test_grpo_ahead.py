@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_toy import toy_config, toy_run
-from test_grpo_run import EVERYTHING
+from grpo_toy import EVERYTHING, toy_config, toy_run
 
 from rorqual.posttrain.rollout_log import RolloutLog
 
