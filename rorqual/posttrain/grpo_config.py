@@ -74,6 +74,12 @@ class GRPOConfig(StageConfig):
         default=OptimConfig(lr=3e-6, warmup_steps=0, decay="constant"), description="How weights move."
     )
     steps: int = Field(default=200, ge=1, description="Rollout phases.")
+    max_staleness: int | None = Field(
+        default=None,
+        ge=0,
+        description="Draw ahead while the trainer works: most phases between the weights that draw a token and those "
+        "trained with it; unset: phases take turns. Keeps a second copy of the weights.",
+    )
     group_size: int = Field(default=16, ge=2, description="Answers to each prompt.")
     prompts_per_step: int = Field(default=32, ge=1, description="Prompts of each rollout phase.")
     minibatches: int = Field(default=1, ge=1, description="Updates that a phase's answers are spread over.")
@@ -117,6 +123,11 @@ class GRPOConfig(StageConfig):
         unknown = set(self.modes) - {"off", "high", "max"}
         if unknown or not self.modes or not any(mode.share for mode in self.modes.values()):
             raise ValueError(f"modes are off, high and max with some share above 0, got {', '.join(self.modes)}")
+        if self.max_staleness and self.judging.share:
+            raise ValueError(
+                "judging needs the answers of the phase before, which are not known yet when phases are drawn ahead: "
+                "set max_staleness to 0 or leave it out, or judging.share to 0"
+            )
         if self.minibatches > self.prompts_per_step:
             raise ValueError(f"minibatches ({self.minibatches}) exceed prompts_per_step ({self.prompts_per_step})")
         return self

@@ -150,6 +150,11 @@ def line_of(phase: int, steps: int, figures: dict[str, Any]) -> str:
         f"phase {phase}/{steps}  reward {figures['reward']:.3f}  right {100 * figures['accuracy']:.0f}%  "
         f"abstained {100 * figures['abstention_share']:.0f}%  {figures['length']:.0f} tokens  "
         f"entropy {figures['entropy']:.2f}  {figures['rollout_s']:.1f}+{figures['train_s']:.1f} s"
+        + (
+            f"  age {figures['staleness_mean']:.2f}  waited {100 * figures['trainer_idle_share']:.0f}%"
+            if "staleness_mean" in figures
+            else ""
+        )
     )
 
 

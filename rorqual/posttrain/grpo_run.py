@@ -3,9 +3,10 @@
     prompts -> engine -> rewards -> advantages -> training forward (experts and supports replayed) -> update -> engine
 
 The engine and the trainer share one model: between two phases the engine rests, the trainer moves the weights, and the
-engine is told so. Everything within a phase, a judging actor included, thus sees one frozen copy. Every draw is a
-function of the seed and of names (phase, prompt, answer), so a run that was killed goes on from its last checkpoint to
-the weights of one that was not. Source: training specification, sections 12.4 and 13.4.
+engine is told so. With `max_staleness` the engine has a copy and draws the next phases meanwhile (`grpo_ahead`).
+A judging actor thus sees the weights that the phase began with. Every draw is a function of the seed and of names
+(phase, prompt, answer), so a run that was killed goes on from its last checkpoint to the weights of one that was not;
+drawn ahead, that holds for the phases that were trained on. Source: training specification, sections 12.4 and 13.4.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rorqual import log
 from rorqual.checkpoint.safetensors_io import save_tensors
 from rorqual.engine import Engine, SamplingParams
 from rorqual.posttrain import grpo
+from rorqual.posttrain.grpo_ahead import Ahead
 from rorqual.posttrain.grpo_batch import micro_batches
 from rorqual.posttrain.grpo_config import GRPOConfig
 from rorqual.posttrain.grpo_eval import Evaluation
@@ -86,7 +88,9 @@ class GRPORun:
             self.model, config.optim, context.run, config.trainable or None, total_steps=config.total_updates
         )
         self.tokenizer = context.tokenizer
-        self.engine = Engine(self.model, self.tokenizer, max_running=config.sampling.parallel)
+        self.is_ahead = config.max_staleness is not None
+        drawing = copy.deepcopy(self.model).requires_grad_(False) if self.is_ahead else self.model
+        self.engine = Engine(drawing, self.tokenizer, max_running=config.sampling.parallel)
         self.log = RolloutLog(context.folder / "rollouts") if config.keep_rollouts else None
         self.worker = RolloutWorker(
             self.engine,
@@ -100,6 +104,7 @@ class GRPORun:
         self.judging = Judging(config.judging, config.modes, seed)
         self.evaluation = Evaluation(config, self.engine, self.stream, self.graders)
         self.phase, self.reference_file = 0, ""
+        self._ahead: Ahead | None = None
         self._is_due = False  # a checkpoint, because the reference is new
         if context.resume:
             self._resume()
@@ -112,6 +117,8 @@ class GRPORun:
 
     def close(self) -> None:
         """Stop the engine and close all files."""
+        if self._ahead is not None:
+            self._ahead.close()
         self.engine.close()
         self.graders.close()
         if self.log is not None:
@@ -155,21 +162,29 @@ class GRPORun:
         self.judging.take(phase.questions, phase.answers, phase.scores, phase.groups)
         self.phase += 1
         self._is_due = self._refresh_reference()
-        self.engine.change_weights(lambda: None, version=self.phase).result()
+        self._publish()
+        if self._ahead is not None:
+            figures.update(self._ahead.figures())
         return {**figures, "rollout_s": rolled - began, "train_s": time.perf_counter() - rolled}
+
+    def _publish(self) -> None:
+        """The weights of this moment are what the engine draws with from its next token on."""
+        if self._ahead is not None:
+            self._ahead.publish(self.model.state_dict(), self.phase)
+        elif self.is_ahead:
+            self.engine.load_weights(self.model.state_dict(), self.phase).result()
+        else:
+            self.engine.change_weights(lambda: None, version=self.phase).result()
 
     def _roll_out(self) -> _Phase | None:
         """The answers of this phase with their scores; None when a signal asked to stop meanwhile."""
-        per_step = self.config.prompts_per_step
-        judgements = self.judging.questions(self.phase, per_step)
-        first = self.phase * per_step
-        questions = [*(self.stream.question(first + i) for i in range(per_step - len(judgements))), *judgements]
+        if self.is_ahead:
+            return self._take_ahead()
+        questions = self._questions(self.phase)
         done: dict[int, tuple[list[Rollout], list[Answer], list[Score]]] = {}
         for mode in dict.fromkeys(question.mode for question in questions):
             places = [place for place, question in enumerate(questions) if question.mode == mode]
-            prompts = [
-                Prompt(f"{self.phase}/{place}", tuple(self.tokenizer.encode(questions[place].text))) for place in places
-            ]
+            prompts = [self._prompt(self.phase, place, questions[place]) for place in places]
             groups = self.worker.generate(prompts, self.config.group_size, self._sampling(questions[places[0]].window))
             for group in groups:
                 place = places[group[0].group]
@@ -181,6 +196,32 @@ class GRPORun:
         for place, question in enumerate(questions):
             phase.add(question, *done[place])
         return phase
+
+    def _take_ahead(self) -> _Phase | None:
+        """As `_roll_out`, from what was drawn meanwhile."""
+        if self._ahead is None:
+            self._ahead = Ahead(
+                self.worker, self.config, self.phase, self._questions, self._prompt, self._sampling
+            )  # fmt: skip
+        taken = self._ahead.phase(self.context.should_stop)
+        if taken is None:
+            return None
+        phase = _Phase()
+        for question, group in taken:
+            answers = [self._answer(question, rollout) for rollout in group]
+            phase.add(question, group, answers, self.graders.score(question, answers))
+            if self.context.should_stop():
+                return None
+        return phase
+
+    def _questions(self, phase: int) -> list[Question]:
+        per_step = self.config.prompts_per_step
+        judgements = self.judging.questions(phase, per_step)
+        first = phase * per_step
+        return [*(self.stream.question(first + i) for i in range(per_step - len(judgements))), *judgements]
+
+    def _prompt(self, phase: int, place: int, question: Question) -> Prompt:
+        return Prompt(f"{phase}/{place}", tuple(self.tokenizer.encode(question.text)), question)
 
     def _sampling(self, window: int) -> SamplingParams:
         s = self.config.sampling
@@ -230,6 +271,8 @@ class GRPORun:
         moved = [i for i in places if self.config.beta or float(advantages[i])]
         lengths = [len(phase.rollouts[i].trajectory) for i in moved]
         for rows in micro_batches(lengths, self.config.micro_batch_tokens):
+            if self._ahead is not None:
+                self._ahead.check()
             chosen = [moved[row] for row in rows]
             rollouts = [phase.rollouts[i] for i in chosen]
             yield partial(self._loss, rollouts, advantages[chosen], len(places), tally)
@@ -321,7 +364,7 @@ class GRPORun:
         self.evaluation.load_state_dict(extra["evaluation"])
         if self.reference is not None and self.reference_file:
             self.reference.load_state_dict(load_file(self.context.folder / self.reference_file))
-        self.engine.change_weights(lambda: None, version=self.phase).result()
+        self._publish()
 
 
 def _minibatches(count: int, parts: int, seed: int) -> list[set[int]]:

@@ -271,16 +271,20 @@ class RolloutWorker:
 
     def _take(self, run: _Run, event: TokenEvent) -> None:
         """An event of a rollout; called by the engine's thread."""
+        if run.error is not None:
+            return  # which was told already
         try:
             if event.id is not None:
                 self._keep(run, event)
         except Exception as error:
             run.error = error
+            run.ended.put(run)  # at once: the request may have far to go, and is cancelled by who hears of it
+            return
         if event.finish_reason is not None:
             if event.finish_reason in ("stop", "length"):
                 run.ending = event.finish_reason
             elif event.finish_reason == "error":
-                run.error = run.error or _error_of(run)
+                run.error = _error_of(run)
             elif run.request is not None:
                 run.saved, run.saved_version = run.request.saved, self.engine.policy_version
             run.ended.put(run)

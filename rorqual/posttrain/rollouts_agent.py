@@ -15,7 +15,7 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class AgentRollouts:
         self.keep_masks, self.keep_routing = keep_masks, keep_routing
         self._may_run, self._is_closed = threading.Event(), False
         self._may_run.set()
+        self._lock = threading.Lock()  # of the two counters
         self.infra_failed = self.preemptions = 0
 
     def generate(
@@ -113,7 +114,7 @@ class AgentRollouts:
         """Groups in the order of their prompts. A run that the platform ended is left out of its group, and counted in
         `infra_failed`: that says nothing about the answer.
 
-        Raises: RequestError for a temperature of 0, or what ended a run otherwise.
+        Raises: RequestError for a temperature of 0, or what ended a run otherwise, whichever run it was, at once.
         """
         params = sampling or SamplingParams()
         if params.temperature == 0:
@@ -127,7 +128,9 @@ class AgentRollouts:
                 for group, prompt in enumerate(prompts)
             ]
             try:
+                running = {future for group in groups for future in group}
                 for group in groups:
+                    running = _await(group, running)
                     yield [made for future in group if (made := future.result()) is not None]
             finally:
                 self._is_closed = True
@@ -148,11 +151,13 @@ class AgentRollouts:
             try:
                 return self._attempt(prompt, group, index, params)
             except Preempted:
-                self.preemptions += 1
+                with self._lock:
+                    self.preemptions += 1
                 if self._is_closed:
                     raise
             except InfraFailed as error:
-                self.infra_failed += 1
+                with self._lock:
+                    self.infra_failed += 1
                 logger.warning("the rollout %s was ended by the platform: %s", rollout_id(prompt.id, index), error)
                 return None
 
@@ -218,6 +223,19 @@ class AgentRollouts:
         from rorqual.sandbox import Sandbox
 
         return Sandbox
+
+
+def _await(
+    group: Sequence[Future[Rollout | None]], running: set[Future[Rollout | None]]
+) -> set[Future[Rollout | None]]:
+    """What of `running` still runs, once a group is whole. Raises: the failure of any run, as soon as it is known."""
+    while True:
+        done, running = wait(running, timeout=0)
+        for future in done:
+            future.result()
+        if all(future.done() for future in group):
+            return running
+        wait(running, return_when=FIRST_COMPLETED)
 
 
 @dataclass

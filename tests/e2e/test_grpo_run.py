@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from grpo_toy import toy_config, toy_model, toy_run
+from grpo_toy import EVERYTHING, toy_config, toy_model, toy_run
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
@@ -26,26 +26,6 @@ def test_reward_rises_within_thirty_steps(tmp_path: Path) -> None:
     assert len(held_out) == 2 and held_out[1] > held_out[0]
     assert max(r["mismatch"] for r in phases) < 1e-5  # the engine's log-probabilities are the trainer's
     assert (tmp_path / "plots" / "grpo.png").stat().st_size > 10_000
-
-
-EVERYTHING: dict[str, Any] = {
-    "steps": 5,
-    "minibatches": 2,
-    "epochs": 2,
-    "beta": 0.1,
-    "refresh_reference_every": 2,
-    "keep_routing": True,
-    "sampling": {"top_p": 0.9},
-    "micro_batch_tokens": 64,
-    "eval_every": 2,
-    "eval_items": 4,
-    "optim": {"lr": 0.03, "decay": "constant", "warmup_steps": 0},
-    "judging": {"share": 0.5},
-    "tasks": [{"source": "grpo_toy:items", "rewards": [{"name": "grpo_toy:judged"}]}],
-    "prompts_per_step": 4,
-    "group_size": 4,
-}
-"""Settings under which a checkpoint has to hold all that it may hold."""
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:

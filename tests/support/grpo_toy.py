@@ -77,3 +77,23 @@ def toy_run(
     run = RunConfig(folder=str(folder), threads=1, checkpoint_minutes=1e-9)
     context = StageContext(model or toy_model(), byte_tokenizer(), folder, run, resume=resume, should_stop=should_stop)
     return run_grpo(settings, context)
+
+
+EVERYTHING: dict[str, Any] = {
+    "steps": 5,
+    "minibatches": 2,
+    "epochs": 2,
+    "beta": 0.1,
+    "refresh_reference_every": 2,
+    "keep_routing": True,
+    "sampling": {"top_p": 0.9},
+    "micro_batch_tokens": 64,
+    "eval_every": 2,
+    "eval_items": 4,
+    "optim": {"lr": 0.03, "decay": "constant", "warmup_steps": 0},
+    "judging": {"share": 0.5},
+    "tasks": [{"source": "grpo_toy:items", "rewards": [{"name": "grpo_toy:judged"}]}],
+    "prompts_per_step": 4,
+    "group_size": 4,
+}
+"""Settings under which a checkpoint has to hold all that it may hold."""

@@ -4,6 +4,7 @@ Commands are processes of their own session that outlive this one, as in a real 
 lies in files: `accepted`, then `exit`. Only for programs that the tests write themselves.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -52,7 +53,7 @@ class Commands:
             (partial / "stdin").write_bytes(stdin or b"")
             partial.rename(folder)
             process = subprocess.Popen([sys.executable, "-c", RUNNER, str(folder)], start_new_session=True)
-            (folder / "pid").write_text(str(process.pid))
+            put(folder / "pid", str(process.pid))
         return self._wait(folder, timeout, was_finished)
 
     def _wait(self, folder: Path, timeout: float, was_finished: bool) -> CommandResult:
@@ -160,7 +161,7 @@ class Maker:
             sandbox.work.mkdir()
         else:
             shutil.copytree(self.root / "snapshots" / snapshot, sandbox.work)
-        (sandbox.folder / "metadata").write_text(json.dumps(metadata))
+        put(sandbox.folder / "metadata", json.dumps(metadata))
         self.made += 1
         return sandbox
 
@@ -175,8 +176,16 @@ class Maker:
     def list(self) -> list[Any]:
         found = []
         for path in self.root.glob("*/metadata"):
-            found.append(SimpleNamespace(id=path.parent.name, metadata=json.loads(path.read_text())))
+            with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
+                found.append(SimpleNamespace(id=path.parent.name, metadata=json.loads(path.read_text())))
         return found
+
+
+def put(path: Path, text: str) -> None:
+    """Write a file that others read meanwhile: they see all of it or none."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    partial.write_text(text)
+    partial.rename(path)
 
 
 def alive(pid: int) -> bool:

@@ -1,6 +1,8 @@
 """Rollouts while a trainer works: the bound on staleness, and behind a server: whose log probabilities count."""
 
 import math
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,6 +104,39 @@ def test_a_closed_stream_leaves_nothing_running() -> None:
         assert engine.occupancy() == (0, 0)
         with pytest.raises(ConfigError, match="max_staleness=-1"):
             RolloutStream(RolloutWorker(engine), [], 1, batch_groups=1, max_staleness=-1)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_the_failure_of_any_group_reaches_the_trainer_at_once(waits: bool) -> None:
+    """While it waits for another group that is far from whole, and where it asks or publishes without waiting."""
+    endless = SamplingParams(max_tokens=100_000, suppress_token_ids=(byte_tokenizer().eos_token_id,))
+    with tiny_engine(tiny_policy()) as engine:
+        worker = RolloutWorker(engine)
+        keep = worker._keep
+
+        def failing(run: Any, event: Any) -> None:
+            if run.prompt.id == "p3" and len(run.drawn.ids) == 3:
+                raise OSError("the disk is full")
+            if run.prompt.id != "p3":
+                gate.wait(0.01)
+            keep(run, event)
+
+        gate = threading.Event()
+        worker._keep = failing  # type: ignore[method-assign]
+        endless = endless.replace(max_tokens=engine.context_limit - 64)
+        with RolloutStream(worker, tiny_prompts(4), 1, endless, batch_groups=2, max_staleness=1) as stream:
+            if waits:
+                with pytest.raises(OSError, match="disk is full"):
+                    stream.batch()
+            else:
+                end = time.monotonic() + 60
+                while stream._failure is None and time.monotonic() < end:
+                    time.sleep(0.01)
+                for call in (stream.check, stream.publish, stream.batch):
+                    with pytest.raises(OSError, match="disk is full"):
+                        call()
+            assert max(worker.running.values(), default=0) < endless.max_tokens  # type: ignore[type-var]
+            assert len(worker.running) >= 3  # the others were under way and had not ended
 
 
 # --------------------------------------------------------------------------------------------------------- servers
