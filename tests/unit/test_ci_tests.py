@@ -39,7 +39,7 @@ def gate(folder: Path, **files: str) -> tuple[int, str, str]:
     env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p xdist"}  # others take seconds
     result = subprocess.run(
         [sys.executable, ROOT / "scripts/ci_tests.py", "test", "notes"],
-        cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300,
+        cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=550,
     )  # fmt: skip
     notes = folder / "notes"
     return result.returncode, result.stdout, notes.read_text() if notes.exists() else ""
