@@ -5,7 +5,7 @@ repeat themselves, which is much of what is gained on `code`; `config` says what
 
 Both sides are the engine on the same bundled model in one process, one request at a time and by turns, and must give
 the same tokens. On one thread both sides run on the same processor, in every second turn on another one: processors of
-a virtual machine may differ by a quarter in speed, and each engine's thread would stay on its own.
+a virtual machine may differ in speed, and each engine's thread would stay on its own.
 
 A line is one kind of prompt: `ours` is tokens per second between the first and the last token with speculation, `peer`
 without, `ratio` how many times better on is than off (the middle of the turns' ratios; `spread` has the least and the

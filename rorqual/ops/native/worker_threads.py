@@ -38,4 +38,4 @@ def _pause() -> Callable[[int], int] | None:
     except (OSError, AttributeError):  # before GCC 9
         return None
     function.restype, function.argtypes = ctypes.c_int, [ctypes.c_int]
-    return function  # type: ignore[no-any-return]
+    return function
