@@ -1,4 +1,4 @@
-"""Agents' tasks that a scripted model with a few choices of its own does: two calls that write letters, and an answer."""
+"""Agents' tasks for a scripted model with a few choices of its own: two calls that write letters, and an answer."""
 
 from typing import Any
 
