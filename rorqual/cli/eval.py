@@ -28,7 +28,7 @@ KEY_VARIABLE = "RORQUAL_MODEL_KEY"
 SuiteArgument = Annotated[
     str,
     typer.Argument(
-        help="facts, needle, hop, mrcr, aggregation, arith, effort, tools, claims, threads, done or code.",
+        help="facts, needle, hop, mrcr, aggregation, arith, effort, tools, json, claims, threads, done or code.",
         show_default=False,
         metavar="SUITE",
     ),

@@ -36,9 +36,11 @@ from rorqual.data.tasks.mrcr import MrcrFamily
 from rorqual.data.tasks.needle import NeedleFamily
 from rorqual.data.tasks.needle_multi import MultiNeedleFamily
 from rorqual.data.tasks.recall import RECALL_ROWS, RecallFamily
+from rorqual.data.tasks.structured import JsonFamily
 from rorqual.data.tasks.threads import ThreadsFamily
 from rorqual.data.tasks.tool import ToolFamily
 from rorqual.data.tasks.tool_dialogue import ToolDialogueFamily
+from rorqual.data.tasks.tool_nested import NestedToolFamily
 from rorqual.data.tasks.tool_traces import ToolTracesFamily
 from rorqual.data.tasks.world import DEFAULT_WORLD, WORLD_VERSION, World
 
@@ -88,6 +90,8 @@ def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -
         "done": DoneFamily(),
         "needle-multi": MultiNeedleFamily(world),
         "tool-dialogue": ToolDialogueFamily(),
+        "tool-nested": NestedToolFamily(),
+        "json": JsonFamily(),
     }
 
 
@@ -149,10 +153,12 @@ __all__ = [
     "Grade",
     "HopFamily",
     "Item",
+    "JsonFamily",
     "Mode",
     "MrcrFamily",
     "MultiNeedleFamily",
     "NeedleFamily",
+    "NestedToolFamily",
     "Piece",
     "RecallFamily",
     "Size",

@@ -19,6 +19,7 @@ _CLASSES = {
     "arith": "arith.ArithSuite",
     "effort": "effort.EffortSuite",
     "tools": "tools.ToolsSuite",
+    "json": "structured.JsonSuite",
     "claims": "claims.ClaimsSuite",
     "threads": "threads.ThreadsSuite",
     "done": "done.DoneSuite",
