@@ -209,7 +209,7 @@ def test_money_and_tokens_of_solved_items(tmp_path: Path) -> None:
     items = items_of(settings)
     solved = {item.id for item in items[:6]}
     target = ScriptedTarget(
-        items, lambda item: say(item, str(item.meta["value"])) if item.id in solved else say(item, "x")
+        items, lambda item: say(item, str(item.meta["value"] or IDK)) if item.id in solved else say(item, "x")
     )
     result = evaluate(settings, target, WORLD, tmp_path).result
     tokens = result["usage"]["completion"]

@@ -10,6 +10,7 @@ from rorqual.data.tasks.abstain import AbstainFamily
 from rorqual.data.tasks.aggregation import AggregationFamily
 from rorqual.data.tasks.arith import ArithFamily
 from rorqual.data.tasks.arith_columns import ColumnArithFamily
+from rorqual.data.tasks.arith_limits import ArithLimitsFamily
 from rorqual.data.tasks.base import (
     CANARY,
     SPLITS,
@@ -92,6 +93,7 @@ def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -
         "tool-dialogue": ToolDialogueFamily(),
         "tool-nested": NestedToolFamily(),
         "json": JsonFamily(),
+        "arith-limits": ArithLimitsFamily(),
     }
 
 
@@ -141,6 +143,7 @@ __all__ = [
     "AbstainFamily",
     "AggregationFamily",
     "ArithFamily",
+    "ArithLimitsFamily",
     "Census",
     "CensusFamily",
     "ChatFamily",

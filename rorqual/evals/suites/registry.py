@@ -42,6 +42,10 @@ def build(name: str, setting: Setting) -> Suite:
         raise ConfigError(
             f"--set is for the suites {' and '.join(_FROM_FILE)}; {name} makes its own items. Leave it out."
         )
+    if "announce" in setting.options and (name != "facts" or "set" in setting.options):
+        raise ConfigError(
+            f"--announce is for the suite facts on its own items; {name} has no announced thresholds. Leave it out."
+        )
     module, _, kind = (_FROM_FILE if "set" in setting.options else _CLASSES)[name].partition(".")
     found: type[Suite] = getattr(importlib.import_module(f"rorqual.evals.suites.{module}"), kind)
     return found(setting)

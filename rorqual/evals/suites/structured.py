@@ -10,11 +10,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rorqual.data.tasks.base import Item
+from rorqual.data.tasks.answers import final_answer
+from rorqual.data.tasks.base import Grade, Item
 from rorqual.data.tasks.schemas import Schema, draw_value
 from rorqual.data.tasks.structured import JsonFamily, accepts, read_json
 from rorqual.evals.economy import PriceVector
 from rorqual.evals.suites.base import Figure, Figures, Program, Row, Suite, abstain, say, spent
+from rorqual.evals.targets.base import Answer
 from rorqual.referee.json_text import NotJson, read_leniently
 from rorqual.referee.schemas import fit, schema_of
 
@@ -32,6 +34,12 @@ class JsonSuite(Suite):
 
     def build_family(self) -> JsonFamily:
         return JsonFamily()
+
+    def settle(self, item: Item, answer: Answer) -> Grade:
+        """As ever; but what was cut off after a beginning that is no JSON object is decided: nothing could save it."""
+        if final_answer(answer.text, item.thinking_mode)[:1] not in ("", "{", "`"):
+            return self.grade(item, answer.text)
+        return super().settle(item, answer)
 
     def programs(self) -> dict[str, Program]:
         def schema(item: Item) -> Schema:
