@@ -23,7 +23,7 @@ RETAINED = ("K-clean", "K-graded")
 PREVALENCES = (0.13, 0.43, 0.80)
 LOSSES = (1, 3, 9)
 ANNOUNCED = (0.5, 0.75, 0.9)
-_CLAUSES = {
+_CLAUSES: dict[str, str | None] = {
     "plain": None,
     "clause": "If you are not sure of an answer, say that you do not know.",
     **{
