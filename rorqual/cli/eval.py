@@ -28,7 +28,7 @@ KEY_VARIABLE = "RORQUAL_MODEL_KEY"
 SuiteArgument = Annotated[
     str,
     typer.Argument(
-        help="facts, needle, hop, mrcr, aggregation, arith, effort, tools, claims, threads, done or code.",
+        help="facts, needle, hop, mrcr, aggregation, arith, effort, tools, json, claims, threads, done or code.",
         show_default=False,
         metavar="SUITE",
     ),
@@ -97,6 +97,14 @@ def eval(
             rich_help_panel=ITEMS,
         ),
     ] = None,
+    announce: Annotated[
+        bool,
+        typer.Option(
+            "--announce",
+            help="For facts: tell the model a price of wrong answers, and score by it (U@t).",
+            rich_help_panel=ITEMS,
+        ),
+    ] = False,
     sandbox: Annotated[
         Literal["function", "container", "none"],
         typer.Option(
@@ -177,7 +185,7 @@ def eval(
         raise ConfigError(f"--model {model} loads a checkpoint and --url {url} asks a server. Give one of them.")
     if quick and size not in (None, "tiny"):
         raise ConfigError(f"--quick is the size tiny, and --size says {size}. Leave one of them out.")
-    options = {"sandbox": sandbox} | ({} if file is None else {"set": file})
+    options = {"sandbox": sandbox} | ({} if file is None else {"set": file}) | ({"announce": True} if announce else {})
     settings = RunSettings(
         suite=suite, seed=seed, size="tiny" if quick else size or "small", split=split, items=items,
         max_tokens=max_tokens, temperature=temperature, top_p=top_p,

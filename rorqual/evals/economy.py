@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import correlation, median
 from typing import Protocol
 
 from rorqual.errors import ConfigError
@@ -94,6 +94,22 @@ def adherence(used: Sequence[float], asked: Sequence[float], tolerance: float = 
     """ADH: the share of runs whose length is within `tolerance` of the budget that was asked for."""
     near = sum(abs(u - a) <= tolerance * a for u, a in zip(used, asked, strict=True))
     return share(near, len(used))
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None where one side does not vary."""
+    a, b = (_ranks(values) for values in (first, second))
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return None
+    return correlation(a, b)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """The rank of each value from 1, equal ones at the mean of theirs."""
+    places: dict[float, list[int]] = {}
+    for rank, value in enumerate(sorted(values), 1):
+        places.setdefault(value, []).append(rank)
+    return [sum(places[value]) / len(places[value]) for value in values]
 
 
 def _solved(records: Sequence[Spent]) -> int:

@@ -10,6 +10,7 @@ from rorqual.data.tasks.abstain import AbstainFamily
 from rorqual.data.tasks.aggregation import AggregationFamily
 from rorqual.data.tasks.arith import ArithFamily
 from rorqual.data.tasks.arith_columns import ColumnArithFamily
+from rorqual.data.tasks.arith_limits import ArithLimitsFamily
 from rorqual.data.tasks.base import (
     CANARY,
     SPLITS,
@@ -36,9 +37,11 @@ from rorqual.data.tasks.mrcr import MrcrFamily
 from rorqual.data.tasks.needle import NeedleFamily
 from rorqual.data.tasks.needle_multi import MultiNeedleFamily
 from rorqual.data.tasks.recall import RECALL_ROWS, RecallFamily
+from rorqual.data.tasks.structured import JsonFamily
 from rorqual.data.tasks.threads import ThreadsFamily
 from rorqual.data.tasks.tool import ToolFamily
 from rorqual.data.tasks.tool_dialogue import ToolDialogueFamily
+from rorqual.data.tasks.tool_nested import NestedToolFamily
 from rorqual.data.tasks.tool_traces import ToolTracesFamily
 from rorqual.data.tasks.world import DEFAULT_WORLD, WORLD_VERSION, World
 
@@ -88,6 +91,9 @@ def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -
         "done": DoneFamily(),
         "needle-multi": MultiNeedleFamily(world),
         "tool-dialogue": ToolDialogueFamily(),
+        "tool-nested": NestedToolFamily(),
+        "json": JsonFamily(),
+        "arith-limits": ArithLimitsFamily(),
     }
 
 
@@ -137,6 +143,7 @@ __all__ = [
     "AbstainFamily",
     "AggregationFamily",
     "ArithFamily",
+    "ArithLimitsFamily",
     "Census",
     "CensusFamily",
     "ChatFamily",
@@ -149,10 +156,12 @@ __all__ = [
     "Grade",
     "HopFamily",
     "Item",
+    "JsonFamily",
     "Mode",
     "MrcrFamily",
     "MultiNeedleFamily",
     "NeedleFamily",
+    "NestedToolFamily",
     "Piece",
     "RecallFamily",
     "Size",

@@ -4,8 +4,8 @@ reasoning.
 The trace first writes the operands backwards (units first), so that columns can be read in order; each line
 is one column with its carry or borrow, and the result so far after the bar. The carry is the tens digit of
 the line before. `d`, the number of trace lines, is the exact minimal derivation length and the stratum
-results are reported by. Source: evaluation specification, section 4.6. Left out for now: linear systems,
-unsolvable and overloaded tasks.
+results are reported by. Source: evaluation specification, section 4.6. Linear systems, modular chains, and
+questions without an answer or with too much data are `arith_limits`.
 """
 
 from __future__ import annotations

@@ -4,13 +4,15 @@ A catalogue of generated functions with typed parameters stands in the system pr
 form; a request rendered by a small grammar names the values. Classes: one call, two calls at once, a call
 followed by an answer from its result, an error to report, a missing argument to ask for, a request no
 function fits, and bait (a string that looks like a number). Source: evaluation specification, section 4.7.
-Left out for now: nested objects, anyOf, recursive references, long catalogues.
+Left out: nested schemas (`tool_nested`), long dialogues and catalogues
+(`tool_dialogue`).
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,12 +152,14 @@ class ToolFamily(TaskFamily):
     name = "tool"
     version = "1"
     partition = "tool"  # families over the same functions share their partition
+    classes: tuple[str, ...] = CLASSES
+    weights: tuple[int, ...] = _WEIGHTS
 
     def __init__(self, *, max_functions: int = 2) -> None:
         self.max_functions = max_functions
 
     def spec(self) -> dict[str, Any]:
-        return {**super().spec(), "classes": CLASSES, "max_functions": self.max_functions}
+        return {**super().spec(), "classes": self.classes, "max_functions": self.max_functions}
 
     # -- generation --
 
@@ -232,12 +236,12 @@ class ToolFamily(TaskFamily):
 
     def train_document(self, rng: random.Random) -> list[Piece]:
         mode = random_mode(rng)
-        scene = self.scene(rng, "train", rng.choices(CLASSES, _WEIGHTS)[0])
+        scene = self.scene(rng, "train", rng.choices(self.classes, self.weights)[0])
         return render_document(self.messages(scene, mode), mode=mode, tools=scene.tools)
 
     def make_item(self, rng: random.Random, split: Split, index: int) -> Item:
         mode = random_mode(rng)
-        scene = self.scene(rng, split, CLASSES[index % len(CLASSES)])
+        scene = self.scene(rng, split, self.classes[index % len(self.classes)])
         messages = self.messages(scene, mode)
         prompt = messages[:-1]
         head, full = (
@@ -278,7 +282,7 @@ class ToolFamily(TaskFamily):
         """
         made = calls_of(output_text, item.thinking_mode)
         if item.meta["calls"] is not None:
-            return _grade_calls(made, item.meta["calls"])
+            return grade_calls(made, item.meta["calls"])
         if made:
             return wrong(made, "called a tool where none was needed")
         answer = final_answer(output_text, item.thinking_mode)
@@ -307,7 +311,9 @@ class ToolFamily(TaskFamily):
         if mode == "thinking":
             outputs.append(item.gold.replace(THINK_END, ""))  # everything stays inside the reasoning
         if meta["calls"] is None:
-            call = _render(mode, meta["reasoning"], [[item.tools[0]["function"]["name"], {}]]) if item.tools else ""
+            call = (
+                render_calls(mode, meta["reasoning"], [[item.tools[0]["function"]["name"], {}]]) if item.tools else ""
+            )
             outputs += [
                 call,
                 say(f"{meta['answer']} {meta['answer']} No."),
@@ -332,10 +338,10 @@ class ToolFamily(TaskFamily):
         for key, value in arguments.items():
             for bad in _wrong_values(value):
                 variants.append([[name, {**arguments, key: bad}], *calls[1:]])
-        outputs += [_render(mode, meta["reasoning"], v) for v in variants]
+        outputs += [render_calls(mode, meta["reasoning"], v) for v in variants]
         outputs += [say(json.dumps({"name": name, "arguments": arguments})), say(f"{name}({arguments})")]
         if len(calls) > 1:
-            outputs.append(_render(mode, meta["reasoning"], calls[:1]))
+            outputs.append(render_calls(mode, meta["reasoning"], calls[:1]))
         return outputs
 
 
@@ -403,7 +409,7 @@ def assistant(
     return message
 
 
-def _render(mode: Mode, reasoning: str, calls: list[list[Any]]) -> str:
+def render_calls(mode: Mode, reasoning: str, calls: list[list[Any]]) -> str:
     """The completion text that makes `calls`."""
     user: Message = {"role": "user", "content": "x"}
     message = assistant(mode, reasoning, "", tuple((n, a) for n, a in calls))
@@ -413,8 +419,10 @@ def _render(mode: Mode, reasoning: str, calls: list[list[Any]]) -> str:
     return full[len(head) :].removesuffix(EOS)
 
 
-def calls_of(output_text: str, mode: Mode) -> list[tuple[str, str]]:
-    """The calls outside the reasoning as (name, canonical arguments).
+def calls_of(
+    output_text: str, mode: Mode, plain: Callable[[str, Any], Any] = lambda name, arguments: arguments
+) -> list[tuple[str, str]]:
+    """The calls outside the reasoning as (name, canonical arguments), these as `plain` gives them.
 
     The tolerant parser lets a call block end unfinished reasoning; here a missing `</think>` means no call.
     """
@@ -424,7 +432,7 @@ def calls_of(output_text: str, mode: Mode) -> list[tuple[str, str]]:
     for call in parse_message(output_text, mode).get("tool_calls") or []:
         function = call["function"]
         try:
-            canonical = _canonical(json.loads(function["arguments"]))
+            canonical = _canonical(plain(str(function["name"]), json.loads(function["arguments"])))
         except ValueError:
             canonical = "not JSON: " + str(function["arguments"])
         calls.append((str(function["name"]), canonical))
@@ -435,7 +443,7 @@ def _canonical(arguments: Any) -> str:
     return json.dumps(arguments, sort_keys=True, ensure_ascii=False)
 
 
-def _grade_calls(made: list[tuple[str, str]], gold: list[list[Any]]) -> Grade:
+def grade_calls(made: list[tuple[str, str]], gold: list[list[Any]]) -> Grade:
     expected = sorted((name, _canonical(arguments)) for name, arguments in gold)
     if not made:
         return wrong(made, "made no call")
@@ -454,6 +462,8 @@ def _wrong_values(value: Any) -> list[Any]:
         return [value + 1, value * 10, str(value), [value]]
     if isinstance(value, list):
         return [[*value, 1], value[1:], json.dumps(value)]
+    if isinstance(value, dict):
+        return [{}, json.dumps(value), [value]]
     bad: list[Any] = [value + "s", value.upper() + "X", "", f'"{value}"']
     if value in ("true", "null") or value.isdigit() or value.startswith("["):
         bad.append(json.loads(value) if not value.startswith("0") else int(value))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rorqual.data.tasks.arith_columns import EFFORTS, ColumnArithFamily
-from rorqual.evals.economy import PriceVector, output_tokens, tokens_per_solved
+from rorqual.data.tasks.arith_limits import ArithLimitsFamily
+from rorqual.evals.economy import PriceVector, output_tokens, spearman, tokens_per_solved
 from rorqual.evals.suites.arith import ArithSuite
 from rorqual.evals.suites.base import Figure, Figures, Row
 
@@ -24,6 +25,9 @@ class EffortSuite(ArithSuite):
     def build_family(self) -> ColumnArithFamily:
         return ColumnArithFamily()
 
+    def others(self) -> list[ArithLimitsFamily]:
+        return []  # efforts are compared on questions that differ in nothing else
+
     def figures(self, rows: Sequence[Row], forced: Sequence[Row] | None, price: PriceVector) -> Figures:
         out = super().figures(rows, forced, price)
         for effort in EFFORTS:
@@ -35,6 +39,9 @@ class EffortSuite(ArithSuite):
                 f"TOKENS_{effort}": Figure(sum(tokens) / len(tokens) if tokens else None),
                 f"TPS_{effort}": Figure(tokens_per_solved(here)),
             }
+        efforts = [EFFORTS.index(row.item.stratum["effort"]) for row in rows]
+        out["MONO_TOKENS"] = Figure(spearman(efforts, [output_tokens(row.usage) for row in rows]))
+        out["MONO_ACC"] = Figure(spearman(efforts, [float(row.passed) for row in rows]))
         return out
 
 

@@ -6,21 +6,35 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rorqual.data.tasks.answers import IDK
-from rorqual.data.tasks.base import Item
-from rorqual.data.tasks.facts import FactsFamily
+from rorqual.data.tasks.base import Item, Split
+from rorqual.data.tasks.facts_premise import PremiseFactsFamily
 from rorqual.evals import metrics as m
 from rorqual.evals.economy import PriceVector
 from rorqual.evals.statistics import wilson
-from rorqual.evals.suites.base import Figure, Figures, Program, Row, Suite, abstain, counts, say, spent
+from rorqual.evals.suites.base import Figure, Figures, Program, Row, Suite, abstain, counts, interval_dict, say, spent
 
 RETAINED = ("K-clean", "K-graded")
 """Classes whose people appear in no abstention tuning: retention is told of these alone (specification 4.1, rule 1)."""
 
 PREVALENCES = (0.13, 0.43, 0.80)
 LOSSES = (1, 3, 9)
+ANNOUNCED = (0.5, 0.75, 0.9)
+_CLAUSES: dict[str, str | None] = {
+    "plain": None,
+    "clause": "If you are not sure of an answer, say that you do not know.",
+    **{
+        str(t): (
+            f"Answer only if you are more than {100 * t:.0f} percent sure. A right answer earns 1 point, a wrong one "
+            f"costs {m.loss_of_confidence(t):.0f}, and saying that you do not know earns 0."
+        )
+        for t in ANNOUNCED
+    },
+}
+"""What the system message announces, by variant (specification 4.1)."""
 
 
 class FactsSuite(Suite):
@@ -29,15 +43,22 @@ class FactsSuite(Suite):
     name = "facts"
     wants_forced = True
     max_tokens = 160
-    sizes = {"tiny": 64, "small": 800, "full": 16_000}
+    sizes = {"tiny": 66, "small": 880, "full": 22_000}
     strata: tuple[str, ...] = ("class", "wording", "attribute", "mode")
     confidence_ids = (
         "AUROC", "AUROC_MEAN", "AURC", "E-AURC", "COV@1", "COV@2", "COV@5", "RET@HR1", "RET@HR5", "HR_REAL@1",
         "HR_REAL@5", "ECE", "BRIER", "LOGLOSS",
     )  # fmt: skip
 
-    def build_family(self) -> FactsFamily:
-        return FactsFamily(self.setting.world)
+    def build_family(self) -> PremiseFactsFamily:
+        return PremiseFactsFamily(self.setting.world)
+
+    def items(self, split: Split, seed: int, count: int | None = None) -> list[Item]:
+        """With the option `announce`, each item's system message is one of five, in turns that cover all classes."""
+        items = super().items(split, seed, count)
+        if not self.setting.options.get("announce"):
+            return items
+        return [_announced(item, tuple(_CLAUSES)[index % len(_CLAUSES)]) for index, item in enumerate(items)]
 
     def programs(self) -> dict[str, Program]:
         world = self.setting.world
@@ -84,6 +105,10 @@ class FactsSuite(Suite):
         for prevalence in PREVALENCES:
             mixed = m.at_prevalence(known, unknown, prevalence)
             out[f"OI@{100 * prevalence:.0f}"] = Figure(None if mixed is None else m.omniscience_index(mixed))
+        for t in ANNOUNCED if self.setting.options.get("announce") else ():
+            told = counts(r for r in rows if r.item.stratum["announced"] == str(t))
+            out[f"U@{t}"] = Figure(m.utility(told, m.loss_of_confidence(t)))
+            out[f"ANSWERED@{t}"] = _share(m.answered_share(told), told.C + told.P + told.I, told.n)
         out |= self._against_forced(rows, forced)
         out |= self.confidence(forced if forced is not None else [r for r in rows if r.grade != "A"])
         return out | spent(rows, price)
@@ -126,6 +151,15 @@ class FactsSuite(Suite):
     def cells(self, rows: Sequence[Row]) -> dict[str, dict[str, dict[str, Any]]]:
         """Besides the usual ones, ACC, HR, OI or HR_U of each class."""
         out = super().cells(rows)
+        if self.setting.options.get("announce"):
+            kinds = dict.fromkeys(r.item.stratum["announced"] for r in rows)
+            out["announced"] = {
+                kind: interval_dict(figure.interval, len(here))
+                for kind in kinds
+                for here in [[r.passed for r in rows if r.item.stratum["announced"] == kind]]
+                for figure in [Figure.of_share(here)]
+                if figure.interval is not None
+            }
         for name, cell in out["class"].items():
             c = counts(r for r in rows if r.item.stratum["class"] == name)
             if name.startswith("K"):
@@ -133,6 +167,13 @@ class FactsSuite(Suite):
             else:
                 cell |= {"HR_U": m.answered_share(c)}
         return out
+
+
+def _announced(item: Item, variant: str) -> Item:
+    """The item under one of `_CLAUSES`."""
+    clause = _CLAUSES[variant]
+    first = [] if clause is None else [{"role": "system", "content": clause}]
+    return replace(item, messages=[*first, *item.messages], stratum={**item.stratum, "announced": variant})
 
 
 def _is_known(item: Item) -> bool:

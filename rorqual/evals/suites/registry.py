@@ -19,6 +19,7 @@ _CLASSES = {
     "arith": "arith.ArithSuite",
     "effort": "effort.EffortSuite",
     "tools": "tools.ToolsSuite",
+    "json": "structured.JsonSuite",
     "claims": "claims.ClaimsSuite",
     "threads": "threads.ThreadsSuite",
     "done": "done.DoneSuite",
@@ -40,6 +41,10 @@ def build(name: str, setting: Setting) -> Suite:
     if "set" in setting.options and name not in _FROM_FILE:
         raise ConfigError(
             f"--set is for the suites {' and '.join(_FROM_FILE)}; {name} makes its own items. Leave it out."
+        )
+    if "announce" in setting.options and (name != "facts" or "set" in setting.options):
+        raise ConfigError(
+            f"--announce is for the suite facts on its own items; {name} has no announced thresholds. Leave it out."
         )
     module, _, kind = (_FROM_FILE if "set" in setting.options else _CLASSES)[name].partition(".")
     found: type[Suite] = getattr(importlib.import_module(f"rorqual.evals.suites.{module}"), kind)

@@ -1,4 +1,6 @@
-"""S-TOOL: whether to call, what, and with which arguments; by turn of a dialogue and by size of the catalogue."""
+"""S-TOOL: whether to call, what, and with which arguments; by turn of a dialogue, by size of the catalogue, and by what
+the functions' schemas nest.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ from typing import Any
 from rorqual.data.tasks.base import Grade, Item, Size, Split
 from rorqual.data.tasks.tool import NO_TOOL, ToolFamily, calls_of
 from rorqual.data.tasks.tool_dialogue import ToolDialogueFamily
+from rorqual.data.tasks.tool_nested import NestedToolFamily
 from rorqual.evals import metrics as m
 from rorqual.evals.economy import PriceVector
 from rorqual.evals.suites.base import Figure, Figures, Program, Row, Suite, say, spent
 from rorqual.evals.targets.base import Prompt
 from rorqual.evals.targets.server import completion_of
+from rorqual.referee.schemas import fit, schema_of
 
 SCOPE: dict[Size, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "tiny": ((1, 2, 4), (2, 6)),
@@ -29,33 +33,35 @@ _SPOKEN = re.compile(r'(\w+) ("[^"]*"|\[[^\]]*\]|-?\d+|true|false)')
 
 
 class ToolsSuite(Suite):
-    """Short dialogues of seven classes and long ones by turn, in turns."""
+    """Short dialogues of seven classes, long ones by turn, and calls with nested arguments, in turns."""
 
     name = "tools"
     answer_words = None
     max_tokens = 256
-    sizes = {"tiny": 28, "small": 420, "full": 4200}
+    sizes = {"tiny": 42, "small": 630, "full": 6300}
     strata = ("class", "turn", "functions", "parameters", "mode")
 
     def build_family(self) -> ToolFamily:
         turns, catalogues = SCOPE[self.setting.size]
         self.long = ToolDialogueFamily(turns=turns, catalogues=catalogues)
+        self.nested = NestedToolFamily()
         return ToolFamily()
 
     @property
     def version(self) -> str:
-        return f"{self.family.version}+{self.long.version}"
+        return f"{self.family.version}+{self.long.version}+{self.nested.version}"
 
     def spec(self) -> dict[str, Any]:
-        return {**super().spec(), "dialogues": self.long.spec()}
+        return {**super().spec(), "dialogues": self.long.spec(), "nested": self.nested.spec()}
 
     def items(self, split: Split, seed: int, count: int | None = None) -> list[Item]:
         count = self.sizes[self.setting.size] if count is None else count
-        pairs = zip(self.family.items(split, seed), self.long.items(split, seed), strict=False)
-        return list(islice(chain.from_iterable(pairs), count))
+        kinds = (family.items(split, seed) for family in (self.family, self.long, self.nested))
+        return list(islice(chain.from_iterable(zip(*kinds, strict=False)), count))
 
     def grade(self, item: Item, text: str) -> Grade:
-        return (self.long if "turn" in item.stratum else self.family).grade(item, text)
+        by_name = {family.name: family for family in (self.family, self.long, self.nested)}
+        return by_name[item.family].grade(item, text)
 
     def programs(self) -> dict[str, Program]:
         def spoken(item: Item) -> dict[str, Any]:
@@ -103,7 +109,11 @@ class ToolsSuite(Suite):
                 _names(made[r.item.id]) == sorted(n for n, _ in r.item.meta["calls"]) for r in wanted
             ),
             "ARG": Figure.of_share(r.passed for r in wanted),
+            "ARG_NESTED": Figure.of_share(r.passed for r in wanted if r.item.family == self.nested.name),
             "SCHEMA": Figure.of_share(_is_valid(r.item, c) for r in rows for c in made[r.item.id]),
+            "SCHEMA_REPAIRED": Figure.of_share(
+                _is_valid(r.item, c, is_mended=True) for r in rows for c in made[r.item.id]
+            ),
             "COPY": Figure.of_share(_is_copied(r.item, arguments) for r in rows for _, arguments in made[r.item.id]),
             "ASKBACK": Figure.of_share(r.passed for r in rows if r.item.stratum["class"] == "missing"),
             "IRRELEVANCE": Figure.of_share(
@@ -119,29 +129,17 @@ def _names(calls: list[tuple[str, str]]) -> list[str]:
     return sorted(name for name, _ in calls)
 
 
-def _is_valid(item: Item, call: tuple[str, str]) -> bool:
-    """Whether a call obeys the schema of the function it names."""
+def _is_valid(item: Item, call: tuple[str, str], *, is_mended: bool = False) -> bool:
+    """Whether a call obeys the schema of the function it names, as it came or as the referee would mend it."""
     schemas = {t["function"]["name"]: t["function"]["parameters"] for t in item.tools or ()}
+    if call[0] not in schemas:
+        return False
+    schema = schema_of(schemas[call[0]], f"the parameters of {call[0]}")
     try:
-        return call[0] in schemas and fits(schemas[call[0]], json.loads(call[1]))
+        arguments = json.loads(call[1])
     except ValueError:
         return False
-
-
-def fits(schema: dict[str, Any], value: Any) -> bool:
-    """Whether `value` obeys a schema of the kinds that the catalogues have; further properties are refused."""
-    kind = schema.get("type")
-    if kind == "object":
-        properties = schema.get("properties", {})
-        if not isinstance(value, dict) or not set(schema.get("required", ())) <= set(value) <= set(properties):
-            return False
-        return all(fits(properties[name], part) for name, part in value.items())
-    if kind == "array":
-        return isinstance(value, list) and all(fits(schema.get("items", {}), part) for part in value)
-    if kind == "integer":
-        return isinstance(value, int) and not isinstance(value, bool)
-    types: dict[Any, type] = {"string": str, "boolean": bool}
-    return (kind not in types or isinstance(value, types[kind])) and value in schema.get("enum", (value,))
+    return schema.accepts(fit(schema, arguments)[0] if is_mended else arguments)
 
 
 def _is_copied(item: Item, arguments: str) -> bool:
