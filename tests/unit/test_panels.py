@@ -18,7 +18,8 @@ def no_gradients():  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("inner", "out", "groups"), [(64, 48, 1), (96, 17, 1), (128, 64, 2), (2112, 5, 1), (4160, 20, 1), (40, 33, 3), (256, 20, 1)]
+    ("inner", "out", "groups"),
+    [(64, 48, 1), (96, 17, 1), (128, 64, 2), (2112, 5, 1), (4160, 20, 1), (40, 33, 3), (256, 20, 1)],
 )
 def test_linear(dtype: torch.dtype, inner: int, out: int, groups: int) -> None:
     """Whole steps and ragged ones, short rows and long ones, columns that fill no panel, groups."""
