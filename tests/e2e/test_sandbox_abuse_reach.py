@@ -129,7 +129,7 @@ def test_s7_signals_to_everything_do_not_stop_the_agent(sandbox: Sandbox) -> Non
     assert sandbox.commands.run("cat /tmp/storm", timeout=60).stdout == "over"
 
 
-def test_s7_a_command_that_is_kept_from_beginning_holds_nobody_up(sandbox: Sandbox) -> None:
+def test_a_command_that_is_kept_from_beginning_holds_nobody_up(sandbox: Sandbox) -> None:
     """Its own time runs all the same, and the agent serves others while it waits for it."""
     sandbox.files.write("/tmp/said", "")
     storm = sandbox.commands.start(f"exec {PLACE} storm >/tmp/said")
@@ -138,7 +138,7 @@ def test_s7_a_command_that_is_kept_from_beginning_holds_nobody_up(sandbox: Sandb
         assert time.monotonic() < until
         time.sleep(0.02)
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(sandbox.commands.run, "echo ran", timeout=2)
+        running = pool.submit(sandbox.commands.run, "echo ran", timeout=8)
         sandbox.files.write("/tmp/storm", "over")
         was_held = not running.done()
         result = running.result()
