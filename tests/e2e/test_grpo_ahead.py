@@ -71,7 +71,8 @@ def test_a_killed_run_loses_no_durable_token_and_trains_again_what_it_trained_on
     figures: dict[int, float] = {}
     kills = 0
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], env=env)
         lines = sum(1 for _ in (tmp_path / "metrics.jsonl").open()) if (tmp_path / "metrics.jsonl").exists() else 0
         end = time.monotonic() + 300
         while process.poll() is None and time.monotonic() < end:
