@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,10 @@ os.environ["RORQUAL_HOME"] = tempfile.mkdtemp(prefix="rorqual-home-")  # no test
 atexit.register(shutil.rmtree, os.environ["RORQUAL_HOME"], ignore_errors=True)
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+# how fast examples are drawn says something of the machine, and nothing of what is tested
+hypothesis.settings.register_profile("rorqual", suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("rorqual")
 
 
 def pytest_configure(config: pytest.Config) -> None:
