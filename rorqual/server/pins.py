@@ -14,7 +14,7 @@ import numpy as np
 from rorqual.engine import Engine
 from rorqual.engine.guard import sources_of
 from rorqual.engine.params import MOST_PINS
-from rorqual.errors import RequestError
+from rorqual.errors import ConfigError, RequestError
 from rorqual.server.schema import Extension
 from rorqual.tokenizer import Tokenizer
 
@@ -31,7 +31,11 @@ def spans_of(more: Extension | None, tokens: Sequence[int], engine: Any, tokeniz
         return []
     if isinstance(engine, Engine):
         setting = engine.guards.setting if more.guard is None else more.guard
-        if "pinned" not in sources_of(setting):
+        try:
+            sources = sources_of(setting)
+        except ConfigError as error:
+            raise RequestError(str(error), param="rorqual.guard") from None
+        if "pinned" not in sources:
             raise RequestError(
                 f"{FIELD} names spans that are to be shown always, and the guard is {setting!r}, which shows none. Ask "
                 "for rorqual.guard `default`, or one with the source `pinned`.",

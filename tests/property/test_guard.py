@@ -247,6 +247,7 @@ def test_over_http_a_request_pins_spans_or_texts(speaker: Transformer) -> None:
             ({"pin": [[0, len(text) + before + 1]]}, "rorqual.pin[0]"), ({"pin": [[0, 4], [5, 5]]}, "rorqual.pin[1]"),
             ({"pin": ["nowhere"]}, "rorqual.pin[0]"), ({"pin": [[0, 4]], "guard": "lexical"}, "rorqual.pin"),
             ({"pin": [[0, 4]], "guard": "off"}, "rorqual.pin"), ({"pin": [[0]]}, "rorqual.pin[0]"),
+            ({"pin": [[0, 4]], "guard": "nonsense"}, "rorqual.guard"), ({"guard": "nonsense"}, "rorqual.guard"),
             ({"pin": [["0", 4]]}, "rorqual.pin[0]"), ({"pin": [""]}, "rorqual.pin[0]"), ({"pin": 3}, "rorqual.pin"),
         ):  # fmt: skip
             refused = ask(**more)
