@@ -83,14 +83,24 @@ def list_segments(folder: Path) -> Listing:
     return Listing(segments, stale)
 
 
+def _mapped(descriptor: int) -> tuple[int, mmap.mmap | None]:
+    """A file's length and its bytes; None for an empty one. A writer that seals it makes it shorter, at any time."""
+    while True:
+        size = os.fstat(descriptor).st_size
+        try:
+            return size, mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) if size else None
+        except ValueError:  # longer than the file: it was cut after it was asked how long it is
+            if os.fstat(descriptor).st_size >= size:
+                raise
+
+
 class Bytes:
     """A file's bytes, mapped for reading: `data` has the length the file had when it was opened."""
 
     def __init__(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.size = os.fstat(descriptor).st_size
-            self._map = mmap.mmap(descriptor, self.size, access=mmap.ACCESS_READ) if self.size else None
+            self.size, self._map = _mapped(descriptor)
         finally:
             os.close(descriptor)
         self.data = memoryview(self._map) if self._map is not None else memoryview(b"")

@@ -13,13 +13,16 @@ from rorqual.engine import Engine
 ANSWERS = "document.querySelectorAll('.assistant').length"
 
 
-def test_a_question_is_answered_and_a_reload_keeps_it(page: Browser) -> None:
+def test_a_question_is_answered_and_a_reload_keeps_it(page: Browser, scripted: tuple[str, Engine]) -> None:
+    thought, answer = scripted[1].model.hold("First I"), scripted[1].model.hold("First I think.</think>Here it")
     assert page.value("document.querySelector('#welcome').offsetHeight") > 0
     ask(page, "Show me code")
     page.wait_for("document.querySelector('.reasoning').textContent.startsWith('First')")
     assert page.value("document.querySelector('.thinking').open")  # shown while it thinks
+    thought.set()
     page.wait_for("document.querySelector('.answer').textContent.length > 5")
     assert not page.value(IDLE)  # it came in pieces, not at the end
+    answer.set()
     wait_for_answers(page, 1)
     assert page.text(".user .text") == "Show me code"
     assert page.text(".answer pre code") == "def add(a, b):\n    return a + b"

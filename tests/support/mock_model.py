@@ -86,6 +86,12 @@ class ScriptModel(MockModel):
     def __init__(self, reply: Callable[[str], str], context: int = 16384) -> None:
         super().__init__(context)
         self._reply = reply
+        self._holds: dict[str, threading.Event] = {}
+
+    def hold(self, text: str) -> threading.Event:
+        """Answers go no further than such a beginning until this is set."""
+        self._holds[text] = threading.Event()
+        return self._holds[text]
 
     def logits_after(self, ids: list[int]) -> Tensor:
         tokenizer = byte_tokenizer()
@@ -93,6 +99,8 @@ class ScriptModel(MockModel):
         for marker, extra in (("<｜Assistant｜>", 2), ("<｜fim▁end｜>", 1)):
             if (token := tokenizer.token_id(marker)) in ids:
                 end = len(ids) - ids[::-1].index(token) - 1 + extra
+        if held := self._holds.get(tokenizer.decode(ids[end:])) if self._holds else None:
+            assert held.wait(30)
         answer = [*tokenizer.encode(self._reply(tokenizer.decode(ids[:end]))), tokenizer.eos_token_id]
         logits = torch.zeros(self.cfg.vocab_size)
         place = len(ids) - end

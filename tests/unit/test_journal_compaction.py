@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from journal_disks import QuietDisk, some_records
 from rorqual.errors import JournalError
 from rorqual.journal import Close, Event, Journal, Reader, Tokens, compact, frames, replay_folder, verify
 from rorqual.journal import columns as columnar
-from rorqual.journal.segments import list_segments
+from rorqual.journal.segments import Bytes, list_segments
 
 
 def write(folder: Path, number: int = 300, segment_bytes: int = 4000) -> None:
@@ -173,6 +174,20 @@ def test_a_reader_follows_a_writer(tmp_path: Path) -> None:
         compact(folder, disk=QuietDisk())
     thread.join(20)
     assert seen == list(enumerate(records, 1))
+
+
+def test_a_file_that_a_writer_cuts_while_it_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, ask = tmp_path / "segment", os.fstat
+    path.write_bytes(b"whale" * 1000)
+
+    def cut_behind(descriptor: int) -> os.stat_result:
+        found = ask(descriptor)
+        os.truncate(path, 5)
+        return found
+
+    monkeypatch.setattr(os, "fstat", cut_behind)
+    with Bytes(path) as file:
+        assert file.size == 5 and bytes(file.data) == b"whale"
 
 
 def test_a_reader_begins_behind_an_lsn_and_goes_on_after_a_killed_writer(tmp_path: Path) -> None:
