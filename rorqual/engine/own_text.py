@@ -10,8 +10,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-import numpy as np
-
 from rorqual.engine.job import Job
 from rorqual.ops.last_match import last_match
 
@@ -29,8 +27,7 @@ class OwnText:
     """The tokens of a job as far as they are searched."""
 
     def __init__(self, job: Job) -> None:
-        self._ids = array("i")
-        self._ids.frombytes(job.request.prompt_array[-LATEST:].astype(np.intc).tobytes())
+        self._ids = array("i", job.request.prompt_array[-LATEST:].tobytes())
         self._sampled = 0
 
     def repeat(self, job: Job, most: int) -> tuple[int, list[int]]:

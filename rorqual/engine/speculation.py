@@ -38,9 +38,11 @@ MOST_REPEATED = 15
 FEWEST = 3
 """Of them at first, and after wrong ones."""
 
-MISSES, LONGEST_LOOK = 2, 24
-"""So many looks in a row at which the text offers nothing make the next one a token later, up to so many: a look costs
-little, but where nothing repeats itself it is all that a round has to spare."""
+MISSES, LONGEST_LOOK = 2, 32
+"""So many looks in a row at which the text offers nothing double the tokens before the next one, up to so many: a look
+costs little, but where nothing repeats itself it is all that a round has to spare."""
+MOST_MISSES = MISSES * LONGEST_LOOK.bit_length()
+"""More say no more."""
 
 MOST_READ = 16
 """Tokens of a prompt, or of a pause, that the module reads before it drafts: a part of its window, as for short outputs
@@ -69,8 +71,8 @@ class Drafts:
         """A match that promised too little, the token behind it and the place where that would come: to learn from."""
         self.is_text = False
         """Whether that is what is verified."""
-        self.misses = min(policy.misses[greedy], MISSES * LONGEST_LOOK)
-        self.look_in = self.misses // MISSES
+        self.misses = policy.misses[greedy]
+        self.look_in = _spacing(self.misses)
         """Looks since the text offered something worth verifying, and tokens before the next one."""
         self.most_repeated = FEWEST
         """Drafts from the text at a time: more when all of them were right, fewer when some were not."""
@@ -84,8 +86,8 @@ class Drafts:
 
     def miss(self, misses: dict[bool, int]) -> None:
         """The text offered nothing worth verifying; `misses`: of the kinds."""
-        self.misses = misses[self.greedy] = self.misses + 1
-        self.look_in = min(self.misses // MISSES, LONGEST_LOOK)
+        self.misses = misses[self.greedy] = min(self.misses + 1, MOST_MISSES)
+        self.look_in = _spacing(self.misses)
 
     @property
     def wait(self) -> int:
@@ -104,6 +106,11 @@ class Drafts:
                 trial.wait = max(0, trial.wait - tokens)
         if self.look_in:
             self.look_in = max(0, self.look_in - tokens)
+
+
+def _spacing(misses: int) -> int:
+    """Tokens before the next look after so many in vain."""
+    return 1 << misses // MISSES >> 1
 
 
 class Speculation:
@@ -131,20 +138,20 @@ class Speculation:
         self.is_resting = False
         """Whether the round at hand is one in which nothing is drafted or watched."""
         self._resting: list[Job] = []
-        self._rest = self._passed = 0
+        self._rest = self._planned = 0
+        """Rounds of the pause at hand that are left, and all of them."""
 
     def rests(self, work: Work) -> bool:
         """Whether nothing is drafted or watched in a round because all its requests pause; called once a round.
 
         A pause of many rounds is found out once, so that these cost as little as without speculation.
         """
-        if self._rest:
+        if (
+            self._rest and work[0][0] is self._resting[0] and len(work) == len(self._resting)
+            and (len(work) == 1 or all(one[0] is job for one, job in zip(work, self._resting, strict=True)))
+        ):  # fmt: skip
             self._rest -= 1
-            known, count = self._resting, len(work)
-            is_same = count == len(known) and work[0][0] is known[0]
-            if is_same and (count == 1 or all(one[0] is job for one, job in zip(work, known, strict=True))):
-                self._passed += 1
-                return True
+            return True
         self._count_rest()
         if self._drafter is not None:
             return False
@@ -155,7 +162,7 @@ class Speculation:
         rounds //= max(1, len(jobs))  # a kind's pause is shorter for many requests
         self.is_resting = rounds > 0
         if self.is_resting:
-            self._resting, self._rest, self._passed = jobs, rounds - 1, 1
+            self._resting, self._rest, self._planned = jobs, rounds - 1, rounds
         return self.is_resting
 
     def _rest_of(self, job: Job, requests: int) -> int:
@@ -192,8 +199,9 @@ class Speculation:
 
     def _count_rest(self) -> None:
         for job in self._resting:
-            self.of(job).pass_by(self._passed)
-        self._resting, self._rest, self._passed, self.is_resting = [], 0, 0, False
+            if job.drafting is not None:  # it may have left
+                job.drafting.pass_by(self._planned - self._rest)
+        self._resting, self._rest, self._planned, self.is_resting = [], 0, 0, False
 
     def watches(self, work: Work) -> bool:
         """Whether the module needs the streams of what some job reads in this round."""
@@ -239,7 +247,7 @@ class Speculation:
                 mine.match, min(most, mine.most_repeated), terms.to_verify, terms.aside
             )
             if count and self._can_draft(job, count):
-                mine.is_text, mine.misses, self.policy.misses[greedy] = True, 0, 0
+                mine.is_text = True
                 return tuple(mine.repeated[:count])
             mine.miss(self.policy.misses)
         most = min(most, MOST_DRAFTS, terms.most)
@@ -303,6 +311,10 @@ class Speculation:
             self.policy.text_odds[greedy].learn(mine.match, mine.repeated, tokens)
         if mine.is_text:
             mine.most_repeated = min(MOST_REPEATED, 2 * verified) if right == verified else max(FEWEST, right + 1)
+            if right:
+                mine.misses = self.policy.misses[greedy] = 0
+            else:
+                mine.miss(self.policy.misses)
             self.policy.judge(mine.text_trial, greedy, self._requests, 0, verified, right, is_first=False, is_text=True)
         elif mine.ids:
             self.policy.learn(mine.ids, mine.chances, tokens, greedy)

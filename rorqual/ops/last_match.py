@@ -5,6 +5,7 @@ Token ids lie in an `array("i")`, which grows by a token for little; C reads it 
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Callable
 from functools import lru_cache
@@ -23,8 +24,8 @@ def last_match(ids: array[int], most: int) -> tuple[int, int]:
     native = _native() if registry.allows("native") else None
     if native is None:
         return reference(ids, most)
-    found = array("q", (0, 0))
-    native(ids.buffer_info()[0], len(ids), most, found.buffer_info()[0])
+    found = (ctypes.c_int64 * 2)()
+    native(ids.buffer_info()[0], len(ids), most, found)
     return found[0], found[1]
 
 

@@ -78,6 +78,7 @@ def test_chat_and_complete(folder: Path) -> None:
     assert json.loads(completed.stdout)["finish_reason"] in ("stop", "length")
 
 
+@pytest.mark.slow
 def test_packed_weights_and_caches_everywhere(folder: Path, tmp_path: Path) -> None:
     """The commands that answer take the same options, and load what they name."""
     book = tmp_path / "book.txt"

@@ -220,6 +220,7 @@ def test_a_second_signal_ends_at_once() -> None:
             assert {"done": True} not in list(stream)
 
 
+@pytest.mark.slow
 def test_a_killed_server_keeps_what_was_answered(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     ledger = Ledger(path)

@@ -105,6 +105,7 @@ def test_where_nothing_can_be_said_nothing_is_withheld(referee: httpx2.Client) -
     assert not ASKED[-1].get("logprobs") and ASKED[-2].get("logprobs")
 
 
+@pytest.mark.slow
 def test_a_trial_shows_what_it_is_worth(upstream: str, calibration: Path, tmp_path: Path) -> None:
     lines = [
         {"question": f"What of {n}?"} | ({"answer": f"value{n}"} if n % 2 == 0 else {"unanswerable": True})

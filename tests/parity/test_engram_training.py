@@ -54,6 +54,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert torch.equal(state.weights["layers.1.engram.hash.compression"], torch.arange(48) // 2)
 
 
+@pytest.mark.slow
 def test_stopping_and_going_on_changes_nothing(tmp_path: Path) -> None:
     for name, settings in (("dense", DENSE), ("sparse", SPARSE)):
         run_one(tmp_path / f"whole{name}", *settings)

@@ -82,7 +82,8 @@ def check_zero(zero: Path, redundant: Path, processes: int) -> None:
     assert len(sizes) == processes and max(sizes) < 1.25 * sum(sizes) / processes
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_layouts_train_as_one_process_does(tmp_path: Path, alone: Callable[[int], Path], processes: int) -> None:
     layouts = of_size(processes, quick=True)
     launch(run_all, (tmp_path, layouts, STEPS), processes)
@@ -102,6 +103,7 @@ def test_fifty_steps_stay_within_a_ten_thousandth(tmp_path: Path, alone: Callabl
         check_same_training(tmp_path / layout.name, alone(50), 50)
 
 
+@pytest.mark.slow
 def test_two_go_on_where_one_stopped_and_one_where_two_did(tmp_path: Path, alone: Callable[[int], Path]) -> None:
     train(config(tmp_path / "grown", STEPS, "run.max_steps=3"), build_feed=build_feed)
     shrunk = Layout("shrunk", 2, ("parallel.ep=2", "run.max_steps=4"))

@@ -87,6 +87,8 @@ class ScriptModel(MockModel):
         super().__init__(context)
         self._reply = reply
         self._holds: dict[str, threading.Event] = {}
+        self._prompt: tuple[int, ...] = ()
+        self._answer: list[int] = []
 
     def hold(self, text: str) -> threading.Event:
         """Answers go no further than such a beginning until this is set."""
@@ -99,11 +101,16 @@ class ScriptModel(MockModel):
         for marker, extra in (("<｜Assistant｜>", 2), ("<｜fim▁end｜>", 1)):
             if (token := tokenizer.token_id(marker)) in ids:
                 end = len(ids) - ids[::-1].index(token) - 1 + extra
-        if held := self._holds.get(tokenizer.decode(ids[end:])) if self._holds else None:
-            assert held.wait(30)
-        answer = [*tokenizer.encode(self._reply(tokenizer.decode(ids[:end]))), tokenizer.eos_token_id]
         logits = torch.zeros(self.cfg.vocab_size)
         place = len(ids) - end
-        if 0 <= place < len(answer):
-            logits[answer[place]] = 50.0
+        if place < 0:  # within a prompt
+            return logits
+        prompt = tuple(ids[:end])
+        if prompt != self._prompt:
+            answer = self._reply(tokenizer.decode(prompt))
+            self._prompt, self._answer = prompt, [*tokenizer.encode(answer), tokenizer.eos_token_id]
+        if held := self._holds.get(tokenizer.decode(ids[end:])) if self._holds else None:
+            assert held.wait(30)
+        if place < len(self._answer):
+            logits[self._answer[place]] = 50.0
         return logits

@@ -126,7 +126,7 @@ def test_older_ids_change_the_run_but_not_its_data(tmp_path: Path) -> None:
     assert all(set(r["max_violation"]) == {"layers.0.ffn.gate", "layers.1.ffn.gate", "mtp.0.ffn.gate"} for r in steps)
 
 
-@pytest.mark.parametrize("stop", [3, 5, 7])
+@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.slow), 5, pytest.param(7, marks=pytest.mark.slow)])
 def test_resumed_while_batches_wait_equals_uninterrupted_bit_for_bit(tmp_path: Path, stop: int) -> None:
     settings = ["optim.lr=0.02", "stability.active_from=2", "stability.active_steps=4", "stability.lag=3"]
     tiny_run(tmp_path / "whole", *settings)

@@ -88,6 +88,7 @@ CHEAP_LINES = {  # without those that name a file of the reader's
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", sorted(CHEAP_LINES))
 def test_cheap_command_runs(line: str, tmp_path: Path) -> None:
     run_in(tmp_path, [sys.executable, "-m", *shlex.split(line)])
@@ -96,6 +97,7 @@ def test_cheap_command_runs(line: str, tmp_path: Path) -> None:
 PYTHON = [block for block in blocks("python") if block.is_run]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_shown_runs(block: Block, tmp_path: Path) -> None:
     run_in(tmp_path, [sys.executable, "-c", block.text])

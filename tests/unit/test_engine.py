@@ -184,7 +184,7 @@ def test_requests_are_admitted_in_order_up_to_the_limit() -> None:
         model.gate.clear()
         requests = [engine.submit([3 + i], SamplingParams(max_tokens=3)) for i in range(5)]
         deadline = time.monotonic() + 10
-        while engine.occupancy() != (2, 3) and engine.occupancy()[0] < 2 and time.monotonic() < deadline:
+        while engine.occupancy()[0] < 1 and time.monotonic() < deadline:  # the engine waits in the first one's step
             time.sleep(0.005)
         model.gate.set()
         for request in requests:

@@ -36,6 +36,7 @@ def test_coordinates_name_every_rank_once() -> None:
     assert Mesh.alone().is_alone and Mesh.alone().is_main and Mesh.alone().data_group is None
 
 
+@pytest.mark.slow
 def test_groups_are_those_of_the_coordinates() -> None:
     sizes = {"dp": 2, "cp": 1, "pp": 2, "ep": 2}
     found = launch(groups_of, (sizes,), 4)

@@ -109,6 +109,7 @@ def test_a_loss_that_is_no_number_goes_back_to_a_checkpoint_on_disk(tmp_path: Pa
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_checkpoints_after_the_state_are_gone_and_a_restart_begins_there(
     tmp_path: Path, models: list[Transformer]
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_finite_spike_without_a_way_back_is_told_and_the_run_goes_on(
     assert len(curve(tmp_path)) == STEPS
 
 
+@pytest.mark.slow
 def test_switched_off_it_only_ends_what_is_lost(tmp_path: Path, models: list[Transformer]) -> None:
     tiny_run(tmp_path / "spike", *LONG, "stability.detect=false", feed=hurting(models, 45, double_head))
     assert events(tmp_path / "spike") == []
