@@ -147,7 +147,7 @@ class Speculation:
         A pause of many rounds is found out once, so that these cost as little as without speculation.
         """
         if (
-            self._rest and work[0][0] is self._resting[0] and len(work) == len(self._resting)
+            self._rest and len(work) == len(self._resting) and work[0][0] is self._resting[0]
             and (len(work) == 1 or all(one[0] is job for one, job in zip(work, self._resting, strict=True)))
         ):  # fmt: skip
             self._rest -= 1

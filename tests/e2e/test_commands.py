@@ -34,6 +34,7 @@ def rorqual(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_serve_until_interrupted(folder: Path) -> None:
     command = [
         sys.executable,

@@ -146,6 +146,7 @@ def test_a_repaired_call_and_a_free_text_tool(stage: Stage) -> None:
     assert (answer.output[0].type, answer.output[0].input) == ("custom_tool_call", "*** Begin\n+ ü")
 
 
+@pytest.mark.slow
 def test_reasoning_outlives_a_gateway_that_was_killed(stage: Stage, tmp_path: Path) -> None:
     mock = stage.play(*loop())
     history: list[Any] = [{"role": "user", "content": "Add 1 and 2, slowly."}]

@@ -156,7 +156,8 @@ def wait_for_draining(url: str) -> None:
     assert health == (503, health[1]) and health[1]["status"] == "draining"
 
 
-@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [True, False])
 def test_what_outlasts_the_drain_ends_where_it_stands(tmp_path: Path, stream: bool) -> None:
     with server(words=3000, drain_s=0.5, ledger=str(tmp_path / "ledger.sqlite")) as (url, process):
         answers: list[Any] = []
@@ -273,6 +274,7 @@ def engine() -> Iterator[Engine]:
         yield engine
 
 
+@pytest.mark.slow
 def test_clients_that_race_never_overspend_together(engine: Engine, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite")
     rich = stored.add(ledger.database, "rich")

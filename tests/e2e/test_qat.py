@@ -113,6 +113,7 @@ def test_two_processes_round_as_one(tmp_path: Path, layout: str) -> None:
     assert losses[0][:5] == pytest.approx(losses[1][:5], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_rounding_begins_where_it_is_told_and_survives_a_resume(tmp_path: Path) -> None:
     settings = ("qat.mode=fp4", "qat.start=0.5", "run.export_dtype=fp4")
     whole = run(tmp_path / "whole", *settings, steps=6)

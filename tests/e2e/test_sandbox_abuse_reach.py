@@ -129,6 +129,7 @@ def test_s7_signals_to_everything_do_not_stop_the_agent(sandbox: Sandbox) -> Non
     assert sandbox.commands.run("cat /tmp/storm", timeout=60).stdout == "over"
 
 
+@pytest.mark.slow
 def test_a_command_that_is_kept_from_beginning_holds_nobody_up(sandbox: Sandbox) -> None:
     """Its own time runs all the same, and the agent serves others while it waits for it."""
     sandbox.files.write("/tmp/said", "")

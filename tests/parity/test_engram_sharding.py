@@ -12,7 +12,8 @@ CASES = [  # placement, sparse gradients, announced step
 ]
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_spread_tables_equal_one_process(world: int) -> None:
     found = run_ranks(ranks, world, CASES)
     for index, case in enumerate(CASES):

@@ -239,10 +239,10 @@ def check_case(case: Case) -> None:
     assert not wrong, f"gradients differ (relative distance): {wrong}"
 
 
-def drawn(test: Any) -> Any:
+def drawn(test: Any, examples: int = EXAMPLES) -> Any:
     """Apply the draw's settings: fixed unless `RORQUAL_TEST_SEED` says otherwise."""
     rules = settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         derandomize=SEED is None,
         deadline=None,
         database=None,
@@ -252,11 +252,10 @@ def drawn(test: Any) -> Any:
     return rules(test) if SEED is None else seed(int(SEED))(rules(test))
 
 
-@drawn
-@given(case=cases())
-def test_random_networks_agree(case: Case) -> None:
+@pytest.mark.parametrize("examples", [EXAMPLES // 3, pytest.param(EXAMPLES, marks=pytest.mark.slow)])
+def test_random_networks_agree(examples: int) -> None:
     """Logits, cached decoding and the gradient of every parameter, over random configurations."""
-    check_case(case)
+    drawn(given(case=cases())(check_case), examples)()
 
 
 # Every residue mod 4 at the start, around one and around two blocks of 128.
@@ -284,7 +283,7 @@ def test_prompt_lengths(pair: tuple[Transformer, DeepseekV4ForCausalLM], length:
     assert row_errors(decode_ours(ours, tokens, cuts), reference).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("heavy", [8, 16])
+@pytest.mark.parametrize("heavy", [8, pytest.param(16, marks=pytest.mark.slow)])
 def test_every_split_of_forty_tokens(heavy: int) -> None:
     """Both caches, the prompt cut in two at every place."""
     config = {**BASE, "num_hidden_layers": 5, "compress_ratios": [0, 4, heavy, 4, heavy]}

@@ -82,10 +82,11 @@ def read_calls(text: str, thinking_mode: str = "chat") -> list[tuple[str, Any]]:
     return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in message["tool_calls"]]
 
 
-def test_strict_calls_obey_their_schemas(engine: Engine) -> None:
+@pytest.mark.parametrize("examples", [20, pytest.param(60, marks=pytest.mark.slow)])
+def test_strict_calls_obey_their_schemas(engine: Engine, examples: int) -> None:
     finished = 0
 
-    @settings(deadline=None, max_examples=60)
+    @settings(deadline=None, max_examples=examples)
     @given(
         st.lists(st.dictionaries(keys, schemas, max_size=3).map(an_object), min_size=1, max_size=2), st.integers(0, 99)
     )
@@ -105,11 +106,11 @@ def test_strict_calls_obey_their_schemas(engine: Engine) -> None:
             jsonschema_rs.validate(own["parameters"], arguments)
 
     check()
-    assert finished > 20
+    assert finished > examples // 3
 
 
 @pytest.mark.parametrize("forced", [False, True, "b"])
-@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("thinking", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_names_are_those_of_the_tools(engine: Engine, forced: Any, thinking: bool) -> None:
     """Also for tools that are not strict, and behind free reasoning."""
     tools = [tool("a", an_object({"x": {"type": "string"}})), tool("b", {"type": "object"}, strict=False)]

@@ -85,6 +85,7 @@ def kept_bytes(mode: recompute.Mode, dtype: torch.dtype | None) -> int:
     return sum(event.self_cpu_memory_usage for event in profile.function_events)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_memory(dtype: torch.dtype | None) -> None:
     everything, streams, blocks = kept_bytes("none", dtype), kept_bytes("mhc", dtype), kept_bytes("block", dtype)

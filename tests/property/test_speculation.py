@@ -1,6 +1,7 @@
 """Speculation changes when tokens come, never which: right, wrong, random and the module's own drafts."""
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -160,6 +161,22 @@ def test_drafts_from_the_text_itself(model: Transformer, has_cache: bool) -> Non
         same(engine.generate(prompts, each), expected)
         stats = engine.stats()
     assert stats.drafted_tokens > 200 and 0 < stats.accepted_tokens < stats.drafted_tokens
+
+
+def test_a_request_that_leaves_in_a_pause_stops_nobody(model: Transformer) -> None:
+    """The round after it has no work."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=300)
+    with Engine(model, TOKENIZER, speculate=True) as engine:
+        assert engine.speculation is not None
+        for kinds in (engine.speculation.policy.kinds, engine.speculation.policy.text_kinds):
+            kinds[True].wait = 10_000
+        request, deadline = engine.submit([5, 6, 7], greedy), time.monotonic() + PATIENCE_S
+        while not engine.speculation.is_resting:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        request.cancel()
+        assert request.result(PATIENCE_S).finish_reason == "cancelled"
+        assert engine.generate([[8, 9]], greedy.replace(max_tokens=5))[0].finish_reason in ("length", "stop")
 
 
 @pytest.mark.usefixtures("always")

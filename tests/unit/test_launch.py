@@ -48,7 +48,10 @@ def test_groups_are_those_of_the_coordinates() -> None:
     ("how", "kind", "message"),
     [
         ("refuse", ConfigError, r"^Rank 1 refuses. It cannot. Do something else.$"),
-        ("break", RorqualError, r"Training process 1 of 2 failed: ValueError: a mistake.*--resume"),
+        pytest.param(
+            *("break", RorqualError, r"Training process 1 of 2 failed: ValueError: a mistake.*--resume"),
+            marks=pytest.mark.slow,
+        ),
         ("die", RorqualError, r"Training process 1 of 2 was killed by signal 9.*--resume"),
     ],
 )

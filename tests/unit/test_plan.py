@@ -204,6 +204,7 @@ def test_machines_by_name(tmp_path: Path) -> None:
             load_hardware(broken)
 
 
+@pytest.mark.slow
 def test_published_speeds_lie_below_the_bounds() -> None:
     found = speed_claims(("v4-flash", "v4-pro"))
     for claim in found:

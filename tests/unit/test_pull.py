@@ -154,6 +154,7 @@ def test_refusals_name_their_cause(hub: FakeHub, tmp_path: Path, monkeypatch: py
         pull(hub, tmp_path / "d")
 
 
+@pytest.mark.slow
 def test_the_command_reads_hf_endpoint(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     command = [sys.executable, "-m", "rorqual", "pull", hub.repository]
     done = subprocess.run(

@@ -67,6 +67,7 @@ def events(folder: Path) -> list[tuple[str, int]]:
     return [(r["event"], r["step"]) for r in records(folder) if "event" in r]
 
 
+@pytest.mark.slow
 def test_a_spike_is_undone_and_the_run_ends_as_it_would_have(tmp_path: Path, models: list[Transformer]) -> None:
     result = tiny_run(tmp_path / "calm", *LONG)
     assert events(tmp_path / "calm") == []
