@@ -1,6 +1,7 @@
 """The gate's second try: only for a few tests, never for what broke as a whole, and never in silence."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def gate(folder: Path, **files: str) -> tuple[int, str, str]:
     (folder / "tests/e2e").mkdir(parents=True)
     (folder / "tests/unit").mkdir()
     (folder / "conftest.py").write_text(CONFTEST)
-    (folder / "Makefile").write_text(f"test:\n\t{sys.executable} -m pytest -q -n 2\n")
+    (folder / "Makefile").write_text(f"test:\n\t{shlex.quote(sys.executable)} -m pytest -q -n 2\n")
     for name, text in files.items():
         (folder / "tests" / f"{name.replace('__', '/test_')}.py").write_text(text)
     env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p xdist"}  # others take seconds
