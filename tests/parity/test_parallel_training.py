@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full import often
 from parallel_cases import LAYOUTS, Layout, build_feed, config, curve, held_out, run_all
 
 from rorqual.checkpoint import load_official
@@ -97,10 +98,11 @@ def test_layouts_train_as_one_process_does(tmp_path: Path, alone: Callable[[int]
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("processes", [2, 4])
-def test_fifty_steps_stay_within_a_ten_thousandth(tmp_path: Path, alone: Callable[[int], Path], processes: int) -> None:
-    launch(run_all, (tmp_path, of_size(processes), 50), processes)
+def test_many_steps_stay_within_a_ten_thousandth(tmp_path: Path, alone: Callable[[int], Path], processes: int) -> None:
+    steps = often(20, 50)
+    launch(run_all, (tmp_path, of_size(processes), steps), processes)
     for layout in of_size(processes):
-        check_same_training(tmp_path / layout.name, alone(50), 50)
+        check_same_training(tmp_path / layout.name, alone(steps), steps)
 
 
 @pytest.mark.slow
