@@ -252,7 +252,7 @@ def drawn(test: Any, examples: int = EXAMPLES) -> Any:
     return rules(test) if SEED is None else seed(int(SEED))(rules(test))
 
 
-@pytest.mark.parametrize("examples", [EXAMPLES // 3, pytest.param(EXAMPLES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [max(1, EXAMPLES // 3), pytest.param(EXAMPLES, marks=pytest.mark.slow)])
 def test_random_networks_agree(examples: int) -> None:
     """Logits, cached decoding and the gradient of every parameter, over random configurations."""
     drawn(given(case=cases())(check_case), examples)()
