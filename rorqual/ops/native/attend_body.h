@@ -64,14 +64,66 @@ INLINE void NAME(add_keys)(int heads, int vectors, int is_whole, const float *we
         for (int v = 0; v < vectors; v++) store(value + h * padded + at + v * VECTOR, VECTOR, sum[h][v]);
 }
 
-/* The same over all channels. */
-INLINE void NAME(add_keys_wide)(int heads, int vectors, const float *weights, const T *const *keys, long n, long width,
-                                float *value, long padded) {
-    long at = 0;
+/* The same over all channels from `at` on. */
+INLINE void NAME(add_keys_wide)(int heads, int vectors, const float *weights, const T *const *keys, long n, long at,
+                                long width, float *value, long padded) {
     for (; width - at >= vectors * VECTOR; at += vectors * VECTOR)
         NAME(add_keys)(heads, vectors, 1, weights, keys, n, at, width, value, padded);
     for (; width - at >= VECTOR; at += VECTOR) NAME(add_keys)(heads, 1, 1, weights, keys, n, at, width, value, padded);
     if (at < width) NAME(add_keys)(heads, 1, 0, weights, keys, n, at, width, value, padded);
+}
+
+#if defined(ELEMENT_BF16) && defined(HAS_BF16_PRODUCTS)
+/* Keys two at a time by bf16 products, their weights rounded to bf16: `pairs` of 32 channels from channel `at` on. */
+INLINE void add_key_pairs(int heads, int pairs, const uint16_t (*weights)[PIECE], const uint16_t *const *keys, long n,
+                          long at, float *value, long padded) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
+                                         4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    Vector sum[4][4];
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++)
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * pairs; v++) sum[h][v] = load(value + h * padded + at + v * VECTOR, VECTOR);
+    for (long j = 0; j < n; j += 2) {
+        const uint16_t *one = keys[j] + at, *two = keys[j + 1 < n ? j + 1 : j] + at; /* an odd one's partner weighs 0 */
+        __m512bh x[4];
+#pragma GCC unroll 2
+        for (int p = 0; p < pairs; p++) {
+            __m512i a = _mm512_loadu_si512(one + 32 * p), b = _mm512_loadu_si512(two + 32 * p);
+            x[2 * p] = (__m512bh)_mm512_permutex2var_epi16(a, low, b);
+            x[2 * p + 1] = (__m512bh)_mm512_permutex2var_epi16(a, high, b);
+        }
+#pragma GCC unroll 4
+        for (int h = 0; h < heads; h++) {
+            uint32_t both;
+            memcpy(&both, weights[h] + j, sizeof(both));
+            __m512bh w = (__m512bh)_mm512_set1_epi32((int)both);
+#pragma GCC unroll 4
+            for (int v = 0; v < 2 * pairs; v++) sum[h][v] = (Vector)_mm512_dpbf16_ps((__m512)sum[h][v], w, x[v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; h++)
+#pragma GCC unroll 4
+        for (int v = 0; v < 2 * pairs; v++) store(value + h * padded + at + v * VECTOR, VECTOR, sum[h][v]);
+}
+#endif
+
+/* A piece's keys for `heads` (up to 4) heads. Where the processor multiplies bf16 in pairs, whole 32 channels go that way. */
+INLINE void NAME(add_piece)(int heads, const float *weights, const T *const *keys, long n, long width, float *value,
+                            long padded) {
+    long at = 0;
+#if defined(ELEMENT_BF16) && defined(HAS_BF16_PRODUCTS)
+    uint16_t rounded[4][PIECE];
+    for (int h = 0; h < heads; h++) {
+        for (long j = 0; j < n; j += VECTOR) store_bf16(rounded[h] + j, VECTOR, load(weights + h * PIECE + j, VECTOR));
+        if (n % 2) rounded[h][n] = 0;
+    }
+    for (; width - at >= 64; at += 64) add_key_pairs(heads, 2, rounded, keys, n, at, value, padded);
+    for (; width - at >= 32; at += 32) add_key_pairs(heads, 1, rounded, keys, n, at, value, padded);
+#endif
+    NAME(add_keys_wide)(heads, heads == 4 ? ADDED : 4, weights, keys, n, at, width, value, padded);
 }
 
 /* Heads [first, last) of one query [H, K] over run `run` of its `n` keys -> left [run_floats]: sums of values [heads]
@@ -96,8 +148,8 @@ void NAME(attend_run)(const T *q, const T *const *keys, long n, long run, const 
             total[h] += sum;
         }
         for (h = 0; heads - h >= 4; h += 4)
-            NAME(add_keys_wide)(4, ADDED, weights + h * PIECE, keys + j, count, width, value + h * padded, padded);
-        for (; h < heads; h++) NAME(add_keys_wide)(1, 4, weights + h * PIECE, keys + j, count, width, value + h * padded, padded);
+            NAME(add_piece)(4, weights + h * PIECE, keys + j, count, width, value + h * padded, padded);
+        for (; h < heads; h++) NAME(add_piece)(1, weights + h * PIECE, keys + j, count, width, value + h * padded, padded);
     }
 }
 

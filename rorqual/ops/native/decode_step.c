@@ -8,6 +8,7 @@
 #include "attend.h"
 #include "compress.h"
 #include "packed_products.h"
+#include "rooms.h"
 
 #ifdef _OPENMP
 extern int omp_get_max_threads(void);

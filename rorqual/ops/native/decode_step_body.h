@@ -29,7 +29,7 @@ static void NAME(make_shared)(NAME(Step) * s) {
     long width = s->shape[WIDTH], channels = 2 * most(width, s->shape[INDEX_WIDTH]);
     size_t keys = (sizeof(T) * width * s->rows + 127) / 64 * 64; /* room for a vector behind */
     size_t projected = (sizeof(float) * channels * s->rows + 127) / 64 * 64;
-    uint8_t *next = s->common = malloc(2 * keys + 8 * projected);
+    uint8_t *next = s->common = take_room(2 * keys + 8 * projected);
     for (int i = 0; i < 2; i++, next += keys) s->turned[i] = (T *)next;
     for (int i = 0; i < 4; i++, next += projected) s->blocks[i] = (float *)next;
     for (int i = 0; i < 4; i++, next += projected) s->scores[i] = (float *)next;
@@ -78,7 +78,7 @@ static void NAME(make_room)(NAME(Step) * s) {
         PUT_PARTS(typed)
         PUT_PARTS(floats)
         PUT_PARTS(wholes)
-        if (!pass) all_of_it = malloc(used + 4 * (n[WIDTH] + n[INDEX_WIDTH]) + 64);
+        if (!pass) all_of_it = take_room(used + 4 * (n[WIDTH] + n[INDEX_WIDTH]) + 64);
     }
 #undef PUT_PARTS
     s->all = all_of_it, s->codes = all_of_it + used;

@@ -68,6 +68,6 @@ void NAME(draft_step)(const T *trunk, int64_t *tokens, long position, long rows,
         s.rows = s.total = 1, s.has_plain_angles = s.has_angles = 0;
         ++*count;
     }
-    free(s.all), free(s.common);
+    give_room(s.all), give_room(s.common);
     free(positions), free(memories), free(turned), free(joined), free(logits);
 }

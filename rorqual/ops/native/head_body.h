@@ -36,17 +36,39 @@ static void NAME(score)(NAME(Step) * s, const int64_t *head, const T *hidden, lo
     NAME(linear)(hidden, PLACE(head, HEAD_WEIGHT), rows, 1, choices, s->shape[HIDDEN], NULL, logits);
 }
 
+/* Where each of `parts` parts of a call's rows begins -> cuts [parts + 1]: so that they hold about as many products. Later
+ * tokens have more entries to score and to attend to; so near the beginning of a text even halves keep a thread waiting. */
+static void NAME(cut_rows)(const NAME(Step) * s, const int64_t *layers, long parts, long *cuts) {
+    const int64_t *n = s->shape;
+    double keys = n[HEADS] * n[WIDTH], plain = 0.0, slope = 0.0, sum = 0.0, all = 0.0;
+    for (long i = 0; i < n[LAYERS]; i++) {
+        const int64_t *layer = layers + i * LAYER_END;
+        double ratio = layer[RATIO] ? layer[RATIO] : 1.0, index = layer[INDEX_WKV] ? n[INDEX_HEADS] * n[INDEX_WIDTH] : 0;
+        plain += n[HIDDEN] * (n[QUERY_RANK] + n[WIDTH] + 3.0 * n[EXPERT_WIDTH] * (n[ACTIVE] + 1)) + n[QUERY_RANK] * (keys + index);
+        plain += keys * (n[OUTPUT_RANK] + 2.0 * n[WINDOW]) + n[GROUPS] * n[OUTPUT_RANK] * n[HIDDEN];
+        plain += 2.0 * n[STREAMS] * n[STREAMS] * (n[STREAMS] + 2) * n[HIDDEN];
+        if (layer[RATIO] && !(index && n[GROUP_BUDGET])) slope += (index ? index : 2.0 * keys) / ratio;
+    }
+    for (long row = 0; row < s->rows; row++) all += plain + slope * (double)s->positions[row];
+    cuts[0] = 0, cuts[parts] = s->rows;
+    for (long row = 0, part = 1; part < parts; row++) { /* every part has a row */
+        sum += plain + slope * (double)s->positions[row];
+        if (sum >= all * part / parts || s->rows - row - 1 == parts - part) cuts[part++] = row + 1;
+    }
+}
+
 /* This thread's part of many rows through all layers: what a row needs of other rows it finds in shared room. So threads
  * meet a few times a layer only, and what a part works on stays in its thread's cache. */
 static void NAME(run_part)(const NAME(Step) * whole, const int64_t *layers, T *streams) {
     NAME(Step) s = *whole;
-    long parts = omp_get_num_threads(), part = omp_get_thread_num(), end = whole->rows * (part + 1) / parts;
-    s.parts = parts, s.at = whole->rows * part / parts, s.rows = end - s.at;
+    long parts = omp_get_num_threads(), part = omp_get_thread_num(), cuts[parts + 1];
+    NAME(cut_rows)(whole, layers, parts, cuts);
+    s.parts = parts, s.at = cuts[part], s.rows = cuts[part + 1] - s.at;
     s.tokens += s.at, s.positions += s.at, s.first += s.at, s.tables += s.at, s.memories += s.at;
     s.forced += s.at, s.num_forced += s.at, s.budgets += s.at;
     NAME(make_room)(&s);
     NAME(run_layers)(&s, layers, streams + s.at * s.shape[STREAMS] * s.shape[HIDDEN]);
-    free(s.all);
+    give_room(s.all);
 }
 
 /* embedding [V, D]; shape, numbers and layers [L, LAYER_END] of the model; of each row, one behind the other in `places`
@@ -79,5 +101,5 @@ void NAME(decode_step)(const T *embedding, const int64_t *shape, const float *nu
         NAME(score)(&s, head, hidden, count, choices, logits);
         for (long i = 0; i < count; i++) best[i] = best_of(logits + i * choices, choices);
     }
-    free(s.all), free(s.common);
+    give_room(s.all), give_room(s.common);
 }

@@ -312,7 +312,8 @@ static void NAME(best_of_some)(const Scan *s, const T *q, const float *weights, 
     const uint8_t **row = malloc(sizeof(*row) * (n + 2 * TILE));
     float *score = malloc(sizeof(float) * 2 * (n + TILE));
     int64_t *places = malloc(sizeof(int64_t) * n);
-    make_keys(s, &keys), make_query(s, &query);
+    uint8_t *room = malloc(make_query(s, &query, NULL));
+    make_keys(s, &keys), make_query(s, &query, room);
     if (s->has_tiles) tiles_begin();
     NAME(read_query)(s, q, &query);
     NAME(weigh_heads)(s, weights, &query);
@@ -330,7 +331,7 @@ static void NAME(best_of_some)(const Scan *s, const T *q, const float *weights, 
     long count = best_places(score, n, k, (uint32_t *)(score + n + TILE), places);
     for (long i = 0; i < k; i++) picks[i] = i < count ? ids[places[i]] : -1;
     qsort(picks, count, sizeof(*picks), by_size);
-    free(row), free(score), free(places), free_query(&query), free_keys(&keys);
+    free(row), free(score), free(places), free(room), free_keys(&keys);
 }
 
 /* One query that sees entries [0, end), by groups of the segments that lie before its newest keys. */

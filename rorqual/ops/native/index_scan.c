@@ -166,21 +166,24 @@ static void free_keys(Keys *keys) {
     free(keys->floats), free(keys->pairs), free(keys->codes), free(keys->scales), free(keys->rows), free(keys->half_rows);
     free(keys->total);
 }
-static void make_query(const Scan *s, Query *query) {
-    long rows = (s->heads + 15) / 16 * 16;
-    query->floats = malloc(sizeof(float) * rows * s->width);
-    query->halves = calloc(rows * s->width, sizeof(uint16_t));
-    query->bytes = malloc(rows * s->width);
-    query->turned = malloc(rows * s->width);
-    query->raising_bytes = malloc(rows * s->width);
-    query->raising_weights = malloc(sizeof(float) * rows);
-    query->raising_offset = malloc(sizeof(int32_t) * rows);
-    query->scale = malloc(sizeof(float) * rows * (s->width / GROUP + 1));
-    query->offset = malloc(sizeof(int32_t) * rows * (s->width / GROUP + 1));
-}
-static void free_query(Query *query) {
-    free(query->floats), free(query->halves), free(query->bytes), free(query->scale), free(query->offset);
-    free(query->raising_bytes), free(query->raising_weights), free(query->raising_offset), free(query->turned);
+/* Room for one query, in one piece at `room` -> how many bytes it takes (only that where `room` is NULL). Zeros in `halves`. */
+static size_t make_query(const Scan *s, Query *query, uint8_t *room) {
+    size_t rows = (s->heads + 15) / 16 * 16, cells = rows * s->width, groups = rows * (s->width / GROUP + 1), used = 0;
+#define PLACE_OF(field, bytes)                      \
+    if (room) query->field = (void *)(room + used); \
+    used += ((bytes) + 63) / 64 * 64;
+    PLACE_OF(floats, sizeof(float) * cells)
+    PLACE_OF(halves, sizeof(uint16_t) * cells)
+    PLACE_OF(bytes, cells)
+    PLACE_OF(turned, cells)
+    PLACE_OF(raising_bytes, cells)
+    PLACE_OF(raising_weights, sizeof(float) * rows)
+    PLACE_OF(raising_offset, sizeof(int32_t) * rows)
+    PLACE_OF(scale, sizeof(float) * groups)
+    PLACE_OF(offset, sizeof(int32_t) * groups)
+#undef PLACE_OF
+    if (room) memset(query->halves, 0, sizeof(uint16_t) * cells);
+    return used;
 }
 
 /* score [TILE] of the keys in `keys`; fetches the rows of `ahead`, if there are any, on the way. */

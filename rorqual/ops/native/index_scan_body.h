@@ -122,7 +122,8 @@ void NAME(index_scan_scores)(const T *q, const float *weights, const T *keys, co
     {
         Keys tile;
         Query query;
-        make_keys(&s, &tile), make_query(&s, &query);
+        uint8_t *room = malloc(make_query(&s, &query, NULL));
+        make_keys(&s, &tile), make_query(&s, &query, room);
         if (s.has_tiles) tiles_begin();
 #pragma omp for schedule(static)
         for (long row = 0; row < queries; row++) {
@@ -137,7 +138,7 @@ void NAME(index_scan_scores)(const T *q, const float *weights, const T *keys, co
             }
         }
         if (s.has_tiles) tiles_end();
-        free_keys(&tile), free_query(&query);
+        free_keys(&tile), free(room);
     }
 }
 
@@ -163,23 +164,27 @@ static int NAME(offer_bounded)(const Scan *s, const Query *query, const Keys *ke
 #endif
 }
 
-/* The best of entries `lo` to `hi` for `count` queries that share their tiles: ranks in ascending order of index. */
+/* The best of entries `lo` to `hi` for `count` queries that share their tiles: ranks in ascending order of index. All lists
+ * are one piece, which begins with the first one's: to be freed. */
 static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, const int64_t *start, const int64_t *end,
                             long count, int64_t lo, int64_t hi, long k, Best *best) {
     Query query[QUERIES];
     Keys keys;
     int all_bounded = 1; /* then a tile is read without waiting */
+    long capacity = 2 * k + 4 * TILE;
+    size_t size = make_query(s, query, NULL);
     float *scores = malloc(sizeof(float) * count * BLOCK_KEYS);
+    uint8_t *room = malloc(size * count);
+    uint64_t *lists = malloc(sizeof(uint64_t) * capacity * count), *scratch = malloc(sizeof(uint64_t) * capacity);
     make_keys(s, &keys);
     if (s->has_tiles) tiles_begin();
     for (long i = 0; i < count; i++) {
-        make_query(s, query + i);
+        make_query(s, query + i, room + i * size);
         NAME(read_query)(s, q + i * s->heads * s->width, query + i);
         NAME(weigh_heads)(s, weights + i * s->heads, query + i);
         all_bounded &= query[i].is_bounded;
-        long capacity = 2 * k + 4 * TILE;
-        best[i] = (Best){.list = malloc(sizeof(uint64_t) * capacity), .scratch = malloc(sizeof(uint64_t) * capacity),
-                         .capacity = capacity, .k = k, .threshold = -INFINITY};
+        best[i] = (Best){.list = lists + i * capacity, .scratch = scratch, .capacity = capacity, .k = k,
+                         .threshold = -INFINITY};
     }
     for (int64_t first = lo; first < hi; first += TILE) {
         int64_t last = first + TILE < hi ? first + TILE : hi;
@@ -206,12 +211,8 @@ static void NAME(scan_part)(const Scan *s, const T *q, const float *weights, con
                 offer_block(best + i, scores + i * BLOCK_KEYS, base, from, to);
         }
     }
-    free(scores);
-    for (long i = 0; i < count; i++) {
-        keep_best(best + i);
-        free(best[i].scratch);
-        free_query(query + i);
-    }
+    for (long i = 0; i < count; i++) keep_best(best + i);
+    free(scores), free(room), free(scratch);
     if (s->has_tiles) tiles_end();
     free_keys(&keys);
 }
@@ -249,19 +250,18 @@ void NAME(index_scan)(const T *q, const float *weights, const T *keys, const uin
         if (n <= k) {
             for (; count < n; count++) mine[count] = from + count;
         } else {
-            Best all = {.k = k};
-            all.list = malloc(sizeof(uint64_t) * 2 * parts * k), all.scratch = all.list + parts * k;
-            for (long part = 0; part < parts; part++) {
-                Best *one = best + (row / QUERIES * parts + part) * QUERIES + row % QUERIES;
-                memcpy(all.list + all.size, one->list, sizeof(uint64_t) * one->size);
-                all.size += one->size;
+            Best *one = best + row / QUERIES * parts * QUERIES + row % QUERIES, all = {.k = k};
+            if (parts > 1) all.list = malloc(sizeof(uint64_t) * 2 * parts * k), all.scratch = all.list + parts * k;
+            for (long part = 0; part < parts && parts > 1; part++) {
+                memcpy(all.list + all.size, one[part * QUERIES].list, sizeof(uint64_t) * one[part * QUERIES].size);
+                all.size += one[part * QUERIES].size;
             }
-            keep_best(&all);
-            for (; count < all.size; count++) mine[count] = index_of(all.list[count]);
+            if (parts > 1) keep_best(&all), one = &all;
+            for (; count < one->size; count++) mine[count] = index_of(one->list[count]);
             free(all.list);
         }
         for (; count < k; count++) mine[count] = -1;
     }
-    for (long i = 0; i < groups * parts * QUERIES; i++) free(best[i].list);
+    for (long i = 0; i < groups * parts; i++) free(best[i * QUERIES].list);
     free(best);
 }

@@ -19,6 +19,19 @@ INLINE void choose_experts(const float *score, const float *bias, long experts, 
     }
 }
 
+/* sqrt(softplus(x)), at least sqrt(SCORE_FLOOR). A NaN stays. */
+INLINE Vector score_lanes(Vector x) {
+    Vector soft = choose(x > 20.0f, x, larger(log1p_lanes(exp_lanes(x)), SCORE_FLOOR));
+#ifdef __AVX512F__
+    return (Vector)_mm512_sqrt_ps((__m512)soft);
+#elif defined(__AVX__)
+    return (Vector)_mm256_sqrt_ps((__m256)soft);
+#else
+    for (int i = 0; i < VECTOR; i++) soft[i] = sqrtf(soft[i]);
+    return soft;
+#endif
+}
+
 /* Clamped SwiGLU times the routing weight. */
 INLINE Vector swiglu_lanes(Vector gate, Vector up, float top, float weight) {
     Vector g = smaller(gate, top), v = smaller(larger(up, -top), top);
@@ -33,11 +46,12 @@ void NAME(router)(const T *x, const T *w, const float *bias, long tokens, long d
     SHARED_OUT(tokens * d * experts > FORK_FROM, long t = 0; t < tokens; t += LANES, {
         long count = tokens - t < LANES ? tokens - t : LANES;
         NAME(dots)(count, experts, d, x + t * d, NULL, d, w, NULL, d, scores + t * experts, experts);
+        float *first = scores + t * experts;
+        for (long i = 0; i < count * experts; i += VECTOR)
+            store(first + i, count * experts - i, score_lanes(load(first + i, count * experts - i)));
         for (long r = t; r < t + count; r++) {
             float *score = scores + r * experts, total = 0.0f;
             int64_t *mine = chosen + r * active;
-            for (long e = 0; e < experts; e++)
-                score[e] = sqrtf(score[e] > 20.0f ? score[e] : max_(log1pf(expf(score[e])), SCORE_FLOOR));
             if (bias) choose_experts(score, bias, experts, active, mine);
             for (long a = 0; a < active; a++) total += score[mine[a]];
             for (long a = 0; a < active; a++) weights[r * active + a] = score[mine[a]] / total * scale;

@@ -74,8 +74,26 @@ INLINE float sum_lanes(Vector x) {
 
 /* Where `when` has all bits of a lane set `a`, else `b`. */
 INLINE Vector choose(Integers when, Vector a, Vector b) { return (Vector)(((Integers)a & when) | ((Integers)b & ~when)); }
-INLINE Vector smaller(Vector a, float b) { return choose(a > b, (Vector){0} + b, a); } /* a NaN of `a` stays */
-INLINE Vector larger(Vector a, float b) { return choose(a < b, (Vector){0} + b, a); }
+
+/* The smaller and the larger one; a NaN of `a` stays: of a NaN and a number the processor gives the second operand. */
+INLINE Vector smaller(Vector a, float b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_min_ps(_mm512_set1_ps(b), (__m512)a);
+#elif defined(__AVX__)
+    return (Vector)_mm256_min_ps(_mm256_set1_ps(b), (__m256)a);
+#else
+    return choose(a > b, (Vector){0} + b, a);
+#endif
+}
+INLINE Vector larger(Vector a, float b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_max_ps(_mm512_set1_ps(b), (__m512)a);
+#elif defined(__AVX__)
+    return (Vector)_mm256_max_ps(_mm256_set1_ps(b), (__m256)a);
+#else
+    return choose(a < b, (Vector){0} + b, a);
+#endif
+}
 
 /* A bit for each lane whose bits are all set. */
 INLINE uint32_t lanes_set(Integers x) {
@@ -105,6 +123,27 @@ INLINE Vector exp_lanes(Vector x) {
     return p * (Vector)((__builtin_convertvector(n, Integers) + 127) << 23);
 }
 INLINE Vector sigmoid_lanes(Vector x) { return 1.0f / (1.0f + exp_lanes(-x)); }
+
+/* Natural logarithm of positive, normal numbers, to about 1e-7 relative but near 1, where it is that of u's distance. */
+INLINE Vector log_lanes(Vector u) {
+    Integers bits = (Integers)u, power = (bits - 0x3f3504f3) >> 23; /* the rest lies from sqrt(1/2) to sqrt(2) */
+    Vector n = __builtin_convertvector(power, Vector), m = (Vector)(bits - (power << 23)) - 1.0f;
+    Vector p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    Vector square = m * m;
+    return (p * m * square + n * -2.12194440e-4f - 0.5f * square) + m + n * 0.693359375f;
+}
+/* log(1 + t) of t >= 0, as exact for small t: what rounding did to 1 + t is made good. */
+INLINE Vector log1p_lanes(Vector t) {
+    Vector u = 1.0f + t, rest = u - 1.0f;
+    return choose(rest > 0.0f, log_lanes(u) * (t / choose(rest > 0.0f, rest, u)), t);
+}
 
 /* The first `n` (at most VECTOR) elements of a row, the rest 0; and back. */
 INLINE Vector load(const float *p, long n) {
