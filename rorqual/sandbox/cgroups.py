@@ -10,12 +10,13 @@ Source: docs/sandbox.md; the kernel's admin-guide on cgroup-v1 and cgroup-v2.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -298,8 +299,7 @@ class Group:
                 return left
             time.sleep(0.01)
         for parent in {Path(path).parent for path in self.paths}:
-            with suppress(OSError):
-                parent.rmdir()  # fails while other sandboxes are in it
+            _drop_parent(parent)
         return []
 
     def _make(self, limits: Limits, devices: Sequence[str] | None) -> None:
@@ -427,6 +427,57 @@ def remove_everywhere(name: str) -> list[str]:
         if folder.exists() and not _remove_tree(folder):
             left.append(str(folder))
         elif folder.parent.exists():
-            with suppress(OSError):
-                folder.parent.rmdir()
+            _drop_parent(folder.parent)
     return left
+
+
+@contextmanager
+def parent_held() -> Iterator[list[int]]:
+    """Handles (one, or none where no hierarchy is seen) that keep others from removing the shared folder while they are
+    open, here or in a process that inherits them.
+
+    For a runtime that makes groups below the folder by itself: it does so in several steps, in hierarchies that `create`
+    may not use, where the folder is empty and would go with somebody else's last group.
+    """
+    handle = _mount_handle()
+    if handle is None:
+        yield []
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield [handle]
+    finally:
+        os.close(handle)
+
+
+def _drop_parent(parent: Path, timeout_s: float = 1.0) -> None:
+    """Remove the shared folder unless groups are in it or somebody holds it. A keeper that just died lets go in a moment."""
+    deadline = time.monotonic() + timeout_s
+    with suppress(OSError):
+        if any(entry.is_dir() for entry in os.scandir(parent)):
+            return
+    handle = _mount_handle()
+    try:
+        while handle is not None and not _try_lock(handle):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.01)
+        with suppress(OSError):
+            parent.rmdir()  # fails when another sandbox came
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _mount_handle() -> int | None:
+    """The top of the first hierarchy, on which all processes that see it can meet; None where there is none."""
+    mount = next(iter(_mounts()), None)
+    return None if mount is None else os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

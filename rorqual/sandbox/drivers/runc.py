@@ -61,7 +61,8 @@ class Runc(Bwrap):
         try:
             self._write_bundle(spec, home, first_id, shown)
             command = self._command(spec, home, lowers, first_id)
-            keeper, holder = launch(command, home, group, store.local.locks())
+            with cgroups.parent_held() as held:
+                keeper, holder = launch(command, home, group, [*store.local.locks(), *held])
             store.release()
         except BaseException:
             store.release()

@@ -192,6 +192,22 @@ def delegated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return top
 
 
+def test_the_shared_folder_stays_while_a_runtime_is_about_to_use_it(delegated: Path) -> None:
+    """runc makes `rorqual`, reads in it and makes its group, while the last sandbox of somebody else goes."""
+    parent = delegated.parent / cgroups.PARENT
+    parent.mkdir()
+    with cgroups.parent_held() as handles:
+        child = subprocess.Popen(["sleep", "100"], pass_fds=handles)
+    try:
+        assert cgroups.remove_everywhere("gone") == []
+        assert parent.exists()
+    finally:
+        child.kill()
+        child.wait()
+    assert cgroups.remove_everywhere("gone") == []
+    assert not parent.exists()
+
+
 def test_a_delegated_tree_is_used_from_its_top(delegated: Path) -> None:
     assert cgroups.why_not() is None
     assert cgroups._place_v2() == (delegated, "")
