@@ -338,30 +338,34 @@ def step(
     short = [segment for segment in known if len(segment.tokens) <= MOST_TOKENS]
     ids = [one for segment in short for one in segment.ids]
     counts = [len(segment.tokens) for segment in short]
-    parts: dict[int, list[Tensor]] = {}
+    parts: dict[int, Tensor] = {}
     if short:
         decoded = _decode(plan, ids, [segment.state for segment in short], counts).streams.split(counts, 1)
-        parts |= {id(segment): [part] for segment, part in zip(short, decoded, strict=True)}
+        parts |= {id(segment): part for segment, part in zip(short, decoded, strict=True)}
     for segment in known:
         if len(segment.tokens) > MOST_TOKENS:
             ids = segment.ids
-            pieces = [ids[at : at + PIECE] for at in range(0, len(ids), PIECE)]
-            parts[id(segment)] = [_decode(plan, piece, [segment.state], [len(piece)]).streams for piece in pieces]
+            streams = plan.network.room(1, len(ids))
+            for at in range(0, len(ids), PIECE):
+                piece = ids[at : at + PIECE]
+                _decode(plan, piece, [segment.state], [len(piece)], out=streams[:, at : at + PIECE])
+            parts[id(segment)] = streams
     rest = [segment for segment in segments if id(segment) not in parts]
     if rest:
         read = by_layers(model, rest).split([len(segment.tokens) for segment in rest], 1)
-        parts |= {id(segment): [part] for segment, part in zip(rest, read, strict=True)}
-    found = [part for segment in segments for part in parts[id(segment)]]
+        parts |= {id(segment): part for segment, part in zip(rest, read, strict=True)}
+    found = [parts[id(segment)] for segment in segments]
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def _decode(
     plan: Plan, ids: Sequence[int], states: Sequence["State"], counts: Sequence[int], wanted: Sequence[int] = (),
-    choices: int = 0, *, is_batch: bool = False,
+    choices: int = 0, *, is_batch: bool = False, out: Tensor | None = None,
 ) -> Scores:  # fmt: skip
     """The next `counts` tokens of every row of checked states, in order, and what follows the rows in `wanted`.
 
-    A count beyond 1 is for a state of one row. is_batch: results with the rows in the first dimension.
+    A count beyond 1 is for a state of one row. is_batch: results with the rows in the first dimension. out: where the
+    streams are to lie.
     """
     positions: list[int] = []
     first: list[int] = []
@@ -384,7 +388,7 @@ def _decode(
     if plan.fetcher is not None:
         expect_experts(plan.routed, ids)
         plan.fetcher.begin()
-    scores = Scores(*plan.network.step(places, len(ids), wanted, choices, is_batch=is_batch))
+    scores = Scores(*plan.network.step(places, len(ids), wanted, choices, is_batch=is_batch, out=out))
     if plan.fetcher is not None:
         plan.fetcher.end()
     at = 0

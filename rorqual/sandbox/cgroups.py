@@ -436,8 +436,8 @@ def parent_held() -> Iterator[list[int]]:
     """Handles (one, or none where no hierarchy is seen) that keep others from removing the shared folder while they are
     open, here or in a process that inherits them.
 
-    For a runtime that makes groups below the folder by itself: it does so in several steps, in hierarchies that `create`
-    may not use, where the folder is empty and would go with somebody else's last group.
+    For a runtime that makes groups below the folder by itself: it does so in several steps, in hierarchies that
+    `create` may not use, where the folder is empty and would go with somebody else's last group.
     """
     handle = _mount_handle()
     if handle is None:
@@ -451,7 +451,7 @@ def parent_held() -> Iterator[list[int]]:
 
 
 def _drop_parent(parent: Path, timeout_s: float = 1.0) -> None:
-    """Remove the shared folder unless groups are in it or somebody holds it. A keeper that just died lets go in a moment."""
+    """Remove the shared folder unless groups are in it or somebody holds it; a keeper that just died soon lets go."""
     deadline = time.monotonic() + timeout_s
     with suppress(OSError):
         if any(entry.is_dir() for entry in os.scandir(parent)):

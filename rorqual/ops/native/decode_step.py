@@ -43,19 +43,31 @@ class Network:
         given = zip(self._kept, dtypes, strict=False)
         self._addresses = [0 if tensor is None else address("decode_step", tensor, dtype) for tensor, dtype in given]
 
+    def room(self, *lead: int) -> Tensor:
+        """Streams [*lead, N, D] that hold anything."""
+        return torch.empty(*lead, *self._size, dtype=self._dtype)
+
     def step(
-        self, places: Sequence[int], num_rows: int, wanted: Sequence[int] = (), choices: int = 0, *, is_batch: bool
+        self,
+        places: Sequence[int],
+        num_rows: int,
+        wanted: Sequence[int] = (),
+        choices: int = 0,
+        *,
+        is_batch: bool,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Streams [1, R, N, D] of R rows after all layers. The sequences' memory has taken the tokens in afterwards.
 
         places: of each row token, position, first row of its sequence, addresses of its pages and of its memory; first
         all tokens, then all positions, and so on. wanted: rows behind which hidden states [1, W, D], logits fp32
         [1, W, choices] and the first of the largest logits are wanted too (a NaN counts as the largest).
-        is_batch: tensors with the rows in the first dimension instead, [R, 1, ...].
+        is_batch: tensors with the rows in the first dimension instead, [R, 1, ...]. out: where the streams are to lie.
         """
-        count, (streams, hidden_size) = len(wanted), self._size
+        count, hidden_size = len(wanted), self._size[1]
         lead, wanted_lead = ((num_rows, 1), (count, 1)) if is_batch else ((1, num_rows), (1, count))
-        out = torch.empty(*lead, streams, hidden_size, dtype=self._dtype)
+        if out is None:
+            out = self.room(*lead)
         hidden, logits = torch.empty(*wanted_lead, hidden_size, dtype=self._dtype), torch.empty(*wanted_lead, choices)
         # plain arrays: a tensor of a few numbers takes longer to make than they take to be read
         rows, asked, best = array("q", places), array("q", wanted), array("q", wanted)

@@ -57,9 +57,15 @@ static void NAME(cut_rows)(const NAME(Step) * s, const int64_t *layers, long par
     }
 }
 
+/* The step's tokens -> streams [rows, N, D], all of a token alike. */
+static void NAME(embed)(const NAME(Step) * s, const T *embedding, T *streams) {
+    long d = s->shape[HIDDEN], n = s->shape[STREAMS];
+    for (long i = 0; i < s->rows * n; i++) memcpy(streams + i * d, embedding + s->tokens[i / n] * d, sizeof(T) * d);
+}
+
 /* This thread's part of many rows through all layers: what a row needs of other rows it finds in shared room. So threads
  * meet a few times a layer only, and what a part works on stays in its thread's cache. */
-static void NAME(run_part)(const NAME(Step) * whole, const int64_t *layers, T *streams) {
+static void NAME(run_part)(const NAME(Step) * whole, const T *embedding, const int64_t *layers, T *streams) {
     NAME(Step) s = *whole;
     long parts = omp_get_num_threads(), part = omp_get_thread_num(), cuts[parts + 1];
     NAME(cut_rows)(whole, layers, parts, cuts);
@@ -67,7 +73,9 @@ static void NAME(run_part)(const NAME(Step) * whole, const int64_t *layers, T *s
     s.tokens += s.at, s.positions += s.at, s.first += s.at, s.tables += s.at, s.memories += s.at;
     s.forced += s.at, s.num_forced += s.at, s.budgets += s.at;
     NAME(make_room)(&s);
-    NAME(run_layers)(&s, layers, streams + s.at * s.shape[STREAMS] * s.shape[HIDDEN]);
+    streams += s.at * s.shape[STREAMS] * s.shape[HIDDEN];
+    NAME(embed)(&s, embedding, streams);
+    NAME(run_layers)(&s, layers, streams);
     give_room(s.all);
 }
 
@@ -83,16 +91,16 @@ void NAME(decode_step)(const T *embedding, const int64_t *shape, const float *nu
                     .tables = places + 3 * rows, .memories = places + 4 * rows, .forced = places + 5 * rows,
                     .num_forced = places + 6 * rows, .budgets = places + 7 * rows, .numbers = numbers, .rows = rows};
     long d = shape[HIDDEN], n = shape[STREAMS];
-    for (long i = 0; i < rows * n; i++) memcpy(streams + i * d, embedding + places[i / n] * d, sizeof(T) * d);
     NAME(make_shared)(&s);
     long parts = rows / PART_ROWS < omp_get_max_threads() ? rows / PART_ROWS : omp_get_max_threads();
     if (parts > 1) {
 #pragma omp parallel num_threads(parts)
-        NAME(run_part)(&s, layers, streams);
+        NAME(run_part)(&s, embedding, layers, streams);
         s.rows = count;
         NAME(make_room)(&s);
     } else {
         NAME(make_room)(&s);
+        NAME(embed)(&s, embedding, streams);
         NAME(run_layers)(&s, layers, streams);
     }
     if (count) {
