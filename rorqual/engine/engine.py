@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rorqual import log
 from rorqual.engine.aside import Asides, Work
 from rorqual.engine.checks import as_array, check_limits, check_priority, check_request, check_timeout
+from rorqual.engine.choices import choose
 from rorqual.engine.delivery import Delivery
 from rorqual.engine.events import Completion, FinishReason, TokenEvent
 from rorqual.engine.exactness import describe, examine
@@ -36,7 +37,7 @@ from rorqual.engine.params import SamplingParams
 from rorqual.engine.prefix_cache import PrefixCache
 from rorqual.engine.request import Listener, Progress, Request
 from rorqual.engine.scheduler import Round, Scheduler
-from rorqual.engine.speculation import MOST_REPEATED, OwnDrafter, Speculation, choose
+from rorqual.engine.speculation import MOST_REPEATED, OwnDrafter, Speculation
 from rorqual.engine.stats import EngineStats, Meter, StepRecord
 from rorqual.engine.stepper import Outcome, Stepper
 from rorqual.engine.stops import StopFilter
