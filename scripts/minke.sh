@@ -1,10 +1,12 @@
 #!/bin/sh
-# Minke, for real: from the bundled base to a tuned model and its table, about six hours on two cores.
+# Minke, for real: from the bundled base to the specialist minke-skills and its table, about two and a half hours on two cores with
+# bf16 products.
 #
 #   scripts/minke.sh
 #
-# Every part goes on where it was stopped (kill it any time, start it again); a finished part is passed over. The length
-# recipe needs the algorithm `grpo`. Needs the extras agents and test, and for the desk tasks a container sandbox.
+# Every part goes on where it was stopped (kill it any time, start it again); a finished part is passed over. Needs the
+# extras agents and test, and for the desk tasks a container sandbox. Length training is a recipe of its own
+# (recipes/posttrain/minke-length.toml), which begins from minke-skills.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -37,13 +39,11 @@ made() { # file, command that writes what --out names
 
 phase minke-2k
 phase minke-8k
-made runs/desk.jsonl rorqual.agents.practice --count 2000 --seed 1
-made runs/labels.jsonl rorqual.posttrain.self_labels --model runs/minke-8k/model --questions 4000 --seed 1
+made runs/desk.jsonl rorqual.agents.practice --count 700 --seed 1
 tune minke runs/minke-posttrain
-tune minke-length runs/minke-length
 model() { # folder of a posttrain run: the model of its last stage
     for stage in "$1"/[0-9]*; do last=$stage; done
     echo "$last/model"
 }
 python benchmarks/minke_posttrain.py base=minke phase=runs/minke-8k/model \
-    "long=$(model runs/minke-posttrain)" "tuned=$(model runs/minke-length)" | tee runs/minke-posttrain.txt
+    "tuned=$(model runs/minke-posttrain)" | tee runs/minke-posttrain.txt

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from live_server import live
 
 from rorqual import Engine, SamplingParams, load
 from rorqual.checkpoint import ASSETS
-from rorqual.data.tasks import World, families
+from rorqual.data.tasks import World, families, posttraining_families
 from rorqual.server import create_app
 
 openai = pytest.importorskip("openai", reason="needs the openai SDK (test extra)")
@@ -95,3 +96,22 @@ def test_its_page_answers_in_a_browser(url: str, tmp_path: Path) -> None:
         assert "Minke" in page.text(".answer")
         assert page.text(".reasoning")
         assert page.errors == []
+
+
+def test_the_specialist_adds_by_columns_and_is_stored_as_the_real_ones_are() -> None:
+    """Operands of up to 8 digits at effort high, where docs/minke-posttraining.md has 96 %; experts in FP4."""
+    config = json.loads((Path(ASSETS) / "minke-skills" / "config.json").read_text())
+    assert config["expert_dtype"] == "fp4" and config["quantization_config"]["fmt"] == "e4m3"
+    assert sum(path.stat().st_size for path in (Path(ASSETS) / "minke-skills").iterdir()) <= 8e6
+    model, tokenizer = load("minke-skills")
+    family = posttraining_families()["arith-columns"]
+    items = [item for item in islice(family.items("test", 99), 90) if item.stratum["effort"] == "high"]
+    with Engine(model, tokenizer) as engine:
+        outputs = engine.generate(
+            [tokenizer.encode(item.prompt_text()) for item in items], SamplingParams(temperature=0, max_tokens=160)
+        )
+    right = [
+        family.grade(item, tokenizer.decode(list(output.ids))).passed
+        for item, output in zip(items, outputs, strict=True)
+    ]
+    assert sum(right) >= 0.8 * len(items), f"{sum(right)} of {len(items)}"
