@@ -73,6 +73,20 @@ def test_routed_experts(hashed: bool, dtype: torch.dtype) -> None:
         assert torch.equal(experts.grouped_experts(x[part], chosen[part], weights[part], w1, w3, w2, 1.0), every[part])
 
 
+def test_scores_are_right_relative_to_their_size() -> None:
+    """sqrt(softplus) where it is an exponential, where it is linear and between, down to its floor; a NaN stays."""
+    x = torch.cat([torch.linspace(-100, 45, 2901), torch.tensor([-0.0, 1e-8, -1e-8, float("nan")])])
+    row = torch.zeros(len(x), 16)
+    row[:, 3] = x
+    router = torch.zeros(3, 16)
+    router[:, 3] = torch.tensor([1.0, -1.0, 0.5])
+    scores = experts.route(row, router, torch.zeros(3), None, 2, 1.5)[2]
+    products = row[:-1].double() @ router.double().t()
+    want = torch.nn.functional.softplus(products).clamp_min(experts.SCORE_FLOOR).sqrt()
+    assert float(((scores[:-1] - want) / want).abs().max()) < 1e-6
+    assert scores[-1].isnan().all()
+
+
 def test_equal_scores_go_to_the_lowest_experts() -> None:
     chosen, weights, _ = experts.route(torch.ones(2, 4), torch.zeros(5, 4), torch.zeros(5), None, 3, 1.5)
     assert chosen.tolist() == [[0, 1, 2]] * 2

@@ -48,15 +48,9 @@ class Network:
         return torch.empty(*lead, *self._size, dtype=self._dtype)
 
     def step(
-        self,
-        places: Sequence[int],
-        num_rows: int,
-        wanted: Sequence[int] = (),
-        choices: int = 0,
-        *,
-        is_batch: bool,
+        self, places: Sequence[int], num_rows: int, wanted: Sequence[int] = (), choices: int = 0, *, is_batch: bool,
         out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:  # fmt: skip
         """Streams [1, R, N, D] of R rows after all layers. The sequences' memory has taken the tokens in afterwards.
 
         places: of each row token, position, first row of its sequence, addresses of its pages and of its memory; first
