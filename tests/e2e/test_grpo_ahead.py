@@ -33,9 +33,10 @@ def test_a_bound_of_0_is_the_synchronous_run(tmp_path: Path) -> None:
 
 
 def test_reward_rises_while_phases_are_drawn_ahead(tmp_path: Path) -> None:
-    outcome = toy_run(tmp_path, toy_config(max_staleness=2))
+    # answers of older weights teach less, and how old they are is a matter of the machine's load: 30 phases may end at 0.4
+    outcome = toy_run(tmp_path, toy_config(max_staleness=2, steps=60))
     found = phases(tmp_path)
-    assert outcome.finished and len(found) == 30
+    assert outcome.finished and len(found) == 60
     assert sum(r["reward"] for r in found[:3]) / 3 < 0.25
     assert sum(r["reward"] for r in found[-3:]) / 3 > 0.6
     ages = {int(age) for record in found for age in record["staleness"]}
