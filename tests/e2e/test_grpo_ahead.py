@@ -33,7 +33,7 @@ def test_a_bound_of_0_is_the_synchronous_run(tmp_path: Path) -> None:
 
 
 def test_reward_rises_while_phases_are_drawn_ahead(tmp_path: Path) -> None:
-    # answers of older weights teach less, and how old they are is a matter of the machine's load: 30 phases may end at 0.4
+    # answers of older weights teach less, and how old they are depends on the machine's load: 30 phases may end at 0.4
     outcome = toy_run(tmp_path, toy_config(max_staleness=2, steps=60))
     found = phases(tmp_path)
     assert outcome.finished and len(found) == 60
