@@ -453,8 +453,8 @@ def parent_held() -> Iterator[list[int]]:
 def _drop_parent(parent: Path, timeout_s: float = 1.0) -> None:
     """Remove the shared folder unless groups are in it or somebody holds it; a keeper that just died soon lets go."""
     deadline = time.monotonic() + timeout_s
-    with suppress(OSError):
-        if any(entry.is_dir() for entry in os.scandir(parent)):
+    with suppress(OSError), os.scandir(parent) as entries:
+        if any(entry.is_dir() for entry in entries):
             return
     handle = _mount_handle()
     try:
@@ -470,9 +470,11 @@ def _drop_parent(parent: Path, timeout_s: float = 1.0) -> None:
 
 
 def _mount_handle() -> int | None:
-    """The top of the first hierarchy, on which all processes that see it can meet; None where there is none."""
-    mount = next(iter(_mounts()), None)
-    return None if mount is None else os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """The top of the first hierarchy, on which all processes that see it can meet; None where none can be opened."""
+    for mount in _mounts()[:1]:
+        with suppress(OSError):
+            return os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return None
 
 
 def _try_lock(handle: int) -> bool:

@@ -19,7 +19,7 @@ typedef struct {
 static _Atomic(Room *) kept_rooms[KEPT_ROOMS];
 
 /* Room for `size` bytes, which hold anything; to be given back. */
-__attribute__((unused)) static void *take_room(size_t size) {
+static void *take_room(size_t size) {
     for (int i = 0; i < KEPT_ROOMS && size >= LEAST_KEPT; i++) {
         Room *room = atomic_exchange(&kept_rooms[i], NULL);
         if (room && room->size >= size) return room + 1;
@@ -32,7 +32,7 @@ __attribute__((unused)) static void *take_room(size_t size) {
 }
 
 /* Back; it is kept where a place is free. */
-__attribute__((unused)) static void give_room(void *place) {
+static void give_room(void *place) {
     Room *room = (Room *)place - 1;
     for (int i = 0; i < KEPT_ROOMS && room->size >= LEAST_KEPT && room->size <= MOST_KEPT; i++) {
         Room *none = NULL;

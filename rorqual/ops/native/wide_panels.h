@@ -54,7 +54,7 @@ INLINE void NAME(panel_lane)(int height, int lane, long steps, const WORD *const
 #ifdef ELEMENT_BF16
             sum[r] = add_products_bf16(sum[r], (Bits){0} + one, *(const Bits *)words);
 #else
-            sum[r] = sum[r] + one * *(const Vector *)words;
+            sum[r] = sum[r] + one * *(const Vector *)words; /* a zero added to `one` would be an addition and a shuffle */
 #endif
         }
     }
