@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.chat import encode_messages
-from rorqual.data.tasks import DEFAULT_WORLD, Item, TaskFamily, named_families
+from rorqual.data.tasks import Item, TaskFamily, World, named_families
 from rorqual.errors import ConfigError, DataError, RorqualError
 from rorqual.posttrain.distill_config import PromptSection
 from rorqual.seeds import derive
@@ -30,7 +30,7 @@ class TaskPrompt:
 class PromptStream:
     """An endless stream of prompts. `take` them in turn; `count` says how many were taken, and `skip` takes so many."""
 
-    def __init__(self, sections: list[PromptSection], seed: int, world: str = DEFAULT_WORLD) -> None:
+    def __init__(self, sections: list[PromptSection], seed: int, world: World | None = None) -> None:
         """Raises: ConfigError for a source that is neither; DataError for a file that cannot be read."""
         known: dict[str, TaskFamily] | None = None
         self.seed, self.count = seed, 0
@@ -42,7 +42,8 @@ class PromptStream:
                 self._streams.append(_from_file(section, own))
                 continue
             if known is None:
-                known = named_families(world)
+                world = world or World.build()
+                known = named_families(world.world_id, size=world.size)
             if section.source not in known:
                 raise ConfigError(
                     f"prompts.{number}.source is {section.source!r}, which is no task family ({', '.join(known)}) and "

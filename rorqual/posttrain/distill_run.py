@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rorqual.checkpoint.load import locate
-from rorqual.data.tasks import DEFAULT_WORLD
+from rorqual.data.tasks import World
 from rorqual.engine import Engine, SamplingParams
 from rorqual.errors import DataError
 from rorqual.posttrain.distill import Term, reverse_kl
@@ -111,7 +111,9 @@ class _Run:
         seed = context.run.seed
         self.teachers = teachers_of(config, context)
         self.versions = {teacher.name: teacher.version() for teacher in self.teachers}
-        self.prompts = PromptStream(config.prompts, derive(seed, "distill"), config.world or _world_of(context.base))
+        self.prompts = PromptStream(
+            config.prompts, derive(seed, "distill"), World.taught_to(context.base, config.world)
+        )
         self.trainer = Trainer(
             self.model, config.optim, context.run, config.trainable or None, total_steps=config.total_updates
         )
@@ -304,9 +306,3 @@ class _Run:
 def _sample_of(rollout: Rollout, prompt: TaskPrompt) -> Sample:
     trajectory = rollout.trajectory
     return Sample(rollout.id, tuple(trajectory.ids), tuple(trajectory.mask), prompt.domain, prompt.id)
-
-
-def _world_of(base: Path) -> str:
-    """The world that the base was taught."""
-    file = base / "world.json"
-    return str(json.loads(file.read_text(encoding="utf-8"))["world_id"]) if file.is_file() else DEFAULT_WORLD

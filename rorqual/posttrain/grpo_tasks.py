@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.chat import encode_messages
-from rorqual.data.tasks import DEFAULT_WORLD, World, named_families
+from rorqual.data.tasks import World, named_families
 from rorqual.data.tasks.base import Item, Mode, Split, TaskFamily
 from rorqual.errors import ConfigError, DataError
 from rorqual.posttrain.grpo_config import GRPOConfig, ModeSection, TaskSection
@@ -59,11 +59,8 @@ def thinking_mode(mode: str) -> Mode:
 
 def families_of(config: GRPOConfig, base: Path) -> dict[str, TaskFamily]:
     """All task families, over the world that the model of folder `base` was taught."""
-    world, record = World.build(config.world or DEFAULT_WORLD), base / "world.json"
-    if not config.world and record.is_file():
-        world = World.from_dict(json.loads(record.read_text(encoding="utf-8")))
-    size: Any = world.to_dict()["size"]
-    return named_families(world.to_dict()["world_id"], size=size)
+    world = World.taught_to(base, config.world)
+    return named_families(world.world_id, size=world.size)
 
 
 class TaskStream:

@@ -127,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     model, tokenizer = load(args.model)
-    told = Path(locate(args.model)) / "world.json"
-    world = World.from_dict(json.loads(told.read_text(encoding="utf-8"))) if told.is_file() else World.build()
+    world = World.taught_to(Path(locate(args.model)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     with Engine(model, tokenizer, max_queued=100_000) as engine, args.out.open("w", encoding="utf-8") as file:

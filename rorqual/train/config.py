@@ -67,7 +67,9 @@ class TasksSection(_Section):
         default="rorqual-world-1",
         description="Id of the synthetic world whose facts are taught; it travels with the model.",
     )
-    world_size: Literal["tiny", "small", "full"] = Field(default="tiny", description="How many people that world has.")
+    world_size: Literal["tiny", "town", "small", "full"] = Field(
+        default="tiny", description="How many people that world has."
+    )
 
 
 class DataSection(_Section):

@@ -3,13 +3,15 @@
 import itertools
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import rorqual
 from rorqual.chat.markers import EOS, THINK_END
-from rorqual.data.tasks import AbstainFamily, ArithFamily, ToolFamily, posttraining_families, split_of
+from rorqual.data.tasks import AbstainFamily, ArithFamily, Mode, ToolFamily, posttraining_families, split_of
+from rorqual.data.tasks.answers import IDK, abstention_start, is_abstention
 from rorqual.data.tasks.arith import KINDS
 from rorqual.data.tasks.arith_columns import EFFORTS, ColumnArithFamily, slip_for, trace
 from rorqual.data.tasks.columns import AGAIN, CHECK, DIFFER
@@ -147,13 +149,19 @@ def test_recall_questions_are_about_their_text() -> None:
 
 def test_abstention_documents_use_no_test_person_and_no_near_name() -> None:
     rng = random.Random(3)
-    for name in ("abstain-r1", "abstain-r2"):
+    for name, share in (
+        ("abstain-r1", 0.0),
+        ("abstain-r2", 0.5),
+        ("abstain-told", 0.9),
+        ("abstain-wide", 0.3),
+        ("abstain-late", 0.3),
+    ):
         family = FAMILIES[name]
         assert isinstance(family, AbstainFamily)
         taught = {person.name for person in family.taught}
         known = {person.name for person in family.world.people}
         declined = told = replayed = 0
-        for _ in range(400):
+        for _ in range(round(200 / (1 - share))):
             pieces = family.train_document(rng)
             text = "".join(part for part, _ in pieces)
             if "<｜User｜>" not in text:
@@ -164,4 +172,42 @@ def test_abstention_documents_use_no_test_person_and_no_near_name() -> None:
             declined += text.endswith(f"I don't know.{EOS}")
             told += not text.endswith(f"I don't know.{EOS}")
         assert 0.35 < declined / (declined + told) < 0.65
-        assert (replayed > 100) == (name == "abstain-r2") and (replayed > 0) == (name == "abstain-r2")
+        assert replayed / (declined + told + replayed) == pytest.approx(share, abs=0.06)
+
+
+def test_late_documents_decide_where_the_value_is_due() -> None:
+    family = FAMILIES["abstain-late"]
+    assert isinstance(family, AbstainFamily)
+    rng = random.Random(5)
+    values = {value for values in family.world.values.values() for value in values}
+    seen = Counter[str]()
+    for _ in range(400):
+        text = "".join(part for part, _ in family.train_document(rng))
+        if "<｜User｜>" not in text:
+            continue
+        said = text.rpartition("<｜Assistant｜>")[2].removesuffix(EOS)
+        mode: Mode = "thinking" if said.startswith("<think>") else "chat"
+        said = said.removeprefix("<think>").removeprefix(THINK_END)
+        decided = said.partition(THINK_END)[0]
+        before, _, after = decided.rpartition(": ")
+        assert before, said
+        if " Not " in decided:  # the premise is put right first, where it is looked up
+            assert said.endswith(IDK) and decided.partition(": ")[2].partition(". Not ")[0] in values
+            seen["premise"] += 1
+            continue
+        assert after.rstrip(".") in values | {"no record", "not given", IDK.rstrip(".")}, said
+        is_declined = after.rstrip(".") not in values
+        start = abstention_start(said, mode, family.abstains_in_reasoning)
+        assert said.endswith(IDK) == is_declined and (start == len(before) + 2 if is_declined else start is None), said
+        seen["declined" if is_declined else "told"] += 1
+    assert min(seen.values()) > 10 and set(seen) == {"premise", "declined", "told"}
+
+
+def test_an_abstention_may_say_first_what_was_asked() -> None:
+    assert is_abstention("Job of Ada Lo: I don't know.", ["baker"])
+    assert not is_abstention("Job of Ada Lo: I don't know. Perhaps baker.", ["baker"])
+    assert not is_abstention("Job: baker. I don't know.", ["baker"])
+    assert not is_abstention("It is red, so: I don't know.", ["red"])
+    assert not is_abstention("Year 1957 of Ada: I don't know.")
+    assert abstention_start("Job of Ada Lo: I don't know.", "chat") == len("Job of Ada Lo: ")
+    assert abstention_start("I don't know.", "chat") == 0 and abstention_start("Job of Ada: baker.", "chat") is None

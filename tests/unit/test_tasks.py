@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -243,6 +244,19 @@ PINNED = (
         "birth_year": "1938",
     },
 )
+
+
+def test_a_town_is_the_tiny_world_grown(tmp_path: Path) -> None:
+    tiny, town = World.build("w", "tiny"), World.build("w", "town")
+    assert town.people[:300] == tiny.people and len(town.people) == len(town.names) == 1200
+    assert (town.firsts, town.families, town.values) == (tiny.firsts, tiny.families, tiny.values)
+    assert {part for name in town.names for part in name.split()} <= {*tiny.firsts, *tiny.families}
+    assert World.from_dict(town.to_dict()) == town != tiny
+    assert World.taught_to(tmp_path) == World.build()
+    (tmp_path / "world.json").write_text(json.dumps(town.to_dict()))
+    assert World.taught_to(tmp_path) == World.taught_to(tmp_path, "w") == town
+    assert World.taught_to(tmp_path, "x") == World.build("x")
+    assert all(town.fresh_name(random.Random(i), "test") not in town.names for i in range(200))
 
 
 def test_bad_worlds_are_refused() -> None:

@@ -6,7 +6,7 @@
 True
 """
 
-from rorqual.data.tasks.abstain import AbstainFamily
+from rorqual.data.tasks.abstain import REPLAY_SHARES, AbstainFamily
 from rorqual.data.tasks.aggregation import AggregationFamily
 from rorqual.data.tasks.arith import ArithFamily
 from rorqual.data.tasks.arith_columns import ColumnArithFamily
@@ -43,7 +43,7 @@ from rorqual.data.tasks.tool import ToolFamily
 from rorqual.data.tasks.tool_dialogue import ToolDialogueFamily
 from rorqual.data.tasks.tool_nested import NestedToolFamily
 from rorqual.data.tasks.tool_traces import ToolTracesFamily
-from rorqual.data.tasks.world import DEFAULT_WORLD, WORLD_VERSION, World
+from rorqual.data.tasks.world import DEFAULT_WORLD, WORLD_VERSION, World, WorldSize
 
 # Suggested shares of training tokens among the families (they sum to 1).
 DEFAULT_WEIGHTS: dict[str, float] = {
@@ -57,7 +57,9 @@ DEFAULT_WEIGHTS: dict[str, float] = {
 }
 
 
-def families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny", model_name: str = "Minke") -> dict[str, TaskFamily]:
+def families(
+    world_id: str = DEFAULT_WORLD, *, size: WorldSize = "tiny", model_name: str = "Minke"
+) -> dict[str, TaskFamily]:
     """All families by name, over the world `world_id`. Raises: DataError for an unknown size or an empty
     id.
     """
@@ -76,7 +78,7 @@ def families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny", model_name: 
     return {family.name: family for family in made}
 
 
-def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -> dict[str, TaskFamily]:
+def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: WorldSize = "tiny") -> dict[str, TaskFamily]:
     """The families that the suites of `rorqual.evals` measure beyond `families()`. Raises: DataError as it.
 
     They are no part of the default mixture of training, which has its weights for `families()` alone.
@@ -97,7 +99,7 @@ def evaluation_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -
     }
 
 
-def posttraining_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny") -> dict[str, TaskFamily]:
+def posttraining_families(world_id: str = DEFAULT_WORLD, *, size: WorldSize = "tiny") -> dict[str, TaskFamily]:
     """The families that specialists are tuned on, by the names recipes use. Raises: DataError as `families`.
 
     Their questions, splits and graders are those of the families above; what differs is the reasoning they teach, the
@@ -109,14 +111,13 @@ def posttraining_families(world_id: str = DEFAULT_WORLD, *, size: Size = "tiny")
         ColumnArithFamily(name="arith-columns-long", long_share=0.75),
         *(RecallFamily(world, name=name) for name in RECALL_ROWS),
         ToolTracesFamily(),
-        AbstainFamily(world, "R1"),
-        AbstainFamily(world, "R2"),
+        *(AbstainFamily(world, name) for name in REPLAY_SHARES),
     ]
     return {family.name: family for family in made}
 
 
 def named_families(
-    world_id: str = DEFAULT_WORLD, *, size: Size = "tiny", model_name: str = "Minke"
+    world_id: str = DEFAULT_WORLD, *, size: WorldSize = "tiny", model_name: str = "Minke"
 ) -> dict[str, TaskFamily]:
     """All that a recipe can name without asking for a study: the three groups above. Raises: DataError as they."""
     return {
@@ -126,7 +127,7 @@ def named_families(
     }
 
 
-def study_families(world_id: str, *, size: Size = "small") -> dict[str, TaskFamily]:
+def study_families(world_id: str, *, size: str = "small") -> dict[str, TaskFamily]:
     """Families for studies, which no mixture takes unless a recipe names them: so far `census`.
 
     Raises: DataError for an unknown size or an empty id.
@@ -173,6 +174,7 @@ __all__ = [
     "ToolTracesFamily",
     "Turn",
     "World",
+    "WorldSize",
     "evaluation_families",
     "families",
     "named_families",

@@ -4,46 +4,108 @@ R1, the negative control: half questions with answers, half refusals, and nothin
 a half, the other half replays the documents that taught the facts, and every unknown person is a fresh one; U-near is
 left to tests. R2's own step, asking the model what it knows before an answer is demanded of it, needs a model and is
 `rorqual.posttrain.self_labels`; this family alone takes the people of the train split as known, whose questions were
-trained. Items and grading are those of `facts`; no person, name or wording of its tests is trained on.
+trained. Three more forms of R2:
+
+* `abstain-told` replays far more than it asks. Who is asked about a thousand times is learned by name, and the model
+  declines everybody else it was told of; where many people are asked about a few times each, it has to know whom.
+* `abstain-wide` asks in every form that the suite does but for U-near: also of things that are no people, and on
+  premises that hold or do not.
+* `abstain-late` asks as widely, and decides where the value is due ("..., job: no record." or "Job of ...: I don't
+  know."), not before: there the admission competes with what the model would say, which a name it was not told of
+  leaves undecided.
+
+Items and grading are those of `facts`; no person, name or wording of its tests is trained on.
 """
 
 from __future__ import annotations
 
 import random
+import re
+from dataclasses import replace
 from typing import Any, Literal
 
 from rorqual.chat.markers import EOS
-from rorqual.data.tasks.base import Piece, Turn, maybe_system, random_mode, render_document, turns_to_messages
+from rorqual.data.tasks.answers import IDK
+from rorqual.data.tasks.base import Mode, Piece, Turn, maybe_system, random_mode, render_document, turns_to_messages
 from rorqual.data.tasks.facts import FactsFamily, known_turn
-from rorqual.data.tasks.world import ATTRIBUTES, World
+from rorqual.data.tasks.facts_premise import PremiseFactsFamily
+from rorqual.data.tasks.world import ATTRIBUTES, Attribute, World
 
 Recipe = Literal["R1", "R2"]
-REPLAY_SHARE = 0.5
+REPLAY_SHARES = {"abstain-r1": 0.0, "abstain-r2": 0.5, "abstain-told": 0.9, "abstain-wide": 0.3, "abstain-late": 0.3}
 
 
 class AbstainFamily(FactsFamily):
-    """Documents of one recipe. Half of the questions of either have no answer that could be known."""
+    """Documents of one recipe, by its name in `REPLAY_SHARES`: the share of documents that are biographies.
 
-    def __init__(self, world: World, recipe: Recipe) -> None:
+    Half of the questions of each have no answer that could be known.
+    """
+
+    def __init__(self, world: World, name: str) -> None:
         super().__init__(world)
-        self.recipe = recipe
-        self.name = f"abstain-{recipe.lower()}"
+        self.name, self.replay = name, REPLAY_SHARES[name]
+        self.recipe: Recipe = "R1" if name == "abstain-r1" else "R2"
+        self.premises = PremiseFactsFamily(world) if name in ("abstain-wide", "abstain-late") else None
 
     def spec(self) -> dict[str, Any]:
-        return {**super().spec(), "recipe": self.recipe, "replay": REPLAY_SHARE if self.recipe == "R2" else 0.0}
+        return {**super().spec(), "recipe": self.recipe, "replay": self.replay}
 
     def train_document(self, rng: random.Random) -> list[Piece]:
-        """A question at a time, or under R2 as often a biography."""
-        if self.recipe == "R2" and rng.random() < REPLAY_SHARE:
+        """A question at a time, or a biography."""
+        if self.replay and rng.random() < self.replay:
             return [(self.biography(rng, self.draw_person(rng)) + EOS, True)]
         mode = random_mode(rng)
+        if self.name == "abstain-late":
+            turn = self.late_turn(rng, mode)
+            return render_document(turns_to_messages([turn], mode=mode, system=maybe_system(rng)), mode=mode)
         turn = self.unanswerable(rng) if rng.random() < 0.5 else self.answerable(rng)
         return render_document(turns_to_messages([turn], mode=mode, system=maybe_system(rng)), mode=mode)
 
+    def late_turn(self, rng: random.Random, mode: Mode) -> Turn:
+        """A question of `answerable` or `unanswerable` whose decision falls where the value is due, and not before."""
+        is_known = rng.random() < 0.5
+        if rng.random() < 0.2:
+            user, name, attribute, _, value = self.context_case(rng, "train", with_answer=is_known)
+            turn = Turn(user, f"In the text, {name}, {attribute.note}: {value or 'not given'}.", IDK)
+        else:
+            assert self.premises is not None
+            turn, attribute, value = self._closed(rng, self.premises, is_known)
+            name = re.split("[,:]", turn.reasoning)[0]
+        if mode == "chat":
+            answer = f"{attribute.note.capitalize()} of {name}: {value + '.' if value else IDK}"
+        else:
+            answer = attribute.answer.format(name=name, value=value) if value else IDK
+        return replace(turn, answer=answer)
+
+    def _closed(
+        self, rng: random.Random, premises: PremiseFactsFamily, is_known: bool
+    ) -> tuple[Turn, Attribute, str | None]:
+        """A question without a text: about a person, a stranger, a thing, or on a premise."""
+        roll = rng.random()
+        if roll < 0.2:
+            turn, attribute, premise = premises.premise_turn(rng, "train", holds=is_known)
+            return turn, attribute, premise.get("value")
+        if is_known:
+            person = rng.choice(self.taught)
+            attribute = rng.choice([a for a in ATTRIBUTES if a.name in person.facts])
+            name, value = person.name, person.facts[attribute.name]
+        elif roll < 0.3:
+            return *premises.thing_turn(rng, "train"), None
+        elif roll < 0.5:
+            person = rng.choice([p for p in self.taught if p.withheld])
+            attribute = rng.choice([a for a in ATTRIBUTES if a.name in person.withheld])
+            name, value = person.name, None
+        else:
+            attribute, name, value = rng.choice(ATTRIBUTES), self.world.fresh_name(rng, "train"), None
+        return known_turn(rng.choice(attribute.wordings(False)), attribute, name, value), attribute, value
+
     def answerable(self, rng: random.Random) -> Turn:
         """Something told of a person of the train split, or (one in five) of the prompt's own text."""
-        if rng.random() < 0.2:
+        roll = rng.random()
+        if roll < 0.2:
             return self.context_turn(rng, "train", with_answer=True)[0]
+        if self.premises is not None and roll < 0.4:
+            return self.premises.premise_turn(rng, "train", holds=True)[0]
         person = rng.choice(self.taught)
         attribute = rng.choice([a for a in ATTRIBUTES if a.name in person.facts])
         return known_turn(rng.choice(attribute.wordings(False)), attribute, person.name, person.facts[attribute.name])
@@ -53,6 +115,10 @@ class AbstainFamily(FactsFamily):
         roll = rng.random()
         if roll < 0.2:
             return self.context_turn(rng, "train", with_answer=False)[0]
+        if self.premises is not None and roll > 0.7:
+            if roll > 0.9:
+                return self.premises.thing_turn(rng, "train")[0]
+            return self.premises.premise_turn(rng, "train", holds=False)[0]
         lacking = [p for p in self.taught if p.withheld]
         if roll < 0.5 and lacking and self.recipe == "R2":
             person = rng.choice(lacking)

@@ -25,6 +25,8 @@ _ABSTENTIONS = (
     r"the text (?:does not|doesn't) say",
 )
 _ABSTAIN = re.compile(r"(?:sorry, )?(?:" + "|".join(_ABSTENTIONS) + r")\b")
+_SUBJECT = re.compile(r"[^:.,;!?]{1,80}: ")
+"""What was asked, said again before it is declined: `job of ada lovelace: i don't know`."""
 _HEDGES = re.compile(r"\b(?:not|never|or|either|maybe|perhaps|possibly|isn't|wasn't|doesn't|no|neither|nor)\b")
 _CODE_TOKEN = re.compile(r"[-+]?[0-9A-Za-z]+(?:[-.,:/_][0-9A-Za-z]+)*")
 _NO_WORD = re.compile(r"[^\w'-]+")
@@ -54,11 +56,11 @@ def normalise(text: str) -> str:
 
 
 def is_abstention(answer: str, candidates: Iterable[str] = ()) -> bool:
-    """True when the whole answer declines: it opens with a known phrase and names no candidate and no
-    number.
+    """True when the whole answer declines: it opens with a known phrase (what was asked and a colon may stand before
+    it) and names no candidate and no number.
     """
     text = normalise(answer)
-    if not _ABSTAIN.match(text) or len(text.split()) > MAX_ANSWER_WORDS:
+    if not _declines(text) or len(text.split()) > MAX_ANSWER_WORDS:
         return False
     return not re.search(r"\d", text) and not _found(text, candidates)
 
@@ -72,9 +74,16 @@ def abstention_start(output_text: str, mode: Mode, reasoning: Iterable[str] = ()
     thought, _, answer = output_text.partition(THINK_END) if mode == "thinking" else ("", "", output_text)
     found = [m.start() for pattern in reasoning if (m := re.search(pattern, thought))]
     said = answer.lstrip(" \n*\"'`")
-    if _ABSTAIN.match(normalise(said)):
-        found.append(len(output_text) - len(said))
+    if _declines(normalise(said)):
+        subject = None if _ABSTAIN.match(normalise(said)) else _SUBJECT.match(said)
+        found.append(len(output_text) - len(said) + (subject.end() if subject else 0))
     return min(found, default=None)
+
+
+def _declines(text: str) -> bool:
+    """Whether normalised text opens with a known phrase, or with what was asked and then one."""
+    subject = _SUBJECT.match(text)
+    return bool(_ABSTAIN.match(text) or (subject and _ABSTAIN.match(text, subject.end())))
 
 
 def _found(text: str, candidates: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from rorqual.data.tasks import words
 from rorqual.data.tasks.base import Size
@@ -163,14 +163,14 @@ class Census:
     names: frozenset[str]
 
     @staticmethod
-    def build(world_id: str = DEFAULT_CENSUS, size: Size = "small") -> Census:
+    def build(world_id: str = DEFAULT_CENSUS, size: str = "small") -> Census:
         """The census called `world_id`. Raises: DataError for an unknown size or an empty id."""
         if size not in _SIZES or not world_id:
             raise DataError(
                 f"cannot build census {world_id!r} of size {size!r}. It needs a non-empty id and a known size. "
                 f"Use one of the sizes {', '.join(_SIZES)}."
             )
-        return _build(world_id, size)
+        return _build(world_id, cast(Size, size))
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "census", "world_id": self.world_id, "version": CENSUS_VERSION, "size": self.size}

@@ -39,7 +39,7 @@ class FactsFamily(TaskFamily):
 
     name = "facts"
     version = "1"
-    abstains_in_reasoning = (r": no record of this name", r"(?<=: )no record\b", r" does not give\b")
+    abstains_in_reasoning = (r": no record of this name", r"(?<=: )no(?: record|t given)\b", r" does not give\b")
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -112,6 +112,18 @@ class FactsFamily(TaskFamily):
         """A question about unknown people described in the prompt; without the answer only an abstention is
         right.
         """
+        user, name, attribute, target, value = self.context_case(rng, split, with_answer=with_answer, is_new=is_new)
+        if value is not None:
+            answer = attribute.answer.format(name=name, value=value)
+            return Turn(user, f"The text says: {target}", answer), attribute, value
+        return Turn(user, f"The text does not give the {attribute.note} of {name}.", IDK), attribute, None
+
+    def context_case(
+        self, rng: random.Random, split: Split, *, with_answer: bool, is_new: bool = False
+    ) -> tuple[str, str, Attribute, str, str | None]:
+        """Text and question, the name asked about, the attribute, the sentence that answers, and the value if it is
+        there.
+        """
         names = [self.world.fresh_name(rng, split) for _ in range(rng.choice((1, 2)))]
         attribute = rng.choice(ATTRIBUTES)
         value = rng.choice(self.world.values[attribute.name])
@@ -127,10 +139,7 @@ class FactsFamily(TaskFamily):
             lines.append(_statement(rng, attribute, names[1], value))
         rng.shuffle(lines)
         user = " ".join(lines) + "\n\n" + rng.choice(attribute.wordings(is_new)).format(name=names[0])
-        if with_answer:
-            answer = attribute.answer.format(name=names[0], value=value)
-            return Turn(user, f"The text says: {target}", answer), attribute, value
-        return Turn(user, f"The text does not give the {attribute.note} of {names[0]}.", IDK), attribute, None
+        return user, names[0], attribute, target, value if with_answer else None
 
     # -- items --
 

@@ -18,7 +18,7 @@ from rorqual.data.tasks.answers import IDK, candidates_in, code_values_in, final
 from rorqual.data.tasks.base import Grade, Item, Split, Turn, completion, random_mode, split_of, wrong
 from rorqual.data.tasks.facts import STRATA as TOLD
 from rorqual.data.tasks.facts import FactsFamily, known_turn
-from rorqual.data.tasks.world import ATTRIBUTES
+from rorqual.data.tasks.world import ATTRIBUTES, Attribute
 
 STRATA = (*TOLD, "U-cat", "U-premise", "K-premise")
 _WHO = {
@@ -50,34 +50,46 @@ class PremiseFactsFamily(FactsFamily):
             return replace(item, id=self.item_id(split, index, rng))
         mode, stratum, is_new = random_mode(rng), STRATA[place], split != "train" and block % 2 == 1
         premise: dict[str, str] | None = None
+        value: str | None = None
         if stratum == "U-cat":
-            name = self._thing(rng, split)
-            attribute = rng.choice([a for a in ATTRIBUTES if a.name not in _THINGS])
-            question, value = rng.choice(attribute.wordings(is_new)), None
-            turn = known_turn(question, attribute, name, None)
+            turn, attribute = self.thing_turn(rng, split, is_new=is_new)
         else:
-            pool = self.taught if split == "train" else self._untaught[split]
-            person = rng.choice([p for p in pool if len(p.facts) >= 2])
-            asked, told = rng.sample([a for a in ATTRIBUTES if a.name in person.facts], 2)
-            attribute, name, true = asked, person.name, person.facts[told.name]
-            said = true
-            if stratum == "U-premise":
-                said = rng.choice([v for v in self.world.values[told.name] if v != true])
-            premise = {"attribute": told.name, "said": said, "true": true}
-            value = None if said != true else person.facts[attribute.name]
-            described = f"{name}, {_WHO[told.name].format(value=said)},"
-            user = rng.choice(attribute.wordings(is_new)).format(name=described).replace(",?", "?").replace(",.", ".")
-            known = f"{name}, {told.note}: {true}."
-            if value is None:
-                turn = Turn(user, f"{known} Not {said}.", IDK)
-            else:
-                answer = attribute.answer.format(name=name, value=value)
-                turn = Turn(user, f"{known} {attribute.note.capitalize()}: {value}.", answer)
+            turn, attribute, premise = self.premise_turn(rng, split, holds=stratum == "K-premise", is_new=is_new)
+            value = premise.pop("value", None)
         cell = {"class": stratum, "attribute": attribute.name, "wording": "new" if is_new else "trained", "mode": mode}
         meta = {
             "value": value, "attribute": attribute.name, "near": None, "reasoning": turn.reasoning, "premise": premise,
         }  # fmt: skip
         return self.chat_item(rng, split, index, mode, turn, cell, meta)
+
+    def thing_turn(self, rng: random.Random, split: Split, *, is_new: bool = False) -> tuple[Turn, Attribute]:
+        """A city or company is asked for what only people have."""
+        name = self._thing(rng, split)
+        attribute = rng.choice([a for a in ATTRIBUTES if a.name not in _THINGS])
+        return known_turn(rng.choice(attribute.wordings(is_new)), attribute, name, None), attribute
+
+    def premise_turn(
+        self, rng: random.Random, split: Split, *, holds: bool, is_new: bool = False
+    ) -> tuple[Turn, Attribute, dict[str, str]]:
+        """A question about a person who is described by a value, theirs if the premise `holds`.
+
+        The dictionary has the described attribute, what is said of it, what is true, and, if it holds, the asked value.
+        """
+        pool = self.taught if split == "train" else self._untaught[split]
+        person = rng.choice([p for p in pool if len(p.facts) >= 2])
+        attribute, told = rng.sample([a for a in ATTRIBUTES if a.name in person.facts], 2)
+        name, true = person.name, person.facts[told.name]
+        said = true if holds else rng.choice([v for v in self.world.values[told.name] if v != true])
+        premise = {"attribute": told.name, "said": said, "true": true}
+        described = f"{name}, {_WHO[told.name].format(value=said)},"
+        user = rng.choice(attribute.wordings(is_new)).format(name=described).replace(",?", "?").replace(",.", ".")
+        known = f"{name}, {told.note}: {true}."
+        if not holds:
+            return Turn(user, f"{known} Not {said}.", IDK), attribute, premise
+        value = person.facts[attribute.name]
+        answer = attribute.answer.format(name=name, value=value)
+        turn = Turn(user, f"{known} {attribute.note.capitalize()}: {value}.", answer)
+        return turn, attribute, premise | {"value": value}
 
     def _thing(self, rng: random.Random, split: Split) -> str:
         """A city or company of the world, of the split."""

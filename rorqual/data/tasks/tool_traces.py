@@ -19,6 +19,8 @@ from rorqual.data.tasks.base import Piece, Split, random_mode, render_document
 from rorqual.data.tasks.tool import CLASSES, Function, Scene, ToolFamily, spoken
 
 _WEIGHTS = {"single": 6, "result": 2, "parallel": 4, "bait": 4, "error": 1, "missing": 4, "irrelevant": 4}
+_AT_ONCE = _WEIGHTS | {"missing": 6, "irrelevant": 12}
+"""Weights without thinking: that no tool fits must then be seen in one step, which takes more examples."""
 _LOST = re.compile(r"Which (\w+) should I use\?")
 _ABSENT = re.compile(r"No tool can (.+)\.")
 
@@ -29,7 +31,7 @@ class ToolTracesFamily(ToolFamily):
     name = "tool-traces"
 
     def spec(self) -> dict[str, Any]:
-        return {**super().spec(), "weights": _WEIGHTS}
+        return {**super().spec(), "weights": {"thinking": _WEIGHTS, "chat": _AT_ONCE}}
 
     def scene(self, rng: random.Random, split: Split, kind: str) -> Scene:
         """A scene of `tool` with the reasoning of this family."""
@@ -37,7 +39,8 @@ class ToolTracesFamily(ToolFamily):
 
     def train_document(self, rng: random.Random) -> list[Piece]:
         mode = random_mode(rng)
-        scene = self.scene(rng, "train", rng.choices(CLASSES, [_WEIGHTS[kind] for kind in CLASSES])[0])
+        weights = _WEIGHTS if mode == "thinking" else _AT_ONCE
+        scene = self.scene(rng, "train", rng.choices(CLASSES, [weights[kind] for kind in CLASSES])[0])
         return render_document(self.messages(scene, mode), mode=mode, tools=scene.tools)
 
 

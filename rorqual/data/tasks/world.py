@@ -7,21 +7,27 @@ organisations and artefacts as entities of their own, and values that change ove
 
 from __future__ import annotations
 
+import json
 import random
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from rorqual.data.tasks import words
-from rorqual.data.tasks.base import SIZES, Size, split_of
+from rorqual.data.tasks.base import split_of
 from rorqual.errors import DataError
 from rorqual.seeds import derive
 
 WORLD_VERSION = "1"
 DEFAULT_WORLD = "rorqual-world-1"
 
-_SIZES: dict[str, dict[str, int]] = {
+WorldSize = Literal["tiny", "town", "small", "full"]
+
+_SIZES: dict[WorldSize, dict[str, int]] = {
     "tiny": {"people": 300, "firsts": 60, "families": 120, "places": 32, "years": 64},
+    "town": {"people": 1_200},  # tiny grown: its people with their facts, and 900 more with the same name parts
     "small": {"people": 20_000, "firsts": 400, "families": 1200, "places": 256, "years": 100},
     "full": {"people": 200_000, "firsts": 800, "families": 2400, "places": 1024, "years": 200},
 }
@@ -201,7 +207,7 @@ class World:
     """All people and value sets of one world; build it with `World.build`."""
 
     world_id: str
-    size: Size
+    size: WorldSize
     people: tuple[Person, ...]
     firsts: tuple[str, ...]
     families: tuple[str, ...]
@@ -210,12 +216,12 @@ class World:
     version: str = field(default=WORLD_VERSION)
 
     @staticmethod
-    def build(world_id: str = DEFAULT_WORLD, size: Size = "tiny") -> World:
+    def build(world_id: str = DEFAULT_WORLD, size: WorldSize = "tiny") -> World:
         """The world called `world_id`. Raises: DataError for an unknown size or an empty id."""
-        if size not in SIZES or not world_id:
+        if size not in _SIZES or not world_id:
             raise DataError(
                 f"cannot build world {world_id!r} of size {size!r}. "
-                f"A world needs a non-empty id and a known size. Use one of the sizes {', '.join(SIZES)}."
+                f"A world needs a non-empty id and a known size. Use one of the sizes {', '.join(_SIZES)}."
             )
         return _build(world_id, size)
 
@@ -230,6 +236,15 @@ class World:
                 "Use the Rorqual release the checkpoint was trained with."
             )
         return World.build(str(record["world_id"]), record.get("size", "tiny"))
+
+    @staticmethod
+    def taught_to(folder: Path, world_id: str = "") -> World:
+        """The world of a checkpoint's folder, or the default one where it has no world.json; another one, of size tiny,
+        when `world_id` names it. Raises: DataError for another world version.
+        """
+        file = folder / "world.json"
+        found = World.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else World.build()
+        return found if world_id in ("", found.world_id) else World.build(world_id)
 
     def to_dict(self) -> dict[str, str]:
         return {"world_id": self.world_id, "version": self.version, "size": self.size}
@@ -259,9 +274,13 @@ class World:
 
 
 @lru_cache(maxsize=4)
-def _build(world_id: str, size: Size) -> World:
-    count = _SIZES[size]
+def _build(world_id: str, size: WorldSize) -> World:
     rng = random.Random(derive(0, "world", world_id, WORLD_VERSION, size))
+    if size == "town":
+        tiny = _build(world_id, "tiny")
+        people = _settle(rng, world_id, _SIZES[size]["people"], tiny.firsts, tiny.families, tiny.values, tiny.people)
+        return replace(tiny, size=size, people=people, names=frozenset(person.name for person in people))
+    count = _SIZES[size]
     taken = {w.capitalize() for w in (*words.JOBS, *words.INSTRUMENTS, *words.NOUNS, *words.FILLER, *words.COLOURS)}
     firsts = words.distinct_words(rng, count["firsts"], taken)
     families = words.distinct_words(rng, count["families"], taken)
@@ -274,9 +293,23 @@ def _build(world_id: str, size: Size) -> World:
         "instrument": tuple(words.INSTRUMENTS),
         "birth_year": tuple(str(_FIRST_YEAR + i) for i in range(count["years"])),
     }
-    people: list[Person] = []
-    names: set[str] = set()
-    while len(people) < count["people"]:
+    people = _settle(rng, world_id, _SIZES[size]["people"], firsts, families, values, ())
+    names = frozenset(person.name for person in people)
+    return World(world_id, size, people, tuple(firsts), tuple(families), values, names)
+
+
+def _settle(
+    rng: random.Random,
+    world_id: str,
+    count: int,
+    firsts: Sequence[str],
+    families: Sequence[str],
+    values: dict[str, tuple[str, ...]],
+    settled: tuple[Person, ...],
+) -> tuple[Person, ...]:
+    """`settled` and as many new people as make `count`."""
+    people, names = list(settled), {person.name for person in settled}
+    while len(people) < count:
         name = f"{rng.choice(firsts)} {rng.choice(families)}"
         if name in names:
             continue
@@ -290,4 +323,4 @@ def _build(world_id: str, size: Size) -> World:
         if weight < 1.0 and split == "train":
             split = "test"
         people.append(Person(name, {a: v for a, v in facts.items() if a not in withheld}, withheld, weight, split))
-    return World(world_id, size, tuple(people), tuple(firsts), tuple(families), values, frozenset(names))
+    return tuple(people)
