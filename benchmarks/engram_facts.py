@@ -40,6 +40,12 @@ from rorqual.train import TrainConfig, train
 from rorqual.train.recipe_file import validate
 
 ARMS = {"experts": ("v4", "minke"), "engram": ("engram", "minke-engram")}
+FACTS_CASES = {"experts": ("experts", False), "engram": ("engram", False), "engram, off": ("engram", True)}
+EDIT_CASES = {
+    "experts, embedding": ("experts", "embedding"),
+    "engram, embedding": ("engram", "embedding"),
+    "engram, memory": ("engram", "memory"),
+}
 TOKENIZER = Path(__file__).resolve().parents[1] / "rorqual" / "assets" / "minke"
 SEED = 20_261_201
 SEQ_LEN = 512
@@ -129,7 +135,8 @@ def facts_figures(folder: Path, world: World, args: argparse.Namespace, *, is_of
     for kind in sorted({str(row.item.stratum["class"]) for row in outcome.rows}):
         flags = [row.passed for row in outcome.rows if row.item.stratum["class"] == kind]
         found[kind] = _share(flags)
-    return found
+    forced = [row.passed for row in outcome.forced or () if row.item.stratum["class"] == "K-clean"]
+    return found | {"K-clean, forced": _share(forced)}
 
 
 def _share(flags: Sequence[bool]) -> tuple[float | None, list[float] | None]:
@@ -179,10 +186,13 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1100, help="questions put to a model")
     parser.add_argument("--edits", type=int, default=60, help="facts that are rewritten")
     parser.add_argument("--seed", type=int, default=1, help="of weights, data and edits")
+    parser.add_argument("--only", default="facts,edits", help="what to measure of the trained arms, with a comma")
     parser.add_argument("--quick", action="store_true", help="24,576 tokens, 11 questions, 2 edits: does it run")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--train-arm", choices=tuple(ARMS), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if unknown := set(args.only.split(",")) - {"facts", "edits"}:
+        parser.error(f"--only names {', '.join(sorted(unknown))}; there are facts and edits")
     if args.quick:
         args.tokens, args.tokens_per_step, args.items, args.edits, args.dtype = 24_576, 2048, 11, 2, "fp32"
     if args.train_arm:
@@ -196,21 +206,18 @@ def main() -> None:
         flops = forward_flops(cfg, SEQ_LEN).total
         sizes[arm] = {"parameters": (count_parameters(cfg).total, None), "FLOPs per token": (flops, None)}
     report(sizes, "size", args.json)
-    cases = {"experts": ("experts", False), "engram": ("engram", False), "engram, off": ("engram", True)}
-    found = {}
-    for case, (arm, is_off) in cases.items():
-        note(f"S-FACTS: {case}")
-        found[case] = facts_figures(model_folder(arm, args), world, args, is_off=is_off)
-    report(found, "facts", args.json)
-    edits = {}
-    for case, (arm, kind) in {
-        "experts, embedding": ("experts", "embedding"),
-        "engram, embedding": ("engram", "embedding"),
-        "engram, memory": ("engram", "memory"),
-    }.items():
-        note(f"rewriting facts: {case}")
-        edits[case] = edit_figures(model_folder(arm, args), world, kind, args)
-    report(edits, "edits", args.json)
+    if "facts" in args.only.split(","):
+        found = {}
+        for case, (arm, is_off) in FACTS_CASES.items():
+            note(f"S-FACTS: {case}")
+            found[case] = facts_figures(model_folder(arm, args), world, args, is_off=is_off)
+        report(found, "facts", args.json)
+    if "edits" in args.only.split(","):
+        found = {}
+        for case, (arm, kind) in EDIT_CASES.items():
+            note(f"rewriting facts: {case}")
+            found[case] = edit_figures(model_folder(arm, args), world, kind, args)
+        report(found, "edits", args.json)
 
 
 if __name__ == "__main__":

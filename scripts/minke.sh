@@ -1,6 +1,6 @@
 #!/bin/sh
-# Minke, for real: from the bundled base to the specialist minke-skills and its table, about two and a half hours on two cores with
-# bf16 products.
+# Minke, for real: from the bundled base over the specialist minke-skills to one model that was told of a town, and their
+# table: about four hours on two cores with bf16 products.
 #
 #   scripts/minke.sh
 #
@@ -40,10 +40,12 @@ made() { # file, command that writes what --out names
 phase minke-2k
 phase minke-8k
 made runs/desk.jsonl rorqual.agents.practice --count 700 --seed 1
+tune minke-skills runs/minke-skills
+phase minke-town
 tune minke runs/minke-posttrain
 model() { # folder of a posttrain run: the model of its last stage
     for stage in "$1"/[0-9]*; do last=$stage; done
     echo "$last/model"
 }
 python benchmarks/minke_posttrain.py base=minke phase=runs/minke-8k/model \
-    "tuned=$(model runs/minke-posttrain)" | tee runs/minke-posttrain.txt
+    "skills=$(model runs/minke-skills)" "tuned=$(model runs/minke-posttrain)" | tee runs/minke-posttrain.txt

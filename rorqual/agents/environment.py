@@ -213,16 +213,26 @@ class Environment:
             options = {name: value for name, value in options.items() if name not in ("image", "layers")}
             options["snapshot"] = snapshot
         metadata = {**options.pop("metadata", {}), "trajectory": self._name}
-        self._adopt(self._maker.create(self._settings.kind, metadata=metadata, **options))
-        sandbox = self._sandbox
-        if snapshot is None:
-            self._settings.prepare(sandbox)
-            sandbox.files.mkdir(OUTPUT)
-            if self._settings.files is not None:
-                sandbox.files.upload(str(self._settings.files), INPUT)
-        info = sandbox.info()
-        fields = {"id": sandbox.id, "kind": info.kind, "driver": info.driver, "isolation": info.isolation}
-        self._log.write(self._log.event("sandbox", **fields, incarnation=self.incarnation + 1))
+        sandbox = self._maker.create(self._settings.kind, metadata=metadata, **options)
+        self._adopt(sandbox)
+        try:
+            if snapshot is None:
+                self._fill(sandbox)
+            info = sandbox.info()
+            fields = {"id": sandbox.id, "kind": info.kind, "driver": info.driver, "isolation": info.isolation}
+            self._log.write(self._log.event("sandbox", **fields, incarnation=self.incarnation + 1))
+        except BaseException:  # it is not on record, so nobody would go on with it or end it
+            self.release()
+            with contextlib.suppress(SandboxError, OSError):
+                self._maker.end(sandbox.id)
+            raise
+
+    def _fill(self, sandbox: Any) -> None:
+        """What a task begins from: its own preparation, a folder for results, the user's files."""
+        self._settings.prepare(sandbox)
+        sandbox.files.mkdir(OUTPUT)
+        if self._settings.files is not None:
+            sandbox.files.upload(str(self._settings.files), INPUT)
 
     def _adopt(self, sandbox: Any) -> None:
         self._sandbox, self._toolkit_is_there = sandbox, False

@@ -160,6 +160,7 @@ def test_a_task_that_cannot_begin_is_no_failure_of_the_agent(tmp_path: Path) -> 
     [one] = run_tasks(read_tasks(folder), SETTINGS, tmp_path / "out", hooks=hooks(path))
     assert one.score is None and "RUN ended with 3" in one.error and "no such thing" in one.error
     assert summary([one])["PASS"] is None
+    assert Sandbox.list() == []  # what could not be filled is on no record, so nobody would end it later
 
 
 def test_the_command_killed_and_run_again(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def test_a_phase_begins_from_weights_of_its_preset_and_names_families(path: Path
 
 
 def test_minke_is_tuned_on_families_that_there_are() -> None:
-    [stage] = load_recipe(["minke"]).stages
-    assert isinstance(stage, SFTConfig)
-    named = {source.family for source in stage.data if source.family is not None}
-    assert named and named <= KNOWN
+    stages = [*load_recipe(["minke-skills"]).stages, *load_recipe(["minke"]).stages]
+    assert len(stages) == 3
+    for stage in stages:
+        assert isinstance(stage, SFTConfig)
+        named = {source.family for source in stage.data if source.family is not None}
+        assert named and named <= KNOWN
