@@ -1,5 +1,6 @@
 """The study of rewriting facts: which rows an edit may touch, what it changes, and that everything is put back."""
 
+import random
 import sys
 from pathlib import Path
 
@@ -99,14 +100,12 @@ def test_a_study_puts_everything_back_and_asks_only_what_was_known() -> None:
     asker = Asker(model.eval(), tokenizer)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     held, edits = study(asker, WORLD, "embedding", count=2, seed=1, near=3)
-    assert len(edits) == 2 and all(edit.rows == 2 or edit.rows > 2 for edit in edits)
+    assert len(edits) == 2 and all(edit.rows >= 2 for edit in edits)
     assert held["new value"] and held["kept: anybody"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_neighbours_share_what_they_are_named_for() -> None:
-    import random
-
     fact = a_fact(2)
     near = neighbours(WORLD, fact, random.Random(0), 5)
     first, family = fact.person.name.split(" ")
@@ -119,8 +118,6 @@ def test_neighbours_share_what_they_are_named_for() -> None:
 
 
 def test_known_facts_are_said_by_the_model() -> None:
-    import random
-
     model, tokenizer = load("minke")
     asker = Asker(model.eval(), tokenizer)
     facts = known_facts(asker, WORLD, random.Random(5), 3)
