@@ -283,9 +283,10 @@ class Engine:
     def requests(self) -> list[RequestView]:
         """The running requests, then the waiting ones, by rank."""
         with self._changed:
+            now = time.monotonic()
             return [
-                *(view_of(job, is_running=True) for job in self._scheduler.running),
-                *(view_of(job, is_running=False) for job in self._scheduler.waiting),
+                *(view_of(job, is_running=True, now=now) for job in self._scheduler.running),
+                *(view_of(job, is_running=False, now=now) for job in self._scheduler.waiting),
             ]
 
     def aside(self, work: Work) -> Future[Any]:

@@ -140,7 +140,11 @@ class Request:
     @property
     def age_s(self) -> float:
         """Seconds since the request was submitted."""
-        return time.monotonic() - self._submitted
+        return self.age_at(time.monotonic())
+
+    def age_at(self, now: float) -> float:
+        """Seconds from its submission to `now`, a time of the monotonic clock."""
+        return now - self._submitted
 
     @property
     def running_s(self) -> float | None:

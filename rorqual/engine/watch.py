@@ -31,8 +31,10 @@ class RequestView:
     """Its `cache_scope`: whose it is."""
 
 
-def view_of(job: Job, *, is_running: bool) -> RequestView:
-    """May be called from any thread while the engine works: a number may be one step old."""
+def view_of(job: Job, *, is_running: bool, now: float) -> RequestView:
+    """now: of the monotonic clock, one for all requests of a picture, so that ages keep their order.
+
+    May be called from any thread while the engine works: a number may be one step old."""
     request, num_output = job.request, len(job.ids)
     phase: Phase = "waiting"
     if is_running:
@@ -50,6 +52,6 @@ def view_of(job: Job, *, is_running: bool) -> RequestView:
         output_tokens=num_output,
         max_tokens=request.max_tokens,
         priority=request.priority,
-        age_s=request.age_s,
+        age_s=request.age_at(now),
         scope=request.cache_scope,
     )
