@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -37,7 +37,7 @@ class DataSource(Section):
     count: int | None = Field(default=None, ge=1, description="Most rows to take; a family needs it.")
     repeat: int = Field(default=1, ge=1, description="How often each row is learned in an epoch.")
     world: str = Field(default=task_room.DEFAULT_WORLD, description="Id of the world that a family asks about.")
-    world_size: Literal["tiny", "town", "small", "full"] = Field(default="tiny", description="How many people it has.")
+    world_size: task_room.WorldSize = Field(default="tiny", description="How many people it has.")
     model_name: str = Field(default="Minke", description="What the family chat teaches the model to call itself.")
 
     @model_validator(mode="after")

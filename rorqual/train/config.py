@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rorqual.config import ModelConfig
+from rorqual.data.tasks import WorldSize
 
 
 class _Section(BaseModel):
@@ -67,9 +68,7 @@ class TasksSection(_Section):
         default="rorqual-world-1",
         description="Id of the synthetic world whose facts are taught; it travels with the model.",
     )
-    world_size: Literal["tiny", "town", "small", "full"] = Field(
-        default="tiny", description="How many people that world has."
-    )
+    world_size: WorldSize = Field(default="tiny", description="How many people that world has.")
 
 
 class DataSection(_Section):

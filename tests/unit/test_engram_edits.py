@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from engram_edits import SURE, Asker, Fact, Text, known_facts, memory_rows, name_ends, neighbours, rewrite, study
+from engram_edits import STEPS, Asker, Fact, Text, known_facts, memory_rows, name_ends, neighbours, rewrite, study
 
 from rorqual import load
 from rorqual.config import ModelConfig
@@ -85,7 +85,7 @@ def test_rewriting_moves_its_rows_and_nothing_else(asker: Asker) -> None:
     table = memories(asker.model)[0].table
     at_first = asker.loss(texts).item()
     edit = rewrite(asker, [(table, rows)], texts)
-    assert edit.loss < at_first and (edit.loss <= SURE or edit.steps > 0) and edit.rows == len(rows)
+    assert edit.loss < at_first and 0 < edit.steps <= STEPS and edit.rows == len(rows)
     moved = {name for name, value in asker.model.state_dict().items() if not torch.equal(value, before[name])}
     (only,) = moved
     assert only.endswith("engram.table")
@@ -113,6 +113,7 @@ def test_neighbours_share_what_they_are_named_for() -> None:
     assert all(f.person.name.startswith(first + " ") for f in near["same first name"])
     assert all(f.person.name.endswith(" " + family) for f in near["same family name"])
     assert all(f.value == fact.value for f in near["same value"])
+    assert len(near["same person"]) == 4 and len(near["anybody"]) == len(near["same value"]) == 5
     for kind, facts in near.items():
         assert kind == "same person" or all(f.attribute is fact.attribute for f in facts)
 

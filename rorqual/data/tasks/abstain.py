@@ -20,7 +20,6 @@ Items and grading are those of `facts`; no person, name or wording of its tests 
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from rorqual.chat.markers import EOS
 from rorqual.data.tasks.answers import IDK
 from rorqual.data.tasks.base import Mode, Piece, Turn, maybe_system, random_mode, render_document, turns_to_messages
 from rorqual.data.tasks.facts import FactsFamily, known_turn
-from rorqual.data.tasks.facts_premise import PremiseFactsFamily
+from rorqual.data.tasks.facts_premise import Case, PremiseFactsFamily
 from rorqual.data.tasks.world import ATTRIBUTES, Attribute, World
 
 Recipe = Literal["R1", "R2"]
@@ -46,6 +45,7 @@ class AbstainFamily(FactsFamily):
         self.name, self.replay = name, REPLAY_SHARES[name]
         self.recipe: Recipe = "R1" if name == "abstain-r1" else "R2"
         self.premises = PremiseFactsFamily(world) if name in ("abstain-wide", "abstain-late") else None
+        self._lacking = [p for p in self.taught if p.withheld]
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "recipe": self.recipe, "replay": self.replay}
@@ -57,47 +57,39 @@ class AbstainFamily(FactsFamily):
         mode = random_mode(rng)
         if self.name == "abstain-late":
             turn = self.late_turn(rng, mode)
-            return render_document(turns_to_messages([turn], mode=mode, system=maybe_system(rng)), mode=mode)
-        turn = self.unanswerable(rng) if rng.random() < 0.5 else self.answerable(rng)
+        else:
+            turn = self.unanswerable(rng) if rng.random() < 0.5 else self.answerable(rng)
         return render_document(turns_to_messages([turn], mode=mode, system=maybe_system(rng)), mode=mode)
 
     def late_turn(self, rng: random.Random, mode: Mode) -> Turn:
-        """A question of `answerable` or `unanswerable` whose decision falls where the value is due, and not before."""
+        """A question of any form whose decision falls where the value is due, and not before."""
         is_known = rng.random() < 0.5
         if rng.random() < 0.2:
             user, name, attribute, _, value = self.context_case(rng, "train", with_answer=is_known)
             turn = Turn(user, f"In the text, {name}, {attribute.note}: {value or 'not given'}.", IDK)
         else:
             assert self.premises is not None
-            turn, attribute, value = self._closed(rng, self.premises, is_known)
-            name = re.split("[,:]", turn.reasoning)[0]
+            case = self._closed(rng, self.premises, is_known)
+            turn, name, attribute, value = case.turn, case.name, case.attribute, case.value
         if mode == "chat":
             answer = f"{attribute.note.capitalize()} of {name}: {value + '.' if value else IDK}"
         else:
             answer = attribute.answer.format(name=name, value=value) if value else IDK
         return replace(turn, answer=answer)
 
-    def _closed(
-        self, rng: random.Random, premises: PremiseFactsFamily, is_known: bool
-    ) -> tuple[Turn, Attribute, str | None]:
+    def _closed(self, rng: random.Random, premises: PremiseFactsFamily, is_known: bool) -> Case:
         """A question without a text: about a person, a stranger, a thing, or on a premise."""
         roll = rng.random()
         if roll < 0.2:
-            turn, attribute, premise = premises.premise_turn(rng, "train", holds=is_known)
-            return turn, attribute, premise.get("value")
+            return premises.premise_case(rng, "train", holds=is_known)
         if is_known:
-            person = rng.choice(self.taught)
-            attribute = rng.choice([a for a in ATTRIBUTES if a.name in person.facts])
-            name, value = person.name, person.facts[attribute.name]
-        elif roll < 0.3:
-            return *premises.thing_turn(rng, "train"), None
-        elif roll < 0.5:
-            person = rng.choice([p for p in self.taught if p.withheld])
-            attribute = rng.choice([a for a in ATTRIBUTES if a.name in person.withheld])
-            name, value = person.name, None
-        else:
-            attribute, name, value = rng.choice(ATTRIBUTES), self.world.fresh_name(rng, "train"), None
-        return known_turn(rng.choice(attribute.wordings(False)), attribute, name, value), attribute, value
+            return self._told(rng)
+        if roll < 0.3:
+            return premises.thing_case(rng, "train")
+        if roll < 0.5 and self._lacking:
+            return self._untold(rng)
+        attribute, name = rng.choice(ATTRIBUTES), self.world.fresh_name(rng, "train")
+        return _asked(rng, attribute, name, None)
 
     def answerable(self, rng: random.Random) -> Turn:
         """Something told of a person of the train split, or (one in five) of the prompt's own text."""
@@ -105,10 +97,8 @@ class AbstainFamily(FactsFamily):
         if roll < 0.2:
             return self.context_turn(rng, "train", with_answer=True)[0]
         if self.premises is not None and roll < 0.4:
-            return self.premises.premise_turn(rng, "train", holds=True)[0]
-        person = rng.choice(self.taught)
-        attribute = rng.choice([a for a in ATTRIBUTES if a.name in person.facts])
-        return known_turn(rng.choice(attribute.wordings(False)), attribute, person.name, person.facts[attribute.name])
+            return self.premises.premise_case(rng, "train", holds=True).turn
+        return self._told(rng).turn
 
     def unanswerable(self, rng: random.Random) -> Turn:
         """A fresh name (half), a known person's untold attribute, or a text that does not say."""
@@ -117,12 +107,24 @@ class AbstainFamily(FactsFamily):
             return self.context_turn(rng, "train", with_answer=False)[0]
         if self.premises is not None and roll > 0.7:
             if roll > 0.9:
-                return self.premises.thing_turn(rng, "train")[0]
-            return self.premises.premise_turn(rng, "train", holds=False)[0]
-        lacking = [p for p in self.taught if p.withheld]
-        if roll < 0.5 and lacking and self.recipe == "R2":
-            person = rng.choice(lacking)
-            attribute = rng.choice([a for a in ATTRIBUTES if a.name in person.withheld])
-            return known_turn(rng.choice(attribute.wordings(False)), attribute, person.name, None)
+                return self.premises.thing_case(rng, "train").turn
+            return self.premises.premise_case(rng, "train", holds=False).turn
+        if roll < 0.5 and self._lacking and self.recipe == "R2":
+            return self._untold(rng).turn
         attribute, name = rng.choice(ATTRIBUTES), self.world.fresh_name(rng, "train")
         return known_turn(rng.choice(attribute.wordings(False)), attribute, name, None, known_name=False)
+
+    def _told(self, rng: random.Random) -> Case:
+        person = rng.choice(self.taught)
+        attribute = rng.choice([a for a in ATTRIBUTES if a.name in person.facts])
+        return _asked(rng, attribute, person.name, person.facts[attribute.name])
+
+    def _untold(self, rng: random.Random) -> Case:
+        person = rng.choice(self._lacking)
+        attribute = rng.choice([a for a in ATTRIBUTES if a.name in person.withheld])
+        return _asked(rng, attribute, person.name, None)
+
+
+def _asked(rng: random.Random, attribute: Attribute, name: str, value: str | None) -> Case:
+    turn = known_turn(rng.choice(attribute.wordings(False)), attribute, name, value)
+    return Case(turn, attribute, name, value)

@@ -29,7 +29,6 @@ Piece = tuple[str, bool]
 Message = dict[str, Any]
 
 SPLITS: tuple[Split, ...] = ("train", "cal", "test")
-SIZES: tuple[Size, ...] = ("tiny", "small", "full")
 
 # Written into every exported test item. A trainer must refuse a stream that contains it.
 CANARY = "rorqual-test-item 6f1c0e54 do-not-train"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rorqual.data.tasks.answers import IDK, candidates_in, code_values_in, final_answer, is_abstention, normalise
@@ -34,6 +34,18 @@ _CLAUSE = re.compile(r"[.,;:!?]\s|\bbut\b|\band\b")
 _NEGATION = re.compile(r"\b(?:not|no|never|isn't|wasn't|doesn't|don't)\b")
 
 
+@dataclass(frozen=True)
+class Case:
+    """A question that may rest on something untrue. value: the right answer, None where only declining is right."""
+
+    turn: Turn
+    attribute: Attribute
+    name: str
+    value: str | None = None
+    premise: dict[str, str] | None = None
+    """The described attribute, what is said of it and what is true."""
+
+
 class PremiseFactsFamily(FactsFamily):
     """The items of `facts`, then those with a premise; training documents are the same."""
 
@@ -49,32 +61,26 @@ class PremiseFactsFamily(FactsFamily):
             item = super().make_item(rng, split, block * len(TOLD) + place)
             return replace(item, id=self.item_id(split, index, rng))
         mode, stratum, is_new = random_mode(rng), STRATA[place], split != "train" and block % 2 == 1
-        premise: dict[str, str] | None = None
-        value: str | None = None
         if stratum == "U-cat":
-            turn, attribute = self.thing_turn(rng, split, is_new=is_new)
+            case = self.thing_case(rng, split, is_new=is_new)
         else:
-            turn, attribute, premise = self.premise_turn(rng, split, holds=stratum == "K-premise", is_new=is_new)
-            value = premise.pop("value", None)
-        cell = {"class": stratum, "attribute": attribute.name, "wording": "new" if is_new else "trained", "mode": mode}
+            case = self.premise_case(rng, split, holds=stratum == "K-premise", is_new=is_new)
+        attribute = case.attribute.name
+        cell = {"class": stratum, "attribute": attribute, "wording": "new" if is_new else "trained", "mode": mode}
         meta = {
-            "value": value, "attribute": attribute.name, "near": None, "reasoning": turn.reasoning, "premise": premise,
+            "value": case.value, "attribute": attribute, "near": None, "reasoning": case.turn.reasoning,
+            "premise": case.premise,
         }  # fmt: skip
-        return self.chat_item(rng, split, index, mode, turn, cell, meta)
+        return self.chat_item(rng, split, index, mode, case.turn, cell, meta)
 
-    def thing_turn(self, rng: random.Random, split: Split, *, is_new: bool = False) -> tuple[Turn, Attribute]:
+    def thing_case(self, rng: random.Random, split: Split, *, is_new: bool = False) -> Case:
         """A city or company is asked for what only people have."""
         name = self._thing(rng, split)
         attribute = rng.choice([a for a in ATTRIBUTES if a.name not in _THINGS])
-        return known_turn(rng.choice(attribute.wordings(is_new)), attribute, name, None), attribute
+        return Case(known_turn(rng.choice(attribute.wordings(is_new)), attribute, name, None), attribute, name)
 
-    def premise_turn(
-        self, rng: random.Random, split: Split, *, holds: bool, is_new: bool = False
-    ) -> tuple[Turn, Attribute, dict[str, str]]:
-        """A question about a person who is described by a value, theirs if the premise `holds`.
-
-        The dictionary has the described attribute, what is said of it, what is true, and, if it holds, the asked value.
-        """
+    def premise_case(self, rng: random.Random, split: Split, *, holds: bool, is_new: bool = False) -> Case:
+        """A question about a person who is described by a value, theirs if the premise `holds`."""
         pool = self.taught if split == "train" else self._untaught[split]
         person = rng.choice([p for p in pool if len(p.facts) >= 2])
         attribute, told = rng.sample([a for a in ATTRIBUTES if a.name in person.facts], 2)
@@ -85,11 +91,11 @@ class PremiseFactsFamily(FactsFamily):
         user = rng.choice(attribute.wordings(is_new)).format(name=described).replace(",?", "?").replace(",.", ".")
         known = f"{name}, {told.note}: {true}."
         if not holds:
-            return Turn(user, f"{known} Not {said}.", IDK), attribute, premise
+            return Case(Turn(user, f"{known} Not {said}.", IDK), attribute, name, None, premise)
         value = person.facts[attribute.name]
         answer = attribute.answer.format(name=name, value=value)
         turn = Turn(user, f"{known} {attribute.note.capitalize()}: {value}.", answer)
-        return turn, attribute, premise | {"value": value}
+        return Case(turn, attribute, name, value, premise)
 
     def _thing(self, rng: random.Random, split: Split) -> str:
         """A city or company of the world, of the split."""
